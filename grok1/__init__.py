@@ -1,0 +1,30 @@
+"""JAX inference for the Grok-1 checkpoint.
+
+import grok1
+model = grok1.load("checkpoints/toy")
+print(model.generate("The ", max_new_tokens=32).text)
+"""
+
+from grok1.completion import Completion
+from grok1.config import GROK_1, TOY, ModelConfig
+from grok1.model import Model, load, random_model, save
+from grok1.options import GenerationOptions
+from grok1.tensor_file import CheckpointError
+from grok1.tokenizer import Tokenizer
+from grok1.version import __version__
+
+
+__all__ = [
+    "GROK_1",
+    "TOY",
+    "__version__",
+    "CheckpointError",
+    "Completion",
+    "GenerationOptions",
+    "Model",
+    "ModelConfig",
+    "Tokenizer",
+    "load",
+    "random_model",
+    "save",
+]

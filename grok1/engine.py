@@ -1,0 +1,278 @@
+"""The compiled steps of one model: prefill, decode, and scoring, over token ids only.
+
+State goes in and comes out; nothing here knows text, requests or files. Each step is compiled once
+for each set of shapes: chunk lengths and cache capacities come from short lists, so that requests
+of any length share a few programs.
+
+Dimension key: B batch row, T position in a chunk, S cache capacity, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
+
+from grok1.attention import KVCache
+from grok1.config import ModelConfig
+from grok1.decoder import Captures, forward, unembed
+from grok1.sampling import SamplingState, sample, top_logprobs
+from grok1.sharding import DATA_AXIS, abstract_cache, specs_of
+from grok1.transformer import Params
+
+CHUNK_LENGTHS = (16, 64, 256, 1024)
+"""Prefill shapes. Each is four times the last: at most two chunks of a size, bar the largest."""
+
+_CHUNK_TOKENS = 4096  # most tokens, over all rows, that one chunk computes at a time
+_SMALLEST_CAPACITY = 256
+_LOGITS_BYTES = 1 << 28  # most memory that the logits of one scored chunk take
+
+LogitsProcessor = Callable[[Array, Array, Array], Array]
+"""A user's hook: (logits `[B, V]`, tokens `[B, S]`, length `[B]`) -> logits, in JAX operations."""
+
+
+class DecodeState(NamedTuple):
+    """A batch in progress.
+
+    Attributes:
+      cache: Keys and values of the positions run so far, and their number `length`.
+      tokens: int32 `[B, S]`, each row's prompt and generated tokens; those from `length` on are
+        still to be run, then come zeros.
+    """
+
+    cache: KVCache
+    tokens: Array
+
+
+class Step(NamedTuple):
+    """What one decode step drew.
+
+    Attributes:
+      tokens: int32 `[B]`; meaningless for rows that were not active.
+      logprobs: float32 `[B]`.
+      top_tokens: int32 `[B, top]`, the most probable tokens.
+      top_logprobs: float32 `[B, top]`.
+    """
+
+    tokens: Array
+    logprobs: Array
+    top_tokens: Array
+    top_logprobs: Array
+
+
+class Engine:
+    """Runs one model on its mesh.
+
+    Attributes:
+      params: The model as it lies on the devices (or abstractly, to compile without weights).
+      config: The model's architecture.
+      mesh: Axes (data, model).
+      dtype: Type of the products with weights, float32 or bfloat16.
+      cache_dtype: Type of the keys and values: float32, or, where products are bfloat16, float16.
+        It takes the same memory with three more bits, and normed inputs keep within its range.
+    """
+
+    def __init__(self, params: Params, config: ModelConfig, mesh: Mesh, dtype: Any):
+        self.params, self.config, self.mesh, self.dtype = params, config, mesh, jnp.dtype(dtype)
+        self.cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
+        self._param_specs = specs_of(params)
+        self._programs: dict[Any, Any] = {}
+
+    def capacity_for(self, num_tokens: int) -> int:
+        """Cache capacity for rows of up to `num_tokens` tokens: a power of two or the context."""
+        capacity = _SMALLEST_CAPACITY
+        while capacity < num_tokens:
+            capacity *= 2
+        return min(capacity, self.config.sequence_len)
+
+    def batch_for(self, num_rows: int) -> int:
+        """Rows of a batch that holds `num_rows`: a power of two that the data axis divides."""
+        rows = self.mesh.shape[DATA_AXIS]
+        while rows < num_rows:
+            rows *= 2
+        return rows
+
+    def chunk_for(self, batch: int, remaining: int) -> int:
+        """Length of the next chunk when the longest row has `remaining` tokens to run."""
+        lengths = [n for n in CHUNK_LENGTHS if n * batch <= _CHUNK_TOKENS] or [CHUNK_LENGTHS[0]]
+        fitting = [n for n in lengths if n >= remaining]
+        if fitting and (remaining > fitting[0] // 2 or fitting[0] == lengths[0]):
+            return fitting[0]
+        return max(n for n in lengths if n <= remaining)
+
+    def scoring_chunk_for(self, batch: int, remaining: int) -> int:
+        """As `chunk_for`, with the logits of every position in mind."""
+        chunk = self.chunk_for(batch, remaining)
+        fitting = [
+            n for n in CHUNK_LENGTHS if n * batch * self.config.vocab_size * 4 <= _LOGITS_BYTES
+        ]
+        return min(chunk, max(fitting, default=CHUNK_LENGTHS[0]))
+
+    def abstract_state(self, batch: int, capacity: int) -> DecodeState:
+        """Returns the shapes, types and shardings of a `DecodeState`."""
+        cache = abstract_cache(self.config, self.mesh, batch, capacity, self.cache_dtype)
+        rows = NamedSharding(self.mesh, P(DATA_AXIS))
+        tokens = jax.ShapeDtypeStruct((batch, capacity), jnp.int32, sharding=rows)
+        return DecodeState(cache, tokens)
+
+    def new_state(self, tokens: Int[np.ndarray, "B S"]) -> DecodeState:
+        """Returns a state with these tokens, padded on the right, and nothing run."""
+        abstract = self.abstract_state(*tokens.shape)
+        cache = self._program(
+            ("empty cache", tokens.shape),
+            lambda: jax.jit(
+                lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract.cache),
+                out_shardings=jax.tree.map(lambda a: a.sharding, abstract.cache),
+            ),
+        )()
+        return DecodeState(cache, jax.device_put(tokens.astype(np.int32), abstract.tokens.sharding))
+
+    def prefill(
+        self, state: DecodeState, num_valid: Int[np.ndarray, " B"], chunk: int
+    ) -> DecodeState:
+        """Runs up to `chunk` tokens of every row, `num_valid` of them, into the cache.
+
+        Args:
+          state: Consumed: its memory goes to the result.
+          num_valid: Tokens to run in each row; 0 leaves a row as it is.
+          chunk: One of `CHUNK_LENGTHS`.
+        """
+        return self.prefill_program(chunk)(self.params, state, num_valid)
+
+    def decode(
+        self,
+        state: DecodeState,
+        active: Bool[np.ndarray, " B"],
+        allowed: Bool[Array, " V"],
+        sampling: SamplingState,
+        num_top: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> tuple[DecodeState, Step]:
+        """Runs the last token of each active row and draws the next one.
+
+        Args:
+          state: Consumed: its memory goes to the result.
+          active: Rows to run; the others stay as they are.
+          allowed: False for tokens that must not be drawn.
+          sampling: Each row's parameters and key.
+          num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
+          processor: Changes the logits before the draw. Each function compiles a program.
+        """
+        program = self.decode_program(num_top, processor)
+        return program(self.params, state, active, allowed, sampling)
+
+    def score(
+        self,
+        state: DecodeState,
+        num_valid: Int[np.ndarray, " B"],
+        chunk: int,
+        capture: Collection[str] = (),
+    ) -> tuple[DecodeState, Array, Captures]:
+        """As `prefill`; also returns the chunk's float32 logits `[B, chunk, V]` and captures.
+
+        Args:
+          state: Consumed: its memory goes to the result.
+          num_valid: Tokens to run in each row.
+          chunk: One of `CHUNK_LENGTHS`.
+          capture: As in `decoder.forward`.
+        """
+        program = self.score_program(chunk, tuple(sorted(capture)))
+        return program(self.params, state, num_valid)
+
+    def prefill_program(self, chunk: int):
+        """The jitted function behind `prefill`."""
+
+        def prefill(params, state, num_valid):
+            tokens = _next_tokens(state, chunk)
+            _, cache, _ = forward(params, self.config, tokens, num_valid, state.cache, self.dtype)
+            return state._replace(cache=cache)
+
+        rows = P(DATA_AXIS)
+        return self._program(
+            ("prefill", chunk), lambda: self._compile(prefill, (rows,), self._state_specs)
+        )
+
+    def score_program(self, chunk: int, capture: tuple[str, ...]):
+        """The jitted function behind `score`."""
+
+        def score(params, state, num_valid):
+            tokens = _next_tokens(state, chunk)
+            hidden, cache, captured = forward(
+                params, self.config, tokens, num_valid, state.cache, self.dtype, capture
+            )
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            logits = unembed(params, self.config, flat)
+            return state._replace(cache=cache), logits.reshape(*tokens.shape, -1), captured
+
+        rows = P(DATA_AXIS)
+        captured_specs = {name: P(None, DATA_AXIS) for name in capture}
+        return self._program(
+            ("score", chunk, capture),
+            lambda: self._compile(score, (rows,), (self._state_specs, rows, captured_specs)),
+        )
+
+    def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
+        """The jitted function behind `decode`."""
+
+        def decode(params, state, active, allowed, sampling):
+            tokens = _next_tokens(state, 1)
+            hidden, cache, _ = forward(
+                params, self.config, tokens, active.astype(jnp.int32), state.cache, self.dtype
+            )
+            logits = unembed(params, self.config, hidden[:, 0])
+            if processor is not None:
+                logits = processor(logits, state.tokens, cache.length)
+            drawn = sample(logits, allowed, sampling, cache.length)
+            if num_top is None:
+                empty = jnp.zeros((len(drawn), 0))
+                step = Step(drawn, empty[:, :0].sum(-1), empty.astype(jnp.int32), empty)
+            else:
+                chosen, top_tokens, top = top_logprobs(logits, drawn, num_top)
+                step = Step(drawn, chosen, top_tokens, top)
+            # Written beyond the last row's end when inactive, so that the scatter drops it.
+            places = jnp.where(active, cache.length, tokens.size + state.tokens.shape[1])
+            row = jnp.arange(len(drawn))
+            history = state.tokens.at[row, places].set(drawn, mode="drop")
+            return DecodeState(cache, history), step
+
+        rows = P(DATA_AXIS)
+        return self._program(
+            ("decode", num_top, processor),
+            lambda: self._compile(
+                decode,
+                (rows, P(), SamplingState(*(rows,) * len(SamplingState._fields))),
+                (self._state_specs, Step(*(rows,) * len(Step._fields))),
+            ),
+        )
+
+    @functools.cached_property
+    def _state_specs(self) -> DecodeState:
+        return specs_of(self.abstract_state(self.mesh.shape[DATA_AXIS], _SMALLEST_CAPACITY))
+
+    def _program(self, key: Any, build: Callable[[], Any]):
+        if key not in self._programs:
+            self._programs[key] = build()
+        return self._programs[key]
+
+    def _compile(self, function, more_in_specs: tuple, out_specs):
+        """Jits `function(params, state, ...)` per device; the state's memory goes to the result."""
+        per_device = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(self._param_specs, self._state_specs, *more_in_specs),
+            out_specs=out_specs,
+            # Loops with a data-dependent length cannot be checked for replication.
+            check_vma=False,
+        )
+        return jax.jit(per_device, donate_argnums=1)
+
+
+def _next_tokens(state: DecodeState, count: int) -> Int[Array, "B count"]:
+    """The next `count` tokens of each row; zeros, never other tokens, past the end."""
+    places = state.cache.length[:, None] + jnp.arange(count)
+    return jnp.take_along_axis(state.tokens, places, axis=1, mode="fill", fill_value=0)

@@ -1,0 +1,148 @@
+"""The loop that turns prompts into tokens: batches, chunks, and who is still running.
+
+Token ids only; what a token means, and whether it ends a request, is for the caller to say.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grok1.engine import Engine, LogitsProcessor, Step
+from grok1.sampling import SamplingParams, sampling_state
+from grok1.sharding import DATA_AXIS
+
+MAX_ROWS = 32
+"""Most requests that run side by side; more wait for a place in the next batch."""
+
+
+@dataclasses.dataclass
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+      tokens: The prompt.
+      max_tokens: Most tokens to generate; prompt and these together fit the context.
+      seed: Seed of the request's draws.
+      stream: Tells apart requests of one seed, so that equal prompts draw different tokens.
+      finished: Set by the caller, between two tokens, to end the request early.
+    """
+
+    tokens: Sequence[int]
+    max_tokens: int
+    seed: int
+    stream: int = 0
+    finished: bool = False
+
+
+class Sampled(NamedTuple):
+    """One generated token.
+
+    Attributes:
+      token: Its id.
+      logprob: Its log-probability under the model, None when not asked for.
+      alternatives: Log-probabilities by token id, most probable first.
+    """
+
+    token: int
+    logprob: float | None
+    alternatives: dict[int, float]
+
+
+def generate(
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    allowed: np.ndarray,
+    num_top: int | None = None,
+    processor: LogitsProcessor | None = None,
+) -> Iterator[tuple[int, Sampled]]:
+    """Yields (index of the request, token) as the tokens come.
+
+    A row's tokens do not depend on which others run beside it.
+
+    Args:
+      engine: The model.
+      requests: What to continue.
+      sampling: How every request draws.
+      allowed: bool `[V]`, False for tokens that must not be drawn.
+      num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
+      processor: Changes the logits before the draw.
+    """
+    for start in range(0, len(requests), MAX_ROWS):
+        batch = requests[start : start + MAX_ROWS]
+        for row, sampled in _generate_batch(engine, batch, sampling, allowed, num_top, processor):
+            yield start + row, sampled
+
+
+def _generate_batch(
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    allowed: np.ndarray,
+    num_top: int | None,
+    processor: LogitsProcessor | None,
+) -> Iterator[tuple[int, Sampled]]:
+    batch = engine.batch_for(len(requests))
+    capacity = engine.capacity_for(max(len(r.tokens) + r.max_tokens for r in requests))
+    tokens = np.zeros((batch, capacity), np.int32)
+    keys = np.zeros((batch, 2), np.uint32)
+    limits = np.zeros(batch, np.int32)
+    for row, request in enumerate(requests):
+        tokens[row, : len(request.tokens)] = request.tokens
+        key = jax.random.fold_in(jax.random.key(request.seed), request.stream)
+        keys[row] = jax.random.key_data(key)
+        limits[row] = request.max_tokens
+
+    rows = NamedSharding(engine.mesh, P(DATA_AXIS))
+    rows_state = jax.device_put(sampling_state(sampling, keys), rows)
+    allowed_everywhere = jax.device_put(allowed, NamedSharding(engine.mesh, P()))
+    state = engine.new_state(tokens)
+
+    # The last prompt token is left for the first decode step, so that prefill needs no logits.
+    remaining = np.array([len(r.tokens) - 1 for r in requests] + [0] * (batch - len(requests)))
+    while remaining.any():
+        chunk = engine.chunk_for(batch, int(remaining.max()))
+        num_valid = np.minimum(remaining, chunk).astype(np.int32)
+        state = engine.prefill(state, num_valid, chunk)
+        remaining = remaining - num_valid
+
+    # The device works on a step while the host reads the one before, so a request may be run one
+    # token past where the caller ends it; that token is never yielded.
+    started = np.zeros(batch, np.int32)
+    in_flight: tuple[np.ndarray, Step] | None = None
+    while True:
+        running = [not request.finished for request in requests]
+        active = (started < limits) & np.array(running + [False] * (batch - len(requests)))
+        upcoming = None
+        if active.any():
+            state, step = engine.decode(
+                state, active, allowed_everywhere, rows_state, num_top, processor
+            )
+            started += active
+            upcoming = (active, step)
+        if in_flight is not None:
+            yield from _read(*in_flight, requests, num_top)
+        elif upcoming is None:
+            return
+        in_flight = upcoming
+
+
+def _read(
+    active: np.ndarray, step: Step, requests: Sequence[Request], num_top: int | None
+) -> Iterator[tuple[int, Sampled]]:
+    on_host = jax.device_get(step)
+    for row in np.flatnonzero(active):
+        if requests[row].finished:
+            continue
+        token = int(on_host.tokens[row])
+        if num_top is None:
+            yield int(row), Sampled(token, None, {})
+            continue
+        best = zip(on_host.top_tokens[row], on_host.top_logprobs[row], strict=True)
+        alternatives = {int(candidate): float(logprob) for candidate, logprob in best}
+        yield int(row), Sampled(token, float(on_host.logprobs[row]), alternatives)

@@ -1,0 +1,40 @@
+"""The position-wise pieces of the transformer, as pure functions in float32.
+
+Dimension key: B batch row, T query position, D model dim, H head dim.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+RMS_NORM_EPSILON = 1e-5  # as trained
+ROPE_BASE = 10_000.0  # Su et al., RoFormer (arXiv 2104.09864), and as trained
+
+
+def rms_norm(x: Float[Array, "*M D"], scale: Float[Array, " D"]) -> Float[Array, "*M D"]:
+    """Divides by the root mean square over the last axis and scales (Zhang & Sennrich, 1910.07467).
+
+    Returns:
+      float32, whatever the type of `x`.
+    """
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x / jnp.sqrt(mean_square + RMS_NORM_EPSILON) * scale
+
+
+def apply_rope(
+    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"]
+) -> Float[Array, "B T heads H"]:
+    """Turns each pair (i, i + H/2) of a head by its position's phase (rotary embedding).
+
+    Pairs are the two halves of the head, not neighbours. Phases are float32: bfloat16 could not
+    tell position 257 from 256.
+
+    Returns:
+      float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    phases = (positions[..., None].astype(jnp.float32) * frequencies)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(phases), jnp.sin(phases)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,148 @@
+"""The mixture of experts: routing, and the chosen experts' feed-forward, dense and sparse.
+
+Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected experts a token,
+R = M*A dispatched rows, L layer.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grok1.quantization import Index, Weight, dequantize, matmul
+
+# Most rows of one expert that are multiplied at once; also what the last rows are padded to.
+_BLOCK = 128
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of a stack of layers; `down(gelu(gate(x)) * up(x))`.
+
+    Attributes:
+      gate: `[L, E, D, F]`.
+      up: `[L, E, D, F]`.
+      down: `[L, E, F, D]`.
+    """
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+class Routing(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+      probs: float32 `[M, E]`, softmax over all experts.
+      expert_indices: int32 `[M, A]`, the most probable experts, best first.
+      expert_weights: float32 `[M, A]`, their probabilities, not renormalised.
+    """
+
+    probs: Array
+    expert_indices: Array
+    expert_weights: Array
+
+
+def route(x: Float[Array, "M D"], router: Float[Array, "D E"], num_selected: int) -> Routing:
+    """Picks each token's experts. Float32 throughout: a rounding could flip a near tie."""
+    logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    probs = jax.nn.softmax(logits, axis=-1)
+    expert_weights, expert_indices = jax.lax.top_k(probs, num_selected)
+    return Routing(probs, expert_indices, expert_weights)
+
+
+def experts_dense(
+    x: Float[Array, "M D"], weights: ExpertWeights, index: Index, routing: Routing
+) -> Float[Array, "M D"]:
+    """Every expert for every token, then a weighted sum: the readable, differentiable reference.
+
+    Args:
+      x: Input, in the type of the products.
+      weights: Experts of a stack of layers.
+      index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
+      routing: Where each token goes.
+
+    Returns:
+      float32.
+    """
+    gate, up, down = (dequantize(w)[index].astype(x.dtype) for w in weights)
+    num_experts = routing.probs.shape[-1]
+    chosen_MAE = jax.nn.one_hot(routing.expert_indices, num_experts, dtype=jnp.float32)
+    weights_ME = jnp.einsum("MA,MAE->ME", routing.expert_weights, chosen_MAE)
+    hidden_MEF = jax.nn.gelu(_einsum("MD,EDF->MEF", x, gate), approximate=True)
+    hidden_MEF *= _einsum("MD,EDF->MEF", x, up)
+    out_MED = _einsum("MEF,EFD->MED", hidden_MEF.astype(x.dtype), down)
+    return jnp.einsum("MED,ME->MD", out_MED, weights_ME, precision=jax.lax.Precision.HIGHEST)
+
+
+def experts_sparse(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """Only the chosen experts: rows sorted by expert, each expert's rows in blocks.
+
+    An expert that no valid token chose is not read, one that several chose is read once a block;
+    no token is dropped, whatever the balance.
+
+    Args:
+      x: Input, in the type of the products.
+      weights: Experts of a stack of layers.
+      index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
+      routing: Where each token goes.
+      valid: False for padding, which costs nothing and gets zeros.
+
+    Returns:
+      float32.
+    """
+    num_tokens, num_selected = routing.expert_indices.shape
+    num_experts = routing.probs.shape[-1]
+    num_rows = num_tokens * num_selected
+    # A token picks an expert at most once, so an expert has at most M rows.
+    block = min(_BLOCK, num_tokens)
+
+    # Padding is sent to an expert beyond the last, whose rows sort to the end and never run.
+    expert_of_row = jnp.where(valid[:, None], routing.expert_indices, num_experts).reshape(-1)
+    row_order = jnp.argsort(expert_of_row, stable=True)
+    rows_per_expert = jnp.bincount(expert_of_row, length=num_experts)
+    blocks_per_expert = -(-rows_per_expert // block)
+    last_block = jnp.cumsum(blocks_per_expert)
+    first_row = jnp.cumsum(rows_per_expert) - rows_per_expert
+    # One block of slack: a block that is not full reads, and writes, past its expert's rows.
+    x_sorted = jnp.pad(x[row_order // num_selected], ((0, block), (0, 0)))
+
+    def run_block(i, out_sorted):
+        expert = jnp.searchsorted(last_block, i, side="right")
+        block_of_expert = i - (last_block[expert] - blocks_per_expert[expert])
+        start = first_row[expert] + block_of_expert * block
+        x_block = jax.lax.dynamic_slice_in_dim(x_sorted, start, block)
+        out_block = expert_ffn(x_block, weights, (*index, expert))
+        # What this writes past its expert's rows, the next block overwrites.
+        return jax.lax.dynamic_update_slice_in_dim(out_sorted, out_block, start, axis=0)
+
+    out_sorted = jnp.zeros((num_rows + block, x.shape[-1]), jnp.float32)
+    out_sorted = jax.lax.fori_loop(0, last_block[-1], run_block, out_sorted)
+    place_of_row = jnp.zeros(num_rows, row_order.dtype).at[row_order].set(jnp.arange(num_rows))
+    out_MAD = out_sorted[place_of_row].reshape(num_tokens, num_selected, -1)
+    out_MD = jnp.sum(out_MAD * routing.expert_weights[..., None], axis=1)
+    return jnp.where(valid[:, None], out_MD, 0)
+
+
+def expert_ffn(x: Float[Array, "M D"], weights: ExpertWeights, index: Index) -> Array:
+    """One expert's gated feed-forward; float32. GELU in its tanh form, as trained."""
+    hidden = jax.nn.gelu(matmul(x, weights.gate, index), approximate=True)
+    hidden *= matmul(x, weights.up, index)
+    return matmul(hidden.astype(x.dtype), weights.down, index)
+
+
+def _einsum(subscripts: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(
+        subscripts,
+        x,
+        y,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,155 @@
+"""From logits to a token: small pure functions, in float32, one draw a row.
+
+Dimension key: B batch row, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a request draws its tokens.
+
+    Attributes:
+      temperature: Divides the logits; 0 takes the most probable token.
+      top_p: Keeps the fewest most probable tokens that together reach this probability (nucleus
+        sampling, Holtzman et al., arXiv 1904.09751), among those that top_k leaves.
+      top_k: Keeps this many most probable tokens; None for all.
+      min_p: Keeps tokens at least this fraction as probable as the most probable; None for all.
+
+    Raises:
+      ValueError: If a value is out of range; the message names it.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"temperature must be 0 (the most probable token) or above, found "
+                f"{self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k must be a whole number above 0, or None, found {self.top_k}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be from 0 to 1, or None, found {self.min_p}")
+
+
+class SamplingState(NamedTuple):
+    """`SamplingParams` of every row, as arrays.
+
+    Attributes:
+      temperature: float32 `[B]`.
+      top_p: float32 `[B]`.
+      top_k: int32 `[B]`.
+      min_p: float32 `[B]`.
+      keys: uint32 `[B, 2]`, each request's own random key; a draw consumes it folded with the
+        position, so that a row's draws do not depend on its neighbours.
+    """
+
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    min_p: Array
+    keys: Array
+
+
+def sampling_state(params: SamplingParams, keys: UInt32[np.ndarray, "B 2"]) -> SamplingState:
+    """Returns the state of rows that share `params` and have their own keys."""
+    batch = len(keys)
+    top_k = np.iinfo(np.int32).max if params.top_k is None else params.top_k
+    return SamplingState(
+        temperature=np.full(batch, params.temperature, np.float32),  # type: ignore[arg-type]
+        top_p=np.full(batch, params.top_p, np.float32),
+        top_k=np.full(batch, top_k, np.int32),
+        min_p=np.full(batch, params.min_p or 0, np.float32),
+        keys=keys,
+    )
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    allowed: Bool[Array, " V"],
+    state: SamplingState,
+    positions: Int[Array, " B"],
+) -> Int[Array, " B"]:
+    """Draws one token a row; greedy rows take the most probable one, by a branch of their own.
+
+    Args:
+      logits: float32.
+      allowed: False for tokens that must not be drawn.
+      state: Each row's parameters and key.
+      positions: Position of the token that is drawn.
+    """
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    greedy = state.temperature == 0
+    most_probable = jnp.argmax(logits, axis=-1)
+
+    def draw():
+        temperature = jnp.where(greedy, 1, state.temperature)[:, None]
+        unfiltered = (state.top_p >= 1) & (state.min_p <= 0) & (state.top_k >= logits.shape[-1])
+        scaled = logits / temperature
+        filtered = jax.lax.cond(
+            jnp.all(unfiltered | greedy),
+            lambda: scaled,
+            lambda: keep_probable(scaled, state.top_k, state.top_p, state.min_p),
+        )
+
+        def draw_row(key_data, position, row):
+            key = jax.random.fold_in(jax.random.wrap_key_data(key_data), position)
+            return jax.random.categorical(key, row)
+
+        drawn = jax.vmap(draw_row)(state.keys, positions, filtered)
+        return jnp.where(greedy, most_probable, drawn)
+
+    return jax.lax.cond(jnp.all(greedy), lambda: most_probable, draw).astype(jnp.int32)
+
+
+def keep_probable(
+    logits: Float[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    min_p: Float[Array, " B"],
+) -> Float[Array, "B V"]:
+    """Sets the logits of tokens outside top-k, nucleus or min-p to -inf; the best always stays.
+
+    Top-k comes first; the nucleus is measured on what it leaves, renormalised. Among equal logits
+    the lower token id counts as the more probable.
+    """
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    ordered = jnp.take_along_axis(logits, order, axis=-1)
+    ranks = jnp.arange(logits.shape[-1])
+    within_k = ranks < top_k[:, None]
+    probs = jax.nn.softmax(jnp.where(within_k, ordered, -jnp.inf), axis=-1)
+    mass_before = jnp.cumsum(probs, axis=-1) - probs
+    within_p = (mass_before < top_p[:, None]) | (top_p[:, None] >= 1)
+    within_min_p = probs >= min_p[:, None] * probs[:, :1]
+    keep = (within_k & within_p & within_min_p) | (ranks == 0)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    kept = jnp.zeros(logits.shape, bool).at[rows, order].set(keep)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def top_logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_top: int
+) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    """Log-probability of each row's token, and its `num_top` most probable tokens with theirs.
+
+    They are the model's own: no temperature, no filter.
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    best, best_tokens = jax.lax.top_k(logprobs, num_top)
+    return chosen, best_tokens.astype(jnp.int32), best

@@ -1,0 +1,155 @@
+"""Between the tensors of a checkpoint, by name, and a model in memory, layers stacked.
+
+`loading` does the same for tensors in files; here they are arrays.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grok1.config import ModelConfig
+from grok1.manifest import TensorSpec, abstract_params
+from grok1.quantization import QuantizedArray, refine_groups
+from grok1.sharding import abstract_stack
+from grok1.transformer import NamedParams, Params, naming
+
+# Standard deviation of the uniform integers from -127 to 127.
+_INT8_DEVIATION = 73.3
+
+
+class _Place(NamedTuple):
+    """Stands for tensor `index` of a manifest while Haiku arranges the names."""
+
+    index: int
+    shape: tuple[int, ...]
+
+
+def stack(named: NamedParams, config: ModelConfig, mesh: Mesh) -> Params:
+    """Stacks named parameters and puts them on a mesh.
+
+    Args:
+      named: Arrays or `QuantizedArray`s by Haiku name.
+      config: The model.
+      mesh: Where it goes.
+    """
+    params = naming(config).apply(named, None)  # type: ignore[arg-type]
+    target = abstract_stack(params, config, mesh)
+    layers = jax.tree.map(lambda *leaves: np.stack(leaves), *params.layers)
+
+    def place(leaf: jax.ShapeDtypeStruct, array):
+        if array.shape != leaf.shape:
+            array = refine_groups(array, leaf.shape[-2])
+        return jax.device_put(array, leaf.sharding)
+
+    return jax.tree.map(place, target, params._replace(layers=layers))
+
+
+def unstack(
+    params: Params, config: ModelConfig, tensors: list[TensorSpec]
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yields (values, scales or None) of every tensor on the host, in file order, one at a time.
+
+    Args:
+      params: The model, layers stacked.
+      config: Its architecture.
+      tensors: The files' tensors, with the scale grouping to write.
+    """
+    places: dict[str, dict[str, Any]] = {}
+    for index, spec in enumerate(tensors):
+        module, _, parameter = spec.name.rpartition("/")
+        places.setdefault(module, {})[parameter] = _Place(index, spec.shape)
+    arranged = naming(config).apply(places, None)  # type: ignore[arg-type]
+
+    def is_weight(node: Any) -> bool:
+        return isinstance(node, (QuantizedArray, _Place))
+
+    whole = (
+        (arranged.embedding, params.embedding, None),
+        (
+            arranged.final_norm,
+            params.final_norm,
+            None,
+        ),
+    )
+    source = {place.index: (weight, layer) for place, weight, layer in whole}
+    weights = jax.tree.leaves(params.layers, is_leaf=is_weight)
+    for layer, layer_places in enumerate(arranged.layers):
+        for place, weight in zip(
+            jax.tree.leaves(layer_places, is_leaf=is_weight), weights, strict=True
+        ):
+            source[place.index] = (weight, layer)
+
+    for index, spec in enumerate(tensors):
+        weight, layer = source[index]
+        part = weight if layer is None else jax.tree.map(lambda leaf: leaf[layer], weight)
+        if isinstance(part, QuantizedArray):
+            scales = np.asarray(part.scales)
+            step = scales.shape[-2] // spec.scales_shape[-2]  # type: ignore[index]
+            yield np.asarray(part.values), scales[..., ::step, :]
+        else:
+            yield np.asarray(part), None
+
+
+def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
+    """Makes random int8 weights of the size that keeps activations near unit variance.
+
+    Args:
+      config: The model.
+      mesh: Where they go; the same values on every mesh.
+      seed: Seed of the values.
+    """
+    abstract = naming(config).apply(abstract_params(config), None)  # type: ignore[arg-type]
+    target = abstract_stack(abstract, config, mesh)
+    groups = jax.tree.map(_file_groups, abstract.layers[0], is_leaf=_is_weight)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(target))))
+
+    def normal(leaf, deviation):
+        make = jax.jit(
+            lambda key: deviation * jax.random.normal(key, leaf.shape),
+            out_shardings=leaf.sharding,
+        )
+        return make(next(keys))
+
+    def ones(leaf):
+        return jax.jit(lambda: jnp.ones(leaf.shape), out_shardings=leaf.sharding)()
+
+    def weight(leaf, num_groups):
+        if not isinstance(leaf, QuantizedArray):
+            return ones(leaf) if len(leaf.shape) == 2 else normal(leaf, leaf.shape[-2] ** -0.5)
+        size = 1 / (_INT8_DEVIATION * leaf.shape[-2] ** 0.5)
+
+        def values_of_layer(key):
+            bits = jax.random.bits(key, leaf.shape[1:], jnp.uint8)
+            return jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
+
+        def scales(key):
+            *lead, refined, columns = leaf.scales.shape
+            shape = (*lead, num_groups, columns)
+            drawn = jax.random.uniform(key, shape, minval=0.5 * size, maxval=1.5 * size)
+            return refine_groups(drawn.astype(jnp.bfloat16), refined)
+
+        make_values = jax.jit(
+            # One layer at a time, so that the random bits of the others take no memory.
+            lambda key: jax.lax.map(values_of_layer, jax.random.split(key, config.num_layers)),
+            out_shardings=leaf.values.sharding,
+        )
+        make_scales = jax.jit(scales, out_shardings=leaf.scales.sharding)
+        return QuantizedArray(make_values(next(keys)), make_scales(next(keys)))
+
+    return Params(
+        embedding=normal(target.embedding, 1 / config.embedding_multiplier_scale),
+        layers=jax.tree.map(weight, target.layers, groups, is_leaf=_is_weight),
+        final_norm=ones(target.final_norm),
+    )
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, QuantizedArray)
+
+
+def _file_groups(weight: Any) -> int:
+    return weight.scales.shape[-2] if isinstance(weight, QuantizedArray) else 0

@@ -1,0 +1,100 @@
+"""Samples from a Grok-1 checkpoint: `python run.py`, or `python run.py --help`."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+import grok1
+
+CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints"
+PROMPT = "The answer to life the universe and everything is of course"
+NO_CHECKPOINT = (
+    "run.py: no checkpoints/ckpt-0 here, so this is the bundled toy; for the real model put the "
+    "318 GB of huggingface.co/xai-org/grok-1 (its ckpt-0/) into checkpoints/"
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Continue a prompt with a Grok-1 model.")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="directory that holds ckpt-0/")
+    parser.add_argument("--tokenizer", type=pathlib.Path, help="a tokenizer.model kept elsewhere")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", default=PROMPT, help="text to continue")
+    source.add_argument("--prompt-file", type=pathlib.Path, help="file with the text to continue")
+    source.add_argument("--interactive", action="store_true", help="a prompt from each input line")
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", help=r"text that ends it; \n is a new line")
+    parser.add_argument("--mesh", help="DATAxMODEL devices, as 1x8; default: all of them")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    return parser.parse_args()
+
+
+def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> None:
+    stream = model.stream(
+        prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        stop=[stop.replace("\\n", "\n") for stop in arguments.stop or []],
+        logprobs=arguments.logprobs,
+    )
+    show = not arguments.json
+    if show and not arguments.interactive:
+        print(prompt, end="", flush=True)
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            completion: grok1.Completion = end.value
+            break
+        if show:
+            print(piece, end="", flush=True)
+    if arguments.json:
+        print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}), flush=True)
+        return
+    print()
+    if model.tokenizer and completion.logprobs is not None and completion.top_logprobs is not None:
+        columns = zip(completion.tokens, completion.logprobs, completion.top_logprobs, strict=True)
+        for token, logprob, alternatives in columns:
+            best = (f"{model.tokenizer.piece(t)} {p:.2f}" for t, p in alternatives.items())
+            print(f"{model.tokenizer.piece(token):>16} {logprob:7.2f}   {'  '.join(best)}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    checkpoint = arguments.checkpoint
+    if checkpoint is None:
+        checkpoint = CHECKPOINTS
+        if not (checkpoint / "ckpt-0").exists():
+            print(NO_CHECKPOINT, file=sys.stderr)
+            checkpoint = CHECKPOINTS / "toy"
+    mesh = tuple(int(size) for size in arguments.mesh.split("x")) if arguments.mesh else None
+    model = grok1.load(checkpoint, mesh=mesh, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
+    if arguments.interactive:
+        for line in iter(lambda: input("> " if sys.stdin.isatty() else ""), ""):
+            complete(model, line, arguments)
+    elif arguments.prompt_file:
+        complete(model, arguments.prompt_file.read_text(encoding="utf-8"), arguments)
+    else:
+        complete(model, arguments.prompt, arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nrun.py: interrupted")
+    except EOFError:
+        pass
+    except (ValueError, OSError) as error:
+        sys.exit(f"run.py: {error}")

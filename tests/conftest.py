@@ -1,0 +1,50 @@
+"""Strict settings for every test, sixteen virtual CPU devices, and the shared models."""
+
+import os
+import pathlib
+
+# Before JAX starts: the number of devices is fixed from then on.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+
+import grok1
+from grok1.config import ModelConfig
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
+
+
+@pytest.fixture(scope="session")
+def nano_path() -> pathlib.Path:
+    """A complete checkpoint as the released code wrote it: 12 layers, D=64."""
+    return GOLDEN / "nano"
+
+
+@pytest.fixture(scope="session")
+def nano_config(nano_path) -> ModelConfig:
+    return ModelConfig.load(nano_path / "config.json")
+
+
+@pytest.fixture(scope="session")
+def nano_reference(nano_path) -> dict[str, np.ndarray]:
+    """Golden numbers of the nano checkpoint; see `logits_f64` for the float64 evaluation."""
+    with np.load(nano_path / "reference.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def nano(nano_path) -> grok1.Model:
+    return grok1.load(nano_path, mesh=(1, 1), dtype="float32", progress=False)
+
+
+@pytest.fixture(scope="session")
+def toy() -> grok1.Model:
+    return grok1.load(TOY, mesh=(1, 1), dtype="float32", progress=False)

@@ -1,0 +1,174 @@
+"""ModelConfig: the released constants, derived sizes, JSON, and what each error names."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from grok1.config import GROK_1, TOY, ModelConfig
+
+NANO = pathlib.Path(__file__).parent / "golden" / "nano" / "config.json"
+
+
+def test_grok_1_has_the_released_constants():
+    assert dataclasses.asdict(GROK_1) == {
+        "vocab_size": 131072,
+        "emb_size": 6144,
+        "widening_factor": 8,
+        "key_size": 128,
+        "num_q_heads": 48,
+        "num_kv_heads": 8,
+        "num_layers": 64,
+        "num_experts": 8,
+        "num_selected_experts": 2,
+        "sequence_len": 8192,
+        # Written out as in the released run script, so that the last digit counts.
+        "embedding_multiplier_scale": 78.38367176906169,
+        "output_multiplier_scale": 0.5773502691896257,
+        "attn_output_multiplier": 0.08838834764831845,
+    }
+    assert GROK_1.ffn_size == 32768
+    assert GROK_1.queries_per_kv_head == 6
+
+
+def test_nano_config_file_reads_field_by_field():
+    config = ModelConfig.load(NANO)
+    assert dataclasses.asdict(config) == json.loads(NANO.read_text())
+    assert config.ffn_size == 128
+    assert config.queries_per_kv_head == 2
+
+
+def test_multipliers_left_out_follow_from_the_sizes():
+    fields = json.loads(NANO.read_text())
+    for name in ("embedding_multiplier_scale", "output_multiplier_scale", "attn_output_multiplier"):
+        del fields[name]
+    config = dataclasses.asdict(ModelConfig(**fields))
+    assert config == pytest.approx(json.loads(NANO.read_text()), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("widening_factor", "emb_size", "ffn_size"),
+    [
+        (3, 64, 128),  # 192 * 2 / 3 = 128 exactly
+        (2.25, 128, 192),
+        (1, 100, 72),  # 66.7: down to 66, then up to a multiple of 8
+        (1, 12, 8),  # a multiple of 8 stays
+        (1.3, 10, 8),  # the product 13 is cut to an integer first: 13 * 2 // 3 = 8
+    ],
+)
+def test_ffn_size(widening_factor, emb_size, ffn_size):
+    config = dataclasses.replace(TOY, widening_factor=widening_factor, emb_size=emb_size)
+    assert config.ffn_size == ffn_size
+
+
+@pytest.mark.parametrize("config", [GROK_1, TOY], ids=["grok_1", "toy"])
+def test_json_round_trip(config, tmp_path):
+    text = config.to_json()
+    assert text.endswith("}\n")
+    assert ModelConfig.from_json(text) == config
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert ModelConfig.load(str(path)) == config
+
+
+def test_config_is_a_frozen_hashable_value():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(TOY, "emb_size", 1)  # noqa: B010
+    assert hash(dataclasses.replace(TOY)) == hash(TOY)
+    assert dataclasses.replace(TOY, num_layers=7) != TOY
+
+
+INTEGERS = [field.name for field in dataclasses.fields(ModelConfig) if field.type is int]
+NUMBERS = [field.name for field in dataclasses.fields(ModelConfig) if field.type is float]
+
+
+def test_every_field_is_validated():
+    assert len(INTEGERS) + len(NUMBERS) == len(dataclasses.fields(ModelConfig)) == 13
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [0, -3])
+def test_integer_fields_are_at_least_1(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number above 0, found {value}$"):
+        dataclasses.replace(TOY, **{name: value})
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [2.0, "8", True, None])
+def test_integer_fields_are_integers(name, value):
+    with pytest.raises(
+        ValueError, match=f"^{name} must be a whole number above 0, found {value!r}$"
+    ):
+        dataclasses.replace(TOY, **{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["8", True, None])
+def test_multipliers_are_numbers(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be a number, found {value!r}$"):
+        dataclasses.replace(TOY, **{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
+def test_multipliers_are_finite_and_positive(name, value):
+    with pytest.raises(
+        ValueError, match=f"^{name} must be a (number above 0|finite number), found {value}$"
+    ):
+        dataclasses.replace(TOY, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_size": 15}, r"key_size must be even \(rotary phases turn pairs\), found 15"),
+        ({"num_q_heads": 6}, "num_q_heads must be a multiple of num_kv_heads 4, found 6"),
+        ({"num_q_heads": 2}, "num_q_heads must be a multiple of num_kv_heads 4, found 2"),
+        (
+            {"num_selected_experts": 9},
+            "num_selected_experts must be at most num_experts 8, found 9",
+        ),
+    ],
+)
+def test_impossible_combinations_name_the_field(change, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        dataclasses.replace(TOY, **change)
+
+
+@pytest.mark.parametrize("name", INTEGERS + ["widening_factor"])
+def test_missing_field_is_named(name):
+    fields = json.loads(TOY.to_json())
+    del fields[name]
+    with pytest.raises(ValueError, match=f"configuration field '{name}' is missing"):
+        ModelConfig.from_json(json.dumps(fields))
+
+
+def test_unknown_field_is_named_with_the_known_ones():
+    fields = json.loads(TOY.to_json()) | {"hidden_size": 128}
+    with pytest.raises(ValueError, match="unknown configuration field 'hidden_size'.*'emb_size'"):
+        ModelConfig.from_json(json.dumps(fields))
+
+
+def test_json_that_is_no_object():
+    with pytest.raises(ValueError, match=r"must be a JSON object, found \[1, 2\]"):
+        ModelConfig.from_json("[1, 2]")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "the configuration is not JSON"),
+        (b'{"vocab_size": "many"}', "configuration field 'emb_size' is missing"),
+        (
+            TOY.to_json().replace("1280", '"many"').encode(),
+            "vocab_size must be a whole number above 0",
+        ),
+        (b"\xff\xfe{}", "codec can't decode"),
+    ],
+)
+def test_load_names_the_file(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        ModelConfig.load(path)
