@@ -1,0 +1,253 @@
+"""Attention: values by hand, what a query may not see, and the cached form against the plain one.
+
+Sizes: B=3 rows, T=3 queries, C=2 key/value heads of G=5 query heads each, H=7, L=2.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.attention import KVCache, append, attend, attend_cache
+
+B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
+SCALE = 0.6
+
+append_compiled = jax.jit(append)
+
+
+@jax.jit
+def attend_cached(query, cache, layer, positions):
+    return attend_cache(query, cache, layer, positions, SCALE)
+
+
+@jax.jit
+def attend_plainly(query, cache, layer, positions):
+    mask = jnp.arange(cache.k.shape[3]) <= positions[..., None]
+    return attend(query, cache.k[layer], cache.v[layer], mask, SCALE)
+
+
+@jax.jit
+def attend_masked(query, cache, mask):
+    return attend(query, cache.k[0], cache.v[0], mask, SCALE)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def random_query(length=T, dtype=jnp.float32):
+    return normal(7, B, length, C, G, H, dtype=dtype)
+
+
+def random_cache(capacity, dtype=jnp.float32):
+    k, v = (normal(seed, L, B, C, capacity, H, dtype=dtype) for seed in (8, 9))
+    return KVCache(k, v, jnp.zeros(B, jnp.int32))
+
+
+def with_slots(cache, where, k, v):
+    """The cache with other keys and values at `where`, an index of `[L, B, C, S, H]`."""
+    new_k, new_v = np.array(cache.k), np.array(cache.v)
+    new_k[where], new_v[where] = k, v
+    return cache._replace(k=jnp.asarray(new_k), v=jnp.asarray(new_v))
+
+
+# --- attend -----------------------------------------------------------------------------------
+
+
+def test_attend_by_hand():
+    # Products that the cap turns into logits 27 and 27 - ln 3, so probabilities 3/4 and 1/4;
+    # without a cap they would be 44.2 and 39.2, and the first key would take nearly all.
+    products = 30 * np.arctanh([0.9, 0.9 - np.log(3) / 30])
+    key = np.zeros((1, 1, 2, 2), np.float32)
+    key[0, 0, :, 0] = products * 4
+    key[0, 0, :, 1] = 1000  # where the query is 0
+    output = attend(
+        query=jnp.array([1.0, 0.0]).reshape(1, 1, 1, 1, 2),
+        key=jnp.asarray(key),
+        value=jnp.array([[4.0, 0.0], [0.0, 8.0]]).reshape(1, 1, 2, 2),
+        mask=jnp.ones((1, 1, 2), bool),
+        scale=0.25,
+    )
+    assert output.dtype == jnp.float32
+    np.testing.assert_allclose(output.reshape(2), [3, 2], rtol=1e-5)
+
+
+def test_attend_gives_the_one_key_that_a_mask_allows():
+    cache = random_cache(4)
+    slots = np.array([[0, 2, 1], [3, 3, 0], [1, 2, 3]])
+    mask = jnp.asarray(slots[..., None] == np.arange(4))
+    output = np.asarray(attend_masked(random_query(), cache, mask))
+    values = np.asarray(cache.v[0])
+    for b, t in np.ndindex(B, T):
+        expected = values[b, :, slots[b, t]][:, None]
+        np.testing.assert_array_equal(output[b, t], np.broadcast_to(expected, (C, G, H)))
+
+
+def test_attend_against_float64_head_by_head():
+    cache, query = random_cache(11), random_query()
+    positions = np.array([[0, 1, 2], [9, 10, 4], [5, 5, 8]])
+    output = np.asarray(attend_plainly(query, cache, 1, positions)).reshape(B, T, C * G, H)
+    queries = np.asarray(query, np.float64).reshape(B, T, C * G, H)
+    keys, values = (np.asarray(array, np.float64)[1] for array in (cache.k, cache.v))
+    for b, t, n in np.ndindex(B, T, C * G):
+        # Consecutive query heads share a key/value head.
+        seen = slice(0, positions[b, t] + 1)
+        products = keys[b, n // G, seen] @ queries[b, t, n] * SCALE
+        weights = np.exp(30 * np.tanh(products / 30))
+        expected = weights @ values[b, n // G, seen] / weights.sum()
+        np.testing.assert_allclose(output[b, t, n], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", [attend_plainly, attend_cached])
+def test_what_lies_beyond_a_position_does_not_matter(form):
+    cache, query = random_cache(11), random_query()
+    positions = np.array([[0, 1, 2], [9, 10, 4], [5, 5, 8]])
+    output = np.asarray(form(query, cache, 1, positions))
+    for b, t in np.ndindex(B, T):
+        beyond = np.s_[:, b, :, positions[b, t] + 1 :]
+        stale = with_slots(cache, beyond, k=-1e30, v=1e30)
+        np.testing.assert_array_equal(form(query, stale, 1, positions)[b, t], output[b, t])
+    # What lies at a position does, and to those that may see it only.
+    poked = with_slots(cache, np.s_[1, 1, :, 9], k=2, v=3)
+    changed = np.any(np.asarray(form(query, poked, 1, positions)) != output, axis=(2, 3, 4))
+    np.testing.assert_array_equal(changed, [[False] * 3, [True, True, False], [False] * 3])
+
+
+# --- attend_cache -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [37, 1024, 1100])
+def test_attend_cache_is_attend(capacity):
+    # Blocks are of 512 keys: less than one, two whole ones, and two and a rest of 76.
+    cache, query = random_cache(capacity), random_query()
+    last, middle = capacity - 1, capacity // 2
+    for layer, positions in (
+        (0, [[0, 1, 2], [middle - 1, middle, middle + 1], [last - 2, last - 1, last]]),
+        (1, [[0, 0, 0], [1, 2, 3], [4, 0, 7]]),
+    ):
+        output = attend_cached(query, cache, layer, np.array(positions))
+        assert output.dtype == jnp.float32
+        expected = attend_plainly(query, cache, layer, np.array(positions))
+        np.testing.assert_allclose(output, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("position", [511, 512, 1023, 1024])
+def test_attend_cache_at_the_edges_of_blocks(position):
+    cache, query = random_cache(1100), random_query()
+    positions = np.array([[position] * T, [3, 4, 5], [position, 0, position - 1]])
+    expected = attend_plainly(query, cache, 0, positions)
+    np.testing.assert_allclose(attend_cached(query, cache, 0, positions), expected, atol=2e-6)
+
+
+def test_attend_cache_with_bfloat16_accumulates_in_float32():
+    cache, query = random_cache(1100, jnp.bfloat16), random_query(dtype=jnp.bfloat16)
+    positions = np.array([[0, 1, 2], [600, 601, 602], [1097, 1098, 1099]])
+    output = np.asarray(attend_cached(query, cache, 0, positions))
+    assert output.dtype == np.float32
+    as_float32 = cache._replace(k=cache.k.astype(jnp.float32), v=cache.v.astype(jnp.float32))
+    expected = attend_plainly(query.astype(jnp.float32), as_float32, 0, positions)
+    error = np.abs(output - np.asarray(expected))
+    # A weight is rounded to bfloat16, by 2**-9 at most; over many keys the roundings average out.
+    assert error.max() < 0.01
+    assert error[1:].max() < 1e-3
+
+
+def test_attend_cache_reads_no_block_beyond_the_last_position():
+    cache, query = random_cache(1100), random_query()
+    positions = np.array([[0, 1, 2], [509, 510, 511], [7, 8, 9]])
+    unread = with_slots(cache, np.s_[:, :, :, 512:], k=np.nan, v=np.nan)
+    np.testing.assert_array_equal(
+        attend_cached(query, unread, 0, positions), attend_cached(query, cache, 0, positions)
+    )
+
+
+def test_attend_cache_rows_do_not_depend_on_each_other():
+    cache, query = random_cache(1100), np.array(random_query())
+    positions = np.array([[0, 1, 2], [509, 510, 511], [7, 8, 9]])
+    output = np.asarray(attend_cached(jnp.asarray(query), cache, 0, positions))
+    query[1] += 1
+    positions[1] = 1097, 1098, 1099
+    poked = with_slots(cache, np.s_[:, 1], k=2, v=3)
+    others = np.asarray(attend_cached(jnp.asarray(query), poked, 0, positions))
+    np.testing.assert_array_equal(others[[0, 2]], output[[0, 2]])
+    assert not np.allclose(others[1], output[1], atol=0.1)
+
+
+# --- append -----------------------------------------------------------------------------------
+
+
+def random_new(length=T):
+    return normal(10, B, length, C, H), normal(11, B, length, C, H)
+
+
+def test_append_writes_one_layer_at_the_positions_of_each_row():
+    cache = random_cache(11)
+    key, value = random_new()
+    positions = np.array([[0, 1, 2], [7, 8, 9], [10, 3, 6]])
+    written = append_compiled(cache, 1, key, value, positions, np.ones((B, T), bool))
+    for new, before, after in ((key, cache.k, written.k), (value, cache.v, written.v)):
+        expected = np.array(before)
+        for b, t in np.ndindex(B, T):
+            expected[1, b, :, positions[b, t]] = np.asarray(new)[b, t]
+        np.testing.assert_array_equal(after, expected)
+    np.testing.assert_array_equal(written.length, cache.length)
+
+
+def test_append_drops_what_is_invalid_or_beyond_the_capacity():
+    cache = random_cache(11)
+    key, value = random_new()
+    positions = np.array([[9, 10, 11], [11, 12, 1000], [0, 1, 2]])
+    valid = np.array([[True, True, True], [True, True, True], [False, True, False]])
+    written = append_compiled(cache, 0, key, value, positions, valid)
+    for new, before, after in ((key, cache.k, written.k), (value, cache.v, written.v)):
+        expected, new = np.array(before), np.asarray(new)
+        expected[0, 0, :, 9] = new[0, 0]
+        expected[0, 0, :, 10] = new[0, 1]
+        expected[0, 2, :, 1] = new[2, 1]
+        np.testing.assert_array_equal(after, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_append_rounds_to_the_type_of_the_cache(dtype):
+    cache = random_cache(11, dtype)
+    key, value = random_new()
+    positions = np.broadcast_to(np.arange(T), (B, T))
+    written = append_compiled(cache, 0, key, value, positions, np.ones((B, T), bool))
+    for new, after in ((key, written.k), (value, written.v)):
+        assert after.dtype == dtype
+        expected = np.asarray(new.astype(dtype)).transpose(0, 2, 1, 3)
+        np.testing.assert_array_equal(np.asarray(after)[0, :, :, :T], expected)
+
+
+def test_append_saturates_what_float16_cannot_hold():
+    cache = random_cache(11, jnp.float16)
+    new = jnp.asarray(np.broadcast_to(np.resize([1e6, -1e6, 65504.0], (B, T, 1, 1)), (B, T, C, H)))
+    positions = np.broadcast_to(np.arange(T), (B, T))
+    written = append_compiled(
+        cache, 0, new.astype(jnp.float32), -new.astype(jnp.float32), positions, positions >= 0
+    )
+    np.testing.assert_array_equal(written.k[0, 0, 0, :T, 0], [65504, -65504, 65504])
+    np.testing.assert_array_equal(written.v[0, 0, 0, :T, 0], [-65504, 65504, -65504])
+
+
+def test_chunks_through_the_cache_make_the_whole():
+    length = 9
+    query, (key, value) = random_query(length), random_new(length)
+    whole = KVCache(
+        *(jnp.asarray(np.asarray(new).transpose(0, 2, 1, 3)[None]) for new in (key, value)),
+        jnp.zeros(B, jnp.int32),
+    )
+    everywhere = np.broadcast_to(np.arange(length), (B, length))
+    expected = attend_plainly(query, whole, 0, everywhere)
+
+    cache = with_slots(random_cache(11), np.s_[:], k=1e30, v=1e30)
+    outputs = []
+    for start in range(0, length, 3):
+        chunk = slice(start, start + 3)
+        positions = everywhere[:, chunk]
+        cache = append_compiled(
+            cache, 1, key[:, chunk], value[:, chunk], positions, np.ones((B, T), bool)
+        )
+        outputs.append(attend_cached(query[:, chunk], cache, 1, positions))
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, atol=2e-6)

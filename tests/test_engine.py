@@ -1,0 +1,81 @@
+"""Chunks, capacities, and how often anything is compiled."""
+
+import numpy as np
+import pytest
+
+import grok1
+from grok1.config import GROK_1
+from grok1.engine import CHUNK_LENGTHS, Engine
+from grok1.manifest import abstract_params
+from grok1.sharding import abstract_stack, make_mesh
+from grok1.transformer import naming
+
+
+@pytest.fixture(scope="module")
+def grok_1_engine() -> Engine:
+    mesh = make_mesh(GROK_1, (1, 8))
+    params = abstract_stack(naming(GROK_1).apply(abstract_params(GROK_1), None), GROK_1, mesh)
+    return Engine(params, GROK_1, mesh, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "capacity"), [(1, 256), (256, 256), (257, 512), (4097, 8192), (8192, 8192)]
+)
+def test_capacities_are_few(grok_1_engine, num_tokens, capacity):
+    assert grok_1_engine.capacity_for(num_tokens) == capacity
+
+
+@pytest.mark.parametrize(
+    ("batch", "remaining", "chunks"),
+    [
+        (1, 11, [16]),
+        (1, 33, [64]),
+        (1, 32, [16, 16]),
+        (1, 100, [64, 64]),
+        (1, 8191, [1024] * 8),
+        (32, 1000, [64] * 16),
+    ],
+)
+def test_chunks_cover_a_prompt(grok_1_engine, batch, remaining, chunks):
+    found = []
+    while remaining > 0:
+        found.append(grok_1_engine.chunk_for(batch, remaining))
+        remaining -= found[-1]
+    assert found == chunks
+
+
+def test_every_prompt_length_is_covered_with_little_padding(grok_1_engine):
+    for length in range(1, 3000):
+        remaining, computed = length, 0
+        while remaining > 0:
+            chunk = grok_1_engine.chunk_for(1, remaining)
+            assert chunk in CHUNK_LENGTHS
+            computed += chunk
+            remaining -= chunk
+        assert computed < 2 * length + CHUNK_LENGTHS[0]
+
+
+def test_scored_logits_stay_within_a_quarter_of_a_gigabyte(grok_1_engine):
+    chunk = grok_1_engine.scoring_chunk_for(1, 8192)
+    assert chunk * 131072 * 4 <= 1 << 28
+
+
+def test_one_program_for_each_shape_whatever_the_request(nano_path):
+    model = grok1.load(nano_path, mesh=(1, 1), dtype="float32", progress=False)
+    for length, seed, temperature in [
+        (3, 0, 0),
+        (9, 1, 1.0),
+        (14, 2, 0.5),
+        (16, 3, 0),
+        (2, 4, 2.0),
+    ]:
+        tokens = np.arange(1, length + 1)
+        model.generate(tokens, max_new_tokens=length, seed=seed, temperature=temperature)
+    programs = model.engine._programs
+    traced = {key[0]: program._cache_size() for key, program in programs.items()}
+    assert traced == {"empty cache": 1, "prefill": 1, "decode": 1}
+    # Another batch size is another shape, once.
+    model.generate([[1, 2], [3]], max_new_tokens=2)
+    model.generate([[4], [5, 6, 7]], max_new_tokens=5)
+    assert programs["decode", None, None]._cache_size() == 2
+    assert programs["prefill", 16]._cache_size() == 2

@@ -1,0 +1,102 @@
+"""Checkpoints to devices and back: every shard its slice, every byte returned."""
+
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import grok1
+from grok1 import loading
+from grok1.manifest import file_name, manifest
+from grok1.quantization import dequantize
+from grok1.tensor_file import map_span, read_header, write_tensor
+from tests.helpers import named_params, relative_error
+
+
+@pytest.mark.parametrize(
+    "mesh", [(1, 1), (2, 4), (1, 16)], ids=lambda mesh: "x".join(map(str, mesh))
+)
+def test_the_loaded_model_holds_exactly_the_files(mesh, nano_path, nano_config):
+    model = grok1.load(nano_path, mesh=mesh, progress=False)
+    named = named_params(model)
+    for index, spec in enumerate(manifest(nano_config)):
+        header = read_header(nano_path / "ckpt-0" / file_name(index))
+        module, _, parameter = spec.name.rpartition("/")
+        leaf = named[module][parameter]
+        values = leaf if header.scales is None else leaf.values
+        np.testing.assert_array_equal(values, map_span(header, header.values))
+        if header.scales is not None:
+            np.testing.assert_array_equal(leaf.scales, map_span(header, header.scales))
+
+
+def test_each_device_holds_its_shard_only(nano_path):
+    model = grok1.load(nano_path, mesh=(1, 8), progress=False)
+    gate = model.params.layers.experts.gate.values
+    assert gate.shape == (12, 8, 64, 128)
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(12, 8, 64, 16)}
+    shards = [shard for leaf in jax.tree.leaves(model.params) for shard in leaf.addressable_shards]
+    on_first = sum(s.data.nbytes for s in shards if s.device == model.mesh.devices[0, 0])
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert on_first < whole / 8 * 1.1  # norms, routers and the scales of whole rows are on all
+
+
+def test_building_the_shard_on_the_device_gives_the_same(nano_path, nano, monkeypatch):
+    monkeypatch.setattr(loading, "_fill_host", loading._fill_device)
+    built = grok1.load(nano_path, mesh=(1, 2), progress=False)
+    for found, expected in zip(
+        jax.tree.leaves(named_params(built)), jax.tree.leaves(named_params(nano)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_saving_returns_every_file_byte_for_byte(nano_path, nano_config, tmp_path):
+    # 16 devices: the scale groups in memory are finer than the file's.
+    model = grok1.load(nano_path, mesh=(1, 16), progress=False)
+    grok1.save(model, tmp_path / "copy")
+    for index in range(len(manifest(nano_config))):
+        copied = tmp_path / "copy" / "ckpt-0" / file_name(index)
+        assert copied.read_bytes() == (nano_path / "ckpt-0" / file_name(index)).read_bytes()
+    assert grok1.ModelConfig.load(tmp_path / "copy" / "config.json") == nano_config
+
+
+def test_float_weights_load_and_run(nano, nano_path, nano_reference, tmp_path):
+    (tmp_path / "ckpt-0").mkdir()
+    shutil.copy(nano_path / "config.json", tmp_path)
+    named = named_params(nano)
+    for index, spec in enumerate(nano.tensors):
+        module, _, parameter = spec.name.rpartition("/")
+        values = np.asarray(dequantize(named[module][parameter]))
+        write_tensor(tmp_path / "ckpt-0" / file_name(index), values)
+    model = grok1.load(tmp_path, mesh=(1, 2), dtype="float32", progress=False)
+    logits = model.logits(nano_reference["tokens"])
+    assert relative_error(logits, nano_reference["logits_f64"]) <= 2e-5
+
+
+def test_a_scale_that_is_not_finite_is_refused(nano_path, tmp_path):
+    shutil.copytree(nano_path, tmp_path / "nano")
+    path = tmp_path / "nano" / "ckpt-0" / file_name(5)
+    path.chmod(0o644)
+    header = read_header(path)
+    values, scales = map_span(header, header.values), map_span(header, header.scales).copy()
+    scales[0, 7] = ml_dtypes.bfloat16("nan")
+    write_tensor(path, np.array(values), scales)
+    with pytest.raises(grok1.CheckpointError, match=r"tensor00005_000.*finite"):
+        grok1.load(tmp_path / "nano", progress=False)
+
+
+def test_no_config_means_grok_1(nano_path, tmp_path):
+    shutil.copytree(nano_path / "ckpt-0", tmp_path / "ckpt-0")
+    with pytest.raises(grok1.CheckpointError, match=r"config\.json"):
+        grok1.load(tmp_path, progress=False)
+
+
+def test_a_missing_checkpoint_says_where_to_get_it(tmp_path):
+    with pytest.raises(grok1.CheckpointError, match=r"ckpt-0.*xai-org/grok-1.*checkpoints/toy"):
+        grok1.load(tmp_path, progress=False)
+
+
+def test_progress_is_quiet_when_stderr_is_no_terminal(nano_path, capfd):
+    grok1.load(nano_path, mesh=(1, 1))
+    assert capfd.readouterr() == ("", "")

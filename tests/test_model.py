@@ -1,0 +1,267 @@
+"""What a user of `grok1.load` relies on: batches, streams, stops, seeds, and clear refusals."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok1
+from tests.helpers import relative_error
+
+
+def ragged_prompts(vocab_size: int) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    lengths = (1, 3, 17, 40, 64, 5, 30, 2)
+    return [rng.integers(0, vocab_size, size=length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_batch_gives_what_each_prompt_gives_alone(nano, temperature):
+    prompts = ragged_prompts(128)
+    options = {"max_new_tokens": 16, "temperature": temperature, "ignore_eos": True}
+    seeds = list(range(20, 28))
+    together = nano.generate(prompts, seed=seeds, **options)
+    alone = [nano.generate(p, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
+    assert all(len(c.tokens) == 16 for c in together)
+
+
+def test_logits_of_a_batch_equal_those_of_each_row(nano, nano_reference):
+    tokens = nano_reference["tokens"]
+    single = nano.logits(tokens)
+    assert single.shape == (48, 128)
+    assert single.dtype == np.float32
+    batch = nano.logits(np.stack([tokens, tokens[::-1]]))
+    assert batch.shape == (2, 48, 128)
+    assert relative_error(batch[0], single) <= 2e-5
+    assert relative_error(batch[1], nano.logits(tokens[::-1])) <= 2e-5
+
+
+def test_logits_in_several_chunks_up_to_the_context(nano, nano_reference):
+    tokens = np.concatenate([nano_reference["tokens"]] * 2)
+    assert len(tokens) == nano.config.sequence_len
+    logits = nano.logits(tokens)
+    assert relative_error(logits[:48], nano_reference["logits_f64"]) <= 2e-5
+
+
+def test_token_zero_is_an_ordinary_token(nano, nano_reference):
+    tokens = nano_reference["tokens"].copy()
+    tokens[10] = 0
+    logits = nano.logits(tokens)
+    assert relative_error(logits[:10], nano.logits(tokens[:10])) <= 2e-5
+    # It is attended to: what stands at its place changes everything after.
+    other = tokens.copy()
+    other[10] = 1
+    assert relative_error(nano.logits(other)[11:], logits[11:]) > 1e-3
+
+
+def test_more_prompts_than_rows_run_in_several_batches(nano):
+    prompts = [[i + 1, i + 2] for i in range(37)]
+    completions = nano.generate(prompts, max_new_tokens=2, temperature=0)
+    assert len(completions) == 37
+    assert (
+        completions[35].tokens == nano.generate(prompts[35], max_new_tokens=2, temperature=0).tokens
+    )
+
+
+def test_logprobs_are_the_models_own(nano):
+    prompt = [5, 6, 7]
+    out = nano.generate(
+        prompt, max_new_tokens=4, temperature=0.5, top_k=3, logprobs=5, seed=3, ignore_eos=True
+    )
+    logits = nano.logits(prompt + out.tokens).astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    for i, token in enumerate(out.tokens):
+        row = logprobs[len(prompt) - 1 + i]
+        assert out.logprobs[i] == pytest.approx(row[token], abs=1e-4)
+        assert list(out.top_logprobs[i]) == np.argsort(-row)[:5].tolist()
+        assert list(out.top_logprobs[i].values()) == pytest.approx(np.sort(row)[:-6:-1], abs=1e-4)
+
+
+def test_without_logprobs_there_are_none(nano):
+    out = nano.generate([1], max_new_tokens=1)
+    assert out.logprobs is None
+    assert out.top_logprobs is None
+
+
+def test_equal_prompts_in_a_batch_draw_differently_and_repeatably(nano):
+    options = {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True}
+    first, second = nano.generate([[9], [9]], seed=5, **options)
+    assert first.tokens != second.tokens
+    again = nano.generate([[9], [9]], seed=5, **options)
+    assert [first.tokens, second.tokens] == [c.tokens for c in again]
+    assert nano.generate([9], seed=5, **options).tokens == first.tokens
+    assert nano.generate([9], seed=6, **options).tokens != first.tokens
+
+
+def test_stop_token_ends_and_is_kept(nano, nano_reference):
+    expected = nano_reference["greedy_tokens"].tolist()
+    stop = expected[5]
+    out = nano.generate(
+        nano_reference["greedy_prompt"], max_new_tokens=32, temperature=0, stop=stop
+    )
+    assert out.tokens == expected[: expected.index(stop) + 1]
+    assert out.stop_reason == "stop"
+
+
+def test_end_of_sequence_stops_unless_ignored(nano):
+    def always_eos(logits, tokens, length):
+        return logits.at[:, 2].set(1e9)
+
+    out = nano.generate([1, 5], max_new_tokens=6, logits_processor=always_eos)
+    assert (out.tokens, out.stop_reason) == ([2], "stop")
+    out = nano.generate([1, 5], max_new_tokens=6, logits_processor=always_eos, ignore_eos=True)
+    assert (out.tokens, out.stop_reason) == ([2] * 6, "length")
+
+
+def test_a_processor_sees_the_tokens_so_far(nano):
+    def one_more_than_the_last(logits, tokens, length):
+        last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+        rows = jnp.arange(len(last))
+        return logits.at[rows, last + 1].set(1e9)
+
+    out = nano.generate([[10], [3, 50]], max_new_tokens=4, logits_processor=one_more_than_the_last)
+    assert [c.tokens for c in out] == [[11, 12, 13, 14], [51, 52, 53, 54]]
+
+
+def test_only_allowed_tokens_are_drawn(nano):
+    out = nano.generate([1], max_new_tokens=30, temperature=2.0, top_p=1, allowed_tokens=[7, 90])
+    assert set(out.tokens) == {7, 90}
+
+
+def test_generation_ends_at_the_context(nano):
+    prompt = list(range(1, 91))
+    out = nano.generate(prompt, max_new_tokens=50, temperature=0, ignore_eos=True)
+    assert len(out.tokens) == 6
+    assert out.stop_reason == "context"
+    # The cache was never overwritten: the last token is what the whole sequence predicts.
+    assert out.tokens[-1] == nano.logits(prompt + out.tokens[:-1])[-1].argmax()
+    exactly = nano.generate(prompt, max_new_tokens=6, temperature=0, ignore_eos=True)
+    assert exactly.stop_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], ValueError, r"the prompt is empty; give at least one token"),
+        (
+            list(range(96)),
+            ValueError,
+            r"the prompt has 96 tokens and the context holds 96.*shorten the prompt by 1$",
+        ),
+        ([1] * 100, ValueError, r"shorten the prompt by 5$"),
+        ([1, 128], ValueError, r"the prompt must be token ids from 0 to 127, found 128"),
+        ([-1], ValueError, r"the prompt must be token ids from 0 to 127, found -1"),
+        ([1.5], ValueError, r"the prompt must be whole-number token ids, found float64"),
+        ("text", ValueError, r"this model has no tokenizer; give token ids"),
+        ([[1], []], ValueError, r"the prompt is empty"),
+        (3, TypeError, r"a prompt is text or a sequence of token ids, found int"),
+    ],
+    ids=repr,
+)
+def test_prompts_that_are_refused(nano, prompt, error, message):
+    with pytest.raises(error, match=message):
+        nano.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"stop": "x"}, ValueError, r"stop string 'x' needs a tokenizer"),
+        ({"stop": [128]}, ValueError, r"stop must be token ids from 0 to 127, found 128"),
+        ({"logprobs": 129}, ValueError, r"logprobs must be at most the vocabulary of 128"),
+        ({"temperature": -1}, ValueError, r"temperature must be 0 .* or above, found -1"),
+        ({"seed": [1, 2]}, ValueError, r"2 seeds for 1 prompts; give one a prompt"),
+        ({"max_tokens": 3}, TypeError, r"max_tokens"),
+    ],
+    ids=repr,
+)
+def test_options_that_are_refused(nano, options, error, message):
+    with pytest.raises(error, match=message):
+        nano.generate([1], **options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((1, 2, 3), int), r"integer ids \[T\] or \[B, T\].*found int64\[1, 2, 3\]"),
+        ([], r"with at least one token"),
+        ([0.5], r"found float64\[1\]"),
+        ([1, 200], r"tokens must be token ids from 0 to 127, found 200"),
+        (np.zeros(97, int), r"97 tokens are 1 more than the context of 96"),
+    ],
+    ids=["rank", "empty", "float", "range", "context"],
+)
+def test_logits_refuses_what_is_no_token_array(nano, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        nano.logits(tokens)
+
+
+def test_stream_needs_a_tokenizer_and_one_prompt(nano, toy):
+    with pytest.raises(ValueError, match="stream needs a tokenizer"):
+        nano.stream([1])
+    with pytest.raises(TypeError, match="stream takes one prompt"):
+        toy.stream(["a", "b"])
+
+
+def test_dtype_and_tokenizer_that_are_refused(nano_path):
+    with pytest.raises(ValueError, match='dtype must be "float32" or "bfloat16", found \'int8\''):
+        grok1.load(nano_path, dtype="int8")
+    toy_tokenizer = nano_path.parents[2] / "checkpoints" / "toy" / "tokenizer.model"
+    with pytest.raises(ValueError, match=r"tokenizer has 1280 pieces, the model's vocabulary 128"):
+        grok1.load(nano_path, tokenizer=toy_tokenizer, progress=False)
+
+
+def test_random_models_are_the_same_on_every_mesh():
+    tokens = [3, 1, 4, 1, 5]
+    one = grok1.random_model(grok1.TOY, mesh=(1, 1), dtype="float32", seed=1).logits(tokens)
+    other = grok1.random_model(grok1.TOY, mesh=(2, 4), dtype="float32", seed=1).logits(tokens)
+    assert relative_error(other, one) <= 2e-5
+    assert 0.1 < one.std() < 3
+
+
+class TestToy:
+    """The trained toy and its tokenizer, through text."""
+
+    prompt = "The answer to life the universe and everything is of course"
+
+    def test_stream_joins_to_the_completion(self, toy):
+        stream = toy.stream(self.prompt, max_new_tokens=40, seed=1)
+        pieces = []
+        while True:
+            try:
+                pieces.append(next(stream))
+            except StopIteration as end:
+                completion = end.value
+                break
+        assert len(pieces) > 5
+        assert "".join(pieces) == completion.text
+        assert completion == toy.generate(self.prompt, max_new_tokens=40, seed=1)
+
+    def test_a_stop_string_is_cut_off(self, toy):
+        free = toy.generate(self.prompt, max_new_tokens=60, temperature=0, ignore_eos=True)
+        stop = free.text[20:26]  # begins and ends inside tokens, wherever those are
+        out = toy.generate(
+            self.prompt, max_new_tokens=60, temperature=0, ignore_eos=True, stop=["@@@", stop]
+        )
+        assert out.text == free.text[: free.text.index(stop)]
+        assert out.stop_reason == "stop"
+        assert out.tokens == free.tokens[: len(out.tokens)]
+
+    def test_the_text_is_english(self, toy):
+        text = toy.generate("The ", max_new_tokens=200, ignore_eos=True).text
+        words = text.lower().split()
+        common = {"the", "a", "of", "to", "is", "and", "in", "that", "for", "be", "with", "or"}
+        assert sum(word in common for word in words) / len(words) > 0.2
+
+    def test_text_and_its_tokens_give_the_same(self, toy):
+        tokens = toy.tokenizer.encode(self.prompt)
+        by_text = toy.generate(self.prompt, max_new_tokens=8, temperature=0)
+        by_tokens = toy.generate(tokens, max_new_tokens=8, temperature=0)
+        assert by_text == by_tokens
+        with_bos = toy.generate(self.prompt, max_new_tokens=8, temperature=0, add_bos=True)
+        assert with_bos == toy.generate([1, *tokens], max_new_tokens=8, temperature=0)
+
+    def test_saving_keeps_the_tokenizer(self, toy, tmp_path):
+        grok1.save(toy, tmp_path / "toy")
+        copy = grok1.load(tmp_path / "toy", mesh=(1, 1), dtype="float32", progress=False)
+        assert copy.generate("The ", max_new_tokens=8) == toy.generate("The ", max_new_tokens=8)

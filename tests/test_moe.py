@@ -1,0 +1,176 @@
+"""Routing by hand; sparse and dense experts against float64, and what padding may not touch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.moe import ExpertWeights, Routing, expert_ffn, experts_dense, experts_sparse, route
+from grok1.quantization import dequantize, quantize
+
+D, F = 7, 11
+
+quantize_compiled = jax.jit(quantize, static_argnames="num_groups")
+route_compiled = jax.jit(route, static_argnames="num_selected")
+
+
+@jax.jit
+def dense(x, weights, index, routing):
+    return experts_dense(x, weights, index, routing)
+
+
+@jax.jit
+def sparse(x, weights, index, routing, valid):
+    return experts_sparse(x, weights, index, routing, valid)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def random_weights(num_experts, lead=(), model_dim=D, hidden_dim=F):
+    gate = normal(0, *lead, num_experts, model_dim, hidden_dim) / model_dim**0.5
+    up = normal(1, *lead, num_experts, model_dim, hidden_dim) / model_dim**0.5
+    down = normal(2, *lead, num_experts, hidden_dim, model_dim) / hidden_dim**0.5
+    return ExpertWeights(gate, up, down)
+
+
+def random_inputs(num_tokens, num_experts, num_selected, model_dim=D):
+    x, router = normal(3, num_tokens, model_dim), normal(4, model_dim, num_experts)
+    return x, route_compiled(x, router, num_selected=num_selected)
+
+
+def with_experts(routing, indices):
+    return routing._replace(expert_indices=jnp.asarray(indices, jnp.int32))
+
+
+def float64_experts(x, weights, routing):
+    """Token by token, from the definition; `weights` has no layer axis."""
+    x, gate, up, down = (np.asarray(array).astype(np.float64) for array in (x, *weights))
+    indices, factors = np.asarray(routing.expert_indices), np.asarray(routing.expert_weights)
+    out = np.zeros_like(x)
+    for token, choice in np.ndindex(*indices.shape):
+        expert = indices[token, choice]
+        hidden = x[token] @ gate[expert]
+        gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+        out[token] += factors[token, choice] * ((gelu * (x[token] @ up[expert])) @ down[expert])
+    return out
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert actual.dtype == jnp.float32
+    assert np.abs(np.asarray(actual) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+# --- routing ----------------------------------------------------------------------------------
+
+
+def test_route_by_hand():
+    # Each coordinate selects logits that are the logarithms of probabilities.
+    probs = np.array([[0.4, 0.1, 0.3, 0.15, 0.05], [0.05, 0.2, 0.11, 0.14, 0.5]])
+    routing = route(jnp.eye(2), jnp.asarray(np.log(probs), jnp.float32), 3)
+    np.testing.assert_allclose(routing.probs, probs, rtol=1e-6)
+    # Best first, and the probabilities as they are: those of a token sum to less than 1.
+    np.testing.assert_array_equal(routing.expert_indices, [[0, 2, 3], [4, 1, 3]])
+    expected = [[0.4, 0.3, 0.15], [0.5, 0.2, 0.14]]
+    np.testing.assert_allclose(routing.expert_weights, expected, rtol=1e-6)
+
+
+def test_route_breaks_ties_to_the_lower_expert():
+    routing = route_compiled(jnp.ones((1, D)), jnp.zeros((D, 8)), num_selected=2)
+    np.testing.assert_array_equal(routing.expert_indices, [[0, 1]])
+    np.testing.assert_array_equal(routing.expert_weights, [[0.125, 0.125]])
+
+
+def test_route_is_float32_whatever_the_input():
+    # Logits 1 and 1.001 are one number in bfloat16: rounded, the lower expert would win.
+    router = jnp.array([[1.0, 1.001]])
+    routing = route_compiled(jnp.ones((1, 1), jnp.bfloat16), router, num_selected=1)
+    assert routing.probs.dtype == jnp.float32
+    np.testing.assert_array_equal(routing.expert_indices, [[1]])
+
+
+# --- experts ----------------------------------------------------------------------------------
+
+
+def test_expert_ffn_by_hand():
+    # gelu(1) = 0.841192 in its tanh form (0.841345 exactly), times 3, times 2.
+    one = jnp.ones((1, 1, 1))
+    weights = ExpertWeights(gate=one, up=3 * one, down=2 * one)
+    output = expert_ffn(jnp.ones((1, 1)), weights, (0,))
+    np.testing.assert_allclose(output, [[6 * 0.841192]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num_experts", "num_selected"), [(5, 3), (8, 2)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 300])  # 300: several blocks of 128 an expert
+def test_dense_and_sparse_against_float64(num_tokens, num_experts, num_selected):
+    x, routing = random_inputs(num_tokens, num_experts, num_selected)
+    weights = random_weights(num_experts)
+    expected = float64_experts(x, weights, routing)
+    assert_close(dense(x, weights, (), routing), expected)
+    assert_close(sparse(x, weights, (), routing, np.ones(num_tokens, bool)), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [7, 300])
+def test_no_token_is_dropped_when_all_choose_the_same_experts(num_tokens):
+    x, routing = random_inputs(num_tokens, 8, 2)
+    routing = with_experts(routing, np.broadcast_to([5, 2], (num_tokens, 2)))
+    weights = random_weights(8)
+    output = sparse(x, weights, (), routing, np.ones(num_tokens, bool))
+    assert_close(output, float64_experts(x, weights, routing))
+
+
+@pytest.mark.parametrize("num_tokens", [7, 300])
+def test_padding_gets_zeros_and_its_experts_are_not_read(num_tokens):
+    x, routing = random_inputs(num_tokens, 8, 2)
+    valid = np.arange(num_tokens) % 3 != 1
+    # Valid tokens choose among experts 1, 4 and 6; padding chooses from those that hold NaN.
+    choices = np.array([1, 4, 6])[(np.arange(num_tokens)[:, None] + [0, 1]) % 3]
+    routing = with_experts(routing, np.where(valid[:, None], choices, [0, 7]))
+    weights = random_weights(8)
+    expected = float64_experts(x, weights, routing)[valid]
+    unread = ~np.isin(np.arange(8), [1, 4, 6])[:, None, None]
+    weights = ExpertWeights(*(jnp.where(unread, jnp.nan, weight) for weight in weights))
+    output = np.asarray(sparse(x, weights, (), routing, valid))
+    assert_close(output[valid], expected)
+    np.testing.assert_array_equal(output[~valid], 0)
+
+
+def test_a_batch_of_padding_alone_reads_no_expert():
+    x, routing = random_inputs(7, 8, 2)
+    weights = ExpertWeights(*(jnp.full_like(weight, jnp.nan) for weight in random_weights(8)))
+    output = sparse(x, weights, (), routing, np.zeros(7, bool))
+    np.testing.assert_array_equal(output, np.zeros((7, D)))
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
+def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
+    model_dim, hidden_dim = 13, 24  # 8 groups of 3 rows of the down projection, as released
+    gate, up, down = random_weights(5, (3,), model_dim, hidden_dim)
+    weights = ExpertWeights(
+        quantize_compiled(gate), quantize_compiled(up), quantize_compiled(down, num_groups=8)
+    )
+    x, routing = random_inputs(7, 5, 3, model_dim)
+    x = x.astype(dtype)
+    exact = [dequantize(weight) for weight in weights]
+    for layer in (0, 2):
+        if form == "dense":
+            output = dense(x, weights, (layer,), routing)
+        else:
+            output = sparse(x, weights, (layer,), routing, np.ones(7, bool))
+        one_layer = ExpertWeights(*(np.asarray(weight)[layer] for weight in exact))
+        assert_close(output, float64_experts(x, one_layer, routing), tolerance)
+
+
+def test_a_row_does_not_depend_on_its_batch_mates():
+    weights = random_weights(8)
+    x, routing = random_inputs(300, 8, 2)
+    together = np.asarray(sparse(x, weights, (), routing, np.ones(300, bool)))
+    # Alone, in a small batch, and in the same batch turned round, where it lies in another block.
+    for rows in ([0], [123], range(100, 107), range(299, -1, -1)):
+        rows = list(rows)
+        chosen = Routing(*(jnp.asarray(np.asarray(part)[rows]) for part in routing))
+        apart = sparse(np.asarray(x)[rows], weights, (), chosen, np.ones(len(rows), bool))
+        error = np.abs(np.asarray(apart) - together[rows]).max()
+        assert error <= 1e-6 * np.abs(together).max()

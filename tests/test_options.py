@@ -1,0 +1,193 @@
+"""GenerationOptions: defaults, what is refused and in which words, and the values derived."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from grok1.options import GenerationOptions, check_ids
+from grok1.sampling import SamplingParams
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
+
+
+def test_defaults():
+    options = GenerationOptions()
+    assert dataclasses.asdict(options) == {
+        "max_new_tokens": 64,
+        "temperature": 0.7,
+        "top_p": 0.95,
+        "top_k": None,
+        "min_p": None,
+        "seed": 0,
+        "stop": None,
+        "ignore_eos": False,
+        "logprobs": None,
+        "add_bos": False,
+        "allow_control": False,
+        "allowed_tokens": None,
+        "logits_processor": None,
+    }
+    assert options.sampling() == SamplingParams()
+
+
+def test_sampling_is_the_part_that_shapes_a_draw():
+    options = GenerationOptions(temperature=0.5, top_p=0.25, top_k=7, min_p=0.125, seed=3)
+    expected = SamplingParams(temperature=0.5, top_p=0.25, top_k=7, min_p=0.125)
+    assert options.sampling() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number above 0, found 0"),
+        ({"max_new_tokens": -3}, "max_new_tokens must be a whole number above 0, found -3"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number above 0, found 1.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number above 0, found True"),
+        ({"max_new_tokens": "8"}, "max_new_tokens must be a whole number above 0, found '8'"),
+        ({"logprobs": -1}, "logprobs must be a number of alternatives from 0, or None, found -1"),
+        (
+            {"logprobs": True},
+            "logprobs must be a number of alternatives from 0, or None, found True",
+        ),
+        ({"stop": ""}, "stop must not hold an empty string: it would end at once"),
+        ({"stop": ["a", ""]}, "stop must not hold an empty string: it would end at once"),
+        (
+            {"temperature": -1},
+            "temperature must be 0 (the most probable token) or above, found -1",
+        ),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, found 0"),
+        ({"top_k": 0}, "top_k must be a whole number above 0, or None, found 0"),
+        ({"min_p": 2}, "min_p must be from 0 to 1, or None, found 2"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=exactly(message)):
+        GenerationOptions(**options)
+
+
+# --- stop -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stop", "strings", "tokens"),
+    [
+        (None, [], []),
+        ("end", ["end"], []),
+        (7, [], [7]),
+        (0, [], [0]),
+        (["end", 7, "\n", 0], ["end", "\n"], [7, 0]),
+        (("end", "\n"), ["end", "\n"], []),
+        ([], [], []),
+        ([np.int32(5), "x"], ["x"], [5]),
+        (np.int64(5), [], [5]),
+    ],
+)
+def test_stop_takes_strings_and_tokens_one_or_several(stop, strings, tokens):
+    options = GenerationOptions(stop=stop)
+    assert options.stop_strings() == strings
+    assert options.stop_tokens() == tokens
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        ([True], "stop takes strings and token ids, found True of type bool"),
+        (["a", 2.5], "stop takes strings and token ids, found 2.5 of type float"),
+        ([None], "stop takes strings and token ids, found None of type NoneType"),
+        ([["a"]], "stop takes strings and token ids, found ['a'] of type list"),
+    ],
+)
+def test_stop_of_another_type_is_refused(stop, message):
+    with pytest.raises(TypeError, match=exactly(message)):
+        GenerationOptions(stop=stop)
+
+
+# --- seeds ------------------------------------------------------------------------------------
+
+
+def test_one_seed_makes_a_stream_for_each_prompt():
+    assert GenerationOptions(seed=5).seeds(3) == [(5, 0), (5, 1), (5, 2)]
+
+
+def test_a_sequence_of_seeds_gives_each_prompt_the_draws_it_would_have_alone():
+    seeds = GenerationOptions(seed=[5, 6, 5]).seeds(3)
+    assert seeds == [(5, 0), (6, 0), (5, 0)]
+    assert seeds[1:2] == GenerationOptions(seed=6).seeds(1)
+
+
+def test_seeds_are_python_integers():
+    for options in (GenerationOptions(seed=np.int64(5)), GenerationOptions(seed=np.array([5, 5]))):
+        for seed, stream in options.seeds(2):
+            assert type(seed) is type(stream) is int
+
+
+@pytest.mark.parametrize("seeds", [[5, 6], [5, 6, 7, 8], []])
+def test_seeds_must_be_one_a_prompt(seeds):
+    message = f"{len(seeds)} seeds for 3 prompts; give one a prompt"
+    with pytest.raises(ValueError, match=exactly(message)):
+        GenerationOptions(seed=seeds).seeds(3)
+
+
+# --- allowed tokens ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [
+        (None, [0, 1, 2, 3, 4]),
+        ([1, 3], [1, 3]),
+        ((0,), [0]),
+        (np.array([4, 4, 2], np.uint8), [2, 4]),
+        ([False, True, False, False, True], [1, 4]),
+        (np.arange(5) > 2, [3, 4]),
+    ],
+)
+def test_allowed_mask(allowed, expected):
+    mask = GenerationOptions(allowed_tokens=allowed).allowed_mask(5)
+    assert mask.dtype == bool
+    assert mask.shape == (5,)
+    assert np.flatnonzero(mask).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ([5], "allowed_tokens must be token ids from 0 to 4, found 5"),
+        ([2, -1], "allowed_tokens must be token ids from 0 to 4, found -1"),
+        ([1.5], "allowed_tokens must be whole-number token ids, found float64"),
+        (["a"], "allowed_tokens must be whole-number token ids, found <U1"),
+        ([True] * 4, "allowed_tokens as a mask must be bool[5], found bool[4]"),
+        (np.ones((1, 5), bool), "allowed_tokens as a mask must be bool[5], found bool[1, 5]"),
+        ([False] * 5, "allowed_tokens allows no token; allow at least one"),
+        ([], "allowed_tokens allows no token; allow at least one"),
+    ],
+)
+def test_allowed_tokens_that_are_none_are_refused(allowed, message):
+    with pytest.raises(ValueError, match=exactly(message)):
+        GenerationOptions(allowed_tokens=allowed).allowed_mask(5)
+
+
+# --- check_ids --------------------------------------------------------------------------------
+
+
+def test_check_ids_takes_integers_of_any_width_and_no_ids_at_all():
+    check_ids(np.array([0, 6], np.uint16), 7, "the prompt")
+    check_ids(np.array([]), 7, "the prompt")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([0, 7]), "the prompt must be token ids from 0 to 6, found 7"),
+        (np.array([[0], [-2]]), "the prompt must be token ids from 0 to 6, found -2"),
+        (np.array([1.0]), "the prompt must be whole-number token ids, found float64"),
+        (np.array([True]), "the prompt must be whole-number token ids, found bool"),
+    ],
+)
+def test_check_ids_names_what_it_checks(ids, message):
+    with pytest.raises(ValueError, match=exactly(message)):
+        check_ids(ids, 7, "the prompt")

@@ -1,0 +1,251 @@
+"""Int8 weights: rounding, scale groups, and the product in each of its forms against float64."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1 import quantization
+from grok1.quantization import (
+    QuantizedArray,
+    dequantize,
+    matmul,
+    matmul_direct,
+    matmul_split,
+    matmul_tiled,
+    num_refined_groups,
+    quantize,
+    refine_groups,
+)
+from tests.helpers import relative_error
+
+M, K, N = 7, 120, 13  # K: 8 groups of 15 rows
+
+quantize_compiled = jax.jit(quantize, static_argnames="num_groups")
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def random_weight(lead=(), rows=K, num_groups=8):
+    """Int8 values of the whole range, and scales that differ from group to group."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-127, 128, (*lead, rows, N), dtype=np.int8)
+    scales = rng.uniform(0.002, 0.02, (*lead, num_groups, N))
+    return QuantizedArray(jnp.asarray(values), jnp.asarray(scales, jnp.bfloat16))
+
+
+def float64(array):
+    return np.asarray(array).astype(np.float64)
+
+
+def float64_weight(weight):
+    values, scales = float64(weight.values), float64(weight.scales)
+    rows_per_group = values.shape[-2] // scales.shape[-2]
+    return values * np.repeat(scales, rows_per_group, axis=-2)
+
+
+# --- quantize ---------------------------------------------------------------------------------
+
+
+def test_quantize_by_hand():
+    # Largest magnitudes 63.5, 254 and 0: scales 0.5, 2 and 0.
+    weight = jnp.array([[63.5, -254.0, 0.0], [-31.5, 127.0, 0.0], [0.7, 0.9, 0.0]])
+    quantized = quantize_compiled(weight)
+    assert quantized.scales.dtype == jnp.bfloat16
+    assert quantized.values.dtype == jnp.int8
+    np.testing.assert_array_equal(float64(quantized.scales), [[0.5, 2, 0]])
+    # Halves go to the even neighbour: 127 / 2 to 64.
+    np.testing.assert_array_equal(quantized.values, [[127, -127, 0], [-63, 64, 0], [1, 0, 0]])
+    assert quantized.shape == (3, 3)
+
+
+def test_quantize_rounds_for_the_scale_that_is_stored():
+    # 127.4465 / 127 = 1.0035 is stored as 1: 126.6 is 127 steps of that, but 126 of 1.0035.
+    quantized = quantize_compiled(jnp.array([[127.4465], [126.6]]))
+    np.testing.assert_array_equal(float64(quantized.scales), [[1]])
+    np.testing.assert_array_equal(quantized.values, [[127], [127]])
+
+
+def test_quantize_scales_each_group_of_rows():
+    # Rows 0, 1 | 2, 3 | 4, 5, the magnitude of the first row of each group 127 * its scale.
+    weight = jnp.array([[127.0], [1.0], [254.0], [4.0], [508.0], [-8.0]])
+    quantized = quantize_compiled(weight, num_groups=3)
+    np.testing.assert_array_equal(float64(quantized.scales), [[1], [2], [4]])
+    np.testing.assert_array_equal(quantized.values[:, 0], [127, 1, 127, 2, 127, -2])
+
+
+def test_quantize_with_leading_axes_is_within_half_a_step_everywhere():
+    magnitudes = np.exp(np.random.default_rng(1).uniform(-3, 3, (2, 3, 8, 1, N)))
+    weight = np.asarray(normal(0, 2, 3, 8, K // 8, N)) * magnitudes
+    weight = weight.reshape(2, 3, K, N).astype(np.float32)
+    quantized = quantize_compiled(jnp.asarray(weight), num_groups=8)
+    assert quantized.shape == (2, 3, K, N)
+    assert quantized.scales.shape == (2, 3, 8, N)
+    steps = np.repeat(float64(quantized.scales), K // 8, axis=-2)
+    assert np.all(np.abs(float64_weight(quantized) - weight) <= steps * 0.5001)
+    # The largest value of each group uses the whole range.
+    values = np.abs(float64(quantized.values)).reshape(2, 3, 8, K // 8, N)
+    assert np.all(values.max(axis=-2) >= 126)
+
+
+def test_quantize_refuses_groups_that_do_not_divide_the_rows():
+    message = "4 scale groups do not divide the 7 rows of the weight"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quantize(jnp.zeros((7, 2)), num_groups=4)
+
+
+# --- dequantize -------------------------------------------------------------------------------
+
+
+def test_dequantize_by_hand():
+    values = jnp.array([[1, -2], [3, 4], [5, 6], [-127, 8]], jnp.int8)
+    scales = jnp.array([[0.5, 2], [10, 0]], jnp.bfloat16)
+    weight = dequantize(QuantizedArray(values, scales))
+    assert weight.dtype == jnp.float32
+    np.testing.assert_array_equal(weight, [[0.5, -4], [1.5, 8], [50, 0], [-1270, 0]])
+
+
+def test_dequantize_with_leading_axes_against_float64():
+    weight = random_weight(lead=(2, 3))
+    # An int8 times a bfloat16 has 15 significant bits: float32 holds it exactly.
+    np.testing.assert_array_equal(dequantize(weight), float64_weight(weight))
+
+
+def test_dequantize_leaves_a_float_weight_alone():
+    weight = jnp.ones((3, 2), jnp.bfloat16)
+    assert dequantize(weight) is weight
+
+
+# --- matmul -----------------------------------------------------------------------------------
+
+
+def test_matmul_by_hand():
+    # Groups of two rows: 1 * (1 + 2 * 3) + 0.5 * (4 + 10 * 6) = 39, and 2 * 2 * 4 - 10 * 5 = -34.
+    values = jnp.array([[1, 0], [3, 4], [4, 0], [6, 5]], jnp.int8)
+    scales = jnp.array([[1, 2], [0.5, -1]], jnp.bfloat16)
+    x = jnp.array([[1.0, 2, 1, 10]])
+    np.testing.assert_array_equal(matmul(x, QuantizedArray(values, scales)), [[39, -34]])
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("num_groups", [1, 8])
+def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead):
+    # Seven rows of float at most: tiles of 6 rows in one group of 120, of 5 rows in groups of 15.
+    monkeypatch.setattr(quantization, "_TILE_ELEMENTS", 7 * N)
+    weight = random_weight(lead, num_groups=num_groups)
+    index = tuple(size - 1 for size in lead)
+    x = normal(1, M, K)
+
+    @jax.jit
+    def every_form(x, weight, index):
+        return [
+            form(x.astype(dtype), weight, index)
+            for dtype in (jnp.float32, jnp.bfloat16)
+            for form in (matmul_direct, matmul_tiled, matmul)
+        ]
+
+    outputs = every_form(x, weight, index)
+    matrix = float64_weight(weight)[index]
+    # bfloat16 inputs are exact numbers too, and their products are summed as finely.
+    rounded = float64(x.astype(jnp.bfloat16))
+    for number, output in enumerate(outputs):
+        assert output.dtype == jnp.float32
+        assert relative_error(output, (float64(x) if number < 3 else rounded) @ matrix) <= 2e-6
+
+
+def test_matmul_keeps_the_leading_axes_of_the_input():
+    weight, x = random_weight(), normal(1, 2, 3, K)
+    assert relative_error(matmul(x, weight), float64(x) @ float64_weight(weight)) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matmul_of_a_float_weight_takes_the_type_of_the_input(dtype):
+    weight, x = normal(0, 3, K, N), normal(1, M, K, dtype=dtype)
+    output = jax.jit(matmul)(x, weight, (2,))
+    assert output.dtype == jnp.float32
+    rounded = float64(weight[2].astype(dtype))
+    assert relative_error(output, float64(x) @ rounded) <= 2e-6
+
+
+def test_matmul_split_keeps_the_mantissa_that_bfloat16_would_round_off():
+    weight, x = random_weight((3,)), normal(1, 2, 3, K)
+
+    @jax.jit
+    def products(x, weight, index):
+        return (
+            matmul_split(x, weight, index, jnp.float32),
+            matmul_split(x, weight, index, jnp.bfloat16),
+            matmul(x.astype(jnp.bfloat16), weight, index),
+        )
+
+    expected = float64(x) @ float64_weight(weight)[2]
+    errors = [relative_error(output, expected) for output in products(x, weight, (2,))]
+    assert errors[0] <= 2e-6
+    assert errors[1] <= 1e-5  # two terms of 8 bits each
+    assert errors[2] >= 1e-3  # one
+
+
+@pytest.mark.parametrize("num_groups", [1, 8])
+def test_matmul_makes_no_copy_of_a_large_weight(num_groups):
+    rows = columns = 2048
+    weight = QuantizedArray(
+        jax.ShapeDtypeStruct((2, rows, columns), jnp.int8),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct((2, num_groups, columns), jnp.bfloat16),  # type: ignore[arg-type]
+    )
+    x = jax.ShapeDtypeStruct((3, rows), jnp.float32)
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    program = jax.jit(lambda x, weight, layer: matmul(x, weight, (layer,)))
+    memory = program.lower(x, weight, layer).compile().memory_analysis()
+    # A copy of the layer is 4 MiB as int8 and 16 MiB as float32; a float32 tile is 1 MiB.
+    assert memory.temp_size_in_bytes < 2 << 20
+
+
+# --- refining groups --------------------------------------------------------------------------
+
+
+def test_refine_groups_by_hand():
+    scales = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    expected = np.array([[1, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]])
+    refined = refine_groups(np.stack([scales, -scales]), 4)
+    assert isinstance(refined, np.ndarray)
+    np.testing.assert_array_equal(refined, [expected, -expected])
+    np.testing.assert_array_equal(refine_groups(jnp.asarray(scales), 4), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_groups", "num_shards", "expected"),
+    [
+        (96, 8, 1, 8),
+        (96, 8, 4, 8),  # a shard of 24 rows holds two whole groups of 12
+        (96, 8, 3, 24),  # shards of 32 rows and groups of 12 share no more than 4
+        (96, 8, 16, 16),  # a shard of 6 rows is half a group
+        (96, 1, 16, 1),  # one scale fits any shard
+        (32768, 8, 8, 8),  # as released
+        (32768, 8, 16, 16),
+    ],
+)
+def test_num_refined_groups(rows, num_groups, num_shards, expected):
+    assert num_refined_groups(rows, num_groups, num_shards) == expected
+
+
+@pytest.mark.parametrize("num_shards", [3, 16])
+def test_shards_with_refined_groups_sum_to_the_whole_product(num_shards):
+    rows = 96
+    weight, x = random_weight(rows=rows), normal(1, M, rows)
+    num_groups = num_refined_groups(rows, 8, num_shards)
+    refined = weight._replace(scales=refine_groups(weight.scales, num_groups))
+    np.testing.assert_array_equal(float64_weight(refined), float64_weight(weight))
+
+    product = jax.jit(matmul)
+    values = np.split(np.asarray(refined.values), num_shards)
+    scales = np.split(np.asarray(refined.scales), num_shards)
+    inputs = np.split(np.asarray(x), num_shards, axis=1)
+    total = sum(
+        float64(product(part, QuantizedArray(jnp.asarray(v), jnp.asarray(s))))
+        for part, v, s in zip(inputs, values, scales, strict=True)
+    )
+    assert relative_error(total, float64(x) @ float64_weight(weight)) <= 2e-6

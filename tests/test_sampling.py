@@ -1,0 +1,311 @@
+"""Sampling on vocabularies of a few tokens by hand, and on the released one against float64."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.sampling import (
+    SamplingParams,
+    SamplingState,
+    keep_probable,
+    sample,
+    sampling_state,
+    top_logprobs,
+)
+
+ALL = np.iinfo(np.int32).max
+# In order 1, 3, 4, 0, 2; the sums from the best are 0.4, 0.7, 0.85, 0.95, 1.
+PROBS = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
+
+keep_compiled = jax.jit(keep_probable)
+sample_compiled = jax.jit(sample)
+top_logprobs_compiled = jax.jit(top_logprobs, static_argnames="num_top")
+
+
+def log(probs):
+    return np.log(np.asarray(probs, np.float32))
+
+
+def state_of(*params, keys=None):
+    """One row for each of `params`, with keys of their own."""
+    if keys is None:
+        keys = [(17, row) for row in range(len(params))]
+    rows = [
+        sampling_state(each, np.array([key], np.uint32))
+        for each, key in zip(params, keys, strict=True)
+    ]
+    return SamplingState(*(jnp.asarray(np.concatenate(part)) for part in zip(*rows, strict=True)))
+
+
+def draw(logits, state, positions, allowed=None):
+    logits = jnp.asarray(logits, jnp.float32)
+    if allowed is None:
+        allowed = np.ones(logits.shape[-1], bool)
+    tokens = sample_compiled(logits, allowed, state, jnp.asarray(positions, jnp.int32))
+    assert tokens.dtype == jnp.int32
+    return np.asarray(tokens)
+
+
+# --- SamplingParams ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (
+            {"temperature": -0.5},
+            "temperature must be 0 (the most probable token) or above, found -0.5",
+        ),
+        (
+            {"temperature": float("nan")},
+            "temperature must be 0 (the most probable token) or above, found nan",
+        ),
+        (
+            {"temperature": float("inf")},
+            "temperature must be 0 (the most probable token) or above, found inf",
+        ),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, found 0"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1, found 1.01"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, found nan"),
+        ({"top_k": 0}, "top_k must be a whole number above 0, or None, found 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number above 0, or None, found 2.5"),
+        ({"min_p": -0.1}, "min_p must be from 0 to 1, or None, found -0.1"),
+        ({"min_p": 1.5}, "min_p must be from 0 to 1, or None, found 1.5"),
+        ({"min_p": float("nan")}, "min_p must be from 0 to 1, or None, found nan"),
+    ],
+)
+def test_values_out_of_range_are_refused(params, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SamplingParams(**params)
+
+
+def test_the_ends_of_the_ranges_are_accepted():
+    SamplingParams(temperature=0, top_p=1, top_k=1, min_p=0)
+    SamplingParams(min_p=1)
+
+
+def test_sampling_state_has_a_row_for_each_key():
+    keys = np.arange(6, dtype=np.uint32).reshape(3, 2)
+    state = sampling_state(SamplingParams(temperature=0.5, top_p=0.75, top_k=7, min_p=0.25), keys)
+    for part, value, dtype in zip(
+        state, (0.5, 0.75, 7, 0.25), (np.float32, np.float32, np.int32, np.float32), strict=False
+    ):
+        np.testing.assert_array_equal(part, np.full(3, value, dtype), strict=True)
+    np.testing.assert_array_equal(state.keys, keys)
+    unfiltered = sampling_state(SamplingParams(), keys)
+    assert np.all(np.asarray(unfiltered.top_k) == ALL)
+    assert np.all(np.asarray(unfiltered.min_p) == 0)
+
+
+# --- keep_probable ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("probs", "top_k", "top_p", "min_p", "expected"),
+    [
+        (PROBS, ALL, 1, 0, [0, 1, 2, 3, 4]),
+        (PROBS, 1, 1, 0, [1]),
+        (PROBS, 2, 1, 0, [1, 3]),
+        (PROBS, 5, 1, 0, [0, 1, 2, 3, 4]),
+        (PROBS, ALL, 1e-9, 0, [1]),
+        (PROBS, ALL, 0.39, 0, [1]),
+        (PROBS, ALL, 0.41, 0, [1, 3]),
+        (PROBS, ALL, 0.69, 0, [1, 3]),
+        (PROBS, ALL, 0.71, 0, [1, 3, 4]),
+        (PROBS, ALL, 0.96, 0, [0, 1, 2, 3, 4]),
+        (PROBS, ALL, 1, 0.2, [0, 1, 3, 4]),  # 0.2 * 0.4 = 0.08
+        (PROBS, ALL, 1, 0.3, [1, 3, 4]),
+        (PROBS, ALL, 1, 0.5, [1, 3]),
+        (PROBS, ALL, 1, 1, [1]),
+        # Top-k leaves 0.47, 0.35 and 0.18 of its own: two reach 0.8, of the whole they would not.
+        (PROBS, 3, 0.8, 0, [1, 3]),
+        (PROBS, 4, 0.99, 0.3, [1, 3, 4]),
+        (PROBS, 2, 0.99, 0.3, [1, 3]),
+        (PROBS, ALL, 0.39, 0.3, [1]),
+        # Among equals the lower token is the more probable.
+        ([0.2] * 5, 2, 1, 0, [0, 1]),
+        ([0.2] * 5, ALL, 0.5, 0, [0, 1, 2]),
+        ([0.2] * 5, ALL, 1e-9, 0, [0]),
+        ([0.2] * 5, ALL, 1, 1, [0, 1, 2, 3, 4]),
+        ([0.1, 0.35, 0.1, 0.1, 0.35], 3, 1, 0, [0, 1, 4]),
+        # A token that must not be drawn stays out.
+        ([0.5, 0, 0.2, 0, 0.3], 4, 1, 0, [0, 2, 4]),
+    ],
+)
+def test_keep_probable_by_hand(probs, top_k, top_p, min_p, expected):
+    with np.errstate(divide="ignore"):
+        logits = log(probs)[None] + 3
+    kept = keep_compiled(logits, np.array([top_k]), np.float32([top_p]), np.float32([min_p]))
+    expected = np.isin(np.arange(5), expected)
+    np.testing.assert_array_equal(kept, np.where(expected, logits, -np.inf))
+
+
+def test_keep_probable_filters_each_row_by_its_own_limits():
+    logits = np.stack([log(PROBS), log(PROBS)[::-1], log(PROBS)])
+    kept = keep_compiled(
+        logits, np.array([1, ALL, ALL]), np.float32([1, 0.69, 1]), np.float32([0, 0, 0.3])
+    )
+    rows = [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(kept)]
+    assert rows == [[1], [1, 3], [1, 3, 4]]
+
+
+@pytest.fixture(scope="module")
+def released_vocabulary_logits():
+    return 4 * np.random.default_rng(0).standard_normal((1, 131072), np.float32)
+
+
+def test_the_nucleus_of_the_released_vocabulary_against_float64(released_vocabulary_logits):
+    # In float32 the rounding of the sum is less than the probability of the tokens at the edge,
+    # 1.6e-6; a sum in bfloat16 would keep 5,904.
+    logits = released_vocabulary_logits
+    kept = keep_compiled(logits, np.array([ALL]), np.float32([0.99]), np.float32([0]))
+    probs = np.sort(np.exp(logits[0].astype(np.float64)))[::-1]
+    probs /= probs.sum()
+    expected = np.sum(np.cumsum(probs) - probs < 0.99)
+    assert expected == 9086
+    assert abs(np.isfinite(kept).sum() - expected) <= 2
+
+
+def test_a_nucleus_of_one_keeps_the_whole_released_vocabulary(released_vocabulary_logits):
+    logits = released_vocabulary_logits
+    kept = keep_compiled(logits, np.array([ALL]), np.float32([1]), np.float32([0]))
+    np.testing.assert_array_equal(kept, logits)
+
+
+# --- sample -----------------------------------------------------------------------------------
+
+GREEDY = SamplingParams(temperature=0)
+# A row of each kind: without a filter, with each of them, with all, and greedy.
+MIXED = (
+    SamplingParams(temperature=1, top_p=1),
+    SamplingParams(temperature=0.8, top_p=0.9),
+    GREEDY,
+    SamplingParams(temperature=1.3, top_p=1, top_k=11),
+    SamplingParams(temperature=2, top_p=1, min_p=0.01),
+    SamplingParams(temperature=0.6, top_p=0.8, top_k=9, min_p=0.02),
+    GREEDY,
+)
+
+
+def random_logits(rows, vocab_size=37):
+    return np.random.default_rng(1).standard_normal((rows, vocab_size), np.float32)
+
+
+def test_a_greedy_row_takes_the_most_probable_token_whatever_the_others_do():
+    logits = random_logits(7)
+    tokens = draw(logits, state_of(*MIXED), np.arange(7))
+    best = logits.argmax(axis=-1)
+    np.testing.assert_array_equal(tokens[[2, 6]], best[[2, 6]])
+    np.testing.assert_array_equal(draw(logits, state_of(*[GREEDY] * 7), np.arange(7)), best)
+
+
+def test_greedy_takes_the_lower_of_two_equals():
+    logits = random_logits(1)
+    logits[0, [11, 23]] = 9
+    assert draw(logits, state_of(GREEDY), [0]) == [11]
+
+
+def test_a_draw_does_not_depend_on_its_batch():
+    logits, state, positions = random_logits(7), state_of(*MIXED), np.arange(100, 107)
+    together = draw(logits, state, positions)
+    for row in range(7):
+        alone = SamplingState(*(part[row : row + 1] for part in state))
+        assert draw(logits[row : row + 1], alone, positions[row : row + 1]) == together[row]
+    turned = SamplingState(*(part[::-1] for part in state))
+    np.testing.assert_array_equal(draw(logits[::-1], turned, positions[::-1]), together[::-1])
+
+
+def test_a_draw_is_fixed_by_its_key_and_position():
+    logits = np.zeros((7, 1000))
+    free = SamplingParams(temperature=1, top_p=1)
+    keys = [(1, 2), (1, 2), (1, 2), (1, 2), (1, 3), (2, 2), (1, 2)]
+    tokens = draw(logits, state_of(*[free] * 7, keys=keys), [5, 5, 6, 0, 5, 5, 5])
+    assert tokens[0] == tokens[1] == tokens[6]
+    # Of a thousand tokens alike, four more draws are four more tokens.
+    assert len(set(tokens.tolist())) == 5
+
+
+def test_a_tiny_temperature_takes_the_most_probable_token():
+    # 50 / 1e-37 is more than float32 holds.
+    near_greedy = SamplingParams(temperature=1e-37, top_p=0.9)
+    logits = random_logits(1)
+    logits[0, [11, 23]] = 50, 60
+    assert draw(logits, state_of(near_greedy), [0]) == [23]
+
+
+def test_frequencies_of_many_draws():
+    # Each case has 20,000 draws, over 100 keys at 200 positions.
+    cases = [
+        ({"temperature": 1, "top_p": 1}, PROBS),
+        ({"temperature": 0.5, "top_p": 1}, PROBS**2),
+        ({"temperature": 2, "top_p": 1}, PROBS**0.5),
+        ({"temperature": 1, "top_p": 1, "top_k": 3}, PROBS * [0, 1, 0, 1, 1]),
+        ({"temperature": 1, "top_p": 0.6}, PROBS * [0, 1, 0, 1, 0]),
+        # Squared and renormalised they are 0.035, 0.561, 0.009, 0.316, 0.079: a temperature comes
+        # before the filters.
+        ({"temperature": 0.5, "top_p": 1, "min_p": 0.1}, PROBS**2 * [0, 1, 0, 1, 1]),
+    ]
+    draws = 20_000
+    parts = []
+    for params, _ in cases:
+        keys = np.stack([np.arange(draws) % 100, np.full(draws, 23)], axis=-1).astype(np.uint32)
+        parts.append(sampling_state(SamplingParams(**params), keys))
+    state = SamplingState(*(jnp.asarray(np.concatenate(part)) for part in zip(*parts, strict=True)))
+    positions = np.tile(np.arange(draws) // 100, len(cases))
+    logits = np.broadcast_to(log(PROBS), (len(positions), 5))
+
+    drawn = draw(logits, state, positions).reshape(len(cases), draws)
+    # A second time without the most probable token.
+    allowed = np.array([True, False, True, True, True])
+    drawn_of_allowed = draw(logits, state, positions, allowed).reshape(len(cases), draws)
+
+    for tokens, (_, weights) in zip(drawn, cases, strict=True):
+        counts = np.bincount(tokens, minlength=5)
+        expected = draws * weights / weights.sum()
+        np.testing.assert_array_equal(counts[expected == 0], 0)
+        drawable = expected > 0
+        surprise = np.sum((counts - expected)[drawable] ** 2 / expected[drawable])
+        assert surprise < 20  # chi-square of 4 degrees of freedom: exceeded once in 2,000 tests
+    counts = [np.bincount(tokens, minlength=5) for tokens in drawn_of_allowed]
+    np.testing.assert_array_equal(np.array(counts)[:, 1], 0)
+    # The filters work on what is allowed: of 3, 4, 0, 2 the best three, and the best two.
+    np.testing.assert_array_equal(np.array(counts[3]) > 0, [True, False, False, True, True])
+    np.testing.assert_array_equal(np.array(counts[4]) > 0, [False, False, False, True, True])
+
+
+@pytest.mark.parametrize("rows", [MIXED, (GREEDY,) * 7])
+def test_only_allowed_tokens_are_drawn(rows):
+    logits = random_logits(7)
+    allowed = np.zeros(37, bool)
+    allowed[[3, 19]] = True
+    logits[:, allowed] -= 30
+    for position in range(20):
+        tokens = draw(logits, state_of(*rows), np.full(7, position), allowed)
+        assert set(tokens.tolist()) <= {3, 19}
+        assert tokens[2] == (3 if logits[2, 3] > logits[2, 19] else 19)
+
+
+# --- top_logprobs -----------------------------------------------------------------------------
+
+
+def test_top_logprobs_against_float64():
+    logits = random_logits(5)
+    logits[0, 7] = logits[0, 30] = 9  # the best two, alike: the lower comes first
+    tokens = np.array([7, 0, 36, 5, 5], np.int32)
+    chosen, best_tokens, best = top_logprobs_compiled(logits, tokens, num_top=3)
+    assert best_tokens.dtype == jnp.int32
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(chosen, expected[np.arange(5), tokens], atol=2e-6)
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :3]
+    assert order[0, :2].tolist() == [7, 30]
+    np.testing.assert_array_equal(best_tokens, order)
+    np.testing.assert_allclose(best, np.take_along_axis(expected, order, axis=-1), atol=2e-6)
+
+
+def test_top_logprobs_without_alternatives():
+    chosen, best_tokens, best = top_logprobs_compiled(log([PROBS]), np.array([3]), num_top=0)
+    np.testing.assert_allclose(chosen, log([0.3]), rtol=1e-6)
+    assert best_tokens.shape == best.shape == (1, 0)
