@@ -13,17 +13,16 @@ from grok1.tensor_file import CheckpointError
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
 
-
 __all__ = [
     "GROK_1",
     "TOY",
-    "__version__",
     "CheckpointError",
     "Completion",
     "GenerationOptions",
     "Model",
     "ModelConfig",
     "Tokenizer",
+    "__version__",
     "load",
     "random_model",
     "save",

@@ -4,7 +4,7 @@ Dimension key: B batch row, T query position, S key position, C key/value head h
 G query heads that share it, H head dim, L layer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ class KVCache(NamedTuple):
       length: int32 `[B]`, filled positions of each row.
     """
 
-    k: Array
-    v: Array
-    length: Array
+    k: Any
+    v: Any
+    length: Any
 
 
 def attend(

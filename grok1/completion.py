@@ -52,7 +52,8 @@ class CompletionBuilder:
     ):
         self.stop_reason: StopReason | None = None
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
-        self._max_tokens, self._limit_reason = max_tokens, limit_reason
+        self._max_tokens = max_tokens
+        self._limit_reason: StopReason = limit_reason
         self._stop_tokens, self._stop_strings = frozenset(stop_tokens), tuple(stop_strings)
         self._with_logprobs = with_logprobs
         self._sampled: list[Sampled] = []

@@ -10,7 +10,6 @@ import math
 import pathlib
 from typing import Any
 
-
 _DERIVED = math.nan  # stands for a multiplier that was not given
 
 
@@ -90,7 +89,7 @@ class ModelConfig:
 
     @property
     def ffn_size(self) -> int:
-        """F, hidden width of one expert: two thirds of the widened D, rounded up to a multiple of 8.
+        """F, hidden width of one expert: two thirds of the widened D, up to a multiple of 8.
 
         Two thirds because a gated unit has three matrices where a plain one has two; the rounding
         is the released code's.

@@ -46,7 +46,7 @@ class DecodeState(NamedTuple):
     """
 
     cache: KVCache
-    tokens: Array
+    tokens: Any
 
 
 class Step(NamedTuple):
@@ -59,10 +59,10 @@ class Step(NamedTuple):
       top_logprobs: float32 `[B, top]`.
     """
 
-    tokens: Array
-    logprobs: Array
-    top_tokens: Array
-    top_logprobs: Array
+    tokens: Any
+    logprobs: Any
+    top_tokens: Any
+    top_logprobs: Any
 
 
 class Engine:

@@ -136,13 +136,13 @@ def _read(
     active: np.ndarray, step: Step, requests: Sequence[Request], num_top: int | None
 ) -> Iterator[tuple[int, Sampled]]:
     on_host = jax.device_get(step)
-    for row in np.flatnonzero(active):
+    for row in np.flatnonzero(active).tolist():
         if requests[row].finished:
             continue
         token = int(on_host.tokens[row])
         if num_top is None:
-            yield int(row), Sampled(token, None, {})
+            yield row, Sampled(token, None, {})
             continue
         best = zip(on_host.top_tokens[row], on_host.top_logprobs[row], strict=True)
         alternatives = {int(candidate): float(logprob) for candidate, logprob in best}
-        yield int(row), Sampled(token, float(on_host.logprobs[row]), alternatives)
+        yield row, Sampled(token, float(on_host.logprobs[row]), alternatives)

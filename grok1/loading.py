@@ -61,7 +61,7 @@ def load_params(
     Raises:
       CheckpointError: If a file changes underneath, or a scale is not finite.
     """
-    spans = naming(config).apply(_named_spans(headers, manifest), None)  # type: ignore[arg-type]
+    spans = naming(config).apply(_named_spans(headers, manifest), None)
     target = abstract_stack(spans, config, mesh)
     sources = Params(
         embedding=[spans.embedding],
@@ -93,6 +93,7 @@ def _load_leaf(target: jax.ShapeDtypeStruct, spans: list[_Span], bar: tqdm) -> j
     stacked = len(target.shape) > len(spans[0].shape)
     shards = []
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+        assert index is not None  # a device of the map holds a part
         shape = target.sharding.shard_shape(target.shape)
         pieces = _pieces(spans, index[1:] if stacked else index, target, bar)
         fill = _fill_host if device.platform == "cpu" else _fill_device
@@ -148,7 +149,7 @@ def _named_spans(headers: list[TensorHeader], manifest: list[TensorSpec]) -> Nam
         module, _, parameter = spec.name.rpartition("/")
         leaf: Any = _Span(header, header.values)
         if header.scales is not None:
-            leaf = QuantizedArray(leaf, _Span(header, header.scales))  # type: ignore[arg-type]
+            leaf = QuantizedArray(leaf, _Span(header, header.scales))
         named.setdefault(module, {})[parameter] = leaf
     return named
 

@@ -17,8 +17,8 @@ from grok1.generation import Request, generate
 from grok1.loading import load_params
 from grok1.manifest import TensorSpec, manifest
 from grok1.options import GenerationOptions, check_ids
-from grok1.stacking import random_params, unstack
 from grok1.sharding import make_mesh
+from grok1.stacking import random_params, unstack
 from grok1.tokenizer import Tokenizer
 from grok1.transformer import Params
 
@@ -114,10 +114,11 @@ class Model:
             done += count
         return out[0] if array.ndim == 1 else out
 
+    # A str is also a Sequence[str]; the first overload that fits wins.
     @overload
-    def generate(self, prompt: str | np.ndarray, **options: Any) -> Completion: ...
-    @overload
-    def generate(self, prompt: Sequence[int], **options: Any) -> Completion: ...
+    def generate(  # pyright: ignore[reportOverlappingOverload]
+        self, prompt: str | Sequence[int] | np.ndarray, **options: Any
+    ) -> Completion: ...
     @overload
     def generate(
         self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
@@ -148,7 +149,7 @@ class Model:
         return completions if is_batch else completions[0]
 
     def stream(self, prompt: Prompt, **options: Any) -> Generator[str, None, Completion]:
-        """Continues one prompt, yielding text as it becomes certain: whole characters, no stop string.
+        """Continues one prompt, yielding text as it becomes certain: whole characters, no stops.
 
         Args:
           prompt: Text or token ids.

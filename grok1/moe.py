@@ -4,13 +4,13 @@ Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected e
 R = M*A dispatched rows, L layer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from grok1.quantization import Index, Weight, dequantize, matmul
+from grok1.quantization import Index, dequantize, matmul
 
 # Most rows of one expert that are multiplied at once; also what the last rows are padded to.
 _BLOCK = 128
@@ -25,9 +25,9 @@ class ExpertWeights(NamedTuple):
       down: `[L, E, F, D]`.
     """
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate: Any
+    up: Any
+    down: Any
 
 
 class Routing(NamedTuple):

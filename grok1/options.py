@@ -17,7 +17,7 @@ class GenerationOptions:
     Attributes:
       max_new_tokens: Most tokens to generate.
       temperature: Divides the logits; 0 takes the most probable token.
-      top_p: Nucleus: the fewest most probable tokens that together reach this probability; 1 is off.
+      top_p: Nucleus: the fewest most probable tokens that together reach this; 1 is off.
       top_k: Only this many most probable tokens; None is off.
       min_p: Only tokens at least this fraction as probable as the most probable; None is off.
       seed: Seed of the draws: prompt i of a batch draws from stream i of the seed. A sequence gives
@@ -92,9 +92,9 @@ class GenerationOptions:
         Raises:
           ValueError: If there is a sequence of seeds, but not one a prompt.
         """
-        if _is_int(self.seed):
-            return [(int(self.seed), i) for i in range(num_prompts)]  # type: ignore[arg-type]
-        seeds = list(self.seed)  # type: ignore[arg-type]
+        if isinstance(self.seed, (int, np.integer)):
+            return [(int(self.seed), i) for i in range(num_prompts)]
+        seeds = list(self.seed)
         if len(seeds) != num_prompts:
             raise ValueError(f"{len(seeds)} seeds for {num_prompts} prompts; give one a prompt")
         return [(int(seed), 0) for seed in seeds]
@@ -126,7 +126,9 @@ class GenerationOptions:
     def _stops(self) -> list[Any]:
         if self.stop is None:
             return []
-        return [self.stop] if isinstance(self.stop, str) or _is_int(self.stop) else list(self.stop)
+        if isinstance(self.stop, (str, int, np.integer)):
+            return [self.stop]
+        return list(self.stop)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:

@@ -27,8 +27,9 @@ class QuantizedArray(NamedTuple):
       scales: bfloat16 `[*lead, G, N]`; group g scales rows `g*K/G` to `(g+1)*K/G`.
     """
 
-    values: Array
-    scales: Array
+    # Any, here and in the other containers: the same tuple also holds shapes or partition specs.
+    values: Any
+    scales: Any
 
     @property
     def shape(self) -> tuple[int, ...]:

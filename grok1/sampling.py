@@ -5,7 +5,7 @@ Dimension key: B batch row, V vocabulary.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +59,11 @@ class SamplingState(NamedTuple):
         position, so that a row's draws do not depend on its neighbours.
     """
 
-    temperature: Array
-    top_p: Array
-    top_k: Array
-    min_p: Array
-    keys: Array
+    temperature: Any
+    top_p: Any
+    top_k: Any
+    min_p: Any
+    keys: Any
 
 
 def sampling_state(params: SamplingParams, keys: UInt32[np.ndarray, "B 2"]) -> SamplingState:
@@ -71,7 +71,7 @@ def sampling_state(params: SamplingParams, keys: UInt32[np.ndarray, "B 2"]) -> S
     batch = len(keys)
     top_k = np.iinfo(np.int32).max if params.top_k is None else params.top_k
     return SamplingState(
-        temperature=np.full(batch, params.temperature, np.float32),  # type: ignore[arg-type]
+        temperature=np.full(batch, params.temperature, np.float32),
         top_p=np.full(batch, params.top_p, np.float32),
         top_k=np.full(batch, top_k, np.int32),
         min_p=np.full(batch, params.min_p or 0, np.float32),

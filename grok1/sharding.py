@@ -66,7 +66,7 @@ CACHE_AXES = ("layers", "batch", "heads", "positions", "head_dim")
 def make_mesh(
     config: ModelConfig,
     mesh: Mesh | Sequence[int] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Returns a mesh of axes (data, model) that the model divides over.
 

@@ -3,6 +3,7 @@
 `loading` does the same for tensors in files; here they are arrays.
 """
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ _INT8_DEVIATION = 73.3
 
 
 class _Place(NamedTuple):
-    """Stands for tensor `index` of a manifest while Haiku arranges the names."""
+    """Stands for tensor `number` of a manifest while Haiku arranges the names."""
 
-    index: int
+    number: int
     shape: tuple[int, ...]
 
 
@@ -36,7 +37,7 @@ def stack(named: NamedParams, config: ModelConfig, mesh: Mesh) -> Params:
       config: The model.
       mesh: Where it goes.
     """
-    params = naming(config).apply(named, None)  # type: ignore[arg-type]
+    params = naming(config).apply(named, None)
     target = abstract_stack(params, config, mesh)
     layers = jax.tree.map(lambda *leaves: np.stack(leaves), *params.layers)
 
@@ -59,36 +60,32 @@ def unstack(
       tensors: The files' tensors, with the scale grouping to write.
     """
     places: dict[str, dict[str, Any]] = {}
-    for index, spec in enumerate(tensors):
+    for number, spec in enumerate(tensors):
         module, _, parameter = spec.name.rpartition("/")
-        places.setdefault(module, {})[parameter] = _Place(index, spec.shape)
-    arranged = naming(config).apply(places, None)  # type: ignore[arg-type]
+        places.setdefault(module, {})[parameter] = _Place(number, spec.shape)
+    arranged = naming(config).apply(places, None)
 
     def is_weight(node: Any) -> bool:
         return isinstance(node, (QuantizedArray, _Place))
 
-    whole = (
-        (arranged.embedding, params.embedding, None),
-        (
-            arranged.final_norm,
-            params.final_norm,
-            None,
-        ),
-    )
-    source = {place.index: (weight, layer) for place, weight, layer in whole}
+    source: dict[int, tuple[Any, int | None]] = {
+        arranged.embedding.number: (params.embedding, None),
+        arranged.final_norm.number: (params.final_norm, None),
+    }
     weights = jax.tree.leaves(params.layers, is_leaf=is_weight)
     for layer, layer_places in enumerate(arranged.layers):
         for place, weight in zip(
             jax.tree.leaves(layer_places, is_leaf=is_weight), weights, strict=True
         ):
-            source[place.index] = (weight, layer)
+            source[place.number] = (weight, layer)
 
-    for index, spec in enumerate(tensors):
-        weight, layer = source[index]
-        part = weight if layer is None else jax.tree.map(lambda leaf: leaf[layer], weight)
+    for number, spec in enumerate(tensors):
+        weight, layer = source[number]
+        part = weight if layer is None else jax.tree.map(operator.itemgetter(layer), weight)
         if isinstance(part, QuantizedArray):
             scales = np.asarray(part.scales)
-            step = scales.shape[-2] // spec.scales_shape[-2]  # type: ignore[index]
+            assert spec.scales_shape is not None  # it is the loaded file's own
+            step = scales.shape[-2] // spec.scales_shape[-2]
             yield np.asarray(part.values), scales[..., ::step, :]
         else:
             yield np.asarray(part), None
@@ -102,7 +99,7 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
       mesh: Where they go; the same values on every mesh.
       seed: Seed of the values.
     """
-    abstract = naming(config).apply(abstract_params(config), None)  # type: ignore[arg-type]
+    abstract = naming(config).apply(abstract_params(config), None)
     target = abstract_stack(abstract, config, mesh)
     groups = jax.tree.map(_file_groups, abstract.layers[0], is_leaf=_is_weight)
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(target))))

@@ -20,13 +20,13 @@ from grok1.attention import attend
 from grok1.config import ModelConfig
 from grok1.layers import apply_rope, rms_norm
 from grok1.moe import ExpertWeights, Routing, experts_dense, route
-from grok1.quantization import QuantizedArray, Weight, dequantize, matmul, quantize
+from grok1.quantization import Weight, dequantize, matmul, quantize
 
 NamedParams = Mapping[str, Mapping[str, Any]]
 """Parameters by Haiku module and name, as `{"transformer/decoder_layer_0/router": {"w": ...}}`."""
 
 SCALE_GROUPS = {"moe/linear_1": 8, "multi_head_attention/linear": 8}
-"""Scale groups of the released files, 1 elsewhere: these two were sharded 8 ways along their rows."""
+"""Scale groups in the released files, 1 elsewhere: these two had their rows sharded 8 ways."""
 
 
 class LayerParams(NamedTuple):
@@ -91,7 +91,7 @@ class Linear(hk.Module):
         self._shape, self._groups, self._quantized = shape, groups, quantized
 
     def __call__(self) -> Weight:
-        def init(shape, dtype):
+        def init(shape, dtype) -> Any:
             fan_in = shape[-2]
             weight = jax.random.normal(hk.next_rng_key(), shape, dtype) / jnp.sqrt(fan_in)
             return quantize(weight, self._groups) if self._quantized else weight

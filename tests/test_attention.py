@@ -234,10 +234,8 @@ def test_append_saturates_what_float16_cannot_hold():
 def test_chunks_through_the_cache_make_the_whole():
     length = 9
     query, (key, value) = random_query(length), random_new(length)
-    whole = KVCache(
-        *(jnp.asarray(np.asarray(new).transpose(0, 2, 1, 3)[None]) for new in (key, value)),
-        jnp.zeros(B, jnp.int32),
-    )
+    k, v = (jnp.asarray(np.asarray(new).transpose(0, 2, 1, 3)[None]) for new in (key, value))
+    whole = KVCache(k, v, jnp.zeros(B, jnp.int32))
     everywhere = np.broadcast_to(np.arange(length), (B, length))
     expected = attend_plainly(query, whole, 0, everywhere)
 

@@ -208,7 +208,8 @@ def test_log_probabilities_of_every_token_also_of_those_that_are_no_text():
         assert completion.tokens == [0, 1, 2]
         assert completion.logprobs == [0, -1, -2]
         assert completion.top_logprobs == [{0: 0, 99: -99}, {1: -1, 99: -99}, {2: -2, 99: -99}]
-        assert [list(best) for best in completion.top_logprobs] == [[0, 99], [1, 99], [2, 99]]
+        # Best first.
+        assert [list(best) for best in completion.top_logprobs or []] == [[0, 99], [1, 99], [2, 99]]
 
 
 def test_a_completion_cannot_be_changed():

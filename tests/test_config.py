@@ -136,7 +136,7 @@ def test_impossible_combinations_name_the_field(change, message):
         dataclasses.replace(TOY, **change)
 
 
-@pytest.mark.parametrize("name", INTEGERS + ["widening_factor"])
+@pytest.mark.parametrize("name", [*INTEGERS, "widening_factor"])
 def test_missing_field_is_named(name):
     fields = json.loads(TOY.to_json())
     del fields[name]
@@ -146,7 +146,7 @@ def test_missing_field_is_named(name):
 
 def test_unknown_field_is_named_with_the_known_ones():
     fields = json.loads(TOY.to_json()) | {"hidden_size": 128}
-    with pytest.raises(ValueError, match="unknown configuration field 'hidden_size'.*'emb_size'"):
+    with pytest.raises(ValueError, match=r"unknown configuration field 'hidden_size'.*'emb_size'"):
         ModelConfig.from_json(json.dumps(fields))
 
 

@@ -1,5 +1,6 @@
 """Sampling on vocabularies of a few tokens by hand, and on the released one against float64."""
 
+import inspect
 import re
 
 import jax
@@ -27,6 +28,12 @@ top_logprobs_compiled = jax.jit(top_logprobs, static_argnames="num_top")
 
 def log(probs):
     return np.log(np.asarray(probs, np.float32))
+
+
+def keep(logits, top_k, top_p, min_p):
+    return keep_compiled(
+        logits, np.array(top_k), np.array(top_p, np.float32), np.array(min_p, np.float32)
+    )
 
 
 def state_of(*params, keys=None):
@@ -67,7 +74,7 @@ def draw(logits, state, positions, allowed=None):
             {"temperature": float("inf")},
             "temperature must be 0 (the most probable token) or above, found inf",
         ),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1, found 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, found 0.0"),
         ({"top_p": 1.01}, "top_p must be above 0 and at most 1, found 1.01"),
         ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, found nan"),
         ({"top_k": 0}, "top_k must be a whole number above 0, or None, found 0"),
@@ -79,12 +86,13 @@ def draw(logits, state, positions, allowed=None):
 )
 def test_values_out_of_range_are_refused(params, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        SamplingParams(**params)
+        # The constructor itself, without the type checker that a test run may put around it.
+        inspect.unwrap(SamplingParams.__init__)(object.__new__(SamplingParams), **params)
 
 
 def test_the_ends_of_the_ranges_are_accepted():
-    SamplingParams(temperature=0, top_p=1, top_k=1, min_p=0)
-    SamplingParams(min_p=1)
+    SamplingParams(temperature=0.0, top_p=1.0, top_k=1, min_p=0.0)
+    SamplingParams(min_p=1.0)
 
 
 def test_sampling_state_has_a_row_for_each_key():
@@ -138,16 +146,14 @@ def test_sampling_state_has_a_row_for_each_key():
 def test_keep_probable_by_hand(probs, top_k, top_p, min_p, expected):
     with np.errstate(divide="ignore"):
         logits = log(probs)[None] + 3
-    kept = keep_compiled(logits, np.array([top_k]), np.float32([top_p]), np.float32([min_p]))
+    kept = keep(logits, [top_k], [top_p], [min_p])
     expected = np.isin(np.arange(5), expected)
     np.testing.assert_array_equal(kept, np.where(expected, logits, -np.inf))
 
 
 def test_keep_probable_filters_each_row_by_its_own_limits():
     logits = np.stack([log(PROBS), log(PROBS)[::-1], log(PROBS)])
-    kept = keep_compiled(
-        logits, np.array([1, ALL, ALL]), np.float32([1, 0.69, 1]), np.float32([0, 0, 0.3])
-    )
+    kept = keep(logits, [1, ALL, ALL], [1, 0.69, 1], [0, 0, 0.3])
     rows = [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(kept)]
     assert rows == [[1], [1, 3], [1, 3, 4]]
 
@@ -161,7 +167,7 @@ def test_the_nucleus_of_the_released_vocabulary_against_float64(released_vocabul
     # In float32 the rounding of the sum is less than the probability of the tokens at the edge,
     # 1.6e-6; a sum in bfloat16 would keep 5,904.
     logits = released_vocabulary_logits
-    kept = keep_compiled(logits, np.array([ALL]), np.float32([0.99]), np.float32([0]))
+    kept = keep(logits, [ALL], [0.99], [0])
     probs = np.sort(np.exp(logits[0].astype(np.float64)))[::-1]
     probs /= probs.sum()
     expected = np.sum(np.cumsum(probs) - probs < 0.99)
@@ -171,20 +177,20 @@ def test_the_nucleus_of_the_released_vocabulary_against_float64(released_vocabul
 
 def test_a_nucleus_of_one_keeps_the_whole_released_vocabulary(released_vocabulary_logits):
     logits = released_vocabulary_logits
-    kept = keep_compiled(logits, np.array([ALL]), np.float32([1]), np.float32([0]))
+    kept = keep(logits, [ALL], [1], [0])
     np.testing.assert_array_equal(kept, logits)
 
 
 # --- sample -----------------------------------------------------------------------------------
 
-GREEDY = SamplingParams(temperature=0)
+GREEDY = SamplingParams(temperature=0.0)
 # A row of each kind: without a filter, with each of them, with all, and greedy.
 MIXED = (
-    SamplingParams(temperature=1, top_p=1),
+    SamplingParams(temperature=1.0, top_p=1.0),
     SamplingParams(temperature=0.8, top_p=0.9),
     GREEDY,
-    SamplingParams(temperature=1.3, top_p=1, top_k=11),
-    SamplingParams(temperature=2, top_p=1, min_p=0.01),
+    SamplingParams(temperature=1.3, top_p=1.0, top_k=11),
+    SamplingParams(temperature=2.0, top_p=1.0, min_p=0.01),
     SamplingParams(temperature=0.6, top_p=0.8, top_k=9, min_p=0.02),
     GREEDY,
 )
@@ -219,13 +225,18 @@ def test_a_draw_does_not_depend_on_its_batch():
 
 
 def test_a_draw_is_fixed_by_its_key_and_position():
-    logits = np.zeros((7, 1000))
-    free = SamplingParams(temperature=1, top_p=1)
-    keys = [(1, 2), (1, 2), (1, 2), (1, 2), (1, 3), (2, 2), (1, 2)]
-    tokens = draw(logits, state_of(*[free] * 7, keys=keys), [5, 5, 6, 0, 5, 5, 5])
-    assert tokens[0] == tokens[1] == tokens[6]
-    # Of a thousand tokens alike, four more draws are four more tokens.
-    assert len(set(tokens.tolist())) == 5
+    keys = [(1, 2), (1, 2), (1, 3), (2, 2), (1, 2), (0, 0), (1, 2)]
+    state = state_of(*[SamplingParams(temperature=1.0, top_p=1.0)] * 7, keys=keys)
+    # The last row is one position ahead of the others.
+    offsets = np.array([0, 0, 0, 0, 0, 0, 1])
+    drawn = np.stack([draw(np.zeros((7, 37)), state, offsets + step) for step in range(12)], axis=1)
+    np.testing.assert_array_equal(drawn[1], drawn[0])
+    np.testing.assert_array_equal(drawn[4], drawn[0])
+    np.testing.assert_array_equal(drawn[6, :-1], drawn[0, 1:])
+    # Of 37 tokens alike, twelve draws by another key are others, and those of one key differ.
+    for other in (2, 3, 5):
+        assert np.sum(drawn[other] == drawn[0]) <= 3
+    assert len(set(drawn[0].tolist())) >= 8
 
 
 def test_a_tiny_temperature_takes_the_most_probable_token():
@@ -239,14 +250,14 @@ def test_a_tiny_temperature_takes_the_most_probable_token():
 def test_frequencies_of_many_draws():
     # Each case has 20,000 draws, over 100 keys at 200 positions.
     cases = [
-        ({"temperature": 1, "top_p": 1}, PROBS),
-        ({"temperature": 0.5, "top_p": 1}, PROBS**2),
-        ({"temperature": 2, "top_p": 1}, PROBS**0.5),
-        ({"temperature": 1, "top_p": 1, "top_k": 3}, PROBS * [0, 1, 0, 1, 1]),
-        ({"temperature": 1, "top_p": 0.6}, PROBS * [0, 1, 0, 1, 0]),
+        ({"temperature": 1.0, "top_p": 1.0}, PROBS),
+        ({"temperature": 0.5, "top_p": 1.0}, PROBS**2),
+        ({"temperature": 2.0, "top_p": 1.0}, PROBS**0.5),
+        ({"temperature": 1.0, "top_p": 1.0, "top_k": 3}, PROBS * [0, 1, 0, 1, 1]),
+        ({"temperature": 1.0, "top_p": 0.6}, PROBS * [0, 1, 0, 1, 0]),
         # Squared and renormalised they are 0.035, 0.561, 0.009, 0.316, 0.079: a temperature comes
         # before the filters.
-        ({"temperature": 0.5, "top_p": 1, "min_p": 0.1}, PROBS**2 * [0, 1, 0, 1, 1]),
+        ({"temperature": 0.5, "top_p": 1.0, "min_p": 0.1}, PROBS**2 * [0, 1, 0, 1, 1]),
     ]
     draws = 20_000
     parts = []

@@ -326,7 +326,7 @@ def test_ids_that_are_no_integers(released, token):
 
 def test_load_missing_file(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="absent.model: no such file; expected the Sentence"
+        FileNotFoundError, match=r"absent\.model: no such file; expected the Sentence"
     ):
         Tokenizer.load(tmp_path / "absent.model")
     with pytest.raises(FileNotFoundError, match="no such file"):
