@@ -16,6 +16,10 @@ NO_CHECKPOINT = (
 )
 
 
+def sizes(mesh: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in mesh.split("x"))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue a prompt with a Grok-1 model.")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="directory that holds ckpt-0/")
@@ -30,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", help=r"text that ends it; \n is a new line")
-    parser.add_argument("--mesh", help="DATAxMODEL devices, as 1x8; default: all of them")
+    parser.add_argument("--mesh", type=sizes, help="DATAxMODEL devices, as 1x8; default: all")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -48,38 +52,33 @@ def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> 
         stop=[stop.replace("\\n", "\n") for stop in arguments.stop or []],
         logprobs=arguments.logprobs,
     )
-    show = not arguments.json
-    if show and not arguments.interactive:
+    if not (arguments.json or arguments.interactive):
         print(prompt, end="", flush=True)
-    while True:
-        try:
-            piece = next(stream)
-        except StopIteration as end:
-            completion: grok1.Completion = end.value
-            break
-        if show:
-            print(piece, end="", flush=True)
+    for piece in stream:
+        print("" if arguments.json else piece, end="", flush=True)
+    completion, tokenizer = stream.completion, model.tokenizer
+    assert completion is not None
+    assert tokenizer is not None
     if arguments.json:
         print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}), flush=True)
         return
     print()
-    if model.tokenizer and completion.logprobs is not None and completion.top_logprobs is not None:
-        columns = zip(completion.tokens, completion.logprobs, completion.top_logprobs, strict=True)
-        for token, logprob, alternatives in columns:
-            best = (f"{model.tokenizer.piece(t)} {p:.2f}" for t, p in alternatives.items())
-            print(f"{model.tokenizer.piece(token):>16} {logprob:7.2f}   {'  '.join(best)}")
+    for token, logprob, alternatives in zip(
+        completion.tokens, completion.logprobs or [], completion.top_logprobs or [], strict=False
+    ):
+        best = (f"{tokenizer.piece(t)} {p:.2f}" for t, p in alternatives.items())
+        print(f"{tokenizer.piece(token):>16} {logprob:7.2f}   {'  '.join(best)}")
 
 
 def main() -> None:
     arguments = parse_arguments()
-    checkpoint = arguments.checkpoint
-    if checkpoint is None:
-        checkpoint = CHECKPOINTS
-        if not (checkpoint / "ckpt-0").exists():
-            print(NO_CHECKPOINT, file=sys.stderr)
-            checkpoint = CHECKPOINTS / "toy"
-    mesh = tuple(int(size) for size in arguments.mesh.split("x")) if arguments.mesh else None
-    model = grok1.load(checkpoint, mesh=mesh, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
+    checkpoint = arguments.checkpoint or CHECKPOINTS
+    if not arguments.checkpoint and not (CHECKPOINTS / "ckpt-0").exists():
+        print(NO_CHECKPOINT, file=sys.stderr)
+        checkpoint = CHECKPOINTS / "toy"
+    model = grok1.load(
+        checkpoint, mesh=arguments.mesh, dtype=arguments.dtype, tokenizer=arguments.tokenizer
+    )
     if arguments.interactive:
         for line in iter(lambda: input("> " if sys.stdin.isatty() else ""), ""):
             complete(model, line, arguments)

@@ -1,7 +1,7 @@
 """The model as a user holds it: load, logits, generate, stream, save."""
 
 import pathlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import jax
@@ -148,18 +148,15 @@ class Model:
         completions = [builder.build() for builder in batch.builders]
         return completions if is_batch else completions[0]
 
-    def stream(self, prompt: Prompt, **options: Any) -> Generator[str, None, Completion]:
+    def stream(self, prompt: Prompt, **options: Any) -> "TextStream":
         """Continues one prompt, yielding text as it becomes certain: whole characters, no stops.
 
         Args:
           prompt: Text or token ids.
           **options: As for `generate`.
 
-        Yields:
-          Pieces of `Completion.text`.
-
         Returns:
-          The `Completion` (the value of a `yield from`).
+          An iterator over pieces of the text, with the `completion` once it has ended.
 
         Raises:
           ValueError, TypeError: As `generate`; and ValueError if the model has no tokenizer.
@@ -168,15 +165,27 @@ class Model:
             raise TypeError("stream takes one prompt; give a batch to generate")
         if self.tokenizer is None:
             raise ValueError("stream needs a tokenizer, and this model has none; use generate")
-        batch = _Batch(self, [prompt], GenerationOptions(**options))
+        return TextStream(_Batch(self, [prompt], GenerationOptions(**options)))
 
-        def pieces() -> Generator[str, None, Completion]:
-            for _, piece in batch.run():
-                if piece:
-                    yield piece
-            return batch.builders[0].build()
 
-        return pieces()
+class TextStream(Iterator[str]):
+    """The text of one prompt's continuation, piece by piece.
+
+    Attributes:
+      completion: The whole `Completion`; None until the stream has ended.
+    """
+
+    def __init__(self, batch: "_Batch"):
+        self.completion: Completion | None = None
+        self._batch = batch
+        self._pieces = (piece for _, piece in batch.run() if piece)
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            self.completion = self._batch.builders[0].build()
+            raise
 
 
 class _Batch:

@@ -226,13 +226,9 @@ class TestToy:
 
     def test_stream_joins_to_the_completion(self, toy):
         stream = toy.stream(self.prompt, max_new_tokens=40, seed=1)
-        pieces = []
-        while True:
-            try:
-                pieces.append(next(stream))
-            except StopIteration as end:
-                completion = end.value
-                break
+        assert stream.completion is None
+        pieces = list(stream)
+        completion = stream.completion
         assert len(pieces) > 5
         assert "".join(pieces) == completion.text
         assert completion == toy.generate(self.prompt, max_new_tokens=40, seed=1)
