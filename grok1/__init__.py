@@ -7,7 +7,8 @@ print(model.generate("The ", max_new_tokens=32).text)
 
 from grok1.completion import Completion
 from grok1.config import GROK_1, TOY, ModelConfig
-from grok1.model import Model, load, random_model, save
+from grok1.factory import load, random_model, save
+from grok1.model import Model
 from grok1.options import GenerationOptions
 from grok1.tensor_file import CheckpointError
 from grok1.tokenizer import Tokenizer

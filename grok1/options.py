@@ -62,6 +62,9 @@ class GenerationOptions:
                 f"logprobs must be a number of alternatives from 0, or None, found "
                 f"{self.logprobs!r}"
             )
+        for seed in [self.seed] if isinstance(self.seed, (int, np.integer)) else self.seed:
+            if not _is_int(seed) or not 0 <= seed < 2**32:
+                raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}")
         for stop in self._stops():
             if not _is_int(stop) and not isinstance(stop, str):
                 raise TypeError(
@@ -94,10 +97,9 @@ class GenerationOptions:
         """
         if isinstance(self.seed, (int, np.integer)):
             return [(int(self.seed), i) for i in range(num_prompts)]
-        seeds = list(self.seed)
-        if len(seeds) != num_prompts:
-            raise ValueError(f"{len(seeds)} seeds for {num_prompts} prompts; give one a prompt")
-        return [(int(seed), 0) for seed in seeds]
+        if len(self.seed) != num_prompts:
+            raise ValueError(f"{len(self.seed)} seeds for {num_prompts} prompts; give one a prompt")
+        return [(int(seed), 0) for seed in self.seed]
 
     def allowed_mask(self, vocab_size: int) -> np.ndarray:
         """Returns bool `[V]`, True for tokens that may be drawn.

@@ -20,7 +20,9 @@ LAYERS = [
     {"checkpoint", "engine"},
     {"loading", "generation", "options"},
     {"completion"},
+    {"batch"},
     {"model"},
+    {"factory"},
     {"__init__"},
 ]
 

@@ -1,11 +1,13 @@
 """What a user of `grok1.load` relies on: batches, streams, stops, seeds, and clear refusals."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import grok1
-from tests.helpers import relative_error
+from grok1.transformer import forward, naming
+from tests.helpers import named_params, relative_error
 
 
 def ragged_prompts(vocab_size: int) -> list[list[int]]:
@@ -41,6 +43,18 @@ def test_logits_in_several_chunks_up_to_the_context(nano, nano_reference):
     assert len(tokens) == nano.config.sequence_len
     logits = nano.logits(tokens)
     assert relative_error(logits[:48], nano_reference["logits_f64"]) <= 2e-5
+
+
+def test_arrays_are_prompts_too(nano):
+    expected = nano.generate([5, 6, 7], max_new_tokens=3)
+    assert nano.generate(jnp.array([5, 6, 7]), max_new_tokens=3) == expected
+    assert nano.generate(np.array([[5, 6, 7]]), max_new_tokens=3, seed=[0])[0] == expected
+
+
+def test_no_alternatives_still_report_the_chosen_one(nano):
+    out = nano.generate([5, 6], max_new_tokens=2, logprobs=0)
+    assert len(out.logprobs) == 2
+    assert out.top_logprobs == [{}, {}]
 
 
 def test_token_zero_is_an_ordinary_token(nano, nano_reference):
@@ -170,6 +184,7 @@ def test_prompts_that_are_refused(nano, prompt, error, message):
         ({"stop": [128]}, ValueError, r"stop must be token ids from 0 to 127, found 128"),
         ({"logprobs": 129}, ValueError, r"logprobs must be at most the vocabulary of 128"),
         ({"temperature": -1}, ValueError, r"temperature must be 0 .* or above, found -1"),
+        ({"seed": -1}, ValueError, r"seed must be a whole number from 0 to 2\*\*32 - 1, found -1"),
         ({"seed": [1, 2]}, ValueError, r"2 seeds for 1 prompts; give one a prompt"),
         ({"max_tokens": 3}, TypeError, r"max_tokens"),
     ],
@@ -261,3 +276,13 @@ class TestToy:
         grok1.save(toy, tmp_path / "toy")
         copy = grok1.load(tmp_path / "toy", mesh=(1, 1), dtype="float32", progress=False)
         assert copy.generate("The ", max_new_tokens=8) == toy.generate("The ", max_new_tokens=8)
+
+    def test_a_long_prompt_runs_in_chunks_and_key_blocks(self, toy):
+        tokens = np.random.default_rng(3).integers(4, toy.config.vocab_size, size=700)
+        params = naming(toy.config).apply(named_params(toy), None)
+        expected, _ = jax.jit(forward, static_argnums=1)(params, toy.config, tokens[None])
+        assert relative_error(toy.logits(tokens), expected[0]) <= 2e-5
+        out = toy.generate(tokens, max_new_tokens=2, temperature=0, logprobs=0, ignore_eos=True)
+        assert out.tokens[0] == expected[0, -1].argmax()
+        logprob = jax.nn.log_softmax(expected[0, -1]).max()
+        assert out.logprobs[0] == pytest.approx(float(logprob), abs=1e-4)

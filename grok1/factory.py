@@ -1,0 +1,111 @@
+"""The ways a model comes to be, and back to disk."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grok1.checkpoint import open_checkpoint, save_checkpoint
+from grok1.config import GROK_1, ModelConfig
+from grok1.loading import load_params
+from grok1.manifest import manifest
+from grok1.model import Model
+from grok1.sharding import make_mesh
+from grok1.stacking import random_params, unstack
+from grok1.tokenizer import Tokenizer
+
+MeshLike = Mesh | Sequence[int] | None
+"""A mesh with axes (data, model), its two sizes, or None for every device."""
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    mesh: MeshLike = None,
+    dtype: Any = None,
+    progress: bool = True,
+    tokenizer: str | pathlib.Path | Tokenizer | None = None,
+) -> Model:
+    """Loads a checkpoint in Grok-1's on-disk format, sharded over devices.
+
+    Args:
+      path: A directory with `ckpt-0/` and, where they differ from Grok-1's, `config.json` and
+        `tokenizer.model`.
+      mesh: Sizes (data, model), a `jax.sharding.Mesh` with these axes, or None for every device.
+      dtype: "float32" or "bfloat16", the type of products with weights; None for float32 on a CPU
+        and bfloat16 elsewhere.
+      progress: Show bytes, rate and time left on stderr, if that is a terminal.
+      tokenizer: A tokenizer or its file, instead of `tokenizer.model` in `path`.
+
+    Raises:
+      CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
+        file is ever executed.
+      ValueError: If the configuration is impossible, the model does not divide over the mesh, or
+        the tokenizer is another model's.
+    """
+    path = pathlib.Path(path)
+    config_path = path / "config.json"
+    config = ModelConfig.load(config_path) if config_path.exists() else GROK_1
+    device_mesh = make_mesh(config, mesh)
+    dtype = _dtype(dtype, device_mesh)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer_path = pathlib.Path(tokenizer or path / "tokenizer.model")
+        found = tokenizer is not None or tokenizer_path.exists()
+        tokenizer = Tokenizer.load(tokenizer_path) if found else None
+    expected = manifest(config)
+    headers = open_checkpoint(path / "ckpt-0", expected)
+    tensors = [
+        spec._replace(dtype=header.values.dtype, scales_shape=header.scales and header.scales.shape)
+        for spec, header in zip(expected, headers, strict=True)
+    ]
+    params = load_params(headers, tensors, config, device_mesh, progress)
+    return Model(params, config, device_mesh, dtype, tensors, tokenizer)
+
+
+def random_model(
+    config: ModelConfig, *, mesh: MeshLike = None, dtype: Any = None, seed: int = 0
+) -> Model:
+    """Makes a model with random int8 weights, without files or tokenizer.
+
+    Args:
+      config: The architecture.
+      mesh: As for `load`.
+      dtype: As for `load`.
+      seed: Seed of the weights; they are the same on every mesh.
+    """
+    device_mesh = make_mesh(config, mesh)
+    dtype = _dtype(dtype, device_mesh)
+    params = random_params(config, device_mesh, seed)
+    return Model(params, config, device_mesh, dtype, manifest(config))
+
+
+def save(model: Model, path: str | pathlib.Path) -> None:
+    """Writes a model in Grok-1's on-disk format, byte for byte as the released files are framed.
+
+    Args:
+      model: What to write.
+      path: The directory; gets `ckpt-0/`, `config.json` and, if the model has one,
+        `tokenizer.model`.
+
+    Raises:
+      CheckpointError: If the directory already holds a checkpoint, or cannot be written.
+    """
+    path = pathlib.Path(path)
+    save_checkpoint(path / "ckpt-0", unstack(model.params, model.config, model.tensors))
+    (path / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+    if model.tokenizer is not None:
+        (path / "tokenizer.model").write_bytes(model.tokenizer.model_proto)
+
+
+def _dtype(dtype: Any, mesh: Mesh) -> jnp.dtype:
+    if dtype is None:
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype must be "float32" or "bfloat16", found {name!r}')
+    return jnp.dtype(name)
