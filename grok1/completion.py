@@ -85,10 +85,13 @@ class CompletionBuilder:
     def _extend(self, text: str) -> str:
         """Adds text, and releases all that no stop string can begin in any more."""
         self._held += text
-        found = [at for at in map(self._held.find, self._stop_strings) if at >= 0]
-        if found:
+        found = [(self._held.find(stop), len(stop)) for stop in self._stop_strings]
+        ends = [(at + length, at) for at, length in found if at >= 0]
+        if ends:
+            # The stop that was complete first, so that the cut does not depend on how the text was
+            # divided into tokens.
             self.stop_reason = "stop"
-            return self._release(min(found), drop_rest=True)
+            return self._release(min(ends)[1], drop_rest=True)
         return self._release(len(self._held) - self._possible_stop_length())
 
     def _finish(self, reason: StopReason) -> str:

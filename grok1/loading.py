@@ -136,7 +136,7 @@ def _fill_device(pieces, stack_shape, dtype, device, shape) -> jax.Array:
     return stack.reshape(shape)
 
 
-def _set_layer(stack: jax.Array, piece: jax.Array, i: int) -> jax.Array:
+def _set_layer(stack: jax.Array, piece: jax.Array, i: Any) -> jax.Array:
     return stack.at[i].set(piece)
 
 

@@ -58,7 +58,7 @@ def experts_dense(
     """Every expert for every token, then a weighted sum: the readable, differentiable reference.
 
     Args:
-      x: Input, in the type of the products.
+      x: Input; the inputs of the products are rounded to its type, the products are float32.
       weights: Experts of a stack of layers.
       index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
       routing: Where each token goes.
@@ -66,14 +66,15 @@ def experts_dense(
     Returns:
       float32.
     """
-    gate, up, down = (dequantize(w)[index].astype(x.dtype) for w in weights)
+    gate, up, down = (dequantize(weight)[index] for weight in weights)
     num_experts = routing.probs.shape[-1]
     chosen_MAE = jax.nn.one_hot(routing.expert_indices, num_experts, dtype=jnp.float32)
-    weights_ME = jnp.einsum("MA,MAE->ME", routing.expert_weights, chosen_MAE)
-    hidden_MEF = jax.nn.gelu(_einsum("MD,EDF->MEF", x, gate), approximate=True)
-    hidden_MEF *= _einsum("MD,EDF->MEF", x, up)
-    out_MED = _einsum("MEF,EFD->MED", hidden_MEF.astype(x.dtype), down)
-    return jnp.einsum("MED,ME->MD", out_MED, weights_ME, precision=jax.lax.Precision.HIGHEST)
+    weights_ME = _einsum("MA,MAE->ME", routing.expert_weights, chosen_MAE)
+    x_MD = x.astype(jnp.float32)
+    hidden_MEF = jax.nn.gelu(_einsum("MD,EDF->MEF", x_MD, gate), approximate=True)
+    hidden_MEF *= _einsum("MD,EDF->MEF", x_MD, up)
+    out_MED = _einsum("MEF,EFD->MED", hidden_MEF.astype(x.dtype).astype(jnp.float32), down)
+    return _einsum("MED,ME->MD", out_MED, weights_ME)
 
 
 def experts_sparse(
@@ -139,10 +140,4 @@ def expert_ffn(x: Float[Array, "M D"], weights: ExpertWeights, index: Index) -> 
 
 
 def _einsum(subscripts: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(
-        subscripts,
-        x,
-        y,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST)

@@ -1,7 +1,7 @@
 """What a caller may ask of a generation, checked in one place."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,8 @@ class GenerationOptions:
                 f"logprobs must be a number of alternatives from 0, or None, found "
                 f"{self.logprobs!r}"
             )
+        if not isinstance(self.seed, (int, np.integer, Sequence, np.ndarray)):
+            raise TypeError(f"seed takes a whole number, or one a prompt, found {self.seed!r}")
         for seed in [self.seed] if isinstance(self.seed, (int, np.integer)) else self.seed:
             if not _is_int(seed) or not 0 <= seed < 2**32:
                 raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}")
@@ -87,7 +89,7 @@ class GenerationOptions:
 
     def stop_tokens(self) -> list[int]:
         """Returns the token ids of `stop`."""
-        return [stop for stop in self._stops() if not isinstance(stop, str)]
+        return [int(stop) for stop in self._stops() if not isinstance(stop, str)]
 
     def seeds(self, num_prompts: int) -> list[tuple[int, int]]:
         """Returns (seed, stream) of each prompt.
@@ -109,7 +111,8 @@ class GenerationOptions:
         """
         if self.allowed_tokens is None:
             return np.ones(vocab_size, bool)
-        given = np.asarray(self.allowed_tokens)
+        given = self.allowed_tokens
+        given = np.asarray(list(given) if isinstance(given, Set) else given)
         if given.dtype == bool:
             if given.shape != (vocab_size,):
                 raise ValueError(
@@ -120,7 +123,7 @@ class GenerationOptions:
         else:
             check_ids(given, vocab_size, "allowed_tokens")
             mask = np.zeros(vocab_size, bool)
-            mask[given] = True
+            mask[given.astype(np.int64)] = True
         if not mask.any():
             raise ValueError("allowed_tokens allows no token; allow at least one")
         return mask
@@ -130,6 +133,11 @@ class GenerationOptions:
             return []
         if isinstance(self.stop, (str, int, np.integer)):
             return [self.stop]
+        if not isinstance(self.stop, (Sequence, np.ndarray)) or isinstance(self.stop, bytes):
+            raise TypeError(
+                f"stop takes strings and token ids, one or a list, found {self.stop!r} of type "
+                f"{type(self.stop).__name__}"
+            )
         return list(self.stop)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 # A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
@@ -37,7 +38,7 @@ class QuantizedArray(NamedTuple):
         return self.values.shape
 
 
-Weight = Array | QuantizedArray
+Weight = Array | np.ndarray | QuantizedArray
 
 
 def quantize(weight: Float[Array, "*lead K N"], num_groups: int = 1) -> QuantizedArray:
@@ -67,7 +68,7 @@ def quantize(weight: Float[Array, "*lead K N"], num_groups: int = 1) -> Quantize
 def dequantize(weight: Weight) -> Float[Array, "*lead K N"]:
     """Returns the float32 weight that `weight` stands for (a float weight is returned as it is)."""
     if not isinstance(weight, QuantizedArray):
-        return weight
+        return jnp.asarray(weight)
     *lead, rows, columns = weight.values.shape
     num_groups = weight.scales.shape[-2]
     values = weight.values.reshape(*lead, num_groups, rows // num_groups, columns)
@@ -102,7 +103,7 @@ def matmul(x: Float[Array, "*M K"], weight: Weight, index: Index = ()) -> Float[
 
     Scales are applied to the partial product of each group, so that no float copy of a quantised
     weight exists: the conversion to the type of `x` (exact, int8 fits bfloat16) is fused into the
-    product on accelerators and done tile by tile on a CPU.
+    product on accelerators and done tile by tile on a CPU, there in float32 whatever `x` is.
 
     Args:
       x: `[*M, K]`, float32 or bfloat16.
@@ -116,15 +117,9 @@ def matmul(x: Float[Array, "*M K"], weight: Weight, index: Index = ()) -> Float[
     x_MK = x.reshape(-1, rows)
     if not isinstance(weight, QuantizedArray):
         out = _dot(x_MK, weight[index].astype(x.dtype))
-    elif rows * columns <= _TILE_ELEMENTS:
-        out = matmul_direct(x_MK, weight, index)
     else:
         out = jax.lax.platform_dependent(
-            x_MK,
-            weight,
-            index,
-            cpu=matmul_tiled,
-            default=matmul_direct,
+            x_MK, weight, index, cpu=matmul_tiled, default=matmul_direct
         )
     return out.reshape(*x.shape[:-1], columns)
 
@@ -168,6 +163,9 @@ def matmul_direct(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
 def matmul_tiled(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
     """The same sum, a tile of rows at a time: float memory is one tile, whatever the weight."""
     rows, columns = weight.shape[-2:]
+    x = x.astype(jnp.float32)
+    if rows * columns <= _TILE_ELEMENTS:
+        return matmul_direct(x, weight, index)
     num_groups = weight.scales.shape[-2]
     tile = _largest_divisor(rows // num_groups, max(1, _TILE_ELEMENTS // columns))
     lead = tuple(1 for _ in index)

@@ -5,6 +5,7 @@ Dimension key: B batch row, V vocabulary.
 
 import dataclasses
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -34,17 +35,22 @@ class SamplingParams:
     min_p: float | None = None
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise ValueError(
                 f"temperature must be 0 (the most probable token) or above, found "
                 f"{self.temperature}"
             )
-        if not 0 < self.top_p <= 1:
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        whole = _is_number(self.top_k) and isinstance(self.top_k, numbers.Integral)
+        if self.top_k is not None and not (whole and self.top_k >= 1):
             raise ValueError(f"top_k must be a whole number above 0, or None, found {self.top_k}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
+        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise ValueError(f"min_p must be from 0 to 1, or None, found {self.min_p}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class SamplingState(NamedTuple):
@@ -69,7 +75,8 @@ class SamplingState(NamedTuple):
 def sampling_state(params: SamplingParams, keys: UInt32[np.ndarray, "B 2"]) -> SamplingState:
     """Returns the state of rows that share `params` and have their own keys."""
     batch = len(keys)
-    top_k = np.iinfo(np.int32).max if params.top_k is None else params.top_k
+    largest = np.iinfo(np.int32).max
+    top_k = largest if params.top_k is None else min(params.top_k, largest)
     return SamplingState(
         temperature=np.full(batch, params.temperature, np.float32),
         top_p=np.full(batch, params.top_p, np.float32),
@@ -98,9 +105,12 @@ def sample(
     most_probable = jnp.argmax(logits, axis=-1)
 
     def draw():
-        temperature = jnp.where(greedy, 1, state.temperature)[:, None]
+        # Below the smallest normal number a device may round to zero; from the maximum down, a
+        # tiny temperature overflows to -inf, which is right, and never to inf.
+        smallest = jnp.finfo(jnp.float32).tiny
+        temperature = jnp.maximum(jnp.where(greedy, 1, state.temperature), smallest)[:, None]
         unfiltered = (state.top_p >= 1) & (state.min_p <= 0) & (state.top_k >= logits.shape[-1])
-        scaled = logits / temperature
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
         filtered = jax.lax.cond(
             jnp.all(unfiltered | greedy),
             lambda: scaled,

@@ -20,7 +20,7 @@ from grok1.attention import attend
 from grok1.config import ModelConfig
 from grok1.layers import apply_rope, rms_norm
 from grok1.moe import ExpertWeights, Routing, experts_dense, route
-from grok1.quantization import Weight, dequantize, matmul, quantize
+from grok1.quantization import dequantize, matmul, quantize
 
 NamedParams = Mapping[str, Mapping[str, Any]]
 """Parameters by Haiku module and name, as `{"transformer/decoder_layer_0/router": {"w": ...}}`."""
@@ -90,7 +90,7 @@ class Linear(hk.Module):
         super().__init__(name=name)
         self._shape, self._groups, self._quantized = shape, groups, quantized
 
-    def __call__(self) -> Weight:
+    def __call__(self) -> Any:
         def init(shape, dtype) -> Any:
             fan_in = shape[-2]
             weight = jax.random.normal(hk.next_rng_key(), shape, dtype) / jnp.sqrt(fan_in)
@@ -106,7 +106,7 @@ class RMSNorm(hk.Module):
         super().__init__(name=name)
         self._size = size
 
-    def __call__(self) -> Array:
+    def __call__(self) -> Any:
         return hk.get_parameter("scale", (self._size,), init=jnp.ones)
 
 
@@ -117,7 +117,7 @@ class Embedding(hk.Module):
         super().__init__(name=name)
         self._config = config
 
-    def __call__(self) -> Array:
+    def __call__(self) -> Any:
         shape = (self._config.vocab_size, self._config.emb_size)
         # Times the embedding multiplier sqrt(D), this starts the residual stream at unit variance.
         init = hk.initializers.RandomNormal(1 / self._config.embedding_multiplier_scale)
@@ -131,7 +131,7 @@ class MultiHeadAttention(hk.Module):
         super().__init__(name=name)
         self._config, self._quantized = config, quantized
 
-    def __call__(self) -> tuple[Weight, Weight, Weight, Weight]:
+    def __call__(self) -> tuple[Any, Any, Any, Any]:
         config = self._config
         query_size = config.num_q_heads * config.key_size
         kv_size = config.num_kv_heads * config.key_size

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grok1 import moe
 from grok1.moe import ExpertWeights, Routing, expert_ffn, experts_dense, experts_sparse, route
 from grok1.quantization import dequantize, quantize
 
@@ -137,6 +138,27 @@ def test_padding_gets_zeros_and_its_experts_are_not_read(num_tokens):
     output = np.asarray(sparse(x, weights, (), routing, valid))
     assert_close(output[valid], expected)
     np.testing.assert_array_equal(output[~valid], 0)
+
+
+@pytest.mark.parametrize("num_tokens", [7, 300])
+def test_an_expert_runs_once_for_each_block_of_its_valid_rows(monkeypatch, num_tokens):
+    runs = []
+
+    def recording_ffn(x, weights, index):
+        jax.debug.callback(lambda expert: runs.append(int(expert)), index[-1])
+        return expert_ffn(x, weights, index)
+
+    monkeypatch.setattr(moe, "expert_ffn", recording_ffn)
+    x, routing = random_inputs(num_tokens, 8, 2)
+    valid = np.arange(num_tokens) % 3 != 1
+    choices = np.where(np.arange(num_tokens)[:, None] < 5, [6, 1], [4, 6])
+    routing = with_experts(routing, np.where(valid[:, None], choices, [0, 7]))
+    output = jax.jit(experts_sparse)(x, random_weights(8), (), routing, valid)
+    output.block_until_ready()
+    jax.effects_barrier()
+    # All the valid tokens, 200 of 300, choose expert 6: two blocks of 128.
+    num_blocks = 1 if num_tokens == 7 else 2
+    assert runs == [1] + [4] * num_blocks + [6] * num_blocks
 
 
 def test_a_batch_of_padding_alone_reads_no_expert():

@@ -106,6 +106,8 @@ def test_stop_takes_strings_and_tokens_one_or_several(stop, strings, tokens):
         ([True], "stop takes strings and token ids, found True of type bool"),
         (["a", 2.5], "stop takes strings and token ids, found 2.5 of type float"),
         ([None], "stop takes strings and token ids, found None of type NoneType"),
+        (2.5, "stop takes strings and token ids, one or a list, found 2.5 of type float"),
+        (b"x", "stop takes strings and token ids, one or a list, found b'x' of type bytes"),
         ([["a"]], "stop takes strings and token ids, found ['a'] of type list"),
     ],
 )
