@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--top-k", type=int)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--stop", action="append", help=r"text that ends it; \n is a new line")
     parser.add_argument("--mesh", type=sizes, help="DATAxMODEL devices, as 1x8; default: all")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")

@@ -39,10 +39,10 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = 64
-    temperature: float = 0.7
-    top_p: float = 0.95
+    temperature: int | float = 0.7
+    top_p: int | float = 0.95
     top_k: int | None = None
-    min_p: float | None = None
+    min_p: int | float | None = None
     seed: int | Sequence[int] = 0
     stop: str | int | Sequence[str | int] | None = None
     ignore_eos: bool = False

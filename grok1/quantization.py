@@ -65,7 +65,7 @@ def quantize(weight: Float[Array, "*lead K N"], num_groups: int = 1) -> Quantize
     return QuantizedArray(values.reshape(weight.shape).astype(jnp.int8), scales)
 
 
-def dequantize(weight: Weight) -> Float[Array, "*lead K N"]:
+def dequantize(weight: Weight) -> Array:
     """Returns the float32 weight that `weight` stands for (a float weight is returned as it is)."""
     if not isinstance(weight, QuantizedArray):
         return jnp.asarray(weight)

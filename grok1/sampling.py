@@ -29,10 +29,10 @@ class SamplingParams:
       ValueError: If a value is out of range; the message names it.
     """
 
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: int | float = 0.7
+    top_p: int | float = 0.95
+    top_k: int | np.integer | None = None
+    min_p: int | float | None = None
 
     def __post_init__(self):
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):

@@ -2,6 +2,7 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 
 import grok1
@@ -17,12 +18,13 @@ def relative_error(found, expected) -> float:
 
 
 def named_params(model: grok1.Model) -> dict:
-    """A model's tensors by Haiku name, on the host."""
+    """A model's tensors by Haiku name."""
     named: dict = {}
     tensors = unstack(model.params, model.config, model.tensors)
     for spec, (values, scales) in zip(model.tensors, tensors, strict=True):
         module, _, parameter = spec.name.rpartition("/")
-        leaf = values if scales is None else QuantizedArray(values, scales)
+        values = jnp.asarray(values)
+        leaf = values if scales is None else QuantizedArray(values, jnp.asarray(scales))
         named.setdefault(module, {})[parameter] = leaf
     return named
 

@@ -118,8 +118,8 @@ def text_after(pieces, count):
 
 def test_random_texts_are_cut_at_the_first_stop_that_becomes_complete():
     # The definition: the request ends with the first token after which the text holds a stop
-    # string, and the text ends where the one that was complete first begins. Until then everything is streamed
-    # but the longest end of the text that begins a stop string.
+    # string, and the text ends where the one that was complete first begins. Until then everything
+    # is streamed but the longest end of the text that begins a stop string.
     rng = random.Random(0)
     num_stopped = 0
     for _ in range(3000):

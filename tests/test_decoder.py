@@ -113,7 +113,9 @@ def test_int8_equals_its_dequantized_weights(model_size, groups):
         dequantize, quantized, is_leaf=lambda node: isinstance(node, QuantizedArray)
     )
     tokens = np.arange(3, 20)
-    expected, _ = forward(naming(config).apply(dequantized, None), config, tokens[None])
+    expected, _ = forward(
+        naming(config).apply(dequantized, None), config, jnp.asarray(tokens)[None]
+    )
     mesh = make_mesh(config, (1, model_size))
     for named in (quantized, dequantized):
         engine = Engine(stack(named, config, mesh), config, mesh, "float32")
@@ -131,7 +133,7 @@ def test_any_number_of_experts(num_experts, num_selected):
     model = grok1.random_model(config, mesh=(1, 1), dtype="float32", seed=5)
     tokens = np.arange(100, 120)
     params = naming(config).apply(named_params(model), None)
-    expected, _ = forward(params, config, tokens[None])
+    expected, _ = forward(params, config, jnp.asarray(tokens)[None])
     assert relative_error(model.logits(tokens), expected[0]) <= 2e-5
 
 

@@ -280,7 +280,9 @@ class TestToy:
     def test_a_long_prompt_runs_in_chunks_and_key_blocks(self, toy):
         tokens = np.random.default_rng(3).integers(4, toy.config.vocab_size, size=700)
         params = naming(toy.config).apply(named_params(toy), None)
-        expected, _ = jax.jit(forward, static_argnums=1)(params, toy.config, tokens[None])
+        expected, _ = jax.jit(forward, static_argnums=1)(
+            params, toy.config, jnp.asarray(tokens)[None]
+        )
         assert relative_error(toy.logits(tokens), expected[0]) <= 2e-5
         out = toy.generate(tokens, max_new_tokens=2, temperature=0, logprobs=0, ignore_eos=True)
         assert out.tokens[0] == expected[0, -1].argmax()

@@ -1,0 +1,74 @@
+"""The training of the toy, in miniature."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.config import TOY as TOY_CONFIG
+from grok1.moe import ExpertWeights, experts_dense, route
+from grok1.quantization import QuantizedArray
+from tests.helpers import named_params, relative_error
+from tools import toy_corpus, train_toy
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[str]:
+    return toy_corpus.documents()
+
+
+def test_the_split_holds_out_the_end_and_loses_nothing(corpus):
+    train, held_out = toy_corpus.split(corpus)
+    assert train + held_out == corpus
+    share = len("".join(held_out)) / len("".join(corpus))
+    assert 0.05 <= share < 0.06
+
+
+def test_the_tokenizer_round_trips_the_corpus(corpus, toy):
+    for document in corpus[::20]:
+        assert toy.tokenizer.decode(toy.tokenizer.encode(document)) == document
+
+
+@pytest.mark.parametrize("num_tokens", [3, 200])
+def test_blocked_experts_equal_dense_ones_with_their_gradients(num_tokens):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(8, 12, 20), (8, 12, 20), (8, 20, 12)]
+    weights = ExpertWeights(
+        *(jax.random.normal(k, s) / 4 for k, s in zip(keys[:3], shapes, strict=True))
+    )
+    x = jax.random.normal(keys[3], (num_tokens, 12))
+    routing = route(x, jax.random.normal(keys[4], (12, 8)), 2)
+
+    def run(experts):
+        def loss(weights, x):
+            return jnp.sum(jnp.sin(experts(x, weights, (), routing)))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(weights, x)
+
+    found = jax.tree.leaves(run(train_toy.experts_blocked))
+    for leaf, expected in zip(found, jax.tree.leaves(run(experts_dense)), strict=True):
+        assert relative_error(leaf, expected) <= 1e-5
+
+
+def test_evaluation_counts_every_token_once(toy):
+    named = named_params(toy)
+    documents = train_toy.encode(["The first argument is a string. " * 40], toy.tokenizer)
+    found = train_toy.evaluate(named, documents, num_bytes=100)
+    tokens = np.array(documents[0])
+    logprobs = jax.nn.log_softmax(toy.logits(np.concatenate([tokens[-1:], tokens[:-1]])))
+    # Windows see at most 256 tokens back, the model here all of them.
+    expected = -float(logprobs[np.arange(len(tokens)), tokens].sum()) / np.log(2) / 100
+    assert found.bits_per_byte == pytest.approx(expected, rel=0.05)
+    assert found.expert_shares.sum(axis=1) == pytest.approx(np.ones(TOY_CONFIG.num_layers))
+
+
+def test_rounding_leaves_the_layout_of_the_checkpoint(toy):
+    floats = {
+        module: {name: jnp.ones(leaf.shape) for name, leaf in parameters.items()}
+        for module, parameters in named_params(toy).items()
+    }
+    rounded = train_toy.round_to_int8(floats)
+    down = rounded["transformer/decoder_layer_0/moe/linear_1"]["w"]
+    assert isinstance(down, QuantizedArray)
+    assert down.scales.shape == (8, 8, 128)
+    assert not isinstance(rounded["transformer/decoder_layer_0/router"]["w"], QuantizedArray)
