@@ -120,7 +120,8 @@ def experts_sparse(
         block_of_expert = i - (last_block[expert] - blocks_per_expert[expert])
         start = first_row[expert] + block_of_expert * block
         x_block = jax.lax.dynamic_slice_in_dim(x_sorted, start, block)
-        out_block = expert_ffn(x_block, weights, (*index, expert))
+        num_valid = jnp.minimum(rows_per_expert[expert] - block_of_expert * block, block)
+        out_block = expert_ffn(x_block, weights, (*index, expert), num_valid)
         # What this writes past its expert's rows, the next block overwrites.
         return jax.lax.dynamic_update_slice_in_dim(out_sorted, out_block, start, axis=0)
 
@@ -132,11 +133,23 @@ def experts_sparse(
     return jnp.where(valid[:, None], out_MD, 0)
 
 
-def expert_ffn(x: Float[Array, "M D"], weights: ExpertWeights, index: Index) -> Array:
-    """One expert's gated feed-forward; float32. GELU in its tanh form, as trained."""
-    hidden = jax.nn.gelu(matmul(x, weights.gate, index), approximate=True)
-    hidden *= matmul(x, weights.up, index)
-    return matmul(hidden.astype(x.dtype), weights.down, index)
+def expert_ffn(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    num_valid: int | Array | None = None,
+) -> Float[Array, "M D"]:
+    """One expert's gated feed-forward; float32. GELU in its tanh form, as trained.
+
+    Args:
+      x: Input, in the type of the products.
+      weights: Experts of a stack of layers.
+      index: Index of the layer, if there is such an axis, and of the expert.
+      num_valid: As for `matmul`.
+    """
+    hidden = jax.nn.gelu(matmul(x, weights.gate, index, num_valid), approximate=True)
+    hidden *= matmul(x, weights.up, index, num_valid)
+    return matmul(hidden.astype(x.dtype), weights.down, index, num_valid)
 
 
 def _einsum(subscripts: str, x: Array, y: Array) -> Array:

@@ -5,19 +5,27 @@ Leading axes (layers, experts) come before K; `index` picks one matrix from them
 never needs a copy of "its" weight.
 """
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from grok1 import native
+
 # A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
 # fuse the conversion into the product: as float32 it is 1 MiB and stays in the second-level cache.
 _TILE_ELEMENTS = 1 << 18
 
+# Most rows of an input that the native kernel multiplies: as many as it holds at a time. With more,
+# the time is that of arithmetic rather than reading, and is left to XLA.
+_NATIVE_ROWS = 16
+
 Index = tuple[int | Array, ...]
+Implementation = Literal["direct", "tiled", "native"]
 
 
 class QuantizedArray(NamedTuple):
@@ -98,17 +106,28 @@ def num_refined_groups(rows: int, num_groups: int, num_shards: int) -> int:
     return rows // math.gcd(rows // num_groups, rows // num_shards)
 
 
-def matmul(x: Float[Array, "*M K"], weight: Weight, index: Index = ()) -> Float[Array, "*M N"]:
+def matmul(
+    x: Float[Array, "*M K"],
+    weight: Weight,
+    index: Index = (),
+    num_valid: int | Array | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*M N"]:
     """Multiplies by one matrix of a weight: `x @ weight[index]`, accumulated in float32.
 
     Scales are applied to the partial product of each group, so that no float copy of a quantised
     weight exists: the conversion to the type of `x` (exact, int8 fits bfloat16) is fused into the
-    product on accelerators and done tile by tile on a CPU, there in float32 whatever `x` is.
+    product on accelerators. On a CPU it is done in registers for a few rows and tile by tile for
+    many, there in float32 whatever `x` is.
 
     Args:
       x: `[*M, K]`, float32 or bfloat16.
       weight: Float or quantised `[*lead, K, N]`.
       index: One index, a number or a traced scalar, for each leading axis of `weight`.
+      num_valid: How many of the M rows matter, from the first on, a number or a traced scalar; None
+        for all. What comes out for the others is finite, and costs nothing where that is possible.
+      implementation: Which form multiplies a quantised weight, "direct", "tiled" or, on a CPU where
+        `native.is_available()`, "native"; None for the fastest.
 
     Returns:
       float32 `[*M, N]`.
@@ -118,9 +137,18 @@ def matmul(x: Float[Array, "*M K"], weight: Weight, index: Index = ()) -> Float[
     if not isinstance(weight, QuantizedArray):
         out = _dot(x_MK, weight[index].astype(x.dtype))
     else:
-        out = jax.lax.platform_dependent(
-            x_MK, weight, index, cpu=matmul_tiled, default=matmul_direct
-        )
+        num_valid = len(x_MK) if num_valid is None else num_valid
+        forms = {
+            "direct": matmul_direct,
+            "tiled": matmul_tiled,
+            "native": functools.partial(matmul_native, num_valid=num_valid),
+        }
+        if implementation is not None:
+            out = forms[implementation](x_MK, weight, index)
+        else:
+            few_rows = len(x_MK) <= _NATIVE_ROWS
+            on_cpu = forms["native" if few_rows and native.is_available() else "tiled"]
+            out = jax.lax.platform_dependent(x_MK, weight, index, cpu=on_cpu, default=matmul_direct)
     return out.reshape(*x.shape[:-1], columns)
 
 
@@ -184,6 +212,14 @@ def matmul_tiled(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
 
     zeros = jnp.zeros((x.shape[0], columns), jnp.float32)
     return jax.lax.fori_loop(0, rows // tile, add_tile, zeros)
+
+
+def matmul_native(
+    x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
+):
+    """The same sum in C++, reading the weight once and in place; float32 whatever the input."""
+    x = x.astype(jnp.float32)
+    return native.quantized_matmul(x, weight.values, weight.scales, index, num_valid)
 
 
 def _dot(x: Array, y: Array) -> Array:

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(grok1.__file__).parent
 
 # Every module imports only from lines above its own; this is the diagram of the package.
 LAYERS = [
-    {"config", "layers", "symbolic_pickle", "version"},
+    {"config", "layers", "native", "symbolic_pickle", "version"},
     {"quantization", "sampling", "tokenizer"},
     {"attention", "moe"},
     {"transformer"},
@@ -32,6 +32,8 @@ def imports_of(path: pathlib.Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grok1."):
             found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "grok1":
+            found |= {alias.name for alias in node.names}
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
     return found
 

@@ -144,9 +144,9 @@ def test_padding_gets_zeros_and_its_experts_are_not_read(num_tokens):
 def test_an_expert_runs_once_for_each_block_of_its_valid_rows(monkeypatch, num_tokens):
     runs = []
 
-    def recording_ffn(x, weights, index):
+    def recording_ffn(x, weights, index, num_valid):
         jax.debug.callback(lambda expert: runs.append(int(expert)), index[-1])
-        return expert_ffn(x, weights, index)
+        return expert_ffn(x, weights, index, num_valid)
 
     monkeypatch.setattr(moe, "expert_ffn", recording_ffn)
     x, routing = random_inputs(num_tokens, 8, 2)

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from grok1 import quantization
+from grok1 import native, quantization
 from grok1.quantization import (
     QuantizedArray,
     dequantize,
     matmul,
-    matmul_direct,
     matmul_split,
-    matmul_tiled,
     num_refined_groups,
     quantize,
     refine_groups,
@@ -23,6 +22,9 @@ from tests.helpers import relative_error
 
 M, K, N = 7, 120, 13  # K: 8 groups of 15 rows
 
+# None: what the platform and the size choose.
+IMPLEMENTATIONS = ["direct", "tiled", "native", None]
+
 quantize_compiled = jax.jit(quantize, static_argnames="num_groups")
 
 
@@ -30,11 +32,11 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def random_weight(lead=(), rows=K, num_groups=8):
+def random_weight(lead=(), rows=K, num_groups=8, columns=N):
     """Int8 values of the whole range, and scales that differ from group to group."""
     rng = np.random.default_rng(0)
-    values = rng.integers(-127, 128, (*lead, rows, N), dtype=np.int8)
-    scales = rng.uniform(0.002, 0.02, (*lead, num_groups, N))
+    values = rng.integers(-127, 128, (*lead, rows, columns), dtype=np.int8)
+    scales = rng.uniform(0.002, 0.02, (*lead, num_groups, columns))
     return QuantizedArray(jnp.asarray(values), jnp.asarray(scales, jnp.bfloat16))
 
 
@@ -46,6 +48,11 @@ def float64_weight(weight):
     values, scales = float64(weight.values), float64(weight.scales)
     rows_per_group = values.shape[-2] // scales.shape[-2]
     return values * np.repeat(scales, rows_per_group, axis=-2)
+
+
+def skip_unless_it_runs_here(implementation):
+    if implementation == "native" and not native.is_available():
+        pytest.skip("no native kernels on this machine")
 
 
 # --- quantize ---------------------------------------------------------------------------------
@@ -132,9 +139,11 @@ def test_matmul_by_hand():
     np.testing.assert_array_equal(matmul(x, QuantizedArray(values, scales)), [[39, -34]])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("lead", [(), (3,), (3, 2)])
 @pytest.mark.parametrize("num_groups", [1, 8])
-def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead):
+def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead, implementation):
+    skip_unless_it_runs_here(implementation)
     # Seven rows of float at most: tiles of 6 rows in one group of 120, of 5 rows in groups of 15.
     monkeypatch.setattr(quantization, "_TILE_ELEMENTS", 7 * N)
     weight = random_weight(lead, num_groups=num_groups)
@@ -142,20 +151,71 @@ def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead)
     x = normal(1, M, K)
 
     @jax.jit
-    def every_form(x, weight, index):
+    def product(x, weight, index):
         return [
-            form(x.astype(dtype), weight, index)
+            matmul(x.astype(dtype), weight, index, implementation=implementation)
             for dtype in (jnp.float32, jnp.bfloat16)
-            for form in (matmul_direct, matmul_tiled, matmul)
         ]
 
-    outputs = every_form(x, weight, index)
+    outputs = product(x, weight, index)
     matrix = float64_weight(weight)[index]
     # bfloat16 inputs are exact numbers too, and their products are summed as finely.
-    rounded = float64(x.astype(jnp.bfloat16))
-    for number, output in enumerate(outputs):
+    for exact, output in zip((x, x.astype(jnp.bfloat16)), outputs, strict=True):
         assert output.dtype == jnp.float32
-        assert relative_error(output, (float64(x) if number < 3 else rounded) @ matrix) <= 2e-6
+        assert relative_error(output, float64(exact) @ matrix) <= 2e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_groups", [1, 5])
+def test_every_number_of_rows_in_every_form(num_groups, implementation):
+    skip_unless_it_runs_here(implementation)
+    # Several panels and slots of the native kernel, none of them full; groups of 260 rows.
+    weight = random_weight((2,), rows=1300, num_groups=num_groups, columns=1100)
+    matrix = float64_weight(weight)[1]
+    product = jax.jit(lambda x: matmul(x, weight, (1,), implementation=implementation))
+    for num_rows in (1, 2, 3, 5, 11, 16, 35):
+        x = normal(num_rows, num_rows, 1300)
+        assert relative_error(product(x), float64(x) @ matrix) <= 2e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_do_not_matter_change_nothing(implementation):
+    skip_unless_it_runs_here(implementation)
+    weight, x = random_weight(), normal(1, M, K)
+    product = jax.jit(lambda x, valid: matmul(x, weight, (), valid, implementation))
+    expected = float64(x) @ float64_weight(weight)
+    for num_valid in (0, 1, 4, M):
+        output = product(x, num_valid)
+        assert np.isfinite(output).all()
+        error = np.abs(output[:num_valid] - expected[:num_valid])
+        assert error.max(initial=0) <= 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_product_on_each_of_several_devices_in_a_loop_over_the_stack(implementation):
+    skip_unless_it_runs_here(implementation)
+    num_devices, depth = 4, 3
+    weight = random_weight((depth,), rows=96, columns=4 * 96)
+    x = normal(1, M, 96)
+    mesh = jax.make_mesh((num_devices,), ("model",), (jax.sharding.AxisType.Auto,))
+
+    def chain(x, weight):
+        def multiply(layer, x):
+            out = matmul(x, weight, (layer,), implementation=implementation)
+            return jax.lax.psum(out, "model") / 64
+
+        return jax.lax.fori_loop(0, depth, multiply, x)
+
+    columns = P(None, None, "model")
+    sharded = jax.shard_map(
+        chain, mesh=mesh, in_specs=(P(), columns), out_specs=P(), check_vma=False
+    )
+    expected = float64(x)
+    for layer in range(depth):
+        expected = (expected @ float64_weight(weight)[layer]).reshape(M, num_devices, 96)
+        expected = expected.sum(axis=1) / 64
+    for _ in range(20):  # the devices meet in another order each time
+        assert relative_error(jax.jit(sharded)(x, weight), expected) <= 5e-6
 
 
 def test_matmul_keeps_the_leading_axes_of_the_input():
@@ -190,17 +250,25 @@ def test_matmul_split_keeps_the_mantissa_that_bfloat16_would_round_off():
     assert errors[2] >= 1e-3  # one
 
 
+@pytest.mark.parametrize("implementation", ["tiled", "native"])
 @pytest.mark.parametrize("num_groups", [1, 8])
-def test_matmul_makes_no_copy_of_a_large_weight(num_groups):
+def test_matmul_makes_no_copy_of_a_large_weight(num_groups, implementation):
+    skip_unless_it_runs_here(implementation)
     rows = columns = 2048
     weight = QuantizedArray(
         jax.ShapeDtypeStruct((2, rows, columns), jnp.int8),  # type: ignore[arg-type]
         jax.ShapeDtypeStruct((2, num_groups, columns), jnp.bfloat16),  # type: ignore[arg-type]
     )
     x = jax.ShapeDtypeStruct((3, rows), jnp.float32)
-    layer = jax.ShapeDtypeStruct((), jnp.int32)
-    program = jax.jit(lambda x, weight, layer: matmul(x, weight, (layer,)))
-    memory = program.lower(x, weight, layer).compile().memory_analysis()
+
+    @jax.jit
+    def program(x, weight):
+        def multiply(x, layer):
+            return matmul(x, weight, (layer,), implementation=implementation), None
+
+        return jax.lax.scan(multiply, x, jnp.arange(2))
+
+    memory = program.lower(x, weight).compile().memory_analysis()
     # A copy of the layer is 4 MiB as int8 and 16 MiB as float32; a float32 tile is 1 MiB.
     assert memory is not None
     assert memory.temp_size_in_bytes < 2 << 20
