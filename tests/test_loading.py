@@ -1,6 +1,9 @@
 """Checkpoints to devices and back: every shard its slice, every byte returned."""
 
+import io
+import re
 import shutil
+import sys
 
 import jax
 import ml_dtypes
@@ -100,3 +103,14 @@ def test_a_missing_checkpoint_says_where_to_get_it(tmp_path):
 def test_progress_is_quiet_when_stderr_is_no_terminal(nano_path, capfd):
     grok1.load(nano_path, mesh=(1, 1))
     assert capfd.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_shows_bytes_rate_and_time(nano_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    grok1.load(nano_path, mesh=(1, 1))
+    last = sys.stderr.getvalue().split("\r")[-1]
+    assert re.search(r"loading: 100%.* 2\.89M/2\.89M \[00:\d\d<00:\d\d, .*B/s\]", last)
