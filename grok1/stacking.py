@@ -1,7 +1,4 @@
-"""Between the tensors of a checkpoint, by name, and a model in memory, layers stacked.
-
-`loading` does the same for tensors in files; here they are arrays.
-"""
+"""A model in memory, layers stacked, without files: made at random, or taken apart to be saved."""
 
 import operator
 from collections.abc import Iterator
@@ -16,7 +13,7 @@ from grok1.config import ModelConfig
 from grok1.manifest import TensorSpec, abstract_params
 from grok1.quantization import QuantizedArray, refine_groups
 from grok1.sharding import abstract_stack
-from grok1.transformer import NamedParams, Params, naming
+from grok1.transformer import Params, naming
 
 # Standard deviation of the uniform integers from -127 to 127.
 _INT8_DEVIATION = 73.3
@@ -27,26 +24,6 @@ class _Place(NamedTuple):
 
     number: int
     shape: tuple[int, ...]
-
-
-def stack(named: NamedParams, config: ModelConfig, mesh: Mesh) -> Params:
-    """Stacks named parameters and puts them on a mesh.
-
-    Args:
-      named: Arrays or `QuantizedArray`s by Haiku name.
-      config: The model.
-      mesh: Where it goes.
-    """
-    params = naming(config).apply(named, None)
-    target = abstract_stack(params, config, mesh)
-    layers = jax.tree.map(lambda *leaves: np.stack(leaves), *params.layers)
-
-    def place(leaf: jax.ShapeDtypeStruct, array):
-        if array.shape != leaf.shape:
-            array = refine_groups(array, leaf.shape[-2])
-        return jax.device_put(array, leaf.sharding)
-
-    return jax.tree.map(place, target, params._replace(layers=layers))
 
 
 def unstack(

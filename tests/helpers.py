@@ -2,12 +2,17 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import grok1
-from grok1.quantization import QuantizedArray
+from grok1.config import ModelConfig
+from grok1.quantization import QuantizedArray, refine_groups
+from grok1.sharding import abstract_stack
 from grok1.stacking import unstack
+from grok1.transformer import NamedParams, Params, naming
 
 
 def relative_error(found, expected) -> float:
@@ -27,6 +32,26 @@ def named_params(model: grok1.Model) -> dict:
         leaf = values if scales is None else QuantizedArray(values, jnp.asarray(scales))
         named.setdefault(module, {})[parameter] = leaf
     return named
+
+
+def stack(named: NamedParams, config: ModelConfig, mesh: Mesh) -> Params:
+    """Stacks named parameters and puts them on a mesh.
+
+    Args:
+      named: Arrays or `QuantizedArray`s by Haiku name.
+      config: The model.
+      mesh: Where it goes.
+    """
+    params = naming(config).apply(named, None)
+    target = abstract_stack(params, config, mesh)
+    layers = jax.tree.map(lambda *leaves: np.stack(leaves), *params.layers)
+
+    def place(leaf: jax.ShapeDtypeStruct, array):
+        if array.shape != leaf.shape:
+            array = refine_groups(array, leaf.shape[-2])
+        return jax.device_put(array, leaf.sharding)
+
+    return jax.tree.map(place, target, params._replace(layers=layers))
 
 
 def count_collectives(compiled_text: str) -> dict[str, int]:

@@ -14,9 +14,8 @@ from grok1.manifest import abstract_params
 from grok1.quantization import QuantizedArray, dequantize, quantize
 from grok1.sampling import SamplingState
 from grok1.sharding import abstract_stack, make_mesh
-from grok1.stacking import stack
 from grok1.transformer import forward, naming
-from tests.helpers import count_collectives, named_params, relative_error
+from tests.helpers import count_collectives, named_params, relative_error, stack
 
 MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)]
 
