@@ -4,16 +4,21 @@ Dimension key: B batch row, T query position, S key position, C key/value head h
 G query heads that share it, H head dim, L layer.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grok1 import native
+
 SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
 
 # Keys per step of `attend_cache`: the scores of a 1024-token chunk stay at 2 MiB a head.
 _BLOCK = 512
+
+Implementation = Literal["blocked", "native"]
 
 
 class KVCache(NamedTuple):
@@ -61,11 +66,9 @@ def attend_cache(
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
     scale: float,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T C G H"]:
-    """`attend` over the cached positions up to each query's own, a block of keys at a time.
-
-    The softmax is accumulated over the blocks (Milakov & Gimelshein, arXiv 1805.02867), so that a
-    short sequence does not pay for the cache's capacity and no `[T, S]` score tensor exists.
+    """`attend` over the cached positions up to each query's own; only those are read.
 
     Args:
       query: Queries, rotary phases applied.
@@ -73,9 +76,48 @@ def attend_cache(
       layer: Which layer of the cache to read.
       positions: Absolute position of each query; it sees keys at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
+      implementation: "blocked" goes through XLA, "native" through C++, on a CPU where
+        `native.is_available()` and from a float32 cache; None for the fastest.
 
     Returns:
       float32.
+    """
+    forms = {"blocked": attend_blocked, "native": attend_native}
+    if implementation is not None:
+        return forms[implementation](query, cache, layer, positions, scale)
+    native_here = cache.k.dtype == jnp.float32 and native.is_available()
+    return jax.lax.platform_dependent(
+        query,
+        cache,
+        layer,
+        positions,
+        cpu=functools.partial(attend_native if native_here else attend_blocked, scale=scale),
+        default=functools.partial(attend_blocked, scale=scale),
+    )
+
+
+def attend_native(
+    query: Float[Array, "B T C G H"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T C G H"]:
+    """`attend_blocked` in C++."""
+    return native.attention(query, cache.k, cache.v, layer, positions, scale, SOFT_CAP)
+
+
+def attend_blocked(
+    query: Float[Array, "B T C G H"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T C G H"]:
+    """`attend` over the cached positions, a block of keys at a time.
+
+    The softmax is accumulated over the blocks (Milakov & Gimelshein, arXiv 1805.02867), so that a
+    short sequence does not pay for the cache's capacity and no `[T, S]` score tensor exists.
     """
     batch, length, heads, group, head_dim = query.shape
     capacity = cache.k.shape[3]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grok1.attention import KVCache, append, attend_cache
 from grok1.config import ModelConfig
 from grok1.layers import apply_rope, rms_norm
-from grok1.moe import experts_sparse, route
+from grok1.moe import experts, route
 from grok1.quantization import QuantizedArray, Weight, matmul_split
 from grok1.sharding import MODEL_AXIS
 from grok1.transformer import LayerParams, Params
@@ -105,7 +105,7 @@ def decoder_layer(
 
     normed_MD = rms_norm(x, params.moe_pre_norm[layer]).reshape(-1, config.emb_size)
     routing = route(normed_MD, params.router[layer], config.num_selected_experts)
-    branch_MD = experts_sparse(
+    branch_MD = experts(
         normed_MD.astype(dtype), params.experts, (layer,), routing, valid.reshape(-1)
     )
     branch = jax.lax.psum(branch_MD, MODEL_AXIS).reshape(x.shape)
@@ -125,19 +125,6 @@ def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Ar
     here = (local >= 0) & (local < rows)
     found = embedding[jnp.where(here, local, 0)].astype(jnp.float32)
     return jax.lax.psum(jnp.where(here[..., None], found, 0), MODEL_AXIS)
-
-
-def unembed(params: Params, config: ModelConfig, x: Float[Array, "M D"]) -> Float[Array, "M vocab"]:
-    """Logits of the whole vocabulary from the final norm's output; float32, on every device."""
-    local = jnp.einsum(
-        "MD,VD->MV",
-        x,
-        params.embedding,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    logits = jax.lax.all_gather(local, MODEL_AXIS, axis=1, tiled=True)
-    return logits * config.output_multiplier_scale
 
 
 def _attention(

@@ -18,12 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
+from grok1 import native
 from grok1.attention import KVCache
 from grok1.config import ModelConfig
-from grok1.decoder import Captures, forward, unembed
+from grok1.decoder import Captures, forward
 from grok1.sampling import SamplingState, sample, top_logprobs
 from grok1.sharding import DATA_AXIS, abstract_cache, specs_of
 from grok1.transformer import Params
+from grok1.unembedding import ScreeningTable, most_probable, screening_table, unembed
 
 CHUNK_LENGTHS = (16, 64, 256, 1024)
 """Prefill shapes. Each is four times the last: at most two chunks of a size, bar the largest."""
@@ -144,6 +146,36 @@ class Engine:
         """
         return self.prefill_program(chunk)(self.params, state, num_valid)
 
+    @functools.cached_property
+    def screening_table(self) -> ScreeningTable | None:
+        """What `decode_greedily` reads instead of the whole embedding; None where it cannot."""
+        if self.mesh.devices.flat[0].platform != "cpu" or not native.is_available():
+            return None
+        spec = self._param_specs.embedding
+        make = jax.shard_map(
+            screening_table,
+            mesh=self.mesh,
+            in_specs=(spec,),
+            out_specs=ScreeningTable(spec, P(spec[0]), P(spec[0])),
+            check_vma=False,
+        )
+        table = jax.jit(make)(self.params.embedding)
+        native.use_huge_pages(table)
+        return table
+
+    def decode_greedily(
+        self, state: DecodeState, active: Bool[np.ndarray, " B"], allowed: Bool[Array, " V"]
+    ) -> tuple[DecodeState, Step]:
+        """As `decode` at temperature 0, where there is a `screening_table`; no log-probabilities.
+
+        Args:
+          state: Consumed: its memory goes to the result.
+          active: Rows to run; the others stay as they are.
+          allowed: False for tokens that must not be drawn.
+        """
+        program = self.greedy_program()
+        return program(self.params, state, self.screening_table, active, allowed)
+
     def decode(
         self,
         state: DecodeState,
@@ -206,7 +238,7 @@ class Engine:
                 params, self.config, tokens, num_valid, state.cache, self.dtype, capture
             )
             flat = hidden.reshape(-1, hidden.shape[-1])
-            logits = unembed(params, self.config, flat)
+            logits = unembed(params.embedding, self.config, flat)
             return state._replace(cache=cache), logits.reshape(*tokens.shape, -1), captured
 
         rows = P(DATA_AXIS)
@@ -224,21 +256,14 @@ class Engine:
             hidden, cache, _ = forward(
                 params, self.config, tokens, active.astype(jnp.int32), state.cache, self.dtype
             )
-            logits = unembed(params, self.config, hidden[:, 0])
+            logits = unembed(params.embedding, self.config, hidden[:, 0])
             if processor is not None:
                 logits = processor(logits, state.tokens, cache.length)
             drawn = sample(logits, allowed, sampling, cache.length)
-            if num_top is None:
-                empty = jnp.zeros((len(drawn), 0))
-                step = Step(drawn, empty[:, :0].sum(-1), empty.astype(jnp.int32), empty)
-            else:
-                chosen, top_tokens, top = top_logprobs(logits, drawn, num_top)
-                step = Step(drawn, chosen, top_tokens, top)
-            # Written beyond the last row's end when inactive, so that the scatter drops it.
-            places = jnp.where(active, cache.length, tokens.size + state.tokens.shape[1])
-            row = jnp.arange(len(drawn))
-            history = state.tokens.at[row, places].set(drawn, mode="drop")
-            return DecodeState(cache, history), step
+            step = _without_logprobs(drawn)
+            if num_top is not None:
+                step = Step(drawn, *top_logprobs(logits, drawn, num_top))
+            return _advanced(state, cache, active, drawn), step
 
         rows = P(DATA_AXIS)
         return self._program(
@@ -246,6 +271,27 @@ class Engine:
             lambda: self._compile(
                 decode,
                 (rows, P(), SamplingState(*(rows,) * len(SamplingState._fields))),
+                (self._state_specs, Step(*(rows,) * len(Step._fields))),
+            ),
+        )
+
+    def greedy_program(self):
+        """The jitted function behind `decode_greedily`."""
+
+        def decode(params, state, table, active, allowed):
+            tokens = _next_tokens(state, 1)
+            hidden, cache, _ = forward(
+                params, self.config, tokens, active.astype(jnp.int32), state.cache, self.dtype
+            )
+            chosen = most_probable(params.embedding, table, hidden[:, 0], allowed)
+            return _advanced(state, cache, active, chosen), _without_logprobs(chosen)
+
+        rows = P(DATA_AXIS)
+        return self._program(
+            ("decode greedily",),
+            lambda: self._compile(
+                decode,
+                (specs_of(self.screening_table), rows, P()),
                 (self._state_specs, Step(*(rows,) * len(Step._fields))),
             ),
         )
@@ -276,3 +322,16 @@ def _next_tokens(state: DecodeState, count: int) -> Int[Array, "B count"]:
     """The next `count` tokens of each row; zeros, never other tokens, past the end."""
     places = state.cache.length[:, None] + jnp.arange(count)
     return jnp.take_along_axis(state.tokens, places, axis=1, mode="fill", fill_value=0)
+
+
+def _advanced(state: DecodeState, cache: KVCache, active: Array, drawn: Array) -> DecodeState:
+    """The state with the drawn tokens at the active rows' ends."""
+    # Written beyond the last row's end when inactive, so that the scatter drops it.
+    places = jnp.where(active, cache.length, state.tokens.size)
+    row = jnp.arange(len(drawn))
+    return DecodeState(cache, state.tokens.at[row, places].set(drawn, mode="drop"))
+
+
+def _without_logprobs(drawn: Array) -> Step:
+    none = jnp.zeros((len(drawn), 0))
+    return Step(drawn, none.sum(-1), none.astype(jnp.int32), none)

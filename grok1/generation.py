@@ -102,6 +102,8 @@ def _generate_batch(
     rows_state = jax.device_put(sampling_state(sampling, keys), rows)
     allowed_everywhere = jax.device_put(allowed, NamedSharding(engine.mesh, P()))
     state = engine.new_state(tokens)
+    needs_logits = sampling.temperature > 0 or num_top is not None or processor is not None
+    greedily = not needs_logits and engine.screening_table is not None
 
     # The last prompt token is left for the first decode step, so that prefill needs no logits.
     remaining = np.array([len(r.tokens) - 1 for r in requests] + [0] * (batch - len(requests)))
@@ -120,9 +122,12 @@ def _generate_batch(
         active = (started < limits) & np.array(running + [False] * (batch - len(requests)))
         upcoming = None
         if active.any():
-            state, step = engine.decode(
-                state, active, allowed_everywhere, rows_state, num_top, processor
-            )
+            if greedily:
+                state, step = engine.decode_greedily(state, active, allowed_everywhere)
+            else:
+                state, step = engine.decode(
+                    state, active, allowed_everywhere, rows_state, num_top, processor
+                )
             started += active
             upcoming = (active, step)
         if in_flight is not None:

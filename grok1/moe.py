@@ -4,16 +4,19 @@ Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected e
 R = M*A dispatched rows, L layer.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from grok1.quantization import Index, dequantize, matmul
+from grok1 import native
+from grok1.quantization import Index, QuantizedArray, dequantize, matmul
 
 # Most rows of one expert that are multiplied at once; also what the last rows are padded to.
 _BLOCK = 128
+
+Implementation = Literal["dense", "sparse", "native"]
 
 
 class ExpertWeights(NamedTuple):
@@ -50,6 +53,41 @@ def route(x: Float[Array, "M D"], router: Float[Array, "D E"], num_selected: int
     probs = jax.nn.softmax(logits, axis=-1)
     expert_weights, expert_indices = jax.lax.top_k(probs, num_selected)
     return Routing(probs, expert_indices, expert_weights)
+
+
+def experts(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+    implementation: Implementation | None = None,
+) -> Float[Array, "M D"]:
+    """Sums each token's experts, weighted by the router.
+
+    Args:
+      x: Input, in the type of the products.
+      weights: Experts of a stack of layers.
+      index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
+      routing: Where each token goes.
+      valid: False for padding, which gets zeros.
+      implementation: "dense" computes every expert for every token, "sparse" only the chosen ones,
+        "native" likewise on a CPU where `native.is_available()`, from int8 weights; None for the
+        fastest.
+
+    Returns:
+      float32.
+    """
+    if implementation == "dense":
+        return jnp.where(valid[:, None], experts_dense(x, weights, index, routing), 0)
+    if implementation is not None:
+        form = {"sparse": experts_sparse, "native": experts_native}[implementation]
+        return form(x, weights, index, routing, valid)
+    quantized = all(isinstance(weight, QuantizedArray) for weight in weights)
+    on_cpu = experts_native if quantized and native.is_available() else experts_sparse
+    return jax.lax.platform_dependent(
+        x, weights, index, routing, valid, cpu=on_cpu, default=experts_sparse
+    )
 
 
 def experts_dense(
@@ -131,6 +169,22 @@ def experts_sparse(
     out_MAD = out_sorted[place_of_row].reshape(num_tokens, num_selected, -1)
     out_MD = jnp.sum(out_MAD * routing.expert_weights[..., None], axis=1)
     return jnp.where(valid[:, None], out_MD, 0)
+
+
+def experts_native(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """As `experts_sparse`, in C++: int8 weights read in place, float32 whatever the input."""
+    (layer,) = index or (0,)
+    num_experts = routing.probs.shape[-1]
+    indices_MA = jnp.where(valid[:, None], routing.expert_indices, num_experts)
+    gate, up, down = ((weight.values, weight.scales) for weight in weights)
+    x = x.astype(jnp.float32)
+    return native.experts(x, gate, up, down, layer, indices_MA, routing.expert_weights)
 
 
 def expert_ffn(

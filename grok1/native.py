@@ -1,10 +1,10 @@
-"""The product of `quantization` in C++, for CPUs, where XLA reads int8 far slower than memory can.
+"""The kernels of `kernels/` in C++, for CPUs, where XLA reads int8 far slower than memory can.
 
-The source, `native_kernels.cc`, is compiled at first use with the system's compiler, for this very
-processor and against the headers of the installed jaxlib, into a private directory. Where that
-cannot be done, one line on stderr says why and everything runs through XLA.
+They are compiled at first use with the system's compiler, for this very processor and against the
+headers of the installed jaxlib, into a private directory. Where that cannot be done, one line on
+stderr says why and everything runs through XLA.
 
-Environment: GROK1_NATIVE=0 turns it off; GROK1_NUM_THREADS is the number of threads of a product
+Environment: GROK1_NATIVE=0 turns them off; GROK1_NUM_THREADS is the number of threads of a kernel
 (default: the cores that the process may run on); XDG_CACHE_HOME is where the library is kept.
 """
 
@@ -20,15 +20,22 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int8
 
-_SOURCE = pathlib.Path(__file__).with_name("native_kernels.cc")
+_SOURCES = pathlib.Path(__file__).with_name("kernels")
 _COMPILERS = ("c++", "g++", "clang++")
+_HUGE_PAGE = 1 << 21  # bytes, on x86-64 and on most others
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h; the second since Linux 6.1
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-DNDEBUG", "-w", "-shared", "-fPIC")
-_TARGET = "grok1_quantized_matmul"
+_MATMUL = "grok1_quantized_matmul"
+_EXPERTS = "grok1_experts"
+_ATTENTION = "grok1_attention"
+_MOST_PROBABLE = "grok1_most_probable"
 
 
 class _UnavailableError(Exception):
@@ -37,7 +44,7 @@ class _UnavailableError(Exception):
 
 @functools.cache
 def is_available() -> bool:
-    """Whether `quantized_matmul` can run; builds and registers the library when first asked.
+    """Whether the kernels can run; builds and registers the library when first asked.
 
     Says on stderr, once a process, why it cannot. False without a word when GROK1_NATIVE=0 or
     when the default backend of JAX is no CPU.
@@ -46,14 +53,16 @@ def is_available() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_built_library()))
-        handler = jax.ffi.pycapsule(getattr(library, _TARGET))
+        targets = (_MATMUL, _EXPERTS, _ATTENTION, _MOST_PROBABLE)
+        handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
     except (_UnavailableError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
         print(
-            f"grok1: decoding through XLA, several times slower than the native kernels: {error}",
+            f"grok1: running through XLA, several times slower than the native kernels: {error}",
             file=sys.stderr,
         )
         return False
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return True
 
 
@@ -64,7 +73,7 @@ def quantized_matmul(
     index: tuple[int | Array, ...],
     num_valid: int | Array,
 ) -> Float[Array, "M N"]:
-    """Computes `x @ (values[index] * scales[index])`, on a CPU where `is_available()`.
+    """Computes `x @ (values[index] * scales[index])`.
 
     Products and sums are float32; the result does not depend on the number of threads.
 
@@ -81,23 +90,159 @@ def quantized_matmul(
     Raises:
       RuntimeError: If there is no library.
     """
-    if not is_available():
-        raise RuntimeError("the native kernels are not available here; use another implementation")
+    _require()
     matrix = jnp.int32(0)
     for size, i in zip(values.shape[:-2], index, strict=True):
         matrix = matrix * size + jnp.asarray(i, jnp.int32)
     out = jax.ShapeDtypeStruct((x.shape[0], values.shape[-1]), jnp.float32)
-    return jax.ffi.ffi_call(_TARGET, out)(
+    return jax.ffi.ffi_call(_MATMUL, out)(
         x, values, scales, matrix, jnp.asarray(num_valid, jnp.int32)
     )
+
+
+def experts(
+    x: Float[Array, "M D"],
+    gate: tuple[Array, Array],
+    up: tuple[Array, Array],
+    down: tuple[Array, Array],
+    layer: int | Array,
+    expert_indices: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
+) -> Float[Array, "M D"]:
+    """Sums, for each token, its experts' gated feed-forward times their weights.
+
+    Args:
+      x: float32 `[M, D]`.
+      gate: int8 values `[*lead, E, D, F]` and bfloat16 scales `[*lead, E, G, F]`; read in place.
+      up: Likewise.
+      down: int8 values `[*lead, E, F, D]` and bfloat16 scales `[*lead, E, G, D]`.
+      layer: Index of the layer, 0 where there is no such axis.
+      expert_indices: int32; one outside 0 to E-1 is not run.
+      expert_weights: float32.
+
+    Returns:
+      float32 `[M, D]`.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call(_EXPERTS, out)(
+        x,
+        *gate,
+        *up,
+        *down,
+        jnp.asarray(layer, jnp.int32),
+        expert_indices.astype(jnp.int32),
+        expert_weights,
+    )
+
+
+def attention(
+    query: Float[Array, "B T C G H"],
+    keys: Float[Array, "L B C S H"],
+    values: Float[Array, "L B C S H"],
+    layer: int | Array,
+    positions: Int[Array, "B T"],
+    scale: float,
+    soft_cap: float,
+) -> Float[Array, "B T C G H"]:
+    """Soft-capped attention over the cached positions up to each query's own.
+
+    Args:
+      query: float32.
+      keys: float32; only the filled positions of the layer are read, in place.
+      values: float32.
+      layer: Which layer of the cache to read.
+      positions: int32, absolute position of each query.
+      scale: Factor on the query-key products, before the soft cap.
+      soft_cap: Bounds the logits.
+
+    Returns:
+      float32.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    return jax.ffi.ffi_call(_ATTENTION, out)(
+        query,
+        keys,
+        values,
+        jnp.asarray(layer, jnp.int32),
+        positions,
+        scale=np.float32(scale),
+        soft_cap=np.float32(soft_cap),
+    )
+
+
+def most_probable(
+    x: Float[Array, "M D"],
+    rows: Float[Array, "V D"],
+    values: Int8[Array, "V D"],
+    scales: Float[Array, " V"],
+    uncertainty: Float[Array, " V"],
+    allowed: Bool[Array, " V"],
+) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    """Finds the allowed row of a table with the largest product, reading its int8 copy.
+
+    Args:
+      x: float32 `[M, D]`.
+      rows: float32 `[V, D]`; only the few rows that the copy cannot rule out are read.
+      values: int8 `[V, D]`.
+      scales: float32 `[V]`; `scales * values` is close to `rows`.
+      uncertainty: float32 `[V]`, no less than the norm of what `scales * values` leaves out.
+      allowed: False for rows that must not be found.
+
+    Returns:
+      (index of the row, int32, -1 if there is none; its product, float32).
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = (
+        jax.ShapeDtypeStruct((len(x),), jnp.int32),
+        jax.ShapeDtypeStruct((len(x),), jnp.float32),
+    )
+    return jax.ffi.ffi_call(_MOST_PROBABLE, out)(x, rows, values, scales, uncertainty, allowed)
+
+
+def use_huge_pages(arrays: Any) -> None:
+    """Asks the kernel to hold large arrays in huge pages, a tenth or more faster to stream.
+
+    NumPy asks for its own, XLA does not. Only a wish: where it cannot be granted, nothing happens.
+
+    Args:
+      arrays: A tree of arrays; those on CPUs count.
+    """
+    if sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for array in jax.tree.leaves(arrays):
+        for shard in array.addressable_shards:
+            start = shard.data.unsafe_buffer_pointer()
+            first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+            size = (start + shard.data.nbytes) // _HUGE_PAGE * _HUGE_PAGE - first
+            if shard.device.platform == "cpu" and size > 0:
+                for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
+                    madvise(first, size, advice)
+
+
+def _require():
+    if not is_available():
+        raise RuntimeError("the native kernels are not available here; use another implementation")
 
 
 def _built_library() -> pathlib.Path:
     """The compiled library; compiles it if this source, jaxlib and processor are new."""
     if os.name != "posix":
         raise _UnavailableError("they are for Linux and macOS")
-    source = _SOURCE.read_bytes()
-    parts = (source, " ".join(_FLAGS), version("jaxlib"), _processor())
+    sources = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
+    parts = (*sources, " ".join(_FLAGS), version("jaxlib"), _processor())
     key = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode()
@@ -125,7 +270,10 @@ def _compile(compiler: str, library: str):
     for target in ("-march=native", "-mcpu=native"):
         command = [compiler, *_FLAGS, target, "-pthread", f"-I{jax.ffi.include_dir()}"]
         result = subprocess.run(
-            [*command, str(_SOURCE), "-o", library], capture_output=True, text=True, check=False
+            [*command, str(_SOURCES / "kernels.cc"), "-o", library],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if result.returncode == 0:
             return

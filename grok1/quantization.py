@@ -20,10 +20,6 @@ from grok1 import native
 # fuse the conversion into the product: as float32 it is 1 MiB and stays in the second-level cache.
 _TILE_ELEMENTS = 1 << 18
 
-# Most rows of an input that the native kernel multiplies: as many as it holds at a time. With more,
-# the time is that of arithmetic rather than reading, and is left to XLA.
-_NATIVE_ROWS = 16
-
 Index = tuple[int | Array, ...]
 Implementation = Literal["direct", "tiled", "native"]
 
@@ -118,7 +114,7 @@ def matmul(
     Scales are applied to the partial product of each group, so that no float copy of a quantised
     weight exists: the conversion to the type of `x` (exact, int8 fits bfloat16) is fused into the
     product on accelerators. On a CPU it is done in registers for a few rows and tile by tile for
-    many, there in float32 whatever `x` is.
+    many, in float32 whatever `x` is.
 
     Args:
       x: `[*M, K]`, float32 or bfloat16.
@@ -146,8 +142,7 @@ def matmul(
         if implementation is not None:
             out = forms[implementation](x_MK, weight, index)
         else:
-            few_rows = len(x_MK) <= _NATIVE_ROWS
-            on_cpu = forms["native" if few_rows and native.is_available() else "tiled"]
+            on_cpu = forms["native" if native.is_available() else "tiled"]
             out = jax.lax.platform_dependent(x_MK, weight, index, cpu=on_cpu, default=matmul_direct)
     return out.reshape(*x.shape[:-1], columns)
 

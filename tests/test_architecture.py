@@ -16,7 +16,7 @@ LAYERS = [
     {"attention", "moe"},
     {"transformer"},
     {"manifest", "sharding"},
-    {"tensor_file", "stacking", "decoder"},
+    {"tensor_file", "stacking", "decoder", "unembedding"},
     {"checkpoint", "engine"},
     {"loading", "generation", "options"},
     {"completion"},

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grok1 import native
 from grok1.attention import KVCache, append, attend, attend_cache
 
 B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
@@ -249,3 +250,20 @@ def test_chunks_through_the_cache_make_the_whole():
         )
         outputs.append(attend_cached(query[:, chunk], cache, 1, positions))
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("length", "group"), [(1, 1), (1, 5), (2, 3), (40, 5)])
+def test_native_attention_with_long_rows(length, group):
+    if not native.is_available():
+        pytest.skip("no native kernels on this machine")
+    # More than a chunk of keys; a head size with and beyond full vectors.
+    batch, heads, capacity, head_dim = 2, 3, 1300, 70
+    k, v = (normal(seed, L, batch, heads, capacity, head_dim) for seed in (1, 2))
+    cache = KVCache(k, v, jnp.zeros(batch, jnp.int32))
+    query = normal(3, batch, length, heads, group, head_dim) / 5
+    positions = np.array([[1299], [length + 60]]) - np.arange(length)[::-1]
+    output = jax.jit(lambda *arguments: attend_cache(*arguments, SCALE, implementation="native"))(
+        query, cache, 1, positions.astype(np.int32)
+    )
+    expected = attend_plainly(query, cache, 1, positions)
+    np.testing.assert_allclose(output, expected, atol=2e-6)

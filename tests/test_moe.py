@@ -1,12 +1,22 @@
 """Routing by hand; sparse and dense experts against float64, and what padding may not touch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1 import moe
-from grok1.moe import ExpertWeights, Routing, expert_ffn, experts_dense, experts_sparse, route
+from grok1 import moe, native
+from grok1.moe import (
+    ExpertWeights,
+    Routing,
+    expert_ffn,
+    experts,
+    experts_dense,
+    experts_sparse,
+    route,
+)
 from grok1.quantization import dequantize, quantize
 
 D, F = 7, 11
@@ -23,6 +33,16 @@ def dense(x, weights, index, routing):
 @jax.jit
 def sparse(x, weights, index, routing, valid):
     return experts_sparse(x, weights, index, routing, valid)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def in_form(x, weights, index, routing, valid, form):
+    return experts(x, weights, index, routing, valid, implementation=form)
+
+
+def skip_unless_it_runs_here(form):
+    if form == "native" and not native.is_available():
+        pytest.skip("no native kernels on this machine")
 
 
 def normal(seed, *shape):
@@ -168,9 +188,10 @@ def test_a_batch_of_padding_alone_reads_no_expert():
     np.testing.assert_array_equal(output, np.zeros((7, D)))
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("form", ["dense", "sparse", "native"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
 def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
+    skip_unless_it_runs_here(form)
     model_dim, hidden_dim = 13, 24  # 8 groups of 3 rows of the down projection, as released
     gate, up, down = random_weights(5, (3,), model_dim, hidden_dim)
     weights = ExpertWeights(
@@ -180,12 +201,30 @@ def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
     x = x.astype(dtype)
     exact = [dequantize(weight) for weight in weights]
     for layer in (0, 2):
-        if form == "dense":
-            output = dense(x, weights, (layer,), routing)
-        else:
-            output = sparse(x, weights, (layer,), routing, np.ones(7, bool))
+        output = in_form(x, weights, (layer,), routing, np.ones(7, bool), form)
         one_layer = ExpertWeights(*(np.asarray(weight)[layer] for weight in exact))
         assert_close(output, float64_experts(x, one_layer, routing), tolerance)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 9, 500])
+def test_native_experts_of_few_and_of_many_rows(num_tokens):
+    skip_unless_it_runs_here("native")
+    # More hidden columns than a panel, full tiles and not; in 500 tokens, several passes.
+    model_dim, hidden_dim = 150, 4200
+    gate, up, down = random_weights(5, (), model_dim, hidden_dim)
+    weights = ExpertWeights(
+        quantize_compiled(gate), quantize_compiled(up), quantize_compiled(down, num_groups=8)
+    )
+    x, routing = random_inputs(num_tokens, 5, 2, model_dim)
+    # Three of four choose expert 0, and one token in 50 expert 4: many rows and few in one call.
+    number = np.arange(num_tokens)
+    first = np.where(number % 4 < 3, 0, 1)
+    routing = with_experts(routing, np.stack([first, np.where(number % 50 == 0, 4, 2)], axis=1))
+    valid = number % 7 != 5
+    output = np.asarray(in_form(x, weights, (), routing, valid, "native"))
+    expected = float64_experts(x, [dequantize(weight) for weight in weights], routing)
+    assert_close(output[valid], expected[valid], 2e-6)
+    np.testing.assert_array_equal(output[~valid], 0)
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():

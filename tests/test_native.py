@@ -45,7 +45,7 @@ def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, cache, ca
     monkeypatch.setenv("PATH", str(cache))
     assert not ask_again()
     expected = (
-        "grok1: decoding through XLA, several times slower than the native kernels: "
+        "grok1: running through XLA, several times slower than the native kernels: "
         "no C++ compiler found; install g++ or clang++\n"
     )
     assert capfd.readouterr().err == expected

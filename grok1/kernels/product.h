@@ -1,0 +1,236 @@
+// Products of float32 rows with a rectangle of an int8 matrix, on one thread.
+//
+// Few rows: the time is that of reading the weight once, so weight rows are walked side by side, in
+// runs long enough for the memory bus, and each cache line is fetched one block ahead of its use.
+// Many rows: the time is that of arithmetic, so a tile of the weight is converted to float once, in
+// the first-level cache, and multiplied by all rows from there.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace grok1 {
+
+// Most input rows whose sums, for one tile's width, stay in registers beside the weight.
+constexpr int kMaxRows = 6;
+
+constexpr int64_t kTileColumns = kTileVectors * kLanes;
+constexpr int64_t kTileDepth = 128;  // as float32 32 KiB with 64 columns
+
+// Columns whose sums stay in the first-level cache while weight rows are walked; the processor
+// fetches past the end of a run of memory, so the longer the runs the better.
+constexpr int64_t panel_for(int64_t num_rows) {
+  return num_rows <= 2 ? 4096 : num_rows == 3 ? 2048 : 1024;
+}
+
+// Weight rows walked side by side, 16 KiB of them with the widest panel.
+constexpr int64_t walked_for(int64_t width) { return width > 2048 ? 4 : 8; }
+
+struct Matrix {
+  const int8_t* values;    // [depth, columns]
+  const uint16_t* scales;  // [groups, columns], bfloat16
+  int64_t depth, columns, depth_of_group;
+
+  const uint16_t* scales_at(int64_t k) const { return scales + k / depth_of_group * columns; }
+};
+
+// Matrix `number` of a stack.
+inline Matrix matrix_of(const int8_t* values, const uint16_t* scales, int64_t number,
+                        int64_t depth, int64_t columns, int64_t num_groups) {
+  return {values + number * depth * columns, scales + number * num_groups * columns, depth, columns,
+          depth / num_groups};
+}
+
+// Input rows are packed in blocks of up to kMaxRows, each transposed, [depth, rows of the block]:
+// block b begins at kMaxRows * b * depth, and only the last is smaller.
+inline int64_t num_blocks(int64_t num_rows) { return (num_rows + kMaxRows - 1) / kMaxRows; }
+
+inline int64_t rows_of_block(int64_t num_rows, int64_t block) {
+  return std::min<int64_t>(kMaxRows, num_rows - block * kMaxRows);
+}
+
+// Packs block `block` of `num_rows` rows; `row(m)` points at row m's `depth` floats.
+template <typename Row>
+void pack_block(Row row, int64_t num_rows, int64_t block, int64_t depth, float* packed) {
+  int64_t rows = rows_of_block(num_rows, block);
+  float* out = packed + block * kMaxRows * depth;
+  for (int64_t m = 0; m < rows; ++m) {
+    const float* from = row(block * kMaxRows + m);
+    for (int64_t k = 0; k < depth; ++k) out[k * rows + m] = from[k];
+  }
+}
+
+// sums[kRows, width] += x @ values over `count` weight rows. x is packed, from the first of them.
+template <int kRows>
+void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t width, const float* x,
+               float* sums) {
+  int64_t column = 0;
+  for (; column + kTileColumns <= width; column += kTileColumns) {
+    Floats sum[kRows][kTileVectors];
+    for (int m = 0; m < kRows; ++m) {
+      for (int v = 0; v < kTileVectors; ++v) {
+        sum[m][v] = load(sums + m * width + column + v * kLanes);
+      }
+    }
+    const int8_t* row = values + column;
+    for (int64_t k = 0; k < count; ++k, row += stride) {
+      // An address past the weight's end is harmless: a prefetch does not fault.
+      __builtin_prefetch(row + walked_for(width) * stride);
+      Floats weight[kTileVectors];
+      for (int v = 0; v < kTileVectors; ++v) weight[v] = load(row + v * kLanes);
+      for (int m = 0; m < kRows; ++m) {
+        for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * x[k * kRows + m];
+      }
+    }
+    for (int m = 0; m < kRows; ++m) {
+      for (int v = 0; v < kTileVectors; ++v) {
+        store_floats(sums + m * width + column + v * kLanes, sum[m][v]);
+      }
+    }
+  }
+  for (int64_t k = 0; k < count && column < width; ++k) {
+    for (int m = 0; m < kRows; ++m) {
+      for (int64_t c = column; c < width; ++c) {
+        sums[m * width + c] += x[k * kRows + m] * values[k * stride + c];
+      }
+    }
+  }
+}
+
+// out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
+// columns from `column` on, for at most kMaxRows rows. x is packed, from weight row `begin` on.
+template <int kRows>
+void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64_t column, int64_t width,
+                  const float* x, bool add, float* out, int64_t out_stride) {
+  constexpr int64_t kPanel = panel_for(kRows);
+  alignas(kCacheLine) float sums[kRows * kPanel];
+  for (int64_t first = 0; first < width; first += kPanel) {
+    int64_t panel = std::min(kPanel, width - first), walked = walked_for(panel);
+    bool add_panel = add;
+    for (int64_t group_begin = begin, group_end; group_begin < end; group_begin = group_end) {
+      group_end = std::min(end, (group_begin / matrix.depth_of_group + 1) * matrix.depth_of_group);
+      std::fill_n(sums, kRows * panel, 0.0f);
+      for (int64_t k = group_begin; k < group_end; k += walked) {
+        walk_rows<kRows>(matrix.values + k * matrix.columns + column + first, matrix.columns,
+                         std::min(walked, group_end - k), panel, x + (k - begin) * kRows, sums);
+      }
+      const uint16_t* scales = matrix.scales_at(group_begin) + column + first;
+      for (int m = 0; m < kRows; ++m) {
+        float* out_row = out + m * out_stride + first;
+        for (int64_t c = 0; c < panel; ++c) {
+          float scaled = sums[m * panel + c] * to_float(scales[c]);
+          out_row[c] = add_panel ? out_row[c] + scaled : scaled;
+        }
+      }
+      add_panel = true;
+    }
+  }
+}
+
+// tile[depth, kTileColumns] = weight rows `begin` to `begin + depth`, all of one scale group, and
+// `width` columns; what is beyond them is zero.
+inline void convert_tile(const Matrix& matrix, int64_t begin, int64_t depth, int64_t column,
+                         int64_t width, float* tile) {
+  const int8_t* row = matrix.values + begin * matrix.columns + column;
+  const uint16_t* scales = matrix.scales_at(begin) + column;
+  alignas(kCacheLine) float scale[kTileColumns] = {};
+  for (int64_t c = 0; c < width; ++c) scale[c] = to_float(scales[c]);
+  for (int64_t k = 0; k < depth; ++k, row += matrix.columns, tile += kTileColumns) {
+    if (width == kTileColumns) {
+      for (int v = 0; v < kTileVectors; ++v) {
+        store_floats(tile + v * kLanes,
+                     load(row + v * kLanes) * load(scale + v * kLanes));
+      }
+    } else {
+      for (int64_t c = 0; c < kTileColumns; ++c) tile[c] = c < width ? row[c] * scale[c] : 0.0f;
+    }
+  }
+}
+
+// out[kRows, kTileColumns] = (add ? out : 0) + x @ tile. x is packed. Meanwhile the weight rows at
+// `next`, those of the next tile, are fetched.
+template <int kRows>
+void multiply_tile(const float* tile, int64_t depth, const float* x, bool add, float* out,
+                   int64_t out_stride, const int8_t* next, int64_t next_stride) {
+  // From zero: sums of sums lose fewer digits than one long sum.
+  Floats sum[kRows][kTileVectors] = {};
+  for (int64_t k = 0; k < depth; ++k, tile += kTileColumns, x += kRows, next += next_stride) {
+    __builtin_prefetch(next);
+    Floats weight[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) weight[v] = load(tile + v * kLanes);
+    for (int m = 0; m < kRows; ++m) {
+      for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * x[m];
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = out + m * out_stride + v * kLanes;
+      store_floats(to, add ? load(to) + sum[m][v] : sum[m][v]);
+    }
+  }
+}
+
+using MultiplyFew = void (*)(const Matrix&, int64_t, int64_t, int64_t, int64_t, const float*, bool,
+                             float*, int64_t);
+using MultiplyTile = void (*)(const float*, int64_t, const float*, bool, float*, int64_t,
+                              const int8_t*, int64_t);
+
+constexpr MultiplyFew kMultiplyFew[kMaxRows + 1] = {
+    nullptr,         multiply_few<1>, multiply_few<2>, multiply_few<3>,
+    multiply_few<4>, multiply_few<5>, multiply_few<6>};
+constexpr MultiplyTile kMultiplyTile[kMaxRows + 1] = {
+    nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
+    multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
+
+// As multiply_few, for any number of rows: x is packed in blocks, `x_depth` deep, and begins at
+// weight row 0.
+inline void multiply_many(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+                          int64_t width, const float* x, int64_t x_depth, int64_t num_rows,
+                          bool add, float* out, int64_t out_stride) {
+  alignas(kCacheLine) static thread_local float tile[kTileDepth * kTileColumns];
+  for (int64_t k = begin, depth; k < end; k += depth) {
+    int64_t group_end = (k / matrix.depth_of_group + 1) * matrix.depth_of_group;
+    depth = std::min({kTileDepth, end - k, group_end - k});
+    for (int64_t first = 0; first < width; first += kTileColumns) {
+      int64_t columns = std::min(kTileColumns, width - first);
+      convert_tile(matrix, k, depth, column + first, columns, tile);
+      const int8_t* next = matrix.values + k * matrix.columns + column + first + kTileColumns;
+      for (int64_t block = 0; block < num_blocks(num_rows); ++block) {
+        int64_t rows = rows_of_block(num_rows, block);
+        const float* x_block = x + block * kMaxRows * x_depth + k * rows;
+        float* out_block = out + block * kMaxRows * out_stride + first;
+        if (columns == kTileColumns) {
+          kMultiplyTile[rows](tile, depth, x_block, add || k > begin, out_block, out_stride, next,
+                              matrix.columns);
+          continue;
+        }
+        alignas(kCacheLine) float edge[kMaxRows * kTileColumns];
+        kMultiplyTile[rows](tile, depth, x_block, false, edge, kTileColumns, next, matrix.columns);
+        for (int64_t m = 0; m < rows; ++m) {
+          for (int64_t c = 0; c < columns; ++c) {
+            float& sum = out_block[m * out_stride + c];
+            sum = (add || k > begin ? sum : 0.0f) + edge[m * kTileColumns + c];
+          }
+        }
+      }
+    }
+  }
+}
+
+// out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
+// columns from `column` on. x is packed in blocks, `x_depth` deep, and begins at weight row 0.
+inline void multiply(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+                     int64_t width, const float* x, int64_t x_depth, int64_t num_rows, bool add,
+                     float* out, int64_t out_stride) {
+  if (num_rows <= kMaxRows) {
+    kMultiplyFew[num_rows](matrix, begin, end, column, width, x + begin * num_rows, add, out,
+                           out_stride);
+  } else {
+    multiply_many(matrix, begin, end, column, width, x, x_depth, num_rows, add, out, out_stride);
+  }
+}
+
+}  // namespace grok1

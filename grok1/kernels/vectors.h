@@ -1,0 +1,117 @@
+// A vector register's worth of floats, on whatever processor this is compiled for.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace grok1 {
+
+// Lanes of a vector register, and how many registers of them one row of a tile takes.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kTileVectors = 2;
+#else
+constexpr int kLanes = 4;
+constexpr int kTileVectors = 2;
+#endif
+
+constexpr int kCacheLine = 64;
+
+using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Floats load(const float* from) {
+  Floats floats;
+  std::memcpy(&floats, from, sizeof(floats));
+  return floats;
+}
+
+inline void store_floats(float* to, Floats floats) { std::memcpy(to, &floats, sizeof(floats)); }
+
+inline Floats load(const int8_t* from) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+  using Bytes = int8_t __attribute__((vector_size(kLanes)));
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, Floats);
+#endif
+}
+
+// e^x to about one unit in the last place, 0 where that is below the normal floats: 2^n times e^r
+// with |r| <= ln 2 / 2, e^r by its Taylor series.
+inline Floats exp(Floats x) {
+  using Ints = int32_t __attribute__((vector_size(sizeof(Floats))));
+  constexpr float kLowest = -87.33f, kHighest = 88.37f;  // n stays a normal exponent
+  constexpr float kRound = 12582912.0f;                  // 1.5 * 2^23: adding it rounds
+  x = x < kLowest ? Floats{} + kLowest : x;
+  x = x > kHighest ? Floats{} + kHighest : x;
+  Floats n = x * 1.44269504f + kRound;
+  Ints exponent;
+  std::memcpy(&exponent, &n, sizeof(exponent));
+  n -= kRound;
+  // ln 2 in two parts, the first exact in products with n.
+  Floats r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats series = Floats{} + 1.0f / 5040;
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  // The integer that kRound left in the low bits of the mantissa goes to the exponent.
+  Ints power = (exponent + 127) << 23;
+  Floats scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return series * scale;
+}
+
+// GELU in its tanh form, x / (1 + e^(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline Floats gelu(Floats x) {
+  Floats u = 0.797884561f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + exp(-2.0f * u));
+}
+
+inline float sum_of(Floats floats) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(floats);
+#else
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += floats[lane];
+  return sum;
+#endif
+}
+
+// tanh from e^(2x); near 0, where that would lose digits, its Taylor series.
+inline Floats tanh(Floats x) {
+  Floats square = x * x;
+  Floats series = Floats{} - 1382.0f / 155925;
+  for (float term : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3, 1.0f}) {
+    series = series * square + term;
+  }
+  Floats large = 1.0f - 2.0f / (1.0f + exp(2.0f * x));
+  return square < 0.1f ? x * series : large;
+}
+
+inline float to_float(uint16_t bfloat16) {
+  uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+}  // namespace grok1

@@ -1,0 +1,89 @@
+"""The output head: logits of the whole vocabulary, or just the most probable token.
+
+Per device, inside `jax.shard_map`, as `decoder`. The embedding is also the head; as float32 it would
+be a good part of what a small model reads for a token. Where only the largest logit is wanted, an
+int8 copy rules out all but a few rows, and those are compared in float32.
+
+Dimension key: M row, V vocabulary rows held here, D model dim.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grok1 import native
+from grok1.config import ModelConfig
+from grok1.quantization import quantize
+from grok1.sharding import MODEL_AXIS
+
+
+class ScreeningTable(NamedTuple):
+    """An int8 copy of the embedding, and how far from it each row may be.
+
+    Attributes:
+      values: int8 `[V, D]`.
+      scales: float32 `[V]`; `scales * values` is close to the embedding.
+      uncertainty: float32 `[V]`; a row's product with any x is within `uncertainty * |x|` of the
+        product with the copy, what rounding adds in float32 included.
+    """
+
+    values: Any
+    scales: Any
+    uncertainty: Any
+
+
+def screening_table(embedding: Float[Array, "V D"]) -> ScreeningTable:
+    """Copies an embedding to int8, one scale a row, and bounds what is lost (Cauchy-Schwarz)."""
+
+    def copy(row):
+        quantized = quantize(row[:, None])
+        scale = quantized.scales[0, 0].astype(jnp.float32)
+        kept = quantized.values[:, 0].astype(jnp.float32) * scale
+        # Adding n float32 numbers in any order is off by at most n units in the last place.
+        rounding = len(row) * jnp.finfo(jnp.float32).eps * jnp.linalg.norm(kept)
+        lost = jnp.linalg.norm(row - kept)
+        return ScreeningTable(quantized.values[:, 0], scale, 1.001 * (lost + rounding))
+
+    # In batches, so that the float32 copies in between take little memory.
+    return jax.lax.map(copy, embedding, batch_size=1024)
+
+
+def unembed(
+    embedding: Float[Array, "V D"], config: ModelConfig, x: Float[Array, "M D"]
+) -> Float[Array, "M vocab"]:
+    """Logits of the whole vocabulary from the final norm's output; float32, on every device."""
+    local = jnp.einsum(
+        "MD,VD->MV",
+        x,
+        embedding,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    logits = jax.lax.all_gather(local, MODEL_AXIS, axis=1, tiled=True)
+    return logits * config.output_multiplier_scale
+
+
+def most_probable(
+    embedding: Float[Array, "V D"],
+    table: ScreeningTable,
+    x: Float[Array, "M D"],
+    allowed: Bool[Array, " vocab"],
+) -> Int[Array, " M"]:
+    """The allowed token with the largest logit, as `unembed` and an argmax would find it; on CPUs.
+
+    Args:
+      embedding: This device's rows.
+      table: Their `screening_table`.
+      x: The final norm's output.
+      allowed: False for tokens that must not be found.
+    """
+    rows = len(embedding)
+    first = jax.lax.axis_index(MODEL_AXIS) * rows
+    here = jax.lax.dynamic_slice_in_dim(allowed, first, rows)
+    index, product = native.most_probable(x, embedding, *table, here)
+    products = jax.lax.all_gather(product, MODEL_AXIS)
+    indices = jax.lax.all_gather(jnp.maximum(index, 0) + first, MODEL_AXIS)
+    best = jnp.argmax(products, axis=0)
+    return jnp.take_along_axis(indices, best[None], axis=0)[0].astype(jnp.int32)

@@ -1,0 +1,80 @@
+"""The most probable token from an int8 copy is that of the float32 table, however close the race."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import grok1
+from grok1 import native
+from grok1.sharding import MODEL_AXIS, make_mesh
+from grok1.unembedding import ScreeningTable, most_probable, screening_table
+
+V, D = 1200, 70
+
+
+def find(embedding, x, allowed, num_devices=1):
+    if not native.is_available():
+        pytest.skip("no native kernels on this machine")
+    mesh = make_mesh(grok1.TOY, (1, num_devices))
+
+    def on_device(embedding, x, allowed):
+        return most_probable(embedding, screening_table(embedding), x, allowed)
+
+    rows = P(MODEL_AXIS)
+    run = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(rows, P(), P()), out_specs=P(), check_vma=False
+    )
+    return np.asarray(jax.jit(run)(jnp.asarray(embedding), jnp.asarray(x), jnp.asarray(allowed)))
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def best(embedding, x, allowed):
+    products = x.astype(np.float64) @ embedding.T.astype(np.float64)
+    return np.argmax(np.where(allowed, products, -np.inf), axis=-1)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize("num_rows", [1, 3, 9])
+def test_the_most_probable_token(num_rows, num_devices):
+    embedding, x = random(0, V, D), random(1, num_rows, D)
+    allowed = np.arange(V) % 3 != 0
+    found = find(embedding, x, allowed, num_devices)
+    np.testing.assert_array_equal(found, best(embedding, x, allowed))
+
+
+def test_rows_that_int8_cannot_tell_apart():
+    # 300 rows that differ by less than a step of their int8 copies.
+    embedding, x = random(2, V, D), random(3, 4, D)
+    embedding[100:400] = 3 * np.sign(x[0]) + 1e-3 * random(4, 300, D)
+    allowed = np.ones(V, bool)
+    found = find(embedding, x, allowed)
+    expected = best(embedding, x, allowed)
+    assert 100 <= expected[0] < 400
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_of_equals_the_first_that_is_allowed():
+    embedding = np.tile(random(5, 1, D), (V, 1))
+    allowed = np.arange(V) >= 7
+    assert find(embedding, embedding[:1], allowed)[0] == 7
+    assert find(embedding, embedding[:1], allowed, num_devices=4)[0] == 7
+
+
+def test_what_is_no_number_finds_a_token_all_the_same():
+    x = np.full((1, D), np.nan, np.float32)
+    assert 0 <= find(random(6, V, D), x, np.ones(V, bool))[0] < V
+
+
+def test_the_bound_holds_for_every_row_and_is_tight():
+    embedding = random(7, V, D) * np.exp(random(8, V, 1))
+    embedding[0] = 0
+    table = ScreeningTable(*(np.asarray(part) for part in jax.jit(screening_table)(embedding)))
+    kept = table.values.astype(np.float64) * table.scales[:, None]
+    lost = np.linalg.norm(embedding - kept, axis=-1)
+    assert np.all(lost <= table.uncertainty)
+    assert np.all(table.uncertainty <= 0.02 * np.linalg.norm(embedding, axis=-1))
