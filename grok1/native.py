@@ -207,7 +207,10 @@ def most_probable(
         jax.ShapeDtypeStruct((len(x),), jnp.int32),
         jax.ShapeDtypeStruct((len(x),), jnp.float32),
     )
-    return jax.ffi.ffi_call(_MOST_PROBABLE, out)(x, rows, values, scales, uncertainty, allowed)
+    index, product = jax.ffi.ffi_call(_MOST_PROBABLE, out)(
+        x, rows, values, scales, uncertainty, allowed
+    )
+    return index, product
 
 
 def use_huge_pages(arrays: Any) -> None:

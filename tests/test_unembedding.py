@@ -1,4 +1,4 @@
-"""The most probable token from an int8 copy is that of the float32 table, however close the race."""
+"""The most probable token from an int8 copy is that of the float32 table, however close."""
 
 import jax
 import jax.numpy as jnp
