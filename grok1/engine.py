@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from grok1.attention import KVCache
+from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward, unembed
 from grok1.sampling import SamplingState, sample, top_logprobs
@@ -81,7 +82,7 @@ class Engine:
         self.params, self.config, self.mesh, self.dtype = params, config, mesh, jnp.dtype(dtype)
         self.cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
         self._param_specs = specs_of(params)
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[tuple, Program] = {}
 
     def capacity_for(self, num_tokens: int) -> int:
         """Cache capacity for rows of up to `num_tokens` tokens: a power of two or the context."""
@@ -185,7 +186,7 @@ class Engine:
         return program(self.params, state, num_valid)
 
     def prefill_program(self, chunk: int):
-        """The jitted function behind `prefill`."""
+        """The program behind `prefill`."""
 
         def prefill(params, state, num_valid):
             tokens = _next_tokens(state, chunk)
@@ -198,7 +199,7 @@ class Engine:
         )
 
     def score_program(self, chunk: int, capture: tuple[str, ...]):
-        """The jitted function behind `score`."""
+        """The program behind `score`."""
 
         def score(params, state, num_valid):
             tokens = _next_tokens(state, chunk)
@@ -217,7 +218,7 @@ class Engine:
         )
 
     def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
-        """The jitted function behind `decode`."""
+        """The program behind `decode`."""
 
         def decode(params, state, active, allowed, sampling):
             tokens = _next_tokens(state, 1)
@@ -254,9 +255,16 @@ class Engine:
     def _state_specs(self) -> DecodeState:
         return specs_of(self.abstract_state(self.mesh.shape[DATA_AXIS], _SMALLEST_CAPACITY))
 
-    def _program(self, key: Any, build: Callable[[], Any]):
+    def _program(self, key: tuple, build: Callable[[], Any]) -> Program:
         if key not in self._programs:
-            self._programs[key] = build()
+            # A function of the user's is not known by its name: what it does may have changed.
+            stored = not any(callable(part) for part in key)
+            self._programs[key] = Program(
+                build(),
+                self.mesh.devices.flatten().tolist(),
+                f"{key} {self.config} {self.dtype} {self.mesh}" if stored else None,
+                lambda *args: _in_words(key, *args),
+            )
         return self._programs[key]
 
     def _compile(self, function, more_in_specs: tuple, out_specs):
@@ -270,6 +278,14 @@ class Engine:
             check_vma=False,
         )
         return jax.jit(per_device, donate_argnums=1)
+
+
+def _in_words(key: tuple, *args) -> str:
+    """Names a program, given its key and arguments: "decode for batch 8, cache 1024"."""
+    kind, detail = key[:2]
+    chunked = {"prefill": f"prefill of {detail} tokens", "score": f"scoring of {detail} tokens"}
+    batch, capacity = args[1].tokens.shape if args else detail
+    return f"{chunked.get(kind, kind)} for batch {batch}, cache {capacity}"
 
 
 def _next_tokens(state: DecodeState, count: int) -> Int[Array, "B count"]:
