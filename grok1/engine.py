@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Int
 
 from grok1 import native
 from grok1.attention import KVCache
+from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward
 from grok1.sampling import SamplingState, sample, top_logprobs
@@ -83,7 +84,7 @@ class Engine:
         self.params, self.config, self.mesh, self.dtype = params, config, mesh, jnp.dtype(dtype)
         self.cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
         self._param_specs = specs_of(params)
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[tuple, Program] = {}
 
     def capacity_for(self, num_tokens: int) -> int:
         """Cache capacity for rows of up to `num_tokens` tokens: a power of two or the context."""
@@ -159,7 +160,7 @@ class Engine:
             out_specs=ScreeningTable(spec, P(spec[0]), P(spec[0])),
             check_vma=False,
         )
-        table = jax.jit(make)(self.params.embedding)
+        table = self._program(("screening table",), lambda: jax.jit(make))(self.params.embedding)
         native.use_huge_pages(table)
         return table
 
@@ -217,7 +218,7 @@ class Engine:
         return program(self.params, state, num_valid)
 
     def prefill_program(self, chunk: int):
-        """The jitted function behind `prefill`."""
+        """The program behind `prefill`."""
 
         def prefill(params, state, num_valid):
             tokens = _next_tokens(state, chunk)
@@ -230,7 +231,7 @@ class Engine:
         )
 
     def score_program(self, chunk: int, capture: tuple[str, ...]):
-        """The jitted function behind `score`."""
+        """The program behind `score`."""
 
         def score(params, state, num_valid):
             tokens = _next_tokens(state, chunk)
@@ -249,7 +250,7 @@ class Engine:
         )
 
     def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
-        """The jitted function behind `decode`."""
+        """The program behind `decode`."""
 
         def decode(params, state, active, allowed, sampling):
             tokens = _next_tokens(state, 1)
@@ -276,7 +277,7 @@ class Engine:
         )
 
     def greedy_program(self):
-        """The jitted function behind `decode_greedily`."""
+        """The program behind `decode_greedily`."""
 
         def decode(params, state, table, active, allowed):
             tokens = _next_tokens(state, 1)
@@ -300,9 +301,16 @@ class Engine:
     def _state_specs(self) -> DecodeState:
         return specs_of(self.abstract_state(self.mesh.shape[DATA_AXIS], _SMALLEST_CAPACITY))
 
-    def _program(self, key: Any, build: Callable[[], Any]):
+    def _program(self, key: tuple, build: Callable[[], Any]) -> Program:
         if key not in self._programs:
-            self._programs[key] = build()
+            # A function of the user's is not known by its name: what it does may have changed.
+            stored = not any(callable(part) for part in key)
+            self._programs[key] = Program(
+                build(),
+                self.mesh.devices.flatten().tolist(),
+                f"{key} {self.config} {self.dtype} {self.mesh}" if stored else None,
+                lambda *args: _in_words(key, *args),
+            )
         return self._programs[key]
 
     def _compile(self, function, more_in_specs: tuple, out_specs):
@@ -316,6 +324,17 @@ class Engine:
             check_vma=False,
         )
         return jax.jit(per_device, donate_argnums=1)
+
+
+def _in_words(key: tuple, *args) -> str:
+    """Names a program, given its key and arguments: "decode for batch 8, cache 1024"."""
+    kind, *details = key
+    if kind == "screening table":
+        return "the output head's screening table"
+    chunked = {"prefill": "prefill of {} tokens", "score": "scoring of {} tokens"}
+    kind = chunked.get(kind, kind).format(*details)
+    batch, capacity = args[1].tokens.shape if args else details[0]
+    return f"{kind} for batch {batch}, cache {capacity}"
 
 
 def _next_tokens(state: DecodeState, count: int) -> Int[Array, "B count"]:

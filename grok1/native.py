@@ -13,9 +13,7 @@ import functools
 import hashlib
 import os
 import pathlib
-import platform
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8
+
+from grok1.announcement import announced
+from grok1.cache_directory import private_directory, processor
 
 _SOURCES = pathlib.Path(__file__).with_name("kernels")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -245,12 +246,12 @@ def _built_library() -> pathlib.Path:
     if os.name != "posix":
         raise _UnavailableError("they are for Linux and macOS")
     sources = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
-    parts = (*sources, " ".join(_FLAGS), version("jaxlib"), _processor())
+    parts = (*sources, " ".join(_FLAGS), version("jaxlib"), processor())
     key = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode()
         key.update(len(data).to_bytes(8, "little") + data)
-    directory = _private_directory()
+    directory = private_directory()
     library = directory / f"native-{key.hexdigest()}.so"
     if library.exists():
         return library
@@ -261,7 +262,8 @@ def _built_library() -> pathlib.Path:
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=directory)
     os.close(descriptor)
     try:
-        _compile(compiler, unfinished)
+        with announced("compiling the native CPU kernels (once)"):
+            _compile(compiler, unfinished)
         os.replace(unfinished, library)
     finally:
         pathlib.Path(unfinished).unlink(missing_ok=True)
@@ -283,29 +285,3 @@ def _compile(compiler: str, library: str):
     lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
     message = next((line for line in lines if "error" in line), lines[-1])
     raise _UnavailableError(f"{compiler} failed: {message}")
-
-
-def _private_directory() -> pathlib.Path:
-    """The cache directory, which nobody else may write to: what lies in it is executed."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
-    directory = root / "grok1"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise _UnavailableError(
-            f"{directory} is not private; make it a directory of yours, mode 700"
-        )
-    return directory
-
-
-def _processor() -> str:
-    """What distinguishes processors that run different instructions."""
-    lines = {platform.machine(), platform.processor()}
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines |= {line for line in file if line.lower().startswith(("flags", "features"))}
-    except OSError:
-        pass
-    return "\n".join(sorted(lines))

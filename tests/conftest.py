@@ -8,6 +8,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile what is in front of them, and leave the user's cache alone; the native kernels are
+# built once for all runs.
+os.environ["GROK1_COMPILATION_CACHE"] = "0"
+os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache")
 
 import jax
 import numpy as np

@@ -11,8 +11,9 @@ PACKAGE = pathlib.Path(grok1.__file__).parent
 
 # Every module imports only from lines above its own; this is the diagram of the package.
 LAYERS = [
-    {"config", "layers", "native", "symbolic_pickle", "version"},
-    {"quantization", "sampling", "tokenizer"},
+    {"announcement", "cache_directory", "config", "layers", "symbolic_pickle", "version"},
+    {"native", "sampling", "tokenizer"},
+    {"compilation", "quantization"},
     {"attention", "moe"},
     {"transformer"},
     {"manifest", "sharding"},

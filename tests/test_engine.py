@@ -72,11 +72,11 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
         tokens = np.arange(1, length + 1)
         model.generate(tokens, max_new_tokens=length, seed=seed, temperature=temperature)
     programs = model.engine._programs
-    traced = {key[0]: program._cache_size() for key, program in programs.items()}
+    traced = {key[0]: len(program.executables) for key, program in programs.items()}
     greedily = {"decode greedily": 1} if model.engine.screening_table is not None else {}
     assert traced == {"empty cache": 1, "prefill": 1, "decode": 1, **greedily}
     # Another batch size is another shape, once.
     model.generate([[1, 2], [3]], max_new_tokens=2)
     model.generate([[4], [5, 6, 7]], max_new_tokens=5)
-    assert programs["decode", None, None]._cache_size() == 2
-    assert programs["prefill", 16]._cache_size() == 2
+    assert len(programs["decode", None, None].executables) == 2
+    assert len(programs["prefill", 16].executables) == 2
