@@ -1,7 +1,7 @@
 """Grouped-query attention with a soft cap: the readable form and the one that reads a cache.
 
 Dimension key: B batch row, T query position, S key position, C key/value head held here,
-G query heads that share it, H head dim, L layer.
+G query heads that share it, M = G*T, H head dim, L layer.
 """
 
 import functools
@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grok1 import native
+from grok1.quantization import quantize
 
 SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
 
-# Keys per step of `attend_cache`: the scores of a 1024-token chunk stay at 2 MiB a head.
-_BLOCK = 512
+# Keys per step of `attend_cache`. A few queries would read most of a larger block for nothing when
+# a row is short; many queries keep the products large enough to run at full speed.
+_BLOCK_OF_FEW, _BLOCK_OF_MANY = 128, 512
+_FEW_QUERIES = 16
 
 Implementation = Literal["blocked", "native"]
 
@@ -24,15 +27,22 @@ Implementation = Literal["blocked", "native"]
 class KVCache(NamedTuple):
     """Keys and values of every layer, and how much of each row is filled.
 
+    In int8 each vector of H numbers has one bfloat16 scale, its largest magnitude over 127, and
+    stands for `values * scale`.
+
     Attributes:
-      k: `[L, B, C, S, H]`, rotary phases applied.
-      v: `[L, B, C, S, H]`.
+      k: `[L, B, C, S, H]`, rotary phases applied; float32, float16, bfloat16 or int8.
+      v: `[L, B, C, S, H]`, of the same type.
       length: int32 `[B]`, filled positions of each row.
+      k_scales: bfloat16 `[L, B, C, S]` for int8 keys; None for float ones.
+      v_scales: bfloat16 `[L, B, C, S]` for int8 values; None for float ones.
     """
 
     k: Any
     v: Any
     length: Any
+    k_scales: Any = None
+    v_scales: Any = None
 
 
 def attend(
@@ -54,10 +64,11 @@ def attend(
     Returns:
       float32.
     """
-    logits_BCGTS = _capped_logits(query, key, scale)
+    products_BCGTS = _dot("BTCGH,BCSH->BCGTS", query, key)
+    logits_BCGTS = SOFT_CAP * jnp.tanh(products_BCGTS * (scale / SOFT_CAP))
     logits_BCGTS = jnp.where(mask[:, None, None], logits_BCGTS, -jnp.inf)
     probs_BCGTS = jax.nn.softmax(logits_BCGTS, axis=-1).astype(value.dtype)
-    return _mix(probs_BCGTS, value).transpose(0, 3, 1, 2, 4)
+    return _dot("BCGTS,BCSH->BTCGH", probs_BCGTS, value)
 
 
 def attend_cache(
@@ -71,7 +82,7 @@ def attend_cache(
     """`attend` over the cached positions up to each query's own; only those are read.
 
     Args:
-      query: Queries, rotary phases applied.
+      query: Queries, rotary phases applied, in the type of the products.
       cache: Keys and values, those of the queries' own positions included.
       layer: Which layer of the cache to read.
       positions: Absolute position of each query; it sees keys at positions up to its own.
@@ -117,41 +128,60 @@ def attend_blocked(
     """`attend` over the cached positions, a block of keys at a time.
 
     The softmax is accumulated over the blocks (Milakov & Gimelshein, arXiv 1805.02867), so that a
-    short sequence does not pay for the cache's capacity and no `[T, S]` score tensor exists.
+    short sequence does not pay for the cache's capacity and no `[T, S]` score tensor exists. An
+    int8 block is multiplied as it is: its scales go to the scores and to the softmax's weights.
     """
     batch, length, heads, group, head_dim = query.shape
     capacity = cache.k.shape[3]
-    block = min(_BLOCK, capacity)
+    block = min(_BLOCK_OF_FEW if length <= _FEW_QUERIES else _BLOCK_OF_MANY, capacity)
     num_blocks = jnp.minimum(jnp.max(positions) // block + 1, -(-capacity // block))
+    # The queries of a head in one axis, so that each head is one product of two matrices.
+    query_BCMH = query.transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
+    positions_BM = jnp.tile(positions, (1, group))
+
+    def cap(products):
+        return SOFT_CAP * jnp.tanh(products * (scale / SOFT_CAP))
 
     def add_block(i, carry):
-        top_BCGT, total_BCGT, mixed_BCGTH = carry
+        top_BCM, total_BCM, mixed_BCMH = carry
         # The last block of a capacity that is no multiple of the block starts early and masks what
         # the one before has read.
         start = jnp.minimum(i * block, capacity - block)
-        sizes = (1, batch, heads, block, head_dim)
-        key = jax.lax.dynamic_slice(cache.k, (layer, 0, 0, start, 0), sizes)[0]
-        value = jax.lax.dynamic_slice(cache.v, (layer, 0, 0, start, 0), sizes)[0]
-        key_positions = start + jnp.arange(block)
-        allowed_BTS = (key_positions <= positions[..., None]) & (key_positions >= i * block)
-        logits_BCGTS = _capped_logits(query, key, scale)
-        logits_BCGTS = jnp.where(allowed_BTS[:, None, None], logits_BCGTS, -jnp.inf)
-        new_top_BCGT = jnp.maximum(top_BCGT, logits_BCGTS.max(axis=-1))
-        weights_BCGTS = jnp.exp(logits_BCGTS - new_top_BCGT[..., None])
-        shrink_BCGT = jnp.exp(top_BCGT - new_top_BCGT)
-        total_BCGT = total_BCGT * shrink_BCGT + weights_BCGTS.sum(axis=-1)
-        mixed_BCGTH = mixed_BCGTH * shrink_BCGT[..., None]
-        mixed_BCGTH += _mix(weights_BCGTS.astype(value.dtype), value)
-        return new_top_BCGT, total_BCGT, mixed_BCGTH
 
-    # Position 0 is allowed to every query, so the first block makes the running maximum finite.
-    start = (
-        jnp.full((batch, heads, group, length), jnp.finfo(jnp.float32).min),
-        jnp.zeros((batch, heads, group, length)),
-        jnp.zeros((batch, heads, group, length, head_dim)),
-    )
-    _, total_BCGT, mixed_BCGTH = jax.lax.fori_loop(0, num_blocks, add_block, start)
-    return (mixed_BCGTH / total_BCGT[..., None]).transpose(0, 3, 1, 2, 4)
+        def take(array):
+            at = (layer, 0, 0, start, 0)[: array.ndim]
+            return jax.lax.dynamic_slice(
+                array, at, (1, *array.shape[1:3], block, head_dim)[: array.ndim]
+            )[0]
+
+        key, value = (take(array).astype(query.dtype) for array in (cache.k, cache.v))
+        key_positions = start + jnp.arange(block)
+        allowed_BMS = (key_positions <= positions_BM[..., None]) & (key_positions >= i * block)
+        allowed_BCMS = allowed_BMS[:, None]
+        products_BCMS = _dot("BCMH,BCSH->BCMS", query_BCMH, key)
+        if cache.k_scales is not None:
+            products_BCMS *= take(cache.k_scales).astype(jnp.float32)[:, :, None]
+        # The cap is monotone, so that the maximum is taken of what the product wrote, and capped.
+        top_products_BCM = jnp.max(products_BCMS, axis=-1, where=allowed_BCMS, initial=-jnp.inf)
+        new_top_BCM = jnp.maximum(top_BCM, cap(top_products_BCM))
+        weights_BCMS = jnp.exp(cap(products_BCMS) - new_top_BCM[..., None])
+        weights_BCMS = jnp.where(allowed_BCMS, weights_BCMS, 0)
+        shrink_BCM = jnp.exp(top_BCM - new_top_BCM)
+        total_BCM = total_BCM * shrink_BCM + weights_BCMS.sum(axis=-1)
+        if cache.v_scales is not None:
+            weights_BCMS *= take(cache.v_scales).astype(jnp.float32)[:, :, None]
+        mixed_BCMH *= shrink_BCM[..., None]
+        mixed_BCMH += _dot("BCMS,BCSH->BCMH", weights_BCMS.astype(value.dtype), value)
+        return new_top_BCM, total_BCM, mixed_BCMH
+
+    # The least a capped logit can be.
+    top_BCM = jnp.full(query_BCMH.shape[:-1], -SOFT_CAP)
+    zeros_BCMH = jnp.zeros(query_BCMH.shape)
+    start = (top_BCM, zeros_BCMH[..., 0], zeros_BCMH)
+    _, total_BCM, mixed_BCMH = jax.lax.fori_loop(0, num_blocks, add_block, start)
+    mixed_BCMH /= total_BCM[..., None]
+    mixed_BCGTH = mixed_BCMH.reshape(batch, heads, group, length, head_dim)
+    return mixed_BCGTH.transpose(0, 3, 1, 2, 4)
 
 
 def append(
@@ -168,34 +198,33 @@ def append(
       The cache with the same `length`: the rows have grown only when every layer has written.
     """
     rows = jnp.arange(key.shape[0])[:, None]
-    dtype = cache.k.dtype
-    if dtype == jnp.float16:
-        # Far outside what normed inputs project to; saturating keeps one outlier from being inf.
-        limit = float(jnp.finfo(dtype).max)
-        key, value = jnp.clip(key, -limit, limit), jnp.clip(value, -limit, limit)
     # An index beyond the capacity is dropped by the scatter, never clamped onto a real position.
     slots = jnp.where(valid, positions, cache.k.shape[3])
-    k = cache.k.at[layer, rows, :, slots].set(key.astype(dtype), mode="drop")
-    v = cache.v.at[layer, rows, :, slots].set(value.astype(dtype), mode="drop")
-    return cache._replace(k=k, v=v)
+
+    def put(array, new):
+        return array.at[layer, rows, :, slots].set(new.astype(array.dtype), mode="drop")
+
+    if cache.k_scales is not None:
+        key, value = quantize(key[..., None]), quantize(value[..., None])
+        return cache._replace(
+            k=put(cache.k, key.values[..., 0]),
+            v=put(cache.v, value.values[..., 0]),
+            k_scales=put(cache.k_scales, key.scales[..., 0, 0]),
+            v_scales=put(cache.v_scales, value.scales[..., 0, 0]),
+        )
+    if cache.k.dtype == jnp.float16:
+        # Far outside what normed inputs project to; saturating keeps one outlier from being inf.
+        limit = float(jnp.finfo(jnp.float16).max)
+        key, value = jnp.clip(key, -limit, limit), jnp.clip(value, -limit, limit)
+    return cache._replace(k=put(cache.k, key), v=put(cache.v, value))
 
 
-def _capped_logits(query: Array, key: Array, scale: float) -> Array:
-    logits_BCGTS = jnp.einsum(
-        "BTCGH,BCSH->BCGTS",
-        query,
-        key,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return SOFT_CAP * jnp.tanh(logits_BCGTS * (scale / SOFT_CAP))
-
-
-def _mix(probs_BCGTS: Array, value: Array) -> Array:
+def _dot(subscripts: str, x: Array, y: Array) -> Array:
+    """Float32 sums, of true float32 products where the inputs are float32."""
     return jnp.einsum(
-        "BCGTS,BCSH->BCGTH",
-        probs_BCGTS,
-        value,
+        subscripts,
+        x,
+        y,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )

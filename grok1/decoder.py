@@ -150,7 +150,9 @@ def _attention(
     key = apply_rope(heads(*key_weight), positions)
     value = heads(*value_weight)
     cache = append(cache, layer, key, value, positions, valid)
-    query_BTCGH = query.astype(cache.k.dtype).reshape(
+    # Int8 is exact in any type of product; queries of a float cache are rounded as its keys.
+    as_keys = dtype != jnp.float32 and cache.k.dtype != jnp.int8
+    query_BTCGH = query.astype(cache.k.dtype if as_keys else dtype).reshape(
         batch, length, heads_here, -1, config.key_size
     )
     mixed = attend_cache(query_BTCGH, cache, layer, positions, config.attn_output_multiplier)

@@ -76,13 +76,18 @@ class Engine:
       config: The model's architecture.
       mesh: Axes (data, model).
       dtype: Type of the products with weights, float32 or bfloat16.
-      cache_dtype: Type of the keys and values: float32, or, where products are bfloat16, float16.
-        It takes the same memory with three more bits, and normed inputs keep within its range.
+      cache_dtype: Type of the keys and values, float32, float16 or int8. By default float32, or,
+        where products are bfloat16, float16: it takes the same memory with three more bits, and
+        normed inputs keep within its range.
     """
 
-    def __init__(self, params: Params, config: ModelConfig, mesh: Mesh, dtype: Any):
+    def __init__(
+        self, params: Params, config: ModelConfig, mesh: Mesh, dtype: Any, cache_dtype: Any = None
+    ):
         self.params, self.config, self.mesh, self.dtype = params, config, mesh, jnp.dtype(dtype)
-        self.cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
+        if cache_dtype is None:
+            cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
+        self.cache_dtype = jnp.dtype(cache_dtype)
         self._param_specs = specs_of(params)
         self._programs: dict[tuple, Program] = {}
 

@@ -25,6 +25,7 @@ def load(
     *,
     mesh: MeshLike = None,
     dtype: Any = None,
+    cache_dtype: Any = None,
     progress: bool = True,
     tokenizer: str | pathlib.Path | Tokenizer | None = None,
 ) -> Model:
@@ -36,20 +37,23 @@ def load(
       mesh: Sizes (data, model), a `jax.sharding.Mesh` with these axes, or None for every device.
       dtype: "float32" or "bfloat16", the type of products with weights; None for float32 on a CPU
         and bfloat16 elsewhere.
+      cache_dtype: "float32", "float16" or "int8", the type of cached keys and values; None for
+        float32 where `dtype` is, float16 otherwise. int8 has a scale for each key and value.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
       tokenizer: A tokenizer or its file, instead of `tokenizer.model` in `path`.
 
     Raises:
       CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
         file is ever executed.
-      ValueError: If the configuration is impossible, the model does not divide over the mesh, or
-        the tokenizer is another model's.
+      ValueError: If the configuration is impossible, a type is none of those, the model does not
+        divide over the mesh, or the tokenizer is another model's.
     """
     path = pathlib.Path(path)
     config_path = path / "config.json"
     config = ModelConfig.load(config_path) if config_path.exists() else GROK_1
     device_mesh = make_mesh(config, mesh)
     dtype = _dtype(dtype, device_mesh)
+    cache_dtype = _cache_dtype(cache_dtype)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer_path = pathlib.Path(tokenizer or path / "tokenizer.model")
         found = tokenizer is not None or tokenizer_path.exists()
@@ -61,11 +65,16 @@ def load(
         for spec, header in zip(expected, headers, strict=True)
     ]
     params = load_params(headers, tensors, config, device_mesh, progress)
-    return Model(params, config, device_mesh, dtype, tensors, tokenizer)
+    return Model(params, config, device_mesh, dtype, tensors, tokenizer, cache_dtype)
 
 
 def random_model(
-    config: ModelConfig, *, mesh: MeshLike = None, dtype: Any = None, seed: int = 0
+    config: ModelConfig,
+    *,
+    mesh: MeshLike = None,
+    dtype: Any = None,
+    cache_dtype: Any = None,
+    seed: int = 0,
 ) -> Model:
     """Makes a model with random int8 weights, without files or tokenizer.
 
@@ -73,12 +82,14 @@ def random_model(
       config: The architecture.
       mesh: As for `load`.
       dtype: As for `load`.
+      cache_dtype: As for `load`.
       seed: Seed of the weights; they are the same on every mesh.
     """
     device_mesh = make_mesh(config, mesh)
     dtype = _dtype(dtype, device_mesh)
+    cache_dtype = _cache_dtype(cache_dtype)
     params = random_params(config, device_mesh, seed)
-    return Model(params, config, device_mesh, dtype, manifest(config))
+    return Model(params, config, device_mesh, dtype, manifest(config), cache_dtype=cache_dtype)
 
 
 def save(model: Model, path: str | pathlib.Path) -> None:
@@ -102,10 +113,26 @@ def save(model: Model, path: str | pathlib.Path) -> None:
 def _dtype(dtype: Any, mesh: Mesh) -> jnp.dtype:
     if dtype is None:
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
+    name = _dtype_name(dtype)
     if name not in ("float32", "bfloat16"):
         raise ValueError(f'dtype must be "float32" or "bfloat16", found {name!r}')
     return jnp.dtype(name)
+
+
+def _cache_dtype(dtype: Any) -> jnp.dtype | None:
+    if dtype is None:
+        return None
+    name = _dtype_name(dtype)
+    if name not in ("float32", "float16", "int8"):
+        raise ValueError(
+            f'cache_dtype must be "float32", "float16" or "int8", or None for the default of '
+            f"dtype, found {name!r}"
+        )
+    return jnp.dtype(name)
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return str(dtype)

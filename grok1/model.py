@@ -39,6 +39,7 @@ class Model:
         dtype: Any,
         tensors: list[TensorSpec],
         tokenizer: Tokenizer | None = None,
+        cache_dtype: Any = None,
     ):
         if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
             raise ValueError(
@@ -49,7 +50,7 @@ class Model:
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer
         self.tensors = tensors
-        self.engine = Engine(params, config, mesh, dtype)
+        self.engine = Engine(params, config, mesh, dtype, cache_dtype)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)

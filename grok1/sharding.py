@@ -60,7 +60,7 @@ PARAM_AXES = Params(
 """Logical axes of every parameter, layers stacked."""
 
 CACHE_AXES = ("layers", "batch", "heads", "positions", "head_dim")
-"""Logical axes of the keys and of the values in a `KVCache`."""
+"""Logical axes of the keys and of the values in a `KVCache`; the scales have all but the last."""
 
 
 def make_mesh(
@@ -173,13 +173,18 @@ def abstract_cache(
     config: ModelConfig, mesh: Mesh, batch: int, capacity: int, dtype: Any
 ) -> KVCache:
     """Returns the shapes, types and shardings of an empty cache of `batch` rows."""
-    shape = (config.num_layers, batch, num_cache_heads(config, mesh), capacity, config.key_size)
-    sharding = NamedSharding(mesh, spec(CACHE_AXES, config, mesh))
-    keys = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    length_sharding = NamedSharding(mesh, spec(("batch",), config, mesh))
-    return KVCache(
-        k=keys, v=keys, length=jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=length_sharding)
-    )
+    sizes = (config.num_layers, batch, num_cache_heads(config, mesh), capacity, config.key_size)
+
+    def place(axes, sizes, dtype):
+        sharding = NamedSharding(mesh, spec(axes, config, mesh))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    values = place(CACHE_AXES, sizes, dtype)
+    scales = None
+    if jnp.dtype(dtype) == jnp.int8:
+        scales = place(CACHE_AXES[:-1], sizes[:-1], jnp.bfloat16)
+    length = place(("batch",), (batch,), jnp.int32)
+    return KVCache(values, values, length, scales, scales)
 
 
 def specs_of(tree: Any) -> Any:

@@ -73,7 +73,11 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
         model.generate(tokens, max_new_tokens=length, seed=seed, temperature=temperature)
     programs = model.engine._programs
     traced = {key[0]: len(program.executables) for key, program in programs.items()}
-    greedily = {"decode greedily": 1} if model.engine.screening_table is not None else {}
+    greedily = (
+        {"decode greedily": 1, "screening table": 1}
+        if model.engine.screening_table is not None
+        else {}
+    )
     assert traced == {"empty cache": 1, "prefill": 1, "decode": 1, **greedily}
     # Another batch size is another shape, once.
     model.generate([[1, 2], [3]], max_new_tokens=2)
