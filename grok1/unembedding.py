@@ -1,8 +1,8 @@
 """The output head: logits of the whole vocabulary, or just the most probable token.
 
 Per device, inside `jax.shard_map`, as `decoder`. The embedding is also the head; as float32 it
-would be a good part of what a small model reads for a token. Where only the largest logit is wanted,
-an int8 copy rules out all but a few rows, and those are compared in float32.
+would be a good part of what a small model reads for a token. Where only the largest logit is
+wanted, an int8 copy rules out all but a few rows, and those are compared in float32.
 
 Dimension key: M row, V vocabulary rows held here, D model dim.
 """
