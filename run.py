@@ -36,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", help=r"text that ends it; \n is a new line")
     parser.add_argument("--mesh", type=sizes, help="DATAxMODEL devices, as 1x8; default: all")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
+    parser.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     return parser.parse_args()
@@ -76,9 +77,8 @@ def main() -> None:
     if not arguments.checkpoint and not (CHECKPOINTS / "ckpt-0").exists():
         print(NO_CHECKPOINT, file=sys.stderr)
         checkpoint = CHECKPOINTS / "toy"
-    model = grok1.load(
-        checkpoint, mesh=arguments.mesh, dtype=arguments.dtype, tokenizer=arguments.tokenizer
-    )
+    names = ("mesh", "dtype", "cache_dtype", "tokenizer")
+    model = grok1.load(checkpoint, **{name: getattr(arguments, name) for name in names})
     if arguments.interactive:
         for line in iter(lambda: input("> " if sys.stdin.isatty() else ""), ""):
             complete(model, line, arguments)

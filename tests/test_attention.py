@@ -10,6 +10,7 @@ import pytest
 
 from grok1 import native
 from grok1.attention import KVCache, append, attend, attend_cache
+from tests.helpers import relative_error
 
 B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
 SCALE = 0.6
@@ -175,6 +176,15 @@ def test_attend_cache_rows_do_not_depend_on_each_other():
     assert not np.allclose(others[1], output[1], atol=0.1)
 
 
+@pytest.mark.parametrize("length", [64, 256, 512, 768])
+def test_attend_cache_with_many_queries(length):
+    # From 17 queries on the blocks are of 512 keys, and 256 queries make a tile.
+    cache, query = random_cache(1100), random_query(length)
+    positions = np.arange(length) + np.array([[0], [200], [332]])
+    expected = attend_plainly(query, cache, 1, positions)
+    np.testing.assert_allclose(attend_cached(query, cache, 1, positions), expected, atol=2e-6)
+
+
 # --- append -----------------------------------------------------------------------------------
 
 
@@ -267,3 +277,95 @@ def test_native_attention_with_long_rows(length, group):
     )
     expected = attend_plainly(query, cache, 1, positions)
     np.testing.assert_allclose(output, expected, atol=2e-6)
+
+
+# --- int8 -------------------------------------------------------------------------------------
+
+
+def int8_cache(capacity):
+    shape = (L, B, C, capacity, H)
+    values, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.bfloat16)
+    return KVCache(values, values, jnp.zeros(B, jnp.int32), scales, scales)
+
+
+def dequantized(cache):
+    """The float32 cache that an int8 one stands for."""
+    k, v = (
+        values.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
+        for values, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
+    )
+    return KVCache(k, v, cache.length)
+
+
+def filled_int8_cache(capacity):
+    """Layer 1 filled, each position, head and row with vectors of another size, from 0.01 to 10."""
+    key, value = (
+        normal(seed, B, capacity, C, H)
+        * 10.0 ** jnp.asarray(np.random.default_rng(seed).uniform(-2, 1, (B, capacity, C, 1)))
+        for seed in (12, 13)
+    )
+    everywhere = np.broadcast_to(np.arange(capacity), (B, capacity))
+    valid = np.ones((B, capacity), bool)
+    cache = append_compiled(int8_cache(capacity), 1, key, value, everywhere, valid)
+    return cache, key.astype(jnp.float32), value.astype(jnp.float32)
+
+
+def test_append_to_int8_is_within_half_a_step_of_each_vector():
+    cache, key, value = filled_int8_cache(11)
+    assert cache.k.dtype == cache.v.dtype == jnp.int8
+    assert cache.k_scales.dtype == cache.v_scales.dtype == jnp.bfloat16
+    stands_for = dequantized(cache)
+    for new, after in ((key, stands_for.k), (value, stands_for.v)):
+        expected = np.asarray(new).transpose(0, 2, 1, 3)
+        step = np.abs(expected).max(axis=-1, keepdims=True) / 127
+        # Rounding the scale to bfloat16 moves the step itself by 2**-9.
+        assert np.all(np.abs(np.asarray(after)[1] - expected) <= step * 0.502)
+    assert not np.asarray(cache.k)[0].any()
+    assert not np.asarray(cache.v_scales, np.float32)[0].any()
+
+
+def test_append_to_int8_of_zeros_is_zeros():
+    zeros = jnp.zeros((B, T, C, H))
+    positions = np.broadcast_to(np.arange(T), (B, T))
+    cache = append_compiled(int8_cache(T), 0, zeros, zeros, positions, positions >= 0)
+    assert not np.asarray(dequantized(cache).k).any()
+    output = attend_cached(random_query(), cache, 0, positions)
+    np.testing.assert_array_equal(output, np.zeros((B, T, C, G, H)))
+
+
+def test_append_to_int8_drops_values_and_scales_of_what_is_invalid():
+    key, value = random_new()
+    positions = np.array([[9, 10, 11], [11, 12, 1000], [0, 1, 2]])
+    valid = np.array([[True, True, True], [True, True, True], [False, True, False]])
+    cache = append_compiled(int8_cache(11), 0, key, value, positions, valid)
+    written = np.zeros((L, B, C, 11), bool)
+    written[0, 0, :, 9:] = written[0, 2, :, 1] = True
+    for values, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+        np.testing.assert_array_equal(np.asarray(values).any(axis=-1), written)
+        np.testing.assert_array_equal(np.asarray(scales, np.float32) > 0, written)
+
+
+@pytest.mark.parametrize("length", [T, 64])
+def test_attend_cache_in_int8_is_attention_over_what_it_stands_for(length):
+    cache, _, _ = filled_int8_cache(1100)
+    query = random_query(length) / 10
+    positions = np.arange(length) + np.array([[0], [500], [1100 - length]])
+    expected = attend_plainly(query, dequantized(cache), 1, positions)
+    output = attend_cached(query, cache, 1, positions)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    # In bfloat16 nothing but the queries and the weights is rounded, to 8 bits.
+    rounded = attend_cached(query.astype(jnp.bfloat16), cache, 1, positions)
+    assert rounded.dtype == jnp.float32
+    assert relative_error(rounded, expected) < 0.01
+
+
+def test_attend_cache_in_int8_is_close_to_float():
+    _, key, value = filled_int8_cache(1100)
+    k, v = (jnp.stack([new.transpose(0, 2, 1, 3)] * L) for new in (key, value))
+    query, positions = (
+        random_query() / 10,
+        np.array([[5, 6, 7], [600, 601, 602], [1097, 1098, 1099]]),
+    )
+    expected = attend_plainly(query, KVCache(k, v, jnp.zeros(B)), 1, positions)
+    cache, _, _ = filled_int8_cache(1100)
+    assert 1e-4 < relative_error(attend_cached(query, cache, 1, positions), expected) < 0.02

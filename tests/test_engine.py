@@ -1,12 +1,15 @@
 """Chunks, capacities, and how often anything is compiled."""
 
+import jax
 import numpy as np
 import pytest
 
 import grok1
 from grok1.config import GROK_1
+from grok1 import native
 from grok1.engine import CHUNK_LENGTHS, Engine
 from grok1.manifest import abstract_params
+from grok1.sampling import SamplingParams, sampling_state
 from grok1.sharding import abstract_stack, make_mesh
 from grok1.transformer import naming
 
@@ -84,3 +87,32 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
     model.generate([[4], [5, 6, 7]], max_new_tokens=5)
     assert len(programs["decode", None, None].executables) == 2
     assert len(programs["prefill", 16].executables) == 2
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 8)], ids=["1x1", "1x8"])
+def test_a_decode_step_does_not_pay_for_capacity(mesh, cache_dtype):
+    model = grok1.random_model(grok1.TOY, mesh=mesh, dtype="float32", cache_dtype=cache_dtype)
+    engine, found = model.engine, []
+    arguments = (
+        np.ones(1, bool),
+        np.ones(model.config.vocab_size, bool),
+        sampling_state(SamplingParams(), np.zeros((1, 2), np.uint32)),
+    )
+    for capacity in (256, 1024):
+        state = engine.abstract_state(1, capacity)
+        lowered = engine.decode_program(None, None).lower(model.params, state, *arguments)
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        held = sum(
+            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(state)
+        )
+        # The state is written in place; of a copy, and of whole reads, there would be traces here.
+        assert memory.alias_size_in_bytes >= held
+        found.append((memory.temp_size_in_bytes, compiled.cost_analysis()["bytes accessed"]))
+    (small_temporaries, small_reads), (temporaries, reads) = found
+    assert temporaries <= small_temporaries + 8192
+    # Of a call into C++, XLA counts what it is given, not what it reads.
+    if cache_dtype == "int8" or not native.is_available():
+        assert reads <= small_reads + 8192

@@ -1,5 +1,7 @@
 """What a user of `grok1.load` relies on: batches, streams, stops, seeds, and clear refusals."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,18 @@ import pytest
 import grok1
 from grok1.transformer import forward, naming
 from tests.helpers import named_params, relative_error
+
+
+def load_toy(**options) -> grok1.Model:
+    path = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
+    return grok1.load(path, **{"mesh": (1, 1), "dtype": "float32", "progress": False, **options})
+
+
+def divergence(model: grok1.Model, other: grok1.Model, tokens: list[int]) -> float:
+    """Mean over positions of the divergence of the other model's next-token distribution."""
+    expected = jax.nn.log_softmax(model.logits(tokens))
+    found = jax.nn.log_softmax(other.logits(tokens))
+    return float(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1).mean())
 
 
 def ragged_prompts(vocab_size: int) -> list[list[int]]:
@@ -226,6 +240,35 @@ def test_dtype_and_tokenizer_that_are_refused(nano_path):
         grok1.load(nano_path, tokenizer=toy_tokenizer, progress=False)
 
 
+@pytest.mark.parametrize("make", [grok1.load, grok1.random_model], ids=["load", "random_model"])
+def test_cache_types_that_are_refused(make, nano_path):
+    source = nano_path if make is grok1.load else grok1.TOY
+    for dtype, name in (("bfloat16", "bfloat16"), (np.int16, "int16"), ("fp8", "fp8")):
+        message = (
+            'cache_dtype must be "float32", "float16" or "int8", or None for the default of dtype, '
+            f"found '{name}'"
+        )
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            make(source, cache_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "cache"),
+    [
+        ("float32", None, "float32"),
+        ("bfloat16", None, "float16"),
+        ("float32", "float16", "float16"),
+        ("bfloat16", "float32", "float32"),
+        ("bfloat16", "int8", "int8"),
+    ],
+)
+def test_the_type_of_the_cache(dtype, cache_dtype, cache):
+    model = grok1.random_model(grok1.TOY, mesh=(1, 1), dtype=dtype, cache_dtype=cache_dtype)
+    state = model.engine.new_state(np.zeros((1, 256), np.int32))
+    assert state.cache.k.dtype == state.cache.v.dtype == cache
+    assert (state.cache.k_scales is not None) == (cache == "int8")
+
+
 def test_random_models_are_the_same_on_every_mesh():
     tokens = [3, 1, 4, 1, 5]
     one = grok1.random_model(grok1.TOY, mesh=(1, 1), dtype="float32", seed=1).logits(tokens)
@@ -238,6 +281,11 @@ class TestToy:
     """The trained toy and its tokenizer, through text."""
 
     prompt = "The answer to life the universe and everything is of course"
+    text = (
+        "The first argument is the name of the file to be read. If the file cannot be opened, an "
+        "OSError is raised. The optional mode is a string; the default is to read text. When the "
+        "end of the file has been reached, the method returns an empty string."
+    )
 
     def test_stream_joins_to_the_completion(self, toy):
         stream = toy.stream(self.prompt, max_new_tokens=40, seed=1)
@@ -288,3 +336,22 @@ class TestToy:
         assert out.tokens[0] == expected[0, -1].argmax()
         logprob = jax.nn.log_softmax(expected[0, -1]).max()
         assert out.logprobs[0] == pytest.approx(float(logprob), abs=1e-4)
+
+    def test_a_float16_cache_changes_little(self, toy):
+        tokens = toy.tokenizer.encode(self.text)
+        assert divergence(toy, load_toy(cache_dtype="float16"), tokens) < 1e-4
+
+    @pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (2, 4), (1, 8)])
+    def test_an_int8_cache_changes_little_on_every_mesh(self, toy, mesh):
+        model = load_toy(mesh=mesh, cache_dtype="int8")
+        tokens = toy.tokenizer.encode(self.text)
+        assert 1e-6 < divergence(toy, model, tokens) < 4e-3
+        options = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+        prompts = [tokens[:40], tokens[:3], tokens[5:30]]
+        together = model.generate(prompts, **options)
+        for prompt, completion in zip(prompts, together, strict=True):
+            assert len(completion.tokens) == 12
+            # Steps through the cache, in chunks and one by one, draw what one pass predicts.
+            logits = model.logits(prompt + completion.tokens[:-1])[len(prompt) - 1 :]
+            chosen = np.take_along_axis(logits, np.array(completion.tokens)[:, None], axis=1)
+            assert np.all(chosen[:, 0] >= logits.max(axis=-1) - 0.05)

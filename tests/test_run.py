@@ -43,6 +43,16 @@ def test_json_is_one_object_with_everything(toy):
     assert [len(top) for top in found["top_logprobs"]] == [2] * len(expected.tokens)
 
 
+def test_an_int8_cache_is_near_a_float_one_and_not_equal(toy):
+    result = run("--json", "--prompt", "The ", "--max-new-tokens", "5", "--temperature", "0",
+                 "--logprobs", "2", "--mesh", "1x1", "--dtype", "float32",
+                 "--cache-dtype", "int8")  # fmt: skip
+    found = json.loads(result.stdout)["logprobs"]
+    expected = toy.generate("The ", max_new_tokens=5, temperature=0, logprobs=2).logprobs
+    assert found == pytest.approx(expected, abs=0.2)
+    assert found != pytest.approx(expected, abs=1e-4)
+
+
 def test_interactive_continues_every_line_and_a_stop_ends_it():
     arguments = ("--interactive", "--max-new-tokens", "40", "--stop", r"\n", "--mesh", "1x1")
     result = run(*arguments, stdin="The first\nA second\n")
