@@ -188,23 +188,32 @@ def test_prefill_operations_are_those_of_the_products():
     assert roofline.prefill_operations(config, 3) == 3 * one + 2 * 6 * 2 * 128 * (0 + 1 + 2)
 
 
-def test_float_copies_are_found_and_fused_ones_are_not():
+def test_float_copies_are_found_in_a_compiled_program():
     weight = jax.ShapeDtypeStruct((40, 24), jnp.int8)
-    x = jax.ShapeDtypeStruct((40,), jnp.float32)
-
-    def text(function):
-        return jax.jit(function).lower(weight, x).compile().as_text()
-
-    def copies(w, x):
-        floats = jax.lax.optimization_barrier(w.astype(jnp.float32) * 2)
-        return floats, x @ floats
-
-    [found] = float_copies(text(copies), [(40, 24)])
+    copy = jax.jit(lambda w: w.astype(jnp.float32) * 2).lower(weight).compile().as_text()
+    [found] = float_copies(copy, [(40, 24)])
     assert "f32[40,24]" in found
-    assert not float_copies(text(copies), [(24, 40), (80, 24)])
-    assert not float_copies(
-        text(lambda w, x: (w.astype(jnp.float32) * x[:, None]).sum()), [(40, 24)]
-    )
+    assert not float_copies(copy, [(24, 40), (80, 24)])
+
+
+def test_float_copies_inside_a_fusion_take_no_memory():
+    program = """HloModule step
+
+%fused_dot (param_0: s8[2,40,24]) -> bf16[24] {
+  %param_0 = s8[2,40,24]{2,1,0} parameter(0)
+  %convert.1 = bf16[2,40,24]{2,1,0} convert(%param_0)
+  ROOT %reduce.1 = bf16[24]{0} reduce(%convert.1), dimensions={0,1}
+}
+
+ENTRY %main (w: s8[2,40,24], f: f32[40,24]) -> (bf16[24], bf16[8,10,24]) {
+  %w = s8[2,40,24]{2,1,0} parameter(0)
+  %f = f32[40,24]{1,0} parameter(1)
+  %fusion.1 = bf16[24]{0} fusion(%w), kind=kInput, calls=%fused_dot
+  %fusion.2 = (bf16[8,10,24]{2,1,0:T(8,128)}, s32[]) fusion(%w), kind=kLoop, calls=%fused_pair
+  ROOT %tuple.1 = (bf16[24]{0}, bf16[8,10,24]{2,1,0}) tuple(%fusion.1, %fusion.2)
+}
+"""
+    assert float_copies(program, [(40, 24)]) == ["%fusion.2 = bf16[8,10,24] fusion"]
 
 
 def test_checkpoint_is_made_once_and_nothing_else_is_touched(tmp_path, nano_config):
