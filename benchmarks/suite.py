@@ -186,7 +186,7 @@ class Suite:
         name = f"decode, batch {batch}"
 
         def say(text):
-            self._say(f"{name}: {text}" + (f" ({threads} threads)" if threads else ""))
+            self._say(f"{name}: {text}" + (f" (threads: {threads})" if threads else ""))
 
         say("compiling, counting experts")
         worker.call("decode", **what)
