@@ -1,0 +1,25 @@
+"""How fast grok1 is on this machine, as ratios: `python -m benchmarks` from the repository root.
+
+Every rate is measured in rounds that take turns with what it is compared to, because a shared
+machine may change its speed by half within a minute; what is reported is the median over the rounds
+of the ratio within each. The other sides are
+
+* the roofline: for decoding, the bytes that a step must read over the bandwidth of the machine's
+  memory; for prefill, the operations that it must do over the rate of a plain matrix product;
+* the dense reference: a decode step that turns every expert to floats for each token, as the
+  released code does;
+* llama.cpp, on a CPU, where it is given.
+
+    __main__   the command line
+    suite      what is measured, and against what
+    models     which models, and their files
+    measure    rounds and ratios
+    process    the child process that holds a model
+    peers      llama.cpp
+    report     the table and the JSON
+    worker     what runs in the child
+    workload   generation with a clock
+    roofline   bytes, operations, and the machine's rates
+    dense      the dense reference
+    programs   what the compiled steps hold in memory
+"""

@@ -1,0 +1,95 @@
+"""What the compiled steps hold in memory, by XLA's own account.
+
+The question on an accelerator is whether XLA fuses the conversion of int8 weights into the
+products. Where it does not, the optimised program has an instruction, outside any fusion, whose
+result is a float array as large as a weight matrix; such instructions are listed.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+import grok1
+from grok1.engine import CHUNK_LENGTHS
+from grok1.quantization import QuantizedArray
+from grok1.sampling import SamplingParams, sampling_state
+
+_FUSED = re.compile(r"\bfusion\(.*\bcalls=%?([\w.\-]+)")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%?[\w.\-]+) = (.+?) ([\w\-]+)\(")
+_FLOAT_ARRAY = re.compile(r"\b(?:bf16|f16|f32)\[([\d,]+)\]")
+# These only pass on what another instruction has made.
+_NO_WORK = frozenset(
+    {"bitcast", "call", "conditional", "get-tuple-element", "parameter", "tuple", "while"}
+)
+
+
+def decode_report(model: grok1.Model, batch: int, capacity: int) -> dict[str, Any]:
+    """Compiles the decode step and says what it holds; see `_report`."""
+    engine = model.engine
+    sampling = sampling_state(SamplingParams(temperature=0), np.zeros((batch, 2), np.uint32))
+    active, allowed = np.ones(batch, bool), np.ones(model.config.vocab_size, bool)
+    state = engine.abstract_state(batch, capacity)
+    program = engine.decode_program(None, None)
+    return _report(model, program.lower(model.params, state, active, allowed, sampling).compile())
+
+
+def prefill_report(model: grok1.Model, capacity: int) -> dict[str, Any]:
+    """Compiles the largest prefill step that fits the context and says what it holds."""
+    engine = model.engine
+    chunk = max(length for length in CHUNK_LENGTHS if length <= capacity)
+    state = engine.abstract_state(1, capacity)
+    num_valid = np.full(1, chunk, np.int32)
+    program = engine.prefill_program(chunk)
+    found = _report(model, program.lower(model.params, state, num_valid).compile())
+    return {"chunk": chunk, **found}
+
+
+def _report(model: grok1.Model, compiled: Any) -> dict[str, Any]:
+    memory = compiled.memory_analysis()
+    weights = {
+        leaf.values.sharding.shard_shape(leaf.values.shape)[-2:]
+        for leaf in jax.tree.leaves(
+            model.params.layers, is_leaf=lambda node: isinstance(node, QuantizedArray)
+        )
+        if isinstance(leaf, QuantizedArray)
+    }
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "float_copies_of_weights": float_copies(compiled.as_text(), weights),
+    }
+
+
+def float_copies(program: str, weights: Iterable[tuple[int, int]]) -> list[str]:
+    """Lists the instructions whose result is a float array of a weight's shape.
+
+    Args:
+      program: Text of an optimised XLA program.
+      weights: Shapes `(K, N)` of the int8 matrices; an array of shape `[..., N]` whose other axes
+        hold a multiple of K is taken for a copy of one or more of them, grouped or not. So is an
+        activation of a model that is as narrow as its chunks are long, the toy.
+
+    Returns:
+      For each, its name, type, shape and operation.
+    """
+    lines = program.splitlines()
+    fused = {match[1] for line in lines if (match := _FUSED.search(line))}
+    weights = list(weights)
+    computation, found = "", []
+    for line in lines:
+        if match := _COMPUTATION.match(line):
+            computation = match[1]
+        match = _INSTRUCTION.match(line)
+        if not match or computation in fused or match[3] in _NO_WORK:
+            continue
+        for array in _FLOAT_ARRAY.finditer(match[2]):
+            *lead, columns = map(int, array[1].split(","))
+            rows = math.prod(lead)
+            if any(columns == n and rows and rows % k == 0 for k, n in weights):
+                found.append(f"{match[1]} = {array[0]} {match[3]}")
+    return found

@@ -1,0 +1,109 @@
+"""The table to read, and the JSON to keep."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+from benchmarks.process import BenchmarkError
+from benchmarks.suite import Result
+
+_RATIOS = {"roofline": "of roofline", "dense": "x dense", "llama.cpp": "x llama.cpp"}
+_OTHER_RATIOS = {"files": "{:.2f} of the files", "first process": "{:.0%} of the first"}
+
+
+def document(
+    device: dict[str, Any], date: str, arguments: dict[str, Any], results: list[Result]
+) -> dict[str, Any]:
+    """Returns everything as one JSON object.
+
+    Args:
+      device: As `worker.Session.describe` says, with the version of llama.cpp if it was compared.
+      date: Day of the run, as 2026-01-31.
+      arguments: How it was run.
+      results: The figures.
+    """
+    return {
+        "date": date,
+        "device": device,
+        "arguments": arguments,
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Returns a document as a Markdown table under a line with device, versions and day."""
+    device = found["device"]
+    versions = ", ".join(f"{name} {version}" for name, version in device["versions"].items())
+    columns = ["model", "measurement", "threads", "value", *_RATIOS.values(), ""]
+    rows = [columns, ["-" * len(column) or "-" for column in columns]]
+    for result in found["results"]:
+        ratios = result["ratios"]
+        rows.append(
+            [
+                result["model"],
+                result["measurement"],
+                str(result["threads"] or ""),
+                f"{_three_digits(result['value'])} {result['unit']}",
+                *(f"{ratios[name]:.2f}" if name in ratios else "" for name in _RATIOS),
+                _note(result),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return "\n".join([f"{device['name']}, {versions}, {found['date']}", "", *lines])
+
+
+def line(result: Result) -> str:
+    """Returns one figure as one line, for those who wait."""
+    ratios = (f"{value:.2f} {_RATIOS.get(name, name)}" for name, value in result.ratios.items())
+    figure = f"{_three_digits(result.value)} {result.unit}"
+    return f"{result.model}: {result.measurement}: " + ", ".join([figure, *ratios])
+
+
+def write(found: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
+    """Writes a document as `<device>-<date>.json` and returns the path.
+
+    Raises:
+      BenchmarkError: If it cannot be written.
+    """
+    name = re.sub(r"\((?:r|tm)\)", "", found["device"]["name"].lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    path = directory / f"{slug}-{found['date']}.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _note(result: dict[str, Any]) -> str:
+    details = result["details"]
+    if "bytes_per_second" in details:
+        gigabytes = sum(details["bytes"].values()) / 1e9
+        return f"{gigabytes:.3g} GB a step, {details['bytes_per_second'] / 1e9:.3g} GB/s"
+    if "operations_per_second" in details:
+        return (
+            f"{details['operations'] / 1e9:.3g} GFLOP, "
+            f"{details['operations_per_second'] / 1e9:.3g} GFLOP/s"
+        )
+    if "float_copies_of_weights" in details:
+        copies = details["float_copies_of_weights"]
+        what = f"{len(copies)} float copies of weights" if copies else "no float copy of a weight"
+        return f"{details['argument_bytes'] / 1e9:.3g} GB arguments, {what}"
+    if "prompt" in details:
+        return f"prompt of {details['prompt']}"
+    return "; ".join(
+        text.format(result["ratios"][name])
+        for name, text in _OTHER_RATIOS.items()
+        if name in result["ratios"]
+    )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,261 @@
+"""What is measured of a model, and against what."""
+
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.measure import Rounds, interleave, ratio
+from benchmarks.models import BenchModel
+from benchmarks.peers import LlamaCpp
+from benchmarks.process import Worker
+
+SECTIONS = ("start", "decode", "prefill", "context", "programs")
+CPU_SECTIONS = ("start", "decode", "prefill", "context")
+ACCELERATOR_SECTIONS = ("decode", "prefill", "programs")
+"""What is measured unless something else is asked; an accelerator's model then needs no files."""
+
+_NEEDS_FILES = {"start", "context"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+      repeats: Rounds.
+      prompts: Batch sizes of the decode measurements, each with the tokens that a row's prompt has.
+      steps: Decode steps that a measurement times.
+      prefills: Prompt lengths.
+      dense_tokens: Tokens of the dense reference in a round.
+    """
+
+    repeats: int
+    prompts: dict[int, int]
+    steps: int
+    prefills: tuple[int, ...]
+    dense_tokens: int
+
+
+# Prompts: one row from an empty context and 8 rows after 128 tokens are what llama.cpp's programs
+# measure; 32 rows have short prompts because these would take most of the time.
+FULL = Effort(5, {1: 1, 8: 128, 32: 16}, 64, (128, 512, 2048), 2)
+QUICK = Effort(1, {1: 1, 8: 16}, 16, (128,), 1)
+
+
+@dataclasses.dataclass
+class Result:
+    """One figure.
+
+    Attributes:
+      model: Name of the model.
+      measurement: What was measured.
+      value: The figure; a rate is the median of the rounds.
+      unit: Its unit.
+      threads: CPUs that were used; None on an accelerator.
+      ratios: How many times faster than "roofline", "dense" or "llama.cpp", the median of the
+        ratios within the rounds; or how many times larger than "files".
+      rounds: The rates in every round, those of the others in the same unit.
+      details: What else belongs to it.
+    """
+
+    model: str
+    measurement: str
+    value: float
+    unit: str
+    threads: int | None
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+    rounds: Rounds = dataclasses.field(default_factory=dict)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The measurements of one model.
+
+    Attributes:
+      model: The model.
+      path: Its files; None to make it in memory.
+      sections: Some of `SECTIONS`.
+      effort: How much to measure.
+      threads: CPUs to use; all is measured with the first number, decoding one row also with the
+        others. None on an accelerator.
+      llama_cpp: llama.cpp on the same model, if it is to be compared.
+      say: Told what is going on.
+    """
+
+    model: BenchModel
+    path: pathlib.Path | None
+    sections: Sequence[str]
+    effort: Effort
+    threads: Sequence[int] | None
+    llama_cpp: LlamaCpp | None
+    say: Callable[[str], None]
+
+    @staticmethod
+    def needs_files(sections: Sequence[str]) -> bool:
+        """Whether these sections load a model rather than only run one."""
+        return not _NEEDS_FILES.isdisjoint(sections)
+
+    def run(self) -> Iterator[Result]:
+        """Yields the results as they come."""
+        threads = self.threads[0] if self.threads else None
+        if "start" in self.sections:
+            yield from self._start(threads)
+        if "context" in self.sections:
+            yield from self._context(threads)
+        rest = {"decode", "prefill", "programs"} & set(self.sections)
+        if rest:
+            with self._worker(threads) as worker:
+                if "decode" in rest:
+                    for batch in self.effort.prompts:
+                        yield self._decode(worker, threads, batch)
+                if "prefill" in rest:
+                    yield from self._prefill(worker, threads)
+                if "programs" in rest:
+                    yield from self._programs(worker, threads)
+        if "decode" in rest:
+            for other in self.threads[1:] if self.threads else ():
+                with self._worker(other) as worker:
+                    yield self._decode(worker, other, 1)
+
+    @contextlib.contextmanager
+    def _worker(self, threads: int | None) -> Iterator[Worker]:
+        """A child process with the model."""
+        with Worker(threads) as worker:
+            self._say("loading" if self.path else "making the model")
+            if self.path:
+                worker.call("load", path=str(self.path))
+            else:
+                worker.call("random", config=self.model.config.to_json())
+            yield worker
+
+    def _start(self, threads: int | None) -> Iterator[Result]:
+        """Load, first tokens and peak memory of two fresh processes, the first of them uncached."""
+        assert self.path
+        with tempfile.TemporaryDirectory(prefix="grok1-benchmark-cache-") as cache:
+            # Everything that grok1 keeps between processes is below this directory; a cache of
+            # JAX's own, wherever the user has one, would hide what there is to compile.
+            environment = {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": None}
+            found = []
+            for which in ("first", "second"):
+                self._say(f"{which} process")
+                with Worker(threads, environment) as worker:
+                    kernels = worker.call("build_kernels")
+                    load = worker.call("load", path=str(self.path))
+                    tokens = worker.call("first_tokens")
+                    found.append((kernels, load, tokens, worker.call("peak_memory")))
+        (built, load, first, peak), (_, _, second, _) = found
+
+        def result(measurement, value, unit, **more):
+            return Result(self.model.name, measurement, value, unit, threads, **more)
+
+        size = load["file_bytes"]
+        yield result("load", load["seconds"], "s", details={"file_bytes": size})
+        if built["available"]:
+            yield result("build of the kernels", built["seconds"], "s")
+        compiles = [tokens["cold"] - tokens["warm"] for tokens in (first, second)]
+        yield result("compile, first process", compiles[0], "s")
+        of_first = {"first process": compiles[1] / compiles[0]}
+        yield result("compile, second process", compiles[1], "s", ratios=of_first)
+        prompt = {"prompt": first["prompt"], "of_a_first_call": first["cold"]}
+        yield result("time to first token", first["warm"], "s", details=prompt)
+        yield result("peak memory", peak / 1e9, "GB", ratios={"files": peak / size})
+
+    def _context(self, threads: int | None) -> Iterator[Result]:
+        """A prompt that fills the context, in a process of its own for the sake of its memory."""
+        with self._worker(threads) as worker:
+            self._say("a prompt that fills the context")
+            found = worker.call("full_context")
+        details = {"prompt": found["prompt"], "seconds": found["seconds"]}
+        yield Result(
+            self.model.name,
+            "full context, memory beside weights and cache",
+            found["bytes"] / 1e9,
+            "GB",
+            threads,
+            details=details,
+        )
+
+    def _decode(self, worker: Worker, threads: int | None, batch: int) -> Result:
+        prompt, steps = self.effort.prompts[batch], self.effort.steps
+        what = {"batch": batch, "prompt": prompt, "steps": steps}
+        name = f"decode, batch {batch}"
+
+        def say(text):
+            self._say(f"{name}: {text}" + (f" (threads: {threads})" if threads else ""))
+
+        say("compiling, counting experts")
+        worker.call("decode", **what)
+        needed = worker.call("decode_bytes", **what)
+        bytes_per_step = sum(needed["bytes"].values())
+        contestants: dict[str, Callable[[], float]] = {
+            "roofline": lambda: batch * worker.call("bandwidth") / bytes_per_step,
+            "grok1": lambda: worker.call("decode", **what),
+        }
+        if batch == 1:
+            say("compiling the dense reference")
+            worker.call("dense", tokens=1)
+            contestants["dense"] = lambda: worker.call("dense", tokens=self.effort.dense_tokens)
+        peer = self.llama_cpp
+        if peer and threads:
+            contestants["llama.cpp"] = lambda: peer.decode(batch, prompt, steps, threads)
+        rounds = interleave(contestants, self.effort.repeats, say)
+        bandwidth = statistics.median(rounds["roofline"]) * bytes_per_step / batch
+        details = {**what, **needed, "bytes_per_second": bandwidth}
+        return self._rate(name, threads, rounds, details)
+
+    def _prefill(self, worker: Worker, threads: int | None) -> Iterator[Result]:
+        for length in self.effort.prefills:
+            name = f"prefill, {length} tokens"
+            if length + 2 > self.model.config.sequence_len:
+                self._say(f"{name}: left out, the context is {self.model.config.sequence_len}")
+                continue
+            operations = worker.call("prefill_operations", tokens=length)
+            yield self._prefill_of(worker, threads, length, name, operations)
+
+    def _prefill_of(
+        self, worker: Worker, threads: int | None, length: int, name: str, operations: float
+    ) -> Result:
+        self._say(f"{name}: compiling")
+        worker.call("prefill", tokens=length)
+        contestants: dict[str, Callable[[], float]] = {
+            "roofline": lambda: length * worker.call("matmul") / operations,
+            "grok1": lambda: worker.call("prefill", tokens=length),
+        }
+        peer = self.llama_cpp
+        if peer and threads:
+            contestants["llama.cpp"] = lambda: peer.prefill(length, threads)
+        rounds = interleave(
+            contestants, self.effort.repeats, lambda text: self._say(f"{name}: {text}")
+        )
+        rate = statistics.median(rounds["roofline"]) * operations / length
+        details = {"tokens": length, "operations": operations, "operations_per_second": rate}
+        return self._rate(name, threads, rounds, details)
+
+    def _programs(self, worker: Worker, threads: int | None) -> Iterator[Result]:
+        self._say("compiling for XLA's account of memory")
+        reports = worker.call("programs", batches=list(self.effort.prompts))
+        for name, report in reports.items():
+            yield Result(
+                self.model.name,
+                f"temporaries of {name}",
+                report["temporary_bytes"] / 1e9,
+                "GB",
+                threads,
+                details=report,
+            )
+        if threads is None:
+            peak = worker.call("peak_memory") / 1e9
+            yield Result(self.model.name, "peak device memory of all this", peak, "GB", None)
+
+    def _rate(self, name: str, threads: int | None, rounds: Rounds, details: dict) -> Result:
+        ratios = {other: ratio(rounds, "grok1", other) for other in rounds if other != "grok1"}
+        value = statistics.median(rounds["grok1"])
+        return Result(self.model.name, name, value, "tokens/s", threads, ratios, rounds, details)
+
+    def _say(self, text: str) -> None:
+        self.say(f"{self.model.name}: {text}")

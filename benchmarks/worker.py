@@ -1,0 +1,222 @@
+"""What runs in the child process: commands in, results out, a line of JSON each."""
+
+import json
+import os
+import pathlib
+import platform
+import signal
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+import grok1
+from benchmarks import programs, roofline, workload
+from benchmarks.dense import DenseDecoder
+from grok1 import native
+
+_FIRST_PROMPT = 128
+
+
+class Session:
+    """The commands. A model has one device, the first."""
+
+    def __init__(self):
+        self._device = jax.devices()[0]
+        self._on_cpu = self._device.platform == "cpu"
+        self._model: grok1.Model | None = None
+        self._bandwidth: Any = None
+        self._matmul: Any = None
+        self._dense: DenseDecoder | None = None
+        self._sequences: dict[tuple[int, int], np.ndarray] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """The device and the versions."""
+        return {
+            "platform": self._device.platform,
+            "name": _processor() if self._on_cpu else self._device.device_kind,
+            "memory_bytes": self._memory_bytes(),
+            "versions": {
+                "grok1": grok1.__version__,
+                "jax": jax.__version__,
+                "jaxlib": version("jaxlib"),
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def make(self, config: str, path: str) -> None:
+        """Writes a random model."""
+        grok1.save(self._random(config), path)
+
+    def build_kernels(self) -> dict[str, Any]:
+        """Seconds to build and load the native kernels, where there are any."""
+        start = time.perf_counter()
+        available = native.is_available()
+        return {"available": available, "seconds": time.perf_counter() - start}
+
+    def load(self, path: str) -> dict[str, Any]:
+        """Loads a model, and says how long that took."""
+        start = time.perf_counter()
+        self._model = grok1.load(path, mesh=(1, 1), progress=False)
+        jax.block_until_ready(self._model.params)
+        seconds = time.perf_counter() - start
+        files = pathlib.Path(path, "ckpt-0").iterdir()
+        return {"seconds": seconds, "file_bytes": sum(file.stat().st_size for file in files)}
+
+    def random(self, config: str) -> None:
+        """Makes a random model in memory."""
+        self._model = self._random(config)
+        jax.block_until_ready(self._model.params)
+
+    def first_tokens(self) -> dict[str, float]:
+        """Seconds to the first token of the first call, and of one when everything is compiled."""
+        cold = workload.time_to_first_token(self.model, _FIRST_PROMPT)
+        warm = min(workload.time_to_first_token(self.model, _FIRST_PROMPT) for _ in range(3))
+        return {"prompt": _FIRST_PROMPT, "cold": cold, "warm": warm}
+
+    def peak_memory(self) -> int:
+        """Most bytes ever held: of the device's memory, on a CPU of this process."""
+        if not self._on_cpu:
+            return (self._device.memory_stats() or {})["peak_bytes_in_use"]
+        return _peak_resident()
+
+    def full_context(self) -> dict[str, float]:
+        """Seconds to the first token of a prompt that fills the context, and the memory it took."""
+        _forget_peak()
+        length = self.model.config.sequence_len - 1
+        seconds = workload.time_to_first_token(self.model, length)
+        cache = self.model.engine.abstract_state(1, length + 1).cache
+        held = sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.model.params, cache))
+        )
+        return {"prompt": length, "seconds": seconds, "bytes": self.peak_memory() - held}
+
+    def decode(self, batch: int, prompt: int, steps: int) -> float:
+        """Tokens per second of all rows together."""
+        timing = workload.decode(self.model, batch, prompt, steps)
+        self._sequences[batch, prompt] = timing.sequences
+        return batch * steps / timing.steps
+
+    def decode_bytes(self, batch: int, prompt: int, steps: int) -> dict[str, Any]:
+        """What a step of the last such `decode` had to read."""
+        experts = workload.experts_read(self.model, self._sequences[batch, prompt], prompt)
+        parts = roofline.decode_bytes(self.model, batch, prompt, steps, experts)
+        return {"experts_per_step": experts, "bytes": parts}
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens per second of one prompt."""
+        return tokens / workload.prefill(self.model, tokens)
+
+    def prefill_operations(self, tokens: int) -> float:
+        """Operations that a prompt of this length needs."""
+        return roofline.prefill_operations(self.model.config, tokens)
+
+    def dense(self, tokens: int) -> float:
+        """Tokens per second of the dense reference, compiled when first asked."""
+        token = 0
+        if self._dense is None:
+            self._dense = DenseDecoder(self.model)
+            token = self._dense.next_token(token)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            token = self._dense.next_token(token)
+        return tokens / (time.perf_counter() - start)
+
+    def bandwidth(self) -> float:
+        """Bytes per second."""
+        if self._bandwidth is None:
+            kind = roofline.HostBandwidth if self._on_cpu else roofline.DeviceBandwidth
+            self._bandwidth = kind()
+        return self._bandwidth()
+
+    def matmul(self) -> float:
+        """Operations per second."""
+        if self._matmul is None:
+            self._matmul = roofline.MatmulRate(self.model.dtype, self._on_cpu)
+        return self._matmul()
+
+    def programs(self, batches: list[int]) -> dict[str, Any]:
+        """What the compiled steps hold in memory."""
+        capacity = self.model.engine.capacity_for(2048)
+        reports = {
+            f"decode batch {batch}": programs.decode_report(self.model, batch, capacity)
+            for batch in batches
+        }
+        return {**reports, "prefill": programs.prefill_report(self.model, capacity)}
+
+    @property
+    def model(self) -> grok1.Model:
+        """The model, which must be there."""
+        assert self._model is not None
+        return self._model
+
+    def _random(self, config: str) -> grok1.Model:
+        return grok1.random_model(grok1.ModelConfig.from_json(config), mesh=(1, 1))
+
+    def _memory_bytes(self) -> int | None:
+        if not self._on_cpu:
+            return (self._device.memory_stats() or {}).get("bytes_limit")
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _peak_resident() -> int:
+    """Most memory that this process had resident."""
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # Not on Linux, where it would include the parent's memory at the time of the fork.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _forget_peak() -> None:
+    """Lets `_peak_resident` begin anew, where the system can."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def main() -> None:
+    """Serves commands until the input ends."""
+    # The parent decides when to stop; Ctrl-C reaches both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever else prints must not come between the replies.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    session = Session()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = {"result": getattr(session, request.pop("command"))(**request)}
+        except (ValueError, OSError, RuntimeError) as error:
+            reply = {"error": str(error)}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The benchmark command: what it counts, what it reports, and how it refuses. No time is judged."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok1
+from benchmarks import models, peers, roofline, workload
+from benchmarks.__main__ import parse_arguments, plan
+from benchmarks.dense import DenseDecoder
+from benchmarks.measure import interleave, ratio
+from benchmarks.process import BenchmarkError, Worker
+from benchmarks.programs import float_copies
+from benchmarks.suite import Suite
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_quick_run_of_the_toy_reports_every_figure(tmp_path, monkeypatch):
+    # The kernels would be built anew for the figure of a first process.
+    monkeypatch.setenv("GROK1_NATIVE", "0")
+    result = run("--model", "toy", "--quick", "--threads", "1", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    *table, last = result.stdout.splitlines()
+    found = json.loads(last)
+    [written] = tmp_path.iterdir()
+    assert json.loads(written.read_text()) == found
+    assert written.name.endswith(f"-{found['date']}.json")
+    assert set(found) == {"date", "device", "arguments", "results"}
+    assert set(found["device"]) == {"platform", "name", "memory_bytes", "versions"}
+    assert found["device"]["versions"]["jax"] == jax.__version__
+    by_name = {figure["measurement"]: figure for figure in found["results"]}
+    assert list(by_name) == [
+        "load",
+        "compile, first process",
+        "compile, second process",
+        "time to first token",
+        "peak memory",
+        "decode, batch 1",
+        "decode, batch 8",
+        "prefill, 128 tokens",
+    ]
+    for name, figure in by_name.items():
+        assert set(figure) == {
+            "model", "measurement", "value", "unit", "threads", "ratios", "rounds", "details",
+        }  # fmt: skip
+        assert figure["model"] == "toy"
+        assert figure["threads"] == 1
+        assert any(f" {name} " in row and " toy " in row for row in table)
+    assert set(by_name["decode, batch 1"]["ratios"]) == {"roofline", "dense"}
+    assert set(by_name["decode, batch 8"]["ratios"]) == {"roofline"}
+    assert set(by_name["prefill, 128 tokens"]["ratios"]) == {"roofline"}
+    for name in ("decode, batch 1", "decode, batch 8", "prefill, 128 tokens"):
+        figure = by_name[name]
+        assert figure["rounds"]["grok1"] == [figure["value"]]
+        assert figure["ratios"]["roofline"] == pytest.approx(
+            figure["value"] / figure["rounds"]["roofline"][0]
+        )
+
+
+def test_errors_are_one_line():
+    result = run("--gguf", "absent.gguf", "--llama-cpp", "tests")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "benchmarks: tests has no program llama-bench; --llama-cpp takes the directory of a "
+        "build's programs, build/bin\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "arguments", "message"),
+    [
+        ("cpu", "--model grok2", "there is no model 'grok2'; choose from toy, bench, grok1-layers"),
+        ("cpu", "--only sleep", "there is nothing called 'sleep' to measure; choose from start"),
+        ("cpu", "--threads 0", "--threads 0: this process may use 1 to"),
+        ("cpu", "--repeats 0", "--repeats must be above 0, found 0"),
+        ("cpu", "--layers 65", "--layers must be 1 to 64, as Grok-1 has, found 65"),
+        ("cpu", "--llama-cpp .", "--llama-cpp needs the model as a file too; give --gguf"),
+        ("gpu", "--gguf a", "--gguf is for CPUs, and this is a device"),
+        ("gpu", "--threads 1", "--threads is for CPUs, and this is a device"),
+        ("gpu", "", "grok1-8-layers takes 42.6 GB and a device has 30.0 GB of memory; choose"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_runs(platform, arguments, message):
+    device = {"platform": platform, "name": "a device", "memory_bytes": 30 * 10**9}
+    with pytest.raises(BenchmarkError) as refusal:
+        plan(parse_arguments(arguments.split()), device)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("platform", "found"),
+    [
+        ("cpu", ["toy", "bench"]),
+        ("gpu", ["grok1-8-layers"]),
+    ],
+)
+def test_defaults_are_those_of_the_device(platform, found):
+    device = {"platform": platform, "name": "a device", "memory_bytes": 10**11}
+    arguments = parse_arguments([])
+    assert [model.name for model in plan(arguments, device)] == found
+    assert Suite.needs_files(arguments.only) == (platform == "cpu")
+    assert (arguments.threads is None) == (platform == "gpu")
+
+
+def test_interleaved_ratios_are_medians_of_rounds():
+    order = []
+    rates = {"a": iter([10, 1, 6]), "b": iter([5, 1, 1])}
+
+    def contestant(name):
+        def measure():
+            order.append(name)
+            return next(rates[name])
+
+        return measure
+
+    said = []
+    rounds = interleave({name: contestant(name) for name in rates}, 3, said.append)
+    assert order == ["a", "b"] * 3
+    assert said == ["round 1 of 3", "round 2 of 3", "round 3 of 3"]
+    assert ratio(rounds, "a", "b") == 2
+
+
+def test_workload_generates_what_generate_does(toy):
+    prompts = workload.random_prompts(toy.config.vocab_size, 2, 5)
+    timing = workload.run(toy, prompts, 4)
+    expected = toy.generate(prompts.tolist(), max_new_tokens=4, temperature=0, ignore_eos=True)
+    np.testing.assert_array_equal(timing.sequences[:, :5], prompts)
+    assert timing.sequences[:, 5:].tolist() == [completion.tokens for completion in expected]
+    assert timing.first > 0
+    assert timing.steps > 0
+
+
+def test_dense_reference_draws_the_same_tokens(toy):
+    prompt = toy.tokenizer.encode("The first argument")
+    expected = toy.generate(prompt, max_new_tokens=8, temperature=0, ignore_eos=True).tokens
+    decoder = DenseDecoder(toy)
+    found = [decoder.next_token(token) for token in [*prompt, *expected[:-1]]]
+    assert found[len(prompt) - 1 :] == expected
+
+
+def test_experts_read_are_those_that_the_router_chose(toy):
+    sequences = np.asarray(workload.random_prompts(toy.config.vocab_size, 3, 24))
+    distinct = 0
+    for position in range(20, 23):
+        chosen = [set() for _ in range(toy.config.num_layers)]
+        for row in sequences:
+            state = toy.engine.new_state(np.pad(row[None], ((0, 0), (0, 256 - 24))))
+            _, _, captured = toy.engine.score(state, np.array([23]), 64, ("expert_indices",))
+            for layer, indices in enumerate(np.asarray(captured["expert_indices"])):
+                chosen[layer] |= set(indices[position].tolist())
+        distinct += sum(map(len, chosen))
+    assert workload.experts_read(toy, sequences, 20) == distinct / 3
+    assert workload.experts_read(toy, sequences[:1], 5) == 2 * toy.config.num_layers
+
+
+def test_decode_bytes_of_all_experts_are_the_whole_model_and_the_filled_cache(toy):
+    all_experts = toy.config.num_layers * toy.config.num_experts
+    parts = roofline.decode_bytes(toy, 2, 10, 3, all_experts)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params))
+    assert parts["layers"] + parts["experts"] + parts["head"] == weights
+    row = 2 * toy.config.num_layers * toy.config.num_kv_heads * toy.config.key_size * 4
+    assert parts["cache"] == 2 * row * (11 + 12 + 13) / 3
+    chosen = roofline.decode_bytes(toy, 2, 10, 3, all_experts / 4)
+    assert chosen["experts"] == parts["experts"] / 4
+
+
+def test_prefill_operations_are_those_of_the_products():
+    config = grok1.TOY
+    one = roofline.prefill_operations(config, 1)
+    # From the checkpoint: 2 for each weight that a token meets, and attention to itself.
+    attention = 2 * 128 * 128 + 2 * 128 * 64
+    experts = 2 * 3 * 128 * config.ffn_size + 128 * 8
+    assert one == 2 * 6 * (attention + experts + 2 * 128)
+    assert roofline.prefill_operations(config, 3) == 3 * one + 2 * 6 * 2 * 128 * (0 + 1 + 2)
+
+
+def test_float_copies_are_found_in_a_compiled_program():
+    weight = jax.ShapeDtypeStruct((40, 24), jnp.int8)
+    copy = jax.jit(lambda w: w.astype(jnp.float32) * 2).lower(weight).compile().as_text()
+    [found] = float_copies(copy, [(40, 24)])
+    assert "f32[40,24]" in found
+    assert not float_copies(copy, [(24, 40), (80, 24)])
+
+
+def test_float_copies_inside_a_fusion_take_no_memory():
+    program = """HloModule step
+
+%fused_dot (param_0: s8[2,40,24]) -> bf16[24] {
+  %param_0 = s8[2,40,24]{2,1,0} parameter(0)
+  %convert.1 = bf16[2,40,24]{2,1,0} convert(%param_0)
+  ROOT %reduce.1 = bf16[24]{0} reduce(%convert.1), dimensions={0,1}
+}
+
+ENTRY %main (w: s8[2,40,24], f: f32[40,24]) -> (bf16[24], bf16[8,10,24]) {
+  %w = s8[2,40,24]{2,1,0} parameter(0)
+  %f = f32[40,24]{1,0} parameter(1)
+  %fusion.1 = bf16[24]{0} fusion(%w), kind=kInput, calls=%fused_dot
+  %fusion.2 = (bf16[8,10,24]{2,1,0:T(8,128)}, s32[]) fusion(%w), kind=kLoop, calls=%fused_pair
+  ROOT %tuple.1 = (bf16[24]{0}, bf16[8,10,24]{2,1,0}) tuple(%fusion.1, %fusion.2)
+}
+"""
+    assert float_copies(program, [(40, 24)]) == ["%fusion.2 = bf16[8,10,24] fusion"]
+
+
+def test_checkpoint_is_made_once_and_nothing_else_is_touched(tmp_path, nano_config):
+    model = models.BenchModel("nano", nano_config)
+    path = models.checkpoint(model, tmp_path)
+    assert grok1.load(path, mesh=(1, 1), progress=False).config == nano_config
+    written = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    assert models.checkpoint(model, tmp_path) == path
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == written
+    other = models.BenchModel("nano", grok1.TOY)
+    with pytest.raises(BenchmarkError, match="holds something else than the model nano; remove it"):
+        models.checkpoint(other, tmp_path)
+
+
+def test_full_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):
+    full = models.BenchModel("full", grok1.GROK_1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**11))
+    message = r"has 100.0 GB free and the files of full take 318\.\d GB; give --scratch"
+    with pytest.raises(BenchmarkError, match=message):
+        models.checkpoint(full, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_number_of_parameters_is_what_llama_cpp_counts():
+    assert models.BenchModel("bench", models.BENCH).num_parameters == 1_728_153_600
+
+
+def test_worker_reports_a_refusal_and_its_own_end():
+    with Worker() as worker:
+        with pytest.raises(BenchmarkError, match="there is no such directory"):
+            worker.call("load", path="absent")
+        with pytest.raises(BenchmarkError, match="ended with status 1 in 'decode'"):
+            worker.call("decode", batch=1, prompt=1, steps=1)  # no model: a fault of the caller
+
+
+def fake_llama_cpp(directory: pathlib.Path, bench: str, batched: str) -> pathlib.Path:
+    for name, output in (("llama-bench", bench), ("llama-batched-bench", batched)):
+        program = directory / name
+        program.write_text(f'#!/bin/sh\necho "$0 $@" >> {directory}/calls\n{output}\n')
+        program.chmod(0o755)
+    gguf = directory / "model.gguf"
+    gguf.touch()
+    return gguf
+
+
+def test_llama_cpp_is_asked_for_the_same_work(tmp_path):
+    counted = {
+        "build_commit": "abc", "model_type": "grok", "model_n_params": 1050, "avg_ts": 12.5,
+    }  # fmt: skip
+    bench = f"echo '{json.dumps([counted])}'"
+    batched = "echo 'log'; echo '{\"speed_tg\": 49.5, \"speed_pp\": 9}'"
+    peer = peers.LlamaCpp(tmp_path, fake_llama_cpp(tmp_path, bench, batched))
+    assert peer.version == "abc, grok"
+    assert peer.is_model_of(1000)
+    assert not peer.is_model_of(2000)
+    assert peer.decode(1, 1, 64, 1) == 12.5
+    assert peer.decode(8, 128, 64, 1) == 49.5
+    assert peer.prefill(512, 1) == 12.5
+    _, one, eight, prefill = (tmp_path / "calls").read_text().splitlines()
+    assert "-ngl 0 -t 1 -n 64 -p 0 -r 1" in one
+    assert "-ngl 0 -t 1 -c 1536 -npp 128 -ntg 64 -npl 8" in eight
+    assert "-t 1 -n 0 -p 512 -r 1" in prefill
+
+
+def test_llama_cpp_that_fails_is_quoted(tmp_path):
+    gguf = fake_llama_cpp(tmp_path, "echo 'error: unknown architecture' >&2; exit 1", "true")
+    with pytest.raises(BenchmarkError, match="failed: error: unknown architecture"):
+        peers.LlamaCpp(tmp_path, gguf)
+    gguf = fake_llama_cpp(tmp_path, "echo nothing", "true")
+    with pytest.raises(BenchmarkError, match="printed no result: 'nothing'"):
+        peers.LlamaCpp(tmp_path, gguf)
+    with pytest.raises(BenchmarkError, match=r"absent: no such file; --gguf takes"):
+        peers.LlamaCpp(tmp_path, tmp_path / "absent")
