@@ -12,6 +12,7 @@ from grok1.manifest import TensorSpec, file_name
 from grok1.tensor_file import (
     ArraySpan,
     CheckpointError,
+    DataFile,
     TensorHeader,
     read_header,
     tensor_file_size,
@@ -55,11 +56,11 @@ def open_checkpoint(
     return headers
 
 
-def check_scales(header: TensorHeader, scales: np.ndarray) -> None:
+def check_scales(file: DataFile, scales: np.ndarray) -> None:
     """Checks that scales are finite: one that is not would turn every logit into NaN.
 
     Args:
-      header: The file they come from, for the message.
+      file: The file they come from, for the message.
       scales: All of its scales, or a slice.
 
     Raises:
@@ -69,7 +70,7 @@ def check_scales(header: TensorHeader, scales: np.ndarray) -> None:
     if not finite.all():
         first = np.unravel_index(np.argmin(finite), finite.shape)
         raise CheckpointError(
-            f"{header.path}: {finite.size - np.count_nonzero(finite)} of {finite.size} scales are "
+            f"{file.path}: {finite.size - np.count_nonzero(finite)} of {finite.size} scales are "
             f"not finite, the first is {scales[first]} at {[int(i) for i in first]}; the file is "
             "damaged: download it again"
         )
