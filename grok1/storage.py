@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grok1.tensor_file import ArraySpan, DataFile, TensorHeader, map_span, read_span
+from grok1.tensor_file import DTYPES, ArraySpan, DataFile, TensorHeader, map_span, read_span
 
 # Rows and columns of the tile in which a matrix is transposed: as int8 it fits the first- or
 # second-level cache, which a whole row after another does not.
 _TILE = 64, 2048
+_ROWS = 256
 
 
 class StoredArray(NamedTuple):
@@ -125,10 +126,20 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     return result
 
 
-def dequantize_matrix(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Returns the float32 matrix `[K, N]` of int8 values and scales `[G, N]`; exact."""
-    rows, columns = values.shape
-    groups = len(scales)
-    grouped = values.reshape(groups, rows // groups, columns).astype(np.float32)
-    grouped *= scales.astype(np.float32)[:, None]
-    return grouped.reshape(rows, columns)
+def dequantize_matrix(values: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns the matrix `[K, N]` that int8 values and scales `[G, N]` stand for.
+
+    Args:
+      values: int8 `[K, N]`.
+      scales: bfloat16 `[G, N]`.
+      dtype: "float32", which is exact, or "bfloat16", rounded once.
+    """
+    result = np.empty(values.shape, DTYPES[dtype])
+    group_rows = len(values) // len(scales)
+    for group, scale in enumerate(scales.astype(np.float32)):
+        end = (group + 1) * group_rows
+        # In steps, so that the float32 product of a large matrix never exists as a whole.
+        for start in range(group * group_rows, end, _ROWS):
+            rows = slice(start, min(start + _ROWS, end))
+            result[rows] = values[rows] * scale
+    return result

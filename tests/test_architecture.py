@@ -17,13 +17,13 @@ LAYERS = [
     {"transformer"},
     {"manifest", "sharding"},
     {"tensor_file", "stacking", "decoder"},
-    {"checkpoint", "engine", "storage"},
-    {"loading", "generation", "options", "safetensors_file"},
+    {"checkpoint", "engine", "storage", "staging"},
+    {"loading", "generation", "options", "safetensors_file", "gguf_file"},
     {"completion", "directory"},
-    {"batch"},
+    {"batch", "conversion", "inspection", "verification"},
     {"model"},
     {"factory"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 
 
