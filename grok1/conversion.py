@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import importlib
+import itertools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -126,14 +128,19 @@ def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:
 def _grok1_plan(config: ModelConfig, tensors: list[StoredTensor], specs) -> _Plan:
     files = []
     for number, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
-        dtype = "int8" if spec.scales_shape else "float32"
-        payloads = iter([(tensor.values, dtype), (tensor.scales, "bfloat16")])
+        arrays = iter(array for array in tensor if array is not None)
         pieces = []
-        for piece in tensor_file_pieces(spec.shape, spec.scales_shape):
-            if isinstance(piece, bytes):
-                pieces.append(content("", piece).pieces[0])
+        frames = tensor_file_pieces(spec.shape, spec.scales_shape)
+        for is_frame, run in itertools.groupby(frames, lambda piece: isinstance(piece, bytes)):
+            if is_frame:
+                pieces += content(
+                    "", b"".join(piece for piece in run if isinstance(piece, bytes))
+                ).pieces
             else:
-                pieces += _array_pieces(*next(payloads))
+                array = next(arrays)
+                # Floats are float32 in this format.
+                dtype = "float32" if spec.scales_shape is None else array.dtype
+                pieces += _array_pieces(array, dtype)
         files.append(OutputFile(f"ckpt-0/{file_name(number)}", pieces))
 
     def check(path: pathlib.Path) -> None:
@@ -229,10 +236,9 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
 def _array_pieces(array: StoredArray, dtype: str) -> list[Piece]:
     """The elements of an array in the model's order."""
     pieces = []
-    columns = array.shape[-1] if len(array.shape) > 1 else 1
-    rows = array.shape[-2] if len(array.shape) > 1 else array.shape[0]
+    columns = math.prod(array.shape[-2:][1:])
     for number, start, stop in _blocks(array):
-        num_rows = (rows if stop is None else stop) - start
+        num_rows = (array.num_rows if stop is None else stop) - start
         nbytes = num_rows * columns * DTYPES[dtype].itemsize
         pieces.append(Piece(nbytes, functools.partial(_plain, array, number, start, stop, dtype)))
     return pieces
@@ -245,7 +251,7 @@ def _blocks(array: StoredArray) -> Iterator[tuple[int, int, int | None]]:
         if nbytes <= _BLOCK_BYTES or len(array.shape) < 2:
             yield number, 0, None
             continue
-        rows = array.shape[-2]
+        rows = array.num_rows
         step = max(1, rows * _BLOCK_BYTES // nbytes)
         for start in range(0, rows, step):
             yield number, start, min(start + step, rows)

@@ -307,14 +307,15 @@ def _indexed_spans(directory: pathlib.Path) -> dict[str, tuple[ShardHeader, Arra
             "complete"
         ) from error
     weight_map = _json_object(index_path, text).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and name == os.path.basename(name) for name in weight_map.values()
+    ):
         raise CheckpointError(
             f"{index_path}: expected a weight_map from tensors to files beside it; the file is "
             "damaged: copy it again"
         )
-    assert isinstance(weight_map, dict)
-    headers = {name: read_shard_header(directory / name) for name in sorted(set(names))}
+    names = sorted(set(weight_map.values()))
+    headers = {name: read_shard_header(directory / name) for name in names}
     found = {
         tensor: (header, span)
         for header in headers.values()

@@ -39,6 +39,11 @@ class StoredArray(NamedTuple):
         return sum(span.nbytes for _, span in self.parts)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of a matrix, elements of a vector."""
+        return self.shape[-2:][0]
+
+    @property
     def num_matrices(self) -> int:
         """Matrices in the array; 1 for a vector."""
         return math.prod(self.shape[:-2])
@@ -82,7 +87,7 @@ def map_slice(array: StoredArray, index: tuple[slice, ...]) -> np.ndarray:
     if len(array.parts) == 1 and not array.transposed:
         return map_span(*array.parts[0])[index]
     *lead, rows, columns = index
-    chosen = np.arange(array.num_matrices).reshape(array.shape[:-2])[tuple(lead)]
+    chosen = np.arange(array.num_matrices).reshape(array.shape[:-2])[(*lead,)]
     matrices = [transpose(map_span(*array.parts[number])[columns, rows]) for number in chosen.flat]
     return np.stack(matrices).reshape(*chosen.shape, *matrices[0].shape)
 
@@ -107,11 +112,10 @@ def read_matrix(
     if array.transposed:
         return read_span(*array.parts[number]).T[start:stop]
     file, span = array.parts[0]
-    rows = span.shape[-2] if len(span.shape) > 1 else span.shape[0]
     matrix = ArraySpan(
         span.offset + number * span.nbytes // array.num_matrices, span.shape[-2:], span.dtype
     )
-    return read_span(file, matrix, start, rows if stop is None else stop)
+    return read_span(file, matrix, start, array.num_rows if stop is None else stop)
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
 
 def compare(model: grok1.Model, gguf: pathlib.Path, tokens: list[int]) -> Comparison:
     """Runs the same tokens through both."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     theirs = llama_cpp.Llama(
         str(gguf), n_ctx=len(tokens) + 16, n_batch=len(tokens), logits_all=True, verbose=False
