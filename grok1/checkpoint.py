@@ -12,11 +12,15 @@ from grok1.manifest import TensorSpec, file_name
 from grok1.tensor_file import (
     ArraySpan,
     CheckpointError,
+    DataFile,
     TensorHeader,
     read_header,
     tensor_file_size,
     write_tensor,
 )
+
+LAYER = re.compile(r"decoder_layer_\d+")
+"""Finds the layer in a tensor's name."""
 
 
 def open_checkpoint(
@@ -44,22 +48,52 @@ def open_checkpoint(
     headers = [read_header(directory / file_name(i)) for i in range(len(manifest))]
     first_of_kind: dict[str, TensorHeader] = {}
     for header, spec in zip(headers, manifest, strict=True):
-        _check_tensor(header, spec)
-        first = first_of_kind.setdefault(_LAYER.sub("decoder_layer_*", spec.name), header)
-        if _storage(header) != _storage(first):
+        check_tensor(header, spec)
+        first = first_of_kind.setdefault(LAYER.sub("decoder_layer_*", spec.name), header)
+        if describe_storage(header) != describe_storage(first):
             raise CheckpointError(
-                f"{header.path}: {spec.name} is stored as {_storage(header)}, expected "
-                f"{_storage(first)} as in {first.path.name} for another layer; these files are of "
-                "different checkpoints"
+                f"{header.path}: {spec.name} is stored as {describe_storage(header)}, expected "
+                f"{describe_storage(first)} as in {first.path.name} for another layer; these "
+                "files are of different checkpoints"
             )
     return headers
 
 
-def check_scales(header: TensorHeader, scales: np.ndarray) -> None:
+def check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
+    """Checks the types and shapes of one file against the manifest.
+
+    Raises:
+      CheckpointError: If they differ.
+    """
+    values, scales = header.values, header.scales
+    if values.shape != spec.shape or values.dtype not in (spec.dtype, "float32"):
+        raise CheckpointError(
+            f"{header.path}: {spec.name} is {_text(values)}, expected "
+            f"{_text(ArraySpan(0, spec.shape, spec.dtype))}; is this a Grok-1 checkpoint?"
+        )
+    if scales is not None:
+        *lead, rows, columns = spec.shape
+        groups = scales.shape[-2] if len(scales.shape) == len(spec.shape) else 0
+        if not groups or scales.shape != (*lead, groups, columns) or rows % groups:
+            layout = ",".join(map(str, [*lead, "G", columns]))
+            raise CheckpointError(
+                f"{header.path}: {spec.name} has scales {_text(scales)}, expected "
+                f"bfloat16[{layout}] with a G that divides {rows}; is this a Grok-1 checkpoint?"
+            )
+
+
+def describe_storage(header: TensorHeader) -> str:
+    """Says how a tensor is stored, as `int8[8,6] with scales bfloat16[1,6]`."""
+    if header.scales is None:
+        return _text(header.values)
+    return f"{_text(header.values)} with scales {_text(header.scales)}"
+
+
+def check_scales(file: DataFile, scales: np.ndarray) -> None:
     """Checks that scales are finite: one that is not would turn every logit into NaN.
 
     Args:
-      header: The file they come from, for the message.
+      file: The file they come from, for the message.
       scales: All of its scales, or a slice.
 
     Raises:
@@ -69,7 +103,7 @@ def check_scales(header: TensorHeader, scales: np.ndarray) -> None:
     if not finite.all():
         first = np.unravel_index(np.argmin(finite), finite.shape)
         raise CheckpointError(
-            f"{header.path}: {finite.size - np.count_nonzero(finite)} of {finite.size} scales are "
+            f"{file.path}: {finite.size - np.count_nonzero(finite)} of {finite.size} scales are "
             f"not finite, the first is {scales[first]} at {[int(i) for i in first]}; the file is "
             "damaged: download it again"
         )
@@ -121,9 +155,6 @@ def save_checkpoint(
         ) from error
 
 
-_LAYER = re.compile(r"decoder_layer_\d+")
-
-
 def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
     if not directory.is_dir():
         raise CheckpointError(
@@ -142,7 +173,7 @@ def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
         hint = "the download is incomplete: resume it"
     if found - expected:
         problems.append(f"extra {_some(found - expected)}")
-    outside = sum(not _LAYER.search(spec.name) for spec in manifest)
+    outside = sum(not LAYER.search(spec.name) for spec in manifest)
     in_layer = sum("decoder_layer_0/" in spec.name for spec in manifest)
     num_layers, rest = divmod(len(found) - outside, in_layer)
     if num_layers > 0 and not rest and found == {file_name(i) for i in range(len(found))}:
@@ -156,32 +187,8 @@ def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
     )
 
 
-def _check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
-    values, scales = header.values, header.scales
-    if values.shape != spec.shape or values.dtype not in (spec.dtype, "float32"):
-        raise CheckpointError(
-            f"{header.path}: {spec.name} is {_text(values)}, expected "
-            f"{_text(ArraySpan(0, spec.shape, spec.dtype))}; is this a Grok-1 checkpoint?"
-        )
-    if scales is not None:
-        *lead, rows, columns = spec.shape
-        groups = scales.shape[-2] if len(scales.shape) == len(spec.shape) else 0
-        if not groups or scales.shape != (*lead, groups, columns) or rows % groups:
-            layout = ",".join(map(str, [*lead, "G", columns]))
-            raise CheckpointError(
-                f"{header.path}: {spec.name} has scales {_text(scales)}, expected "
-                f"bfloat16[{layout}] with a G that divides {rows}; is this a Grok-1 checkpoint?"
-            )
-
-
 def _text(span: ArraySpan) -> str:
     return f"{span.dtype}[{','.join(map(str, span.shape))}]"
-
-
-def _storage(header: TensorHeader) -> str:
-    if header.scales is None:
-        return _text(header.values)
-    return f"{_text(header.values)} with scales {_text(header.scales)}"
 
 
 def _some(names: Iterable[str]) -> str:

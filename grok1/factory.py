@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from grok1.checkpoint import open_checkpoint, save_checkpoint
-from grok1.config import GROK_1, ModelConfig
+from grok1.checkpoint import save_checkpoint
+from grok1.config import ModelConfig
+from grok1.directory import load_config, open_tensors
 from grok1.loading import load_params
 from grok1.manifest import manifest
 from grok1.model import Model
@@ -29,10 +30,11 @@ def load(
     progress: bool = True,
     tokenizer: str | pathlib.Path | Tokenizer | None = None,
 ) -> Model:
-    """Loads a checkpoint in Grok-1's on-disk format, sharded over devices.
+    """Loads a checkpoint in Grok-1's on-disk format or our safetensors, sharded over devices.
 
     Args:
-      path: A directory with `ckpt-0/` and, where they differ from Grok-1's, `config.json` and
+      path: A directory with `ckpt-0/`, or with the files that `python -m grok1 convert --to
+        safetensors` makes, and, where they differ from Grok-1's, `config.json` and
         `tokenizer.model`.
       mesh: Sizes (data, model), a `jax.sharding.Mesh` with these axes, or None for every device.
       dtype: "float32" or "bfloat16", the type of products with weights; None for float32 on a CPU
@@ -49,8 +51,7 @@ def load(
         divide over the mesh, or the tokenizer is another model's.
     """
     path = pathlib.Path(path)
-    config_path = path / "config.json"
-    config = ModelConfig.load(config_path) if config_path.exists() else GROK_1
+    config = load_config(path)
     device_mesh = make_mesh(config, mesh)
     dtype = _dtype(dtype, device_mesh)
     cache_dtype = _cache_dtype(cache_dtype)
@@ -58,13 +59,10 @@ def load(
         tokenizer_path = pathlib.Path(tokenizer or path / "tokenizer.model")
         found = tokenizer is not None or tokenizer_path.exists()
         tokenizer = Tokenizer.load(tokenizer_path) if found else None
-    expected = manifest(config)
-    headers = open_checkpoint(path / "ckpt-0", expected)
-    tensors = [
-        spec._replace(dtype=header.values.dtype, scales_shape=header.scales and header.scales.shape)
-        for spec, header in zip(expected, headers, strict=True)
-    ]
-    params = load_params(headers, tensors, config, device_mesh, progress)
+    stored, tensors = open_tensors(path, config)
+    # In memory a weight without scales is float32, whatever it is in the file.
+    tensors = [spec if spec.scales_shape else spec._replace(dtype="float32") for spec in tensors]
+    params = load_params(stored, tensors, config, device_mesh, progress)
     return Model(params, config, device_mesh, dtype, tensors, tokenizer, cache_dtype)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint files to device memory, each device its own slice, straight from the mapped files.
+"""Tensors on disk to device memory, each device its own slice, straight from the mapped files.
 
 A device's buffer of one parameter holds all layers; it is filled layer by layer from the files, so
 that beyond the model itself the host needs the slice that is on its way.
@@ -18,29 +18,26 @@ from grok1.config import ModelConfig
 from grok1.manifest import TensorSpec
 from grok1.quantization import QuantizedArray, refine_groups
 from grok1.sharding import abstract_stack
-from grok1.tensor_file import ArraySpan, TensorHeader, map_span
+from grok1.storage import StoredArray, StoredTensor, map_slice
 from grok1.transformer import NamedParams, Params, naming
 
 _ALIGNMENT = 64  # bytes; XLA's CPU client adopts host memory so aligned without copying it
 
 
-class _Span(NamedTuple):
-    """Where one array lies on disk, with the `shape` and `dtype` that an array would have."""
+class _Leaf(NamedTuple):
+    """An array on disk, with the `shape` and `dtype` that it has in memory."""
 
-    header: TensorHeader
-    span: ArraySpan
+    array: StoredArray
+    dtype: np.dtype
+    is_scales: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.span.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return jnp.dtype(self.span.dtype)
+        return self.array.shape
 
 
 def load_params(
-    headers: list[TensorHeader],
+    tensors: list[StoredTensor],
     manifest: list[TensorSpec],
     config: ModelConfig,
     mesh: Mesh,
@@ -49,8 +46,8 @@ def load_params(
     """Reads a checked checkpoint onto a mesh.
 
     Args:
-      headers: The files, checked by `checkpoint.open_checkpoint`.
-      manifest: The tensors' names, in the same order.
+      tensors: The tensors on disk, checked against the manifest.
+      manifest: Their names, in the same order.
       config: The model.
       mesh: Where it goes.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
@@ -61,12 +58,12 @@ def load_params(
     Raises:
       CheckpointError: If a file changes underneath, or a scale is not finite.
     """
-    spans = naming(config).apply(_named_spans(headers, manifest), None)
-    target = abstract_stack(spans, config, mesh)
+    stored = naming(config).apply(_named_leaves(tensors, manifest), None)
+    target = abstract_stack(stored, config, mesh)
     sources = Params(
-        embedding=[spans.embedding],
-        layers=jax.tree.map(lambda *layers: list(layers), *spans.layers, is_leaf=_is_span),
-        final_norm=[spans.final_norm],
+        embedding=[stored.embedding],
+        layers=jax.tree.map(lambda *layers: list(layers), *stored.layers, is_leaf=_is_leaf),
+        final_norm=[stored.final_norm],
     )
     leaves, structure = jax.tree.flatten(target)
     files = structure.flatten_up_to(sources)
@@ -84,33 +81,34 @@ def load_params(
         unit_scale=True,
         disable=None if progress else True,
     ) as bar:
-        arrays = [_load_leaf(leaf, spans, bar) for leaf, spans in zip(leaves, files, strict=True)]
+        arrays = [_load_leaf(leaf, stored, bar) for leaf, stored in zip(leaves, files, strict=True)]
     return jax.tree.unflatten(structure, arrays)
 
 
-def _load_leaf(target: jax.ShapeDtypeStruct, spans: list[_Span], bar: tqdm) -> jax.Array:
+def _load_leaf(target: jax.ShapeDtypeStruct, stored: list[_Leaf], bar: tqdm) -> jax.Array:
     """Fills every local device's shard of one parameter from its files, one a layer."""
-    stacked = len(target.shape) > len(spans[0].shape)
+    stacked = len(target.shape) > len(stored[0].shape)
     shards = []
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
         assert index is not None  # a device of the map holds a part
         shape = target.sharding.shard_shape(target.shape)
-        pieces = _pieces(spans, index[1:] if stacked else index, target, bar)
+        pieces = _pieces(stored, index[1:] if stacked else index, target, bar)
         fill = _fill_host if device.platform == "cpu" else _fill_device
         shards.append(fill(pieces, shape if stacked else (1, *shape), target.dtype, device, shape))
     return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
 
 
 def _pieces(
-    spans: list[_Span], index: tuple[slice, ...], target: jax.ShapeDtypeStruct, bar: tqdm
+    stored: list[_Leaf], index: tuple[slice, ...], target: jax.ShapeDtypeStruct, bar: tqdm
 ) -> Iterator[np.ndarray]:
-    """Yields one device's slice of each file; a file is mapped only while its slice is copied."""
-    for header, span in spans:
-        array = map_span(header, span)
-        if span == header.scales:
-            check_scales(header, array)
-            array = refine_groups(array, target.shape[-2])
-        piece = array[index]
+    """Yields one device's slice of each array; a file is mapped only while its slice is copied."""
+    for leaf in stored:
+        if leaf.is_scales:
+            scales = map_slice(leaf.array, (slice(None),) * len(leaf.shape))
+            check_scales(leaf.array.parts[0][0], scales)
+            piece = refine_groups(scales, target.shape[-2])[index]
+        else:
+            piece = map_slice(leaf.array, index)
         yield piece
         bar.update(piece.size * target.dtype.itemsize)
 
@@ -143,16 +141,22 @@ def _set_layer(stack: jax.Array, piece: jax.Array, i: Any) -> jax.Array:
 _put_layer = jax.jit(_set_layer, donate_argnums=0)
 
 
-def _named_spans(headers: list[TensorHeader], manifest: list[TensorSpec]) -> NamedParams:
+def _named_leaves(tensors: list[StoredTensor], manifest: list[TensorSpec]) -> NamedParams:
     named: dict[str, dict[str, Any]] = {}
-    for header, spec in zip(headers, manifest, strict=True):
+    for tensor, spec in zip(tensors, manifest, strict=True):
         module, _, parameter = spec.name.rpartition("/")
-        leaf: Any = _Span(header, header.values)
-        if header.scales is not None:
-            leaf = QuantizedArray(leaf, _Span(header, header.scales))
+        leaf: Any
+        if tensor.scales is None:
+            # A weight kept in bfloat16 is computed with in float32, as any float weight.
+            leaf = _Leaf(tensor.values, jnp.dtype("float32"))
+        else:
+            leaf = QuantizedArray(
+                _Leaf(tensor.values, jnp.dtype("int8")),
+                _Leaf(tensor.scales, jnp.dtype("bfloat16"), is_scales=True),
+            )
         named.setdefault(module, {})[parameter] = leaf
     return named
 
 
-def _is_span(node: Any) -> bool:
-    return isinstance(node, _Span)
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, _Leaf)

@@ -36,7 +36,9 @@ def file_name(index: int) -> str:
 
 def abstract_params(config: ModelConfig, *, quantized: bool = True) -> NamedParams:
     """Returns the named parameters of a model as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return jax.eval_shape(naming(config, quantized=quantized).init, jax.random.key(0))
+    # An abstract key, because a real one would start the devices.
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(naming(config, quantized=quantized).init, key)
 
 
 def manifest(config: ModelConfig) -> list[TensorSpec]:

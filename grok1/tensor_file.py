@@ -14,7 +14,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +35,18 @@ class CheckpointError(ValueError):
     """Files on disk are missing, damaged or not what the model expects; the message names them."""
 
 
+class HostileFileError(CheckpointError):
+    """A file asks for what no tensor file needs, and would run code where it is unpickled."""
+
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The types of stored arrays, by name."""
+
+
 class ArraySpan(NamedTuple):
     """Where the elements of one array lie in a file, in C order, little-endian.
 
@@ -51,7 +63,21 @@ class ArraySpan(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Length in bytes."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class DataFile(Protocol):
+    """A file with arrays in it, as it was when its header was read."""
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The file."""
+        ...
+
+    @property
+    def file_size(self) -> int:
+        """Its length in bytes when it was read."""
+        ...
 
 
 class TensorHeader(NamedTuple):
@@ -88,20 +114,22 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
             size = os.fstat(file.fileno()).st_size
             return _header(path, size, read_notes(file, size, _ALLOWED))
     except PickleRefusedError as error:
-        remedy = _DISTRUST if error.hostile else _DAMAGED
-        raise CheckpointError(f"{path}: byte {error.offset}: {error.problem}; {remedy}") from None
+        kind, remedy = CheckpointError, _DAMAGED
+        if error.hostile:
+            kind, remedy = HostileFileError, _DISTRUST
+        raise kind(f"{path}: byte {error.offset}: {error.problem}; {remedy}") from None
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
         ) from error
 
 
-def map_span(header: TensorHeader, span: ArraySpan) -> np.ndarray:
-    """Maps one array of a tensor file into memory, read-only; nothing is copied.
+def map_span(header: DataFile, span: ArraySpan) -> np.ndarray:
+    """Maps one array of a file into memory, read-only; nothing is copied.
 
     Args:
       header: The file.
-      span: `header.values` or `header.scales`.
+      span: One of its arrays, as `header.values`.
 
     Returns:
       An array of the span's shape and dtype. It may be unaligned: the pickle sets its offset.
@@ -118,10 +146,53 @@ def map_span(header: TensorHeader, span: ArraySpan) -> np.ndarray:
                     f"{header.path}: has {size} bytes, expected the {header.file_size} bytes it "
                     "had when its header was read; do not change a checkpoint while it is loaded"
                 )
-            dtype = _DTYPES[span.dtype]
+            dtype = DTYPES[span.dtype]
             return np.asarray(np.memmap(file, dtype, "r", span.offset, span.shape))
     except OSError as error:
         raise CheckpointError(f"{header.path}: cannot be mapped: {error.strerror}") from error
+
+
+def read_span(
+    file: DataFile, span: ArraySpan, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """Reads elements of one array of a file into memory of their own.
+
+    Unlike a mapped file, one that is cut off while it is read is an error and not a crash.
+
+    Args:
+      file: The file.
+      span: One of its arrays.
+      start: First row to read, along the first axis.
+      stop: Behind the last row; None for the array's last.
+
+    Returns:
+      A new array, `span.shape` with the first axis cut.
+
+    Raises:
+      CheckpointError: If the file cannot be read, or ends before the rows do.
+    """
+    stop = span.shape[0] if stop is None else stop
+    dtype = DTYPES[span.dtype]
+    array = np.empty((stop - start, *span.shape[1:]), dtype)
+    row_bytes = span.nbytes // span.shape[0]
+    buffer = memoryview(array.reshape(-1).view(np.uint8))
+    begin = offset = span.offset + start * row_bytes
+    try:
+        with open(file.path, "rb", buffering=0) as source:
+            while buffer:
+                count = os.preadv(source.fileno(), [buffer[:_READ_BYTES]], offset)
+                if not count:
+                    raise CheckpointError(
+                        f"{file.path}: ends at byte {offset}, expected the {file.file_size} bytes "
+                        "it had when its header was read; do not change a checkpoint while it is "
+                        "read"
+                    )
+                buffer, offset = buffer[count:], offset + count
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.path}: cannot be read at byte {begin}: {error.strerror}"
+        ) from error
+    return array
 
 
 def write_tensor(
@@ -147,7 +218,7 @@ def write_tensor(
             f"{pathlib.Path(path).name}: values are {dtypes[0]} with scales {dtypes[1]}, expected "
             "float32 values without scales or int8 values with bfloat16 scales"
         )
-    pieces = _pieces(values.shape, None if scales is None else scales.shape)
+    pieces = tensor_file_pieces(values.shape, None if scales is None else scales.shape)
     payloads = iter((values, scales))
     with open(path, "wb") as file:
         for piece in pieces:
@@ -164,19 +235,39 @@ def tensor_file_size(spec: TensorSpec) -> int:
     Raises:
       ValueError: If the shape is not one that `write_tensor` writes.
     """
-    pieces = _pieces(spec.shape, spec.scales_shape)
+    pieces = tensor_file_pieces(spec.shape, spec.scales_shape)
     return sum(piece if isinstance(piece, int) else len(piece) for piece in pieces)
+
+
+def tensor_file_pieces(
+    shape: tuple[int, ...], scales_shape: tuple[int, ...] | None
+) -> list[bytes | int]:
+    """Returns a tensor file as the bytes around its payloads, and each payload as its length.
+
+    Args:
+      shape: Shape of a float32 tensor, or of an int8 weight.
+      scales_shape: Shape of the scales of an int8 weight, else None.
+
+    Raises:
+      ValueError: If a shape is not one that a tensor file has.
+    """
+
+    def array(dtype: str, shape: tuple[int, ...]) -> Object:
+        if not _is_shape(shape):
+            raise ValueError(f"found the shape {shape}, expected {_ANY_SHAPE}")
+        elements = Bytes(0, ArraySpan(0, shape, dtype).nbytes)
+        return _array(dtype, shape, elements, _RECONSTRUCT[0], Bytes(0, 1, b"b"), False)
+
+    if scales_shape is None:
+        return write_notes(array("float32", shape))
+    return write_notes(_weight(array("int8", shape), array("bfloat16", scales_shape)))
 
 
 _DAMAGED = "the file is damaged or no Grok-1 tensor: download it again"
 _DISTRUST = "nothing was executed. Do not trust this file: download it again"
+_READ_BYTES = 1 << 26  # Of one call; Linux reads at most 2 GiB at a time.
 _MAX_NDIM = 32  # NumPy 1's own limit.
 _MAX_SIZE = 2**31 - 1  # Of one dimension; larger ones take other opcodes.
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "int8": np.dtype(np.int8),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -232,20 +323,6 @@ def _array(
 
 def _weight(values: Object, scales: Object) -> Object:
     return Object("NEWOBJ", _QUANTIZED, (), {"weight": values, "scales": scales})
-
-
-def _pieces(shape: tuple[int, ...], scales_shape: tuple[int, ...] | None) -> list[bytes | int]:
-    """Returns a tensor file as the bytes around its payloads, and each payload as its length."""
-
-    def array(dtype: str, shape: tuple[int, ...]) -> Object:
-        if not _is_shape(shape):
-            raise ValueError(f"found the shape {shape}, expected {_ANY_SHAPE}")
-        elements = Bytes(0, ArraySpan(0, shape, dtype).nbytes)
-        return _array(dtype, shape, elements, _RECONSTRUCT[0], Bytes(0, 1, b"b"), False)
-
-    if scales_shape is None:
-        return write_notes(array("float32", shape))
-    return write_notes(_weight(array("int8", shape), array("bfloat16", scales_shape)))
 
 
 def _header(path: pathlib.Path, size: int, root: Any) -> TensorHeader:

@@ -10,13 +10,14 @@ import codecs
 import operator
 import pathlib
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 import sentencepiece
 
 # Values of the enum SentencePiece.Type in sentencepiece_model.proto.
-_CONTROL, _USER_DEFINED = 3, 4
+_ORDINARY, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 _CONTROL_SPELLING = re.compile(rb"<\|.*\|>", re.DOTALL)
 # A protobuf varint is little-endian, 7 bits a byte; the top bit says that another byte follows.
@@ -125,6 +126,20 @@ class Tokenizer:
           ValueError: If the token is not an integer or is out of range.
         """
         return self._processor.id_to_piece(_token_id(token, self.vocab_size))
+
+    @property
+    def vocabulary(self) -> list[tuple[bytes, float, int]]:
+        """Every piece in the order of ids: UTF-8 spelling, score, and SentencePiece's type.
+
+        The types are 1 ordinary, 2 unknown, 3 control, 4 user-defined, 5 unused and 6 byte.
+        """
+        found, proto = [], self.model_proto
+        for number, begin, end in _fields(proto, 0, len(proto)):
+            if number == 1:
+                piece = {key: proto[start:stop] for key, start, stop in _fields(proto, begin, end)}
+                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+                found.append((piece[1], score, piece[3][0] if 3 in piece else _ORDINARY))
+        return found
 
     @property
     def model_proto(self) -> bytes:

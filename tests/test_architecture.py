@@ -18,13 +18,13 @@ LAYERS = [
     {"transformer"},
     {"manifest", "sharding"},
     {"tensor_file", "stacking", "decoder", "unembedding"},
-    {"checkpoint", "engine"},
-    {"loading", "generation", "options"},
-    {"completion"},
-    {"batch"},
+    {"checkpoint", "engine", "storage", "staging"},
+    {"loading", "generation", "options", "safetensors_file", "gguf_file"},
+    {"completion", "directory"},
+    {"batch", "conversion", "inspection", "verification"},
     {"model"},
     {"factory"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 
 

@@ -47,7 +47,7 @@ def written(*arrays: np.ndarray) -> bytes:
     """The bytes of a small valid file."""
     scales_shape = arrays[1].shape if len(arrays) == 2 else None
     payloads = (array.tobytes() for array in arrays)
-    pieces = tensor_file._pieces(arrays[0].shape, scales_shape)
+    pieces = tensor_file.tensor_file_pieces(arrays[0].shape, scales_shape)
     return b"".join(p if isinstance(p, bytes) else next(payloads) for p in pieces)
 
 
@@ -613,7 +613,7 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, arrays):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind['shape']}-{kind['scales_shape']}")
 def test_writes_the_bytes_around_a_released_payload(kind):
     scales_shape = kind["scales_shape"] and tuple(kind["scales_shape"])
-    pieces = tensor_file._pieces(tuple(kind["shape"]), scales_shape)
+    pieces = tensor_file.tensor_file_pieces(tuple(kind["shape"]), scales_shape)
 
     def merged(pieces):
         """Adjacent bytes joined; payloads as their length."""
@@ -705,7 +705,7 @@ def test_frames_end_where_cpython_ends_them(cpython_pickle):
 
 
 def test_a_payload_of_4_gib_has_a_length_of_8_bytes(tmp_path):
-    pieces = tensor_file._pieces((1 << 30,), None)
+    pieces = tensor_file.tensor_file_pieces((1 << 30,), None)
     payload = pieces.index(1 << 32)
     assert pieces[payload - 1] == b"\x8e" + struct.pack("<Q", 1 << 32)
     with (tmp_path / "file").open("wb") as file:

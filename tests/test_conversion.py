@@ -1,0 +1,401 @@
+"""Conversions: exact, resumable from any point, atomic, by one process, and clear when refused."""
+
+import errno
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import grok1
+from grok1 import __main__, staging
+from grok1.conversion import convert
+from grok1.directory import open_tensors
+from grok1.quantization import dequantize
+from grok1.storage import read_matrix
+from grok1.tensor_file import CheckpointError, read_header
+from tests.conftest import GOLDEN, TOY
+from tests.helpers import named_params, relative_error
+
+# Slow enough that a signal lands where it is aimed at, fast enough for a test.
+SLOW_CONVERSION = """
+import sys, time
+from grok1 import staging
+from grok1.conversion import convert
+whole = staging._write_piece
+def slow(*arguments):
+    time.sleep(0.002)
+    whole(*arguments)
+staging._write_piece = slow
+convert(sys.argv[1], sys.argv[2], to=sys.argv[3], progress=False)
+"""
+
+
+def tree(directory: pathlib.Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def toy_safetensors(tmp_path_factory) -> pathlib.Path:
+    target = tmp_path_factory.mktemp("safetensors") / "toy"
+    convert(TOY, target, to="safetensors", progress=False)
+    return target
+
+
+def released(directory: pathlib.Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(directory).items() if name.startswith("ckpt-0")}
+
+
+# ------------------------------------------------------------------------------------------ exact
+
+
+@pytest.mark.parametrize("source", [TOY, GOLDEN / "nano"], ids=["toy", "nano"])
+def test_to_safetensors_and_back_is_bit_identical(source, tmp_path):
+    convert(source, tmp_path / "st", to="safetensors", progress=False)
+    convert(tmp_path / "st", tmp_path / "back", to="grok1", progress=False)
+    assert released(tmp_path / "back") == released(source)
+    assert sorted(os.listdir(tmp_path)) == ["back", "st"]
+    config = grok1.ModelConfig.load(source / "config.json")
+    assert grok1.ModelConfig.load(tmp_path / "st" / "config.json") == config
+    assert grok1.ModelConfig.load(tmp_path / "back" / "config.json") == config
+
+
+def test_the_tokenizer_goes_along(toy_safetensors):
+    assert (toy_safetensors / "tokenizer.model").read_bytes() == (
+        TOY / "tokenizer.model"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 8)])
+def test_safetensors_load_as_the_same_parameters(mesh, toy_safetensors):
+    loaded = grok1.load(toy_safetensors, mesh=mesh, progress=False)
+    expected = grok1.load(TOY, mesh=mesh, progress=False)
+    for found, leaf in zip(
+        jax.tree.leaves(loaded.params), jax.tree.leaves(expected.params), strict=True
+    ):
+        assert found.sharding == leaf.sharding
+        assert found.dtype == leaf.dtype
+        np.testing.assert_array_equal(found, leaf)
+    assert loaded.tensors == expected.tensors
+
+
+def test_the_layout_is_that_of_the_ports_for_pytorch(toy_safetensors):
+    safetensors = pytest.importorskip("safetensors")
+    index = json.loads((toy_safetensors / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 7  # embedding and norm, then six layers
+    assert len(index["weight_map"]) == 2 + 6 * (2 * (4 + 3 * 8) + 1 + 4)
+    with safetensors.safe_open(toy_safetensors / "model-00003-of-00007.safetensors", "np") as file:
+        down = file.get_tensor("model.layers.1.moe_block.experts.5.linear_1.weight")
+        header = json.loads(
+            (toy_safetensors / "model-00003-of-00007.safetensors").read_bytes()[8:].split(b"}}")[0]
+            + b"}}"
+        )
+    tensors, specs = open_tensors(TOY, grok1.TOY)
+    number = [s.name for s in specs].index("transformer/decoder_layer_1/moe/linear_1/w")
+    np.testing.assert_array_equal(down, read_matrix(tensors[number].values, 5).T)
+    entry = header["model.layers.1.moe_block.experts.5.linear_1.weight_scale"]
+    assert (entry["dtype"], entry["shape"]) == ("BF16", [128, 8])
+
+
+def test_bfloat16_is_rounded_once_and_loads(tmp_path, toy):
+    notes = convert(TOY, tmp_path / "bf", to="safetensors", dtype="bfloat16", progress=False)
+    assert notes == ["weights are rounded to bfloat16 once, from int8 times its scale"]
+    loaded = grok1.load(tmp_path / "bf", mesh=(1, 2), dtype="float32", progress=False)
+    expected = named_params(toy)
+    for module, parameters in named_params(loaded).items():
+        for name, found in parameters.items():
+            exact = dequantize(expected[module][name])
+            if "router" not in module and name == "w":
+                exact = exact.astype(ml_dtypes.bfloat16).astype(np.float32)
+            np.testing.assert_array_equal(found, exact)
+    tokens = toy.tokenizer.encode("The first argument is a string.")
+    assert relative_error(loaded.logits(tokens), toy.logits(tokens)) < 0.02
+    convert(tmp_path / "bf", tmp_path / "floats", to="grok1", progress=False)
+    again = grok1.load(tmp_path / "floats", mesh=(1, 1), dtype="float32", progress=False)
+    assert relative_error(again.logits(tokens), loaded.logits(tokens)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_interrupted_at_three_points_and_resumed_is_identical(how, to, tmp_path, toy_safetensors):
+    pytest.importorskip(to)
+    journal = tmp_path / ".out.partial" / "journal"
+    stops = sorted(random.Random(f"{how} {to}").sample(range(2, 100), 3))
+    for stop in stops:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW_CONVERSION, str(TOY), str(tmp_path / "out"), to],
+            stderr=subprocess.DEVNULL,
+        )
+        while not journal.exists() or journal.read_bytes().count(b"\n") <= stop:
+            assert process.poll() is None, "it ended before it was interrupted"
+            time.sleep(0.002)
+        process.send_signal(how)
+        assert process.wait() != 0
+        assert os.listdir(tmp_path) == [".out.partial"]
+        assert stop <= journal.read_bytes().count(b"\n")
+    written = []
+    whole = staging._write_piece
+
+    def counted(*arguments):
+        written.append(arguments)
+        whole(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "_write_piece", counted)
+        convert(TOY, tmp_path / "out", to=to, progress=False)
+        num_resumed = len(written)
+        convert(TOY, tmp_path / "whole", to=to, progress=False)
+    assert num_resumed <= len(written) - num_resumed - stops[-1]
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+    if to == "gguf":
+        assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    else:
+        assert tree(tmp_path / "out") == tree(tmp_path / "whole") == tree(toy_safetensors)
+
+
+def test_a_journal_cut_off_in_a_line_is_continued(tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 30)
+    with pytest.raises(KeyboardInterrupt):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    monkeypatch.undo()
+    journal = tmp_path / ".out.partial" / "journal"
+    journal.write_bytes(journal.read_bytes()[:-5])
+    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert released(tmp_path / "out") == released(TOY)
+
+
+def test_bytes_that_the_disk_lost_are_written_again(tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 30)
+    with pytest.raises(KeyboardInterrupt):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    monkeypatch.undo()
+    lost = tmp_path / ".out.partial" / "files" / "ckpt-0" / "tensor00000_000"
+    lost.write_bytes(bytes(lost.stat().st_size))
+    os.truncate(tmp_path / ".out.partial" / "files" / "ckpt-0" / "tensor00001_000", 100)
+    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert released(tmp_path / "out") == released(TOY)
+
+
+def test_an_unfinished_conversion_of_something_else_is_refused(tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    monkeypatch.undo()
+    for source, to in ((TOY, "safetensors"), (GOLDEN / "nano", "grok1")):
+        with pytest.raises(
+            CheckpointError, match=r"\.out\.partial: holds an unfinished conversion"
+        ):
+            convert(source, tmp_path / "out", to=to, progress=False)
+    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+
+
+def interrupt_after(monkeypatch, num_pieces: int, error: BaseException | None = None):
+    whole, count = staging._write_piece, iter(range(num_pieces))
+
+    def write(*arguments):
+        if next(count, None) is None:
+            raise error or KeyboardInterrupt
+        whole(*arguments)
+
+    monkeypatch.setattr(staging, "_write_piece", write)
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+def test_a_full_disk_is_said_and_can_be_continued(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    interrupt_after(monkeypatch, 30, full)
+    with pytest.raises(CheckpointError) as caught:
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert str(caught.value).startswith(
+        f"{tmp_path}/out: No space left on device while writing 4,7"
+    )
+    assert str(caught.value).endswith(
+        f"bytes; what is written is kept in {tmp_path}/.out.partial: free some space and run the "
+        "same command to continue, or delete that directory"
+    )
+    monkeypatch.undo()
+    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert released(tmp_path / "out") == released(TOY)
+
+
+def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        CheckpointError, match=r"4,\d+,\d+ bytes are still to be written and the disk has 1,000 fr"
+    ):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+
+
+def test_two_processes_to_one_place_the_second_is_refused(tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, "-c", SLOW_CONVERSION, str(TOY), str(tmp_path / "out"), "grok1"]
+    )
+    while not (tmp_path / ".out.partial" / "journal").exists():
+        assert first.poll() is None
+        time.sleep(0.002)
+    with pytest.raises(CheckpointError, match="out: another process is writing it now; wait for"):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert first.wait() == 0
+    assert released(tmp_path / "out") == released(TOY)
+
+
+def test_an_existing_target_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(CheckpointError, match="out: already exists; choose a new place, nothing"):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / "out" / "mine").unlink()
+    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+
+
+@pytest.mark.parametrize("to", ["grok1", "safetensors"])
+def test_a_source_that_shrinks_is_an_error_and_no_crash(to, tmp_path, monkeypatch):
+    source = tmp_path / "toy"
+    shutil.copytree(TOY, source)
+    path = source / "ckpt-0" / "tensor00040_000"
+    path.chmod(0o644)
+    whole, shrunk = staging._write_piece, []
+
+    def write(*arguments):
+        if not shrunk:
+            os.truncate(path, 1000)
+            shrunk.append(True)
+        whole(*arguments)
+
+    monkeypatch.setattr(staging, "_write_piece", write)
+    with pytest.raises(CheckpointError, match=r"tensor00040_000: ends at byte 1000, expected the"):
+        convert(source, tmp_path / "out", to=to, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be written: (Not a directory|File exists)"):
+        convert(TOY, tmp_path / "file" / "out", to="grok1", progress=False)
+    if os.geteuid():
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+            convert(TOY, tmp_path / "closed" / "out", to="grok1", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "onnx"}, "to must be one of grok1, safetensors, gguf, found 'onnx'"),
+        ({"to": "grok1", "dtype": "bfloat16"}, "own format has no bfloat16 weights"),
+        ({"to": "safetensors", "embedding": "q8_0"}, "can be chosen for gguf only"),
+        ({"to": "gguf", "embedding": "q4"}, "the embedding must be one of f32, f16, bf16, q8_0"),
+        ({"to": "safetensors", "dtype": "float64"}, 'dtype must be "int8" or "bfloat16"'),
+    ],
+)
+def test_impossible_options_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert(TOY, tmp_path / "out", progress=False, **options)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_a_missing_package_is_said_with_the_extra(to, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, to, None)
+    assert __main__.main(["convert", str(TOY), str(tmp_path / "out"), "--to", to]) == 1
+    assert capsys.readouterr().err == (
+        f"grok1: converting to {to} needs the package {to}: pip install 'grok1[convert]'\n"
+    )
+
+
+def test_the_command_says_what_it_made(tmp_path, capsys):
+    assert __main__.main(["convert", str(TOY), str(tmp_path / "o"), "--to", "safetensors"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/o: written and read back\n"
+
+
+# ---------------------------------------------------------------------------- damaged safetensors
+
+
+def damaged(toy_safetensors, tmp_path, name, change) -> str:
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_safetensors, copy)
+    path = copy / name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError) as caught:
+        grok1.load(copy, mesh=(1, 1), progress=False)
+    assert str(caught.value).startswith(str(copy))
+    return str(caught.value)
+
+
+SHARD = "model-00002-of-00007.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (SHARD, lambda data: data[:-1], "bytes long, expected"),
+        (SHARD, lambda data: data[:4], "is 4 bytes long and claims a header of"),
+        (SHARD, lambda data: b"\xff" * 8 + data[8:], "claims a header of 18446744073709551615"),
+        (SHARD, lambda data: data[:8] + b"[" * 1000 + data[1008:], "expected a JSON object"),
+        (SHARD, lambda data: data.replace(b'"I8"', b'"U8"', 1), "has 'U8' where a tensor's dtype"),
+        (SHARD, lambda data: data.replace(b'"I8"', b'"F4"', 1), "has 'F4' where a tensor's dtype"),
+        (SHARD, lambda data: data.replace(b"q_proj", b"x_proj"), "lacks model.layers.0.attn.q_pr"),
+        (
+            SHARD,
+            lambda data: data.replace(b"[128,128]", b"[64, 256]", 1),
+            "is said to be at|is int8",
+        ),
+        (
+            "model.safetensors.index.json",
+            lambda data: data.replace(b'"model-00002-of', b'"../odel-00002-of'),
+            "expected a weight_map from tensors to files beside it",
+        ),
+        ("model.safetensors.index.json", lambda data: data[:100], "expected a JSON object"),
+        ("model.safetensors.index.json", lambda data: b"{}", "expected a weight_map"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"num_layers": 6', b'"num_layers": 7'),
+            r"lacks model\.layers\.6\..* and 32 more; is its config.json the one",
+        ),
+    ],
+)
+def test_damaged_safetensors_are_refused(name, change, message, toy_safetensors, tmp_path):
+    assert re.search(message, damaged(toy_safetensors, tmp_path, name, change))
+
+
+def test_a_missing_shard_is_named(toy_safetensors, tmp_path):
+    shutil.copytree(toy_safetensors, tmp_path / "copy")
+    (tmp_path / "copy" / SHARD).unlink()
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: cannot be read: No such file"):
+        grok1.load(tmp_path / "copy", progress=False)
+
+
+def test_the_released_files_come_first(toy_safetensors, tmp_path):
+    shutil.copytree(toy_safetensors, tmp_path / "both")
+    (tmp_path / "both" / "ckpt-0").mkdir()
+    with pytest.raises(CheckpointError, match="ckpt-0: found 0 tensor files"):
+        grok1.load(tmp_path / "both", progress=False)
+
+
+def test_a_float_source_cannot_be_int8(tmp_path):
+    source = tmp_path / "floats"
+    convert(TOY, tmp_path / "bf", to="safetensors", dtype="bfloat16", progress=False)
+    convert(tmp_path / "bf", source, to="grok1", progress=False)
+    assert read_header(source / "ckpt-0" / "tensor00002_000").scales is None
+    with pytest.raises(CheckpointError, match="int8 was asked for; convert the released files"):
+        convert(source, tmp_path / "out", to="safetensors", dtype="int8", progress=False)

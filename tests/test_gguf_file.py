@@ -1,0 +1,141 @@
+"""GGUF: the int8 weights unchanged, what llama.cpp cannot run refused, and its logits ours."""
+
+import dataclasses
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import grok1
+from grok1.config import TOY as TOY_CONFIG
+from grok1.conversion import convert
+from grok1.directory import open_tensors
+from grok1.gguf_file import check_model, pack_q8_0
+from grok1.storage import dequantize_matrix, read_matrix
+from grok1.tensor_file import CheckpointError
+from grok1.tokenizer import Tokenizer
+from tests.conftest import TOY
+from tools.compare_llama_cpp import compare
+
+gguf = pytest.importorskip("gguf")
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def toy_gguf(tmp_path_factory) -> pathlib.Path:
+    target = tmp_path_factory.mktemp("gguf") / "toy.gguf"
+    notes = convert(TOY, target, to="gguf", progress=False)
+    assert notes == [
+        "30 tensors hold the int8 weights unchanged in Q8_0 blocks; 0 of 19,968 scales are not "
+        "exactly a float16",
+        "12 tensors are float32, exactly, because their scale groups are no multiples of the 32 "
+        "rows of a Q8_0 block",
+    ]
+    return target
+
+
+def test_every_weight_is_the_source_exactly(toy_gguf):
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(toy_gguf).tensors}
+    assert len(found) == 2 + 12 * 6
+    tensors, specs = open_tensors(TOY, TOY_CONFIG)
+    source = {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+    names = {
+        "multi_head_attention/query/w": "attn_q",
+        "multi_head_attention/linear/w": "attn_output",
+        "moe/linear/w": "ffn_gate_exps",
+        "moe/linear_v/w": "ffn_up_exps",
+        "moe/linear_1/w": "ffn_down_exps",
+        "router/w": "ffn_gate_inp",
+    }
+    for name, theirs in names.items():
+        tensor = source[f"transformer/decoder_layer_3/{name}"]
+        stored = found[f"blk.3.{theirs}.weight"]
+        decoded = gguf.quants.dequantize(stored.data, stored.tensor_type)
+        decoded = decoded.reshape(tensor.values.num_matrices, *decoded.shape[-2:])
+        for number, matrix in enumerate(decoded):
+            values = read_matrix(tensor.values, number)
+            if tensor.scales is not None:
+                values = dequantize_matrix(values, read_matrix(tensor.scales, number), "float32")
+            np.testing.assert_array_equal(matrix.T, values)
+    norm = source["transformer/decoder_layer_3/rms_norm_3/scale"]
+    np.testing.assert_array_equal(
+        found["blk.3.layer_output_norm.weight"].data, read_matrix(norm.values)
+    )
+    embedding = source["language_model/in_out_embed/embeddings"]
+    np.testing.assert_array_equal(found["token_embd.weight"].data, read_matrix(embedding.values))
+
+
+def test_blocks_hold_the_values_and_the_scale_of_their_group():
+    values = np.random.default_rng(0).integers(-128, 128, (128, 5)).astype(np.int8)
+    scales = np.array([[1, 2, 4, 0.5, 3], [5, 6, 7, 8, 9]], BFLOAT16)
+    packed = pack_q8_0(values, scales)
+    assert packed.shape == (5, 4, 34)
+    np.testing.assert_array_equal(packed[..., 2:].view(np.int8).reshape(5, 128).T, values)
+    halves = np.ascontiguousarray(packed[..., :2]).view(np.float16)[..., 0]
+    np.testing.assert_array_equal(halves, scales.astype(np.float32).T.repeat(2, axis=1))
+
+
+def test_the_tokenizer_is_in_the_file(toy_gguf):
+    fields = gguf.GGUFReader(toy_gguf).fields
+    tokenizer = Tokenizer.load(TOY / "tokenizer.model")
+    pieces = fields["tokenizer.ggml.tokens"].contents()
+    assert pieces == [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert [kinds[i] for i in (0, 1, 2, 3, 4, 260)] == [3, 3, 3, 2, 4, 6]
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    assert fields["grok.embedding_scale"].contents() == pytest.approx(128**0.5)
+
+
+def test_scales_that_float16_rounds_are_reported(tmp_path):
+    config = dataclasses.replace(TOY_CONFIG, num_layers=1, widening_factor=3)
+    model = grok1.random_model(config, mesh=(1, 1))
+    layers = model.params.layers
+    tiny = layers.query.scales.at[0, 0, :3].set(1e-7)
+    model.params = model.params._replace(
+        layers=layers._replace(query=layers.query._replace(scales=tiny))
+    )
+    grok1.save(model, tmp_path / "model")
+    notes = convert(tmp_path / "model", tmp_path / "a.gguf", to="gguf", progress=False)
+    assert "; 3 of " in notes[0]
+    assert "scales are not exactly a float16, the worst is off by " in notes[0]
+    assert "tokenizer.model is not there" in notes[-1]
+    huge = layers.query.scales.at[0, 0, 5].set(1e6)
+    model.params = model.params._replace(
+        layers=layers._replace(query=layers.query._replace(scales=huge))
+    )
+    grok1.save(model, tmp_path / "huge")
+    with pytest.raises(CheckpointError, match=r"a scale of 999424\.0 does not fit the float16"):
+        convert(tmp_path / "huge", tmp_path / "b.gguf", to="gguf", progress=False)
+
+
+def test_a_shape_that_llama_cpp_cannot_run_is_refused():
+    check_model(TOY_CONFIG, [])
+    wide = dataclasses.replace(TOY_CONFIG, num_q_heads=16)
+    with pytest.raises(CheckpointError, match="found 16 x 16 = 256 and 128; convert with --to saf"):
+        check_model(wide, [])
+    narrow = dataclasses.replace(TOY_CONFIG, widening_factor=2.5)
+    with pytest.raises(CheckpointError, match="32 divides, found emb_size 128 and an expert width"):
+        check_model(narrow, [])
+
+
+@pytest.mark.parametrize("embedding", ["f16", "bf16", "q8_0"])
+def test_the_embedding_can_be_smaller(embedding, tmp_path):
+    convert(TOY, tmp_path / "toy", to="gguf", embedding=embedding, progress=False)
+    stored = gguf.GGUFReader(tmp_path / "toy").tensors[0]
+    assert stored.tensor_type.name.lower() == embedding
+    decoded = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    tensors, _ = open_tensors(TOY, TOY_CONFIG)
+    np.testing.assert_allclose(decoded, read_matrix(tensors[0].values), atol=0.02)
+
+
+def test_llama_cpp_computes_the_same_logits(toy_gguf, toy):
+    pytest.importorskip("llama_cpp")
+    tokens = toy.tokenizer.encode("The first argument is a string, and the second argument is")[:16]
+    result = compare(toy, toy_gguf, tokens)
+    near_ties = np.flatnonzero(result.router_gap < 0.01)
+    clear = slice(0, near_ties[0] if len(near_ties) else None)
+    assert len(result.relative_error[clear]) >= 4
+    assert result.relative_error[clear].max() < 0.02
+    assert result.same_argmax[clear].all()

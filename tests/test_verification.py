@@ -1,0 +1,248 @@
+"""Verification: every fault in one run, in seconds, on the real sizes; and by the weights."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from grok1 import __main__, verification
+from grok1.config import GROK_1, ModelConfig
+from grok1.conversion import convert
+from grok1.manifest import file_name, manifest
+from grok1.tensor_file import CheckpointError, map_span, read_header, write_tensor
+from tests.conftest import GOLDEN
+
+SPECS = manifest(GROK_1)
+
+
+def frame_pieces() -> dict[tuple, list]:
+    kinds = json.loads((GOLDEN / "frames.json").read_text())["kinds"]
+    return {
+        (tuple(kind["shape"]), kind["scales_shape"] and tuple(kind["scales_shape"])): kind["pieces"]
+        for kind in kinds
+    }
+
+
+@pytest.fixture
+def released(tmp_path) -> pathlib.Path:
+    """All 770 files of the released checkpoint at their real sizes, sparse."""
+    pieces = frame_pieces()
+    (tmp_path / "ckpt-0").mkdir()
+    for index, spec in enumerate(SPECS):
+        with open(tmp_path / "ckpt-0" / file_name(index), "wb") as file:
+            for piece in pieces[spec.shape, spec.scales_shape]:
+                if isinstance(piece, int):
+                    file.seek(piece, os.SEEK_CUR)
+                else:
+                    file.write(bytes.fromhex(piece))
+    return tmp_path
+
+
+@pytest.fixture
+def nano_copy(nano_path, tmp_path) -> pathlib.Path:
+    shutil.copytree(nano_path / "ckpt-0", tmp_path / "nano" / "ckpt-0")
+    shutil.copy(nano_path / "config.json", tmp_path / "nano")
+    for path in (tmp_path / "nano" / "ckpt-0").iterdir():
+        path.chmod(0o644)
+    return tmp_path / "nano"
+
+
+def index_of(name: str) -> int:
+    return next(i for i, spec in enumerate(SPECS) if spec.name == f"transformer/{name}")
+
+
+def faults_of(directory, **options) -> dict[str, str]:
+    report = verification.verify(directory, progress=False, **options)
+    assert len({fault.path for fault in report.faults}) == len(report.faults)
+    return {fault.path: f"{fault.problem}; {fault.remedy}" for fault in report.faults}
+
+
+def test_the_complete_release_is_good_within_seconds(released):
+    start = time.process_time()
+    report = verification.verify(released)
+    assert time.process_time() - start < 10
+    assert report.lines() == [
+        f"{released}: no fault; 770 tensors expected, 318,239,886,140 bytes are as they should be"
+    ]
+
+
+def test_twelve_faults_are_named_in_one_run(released, capsys):
+    place = released / "ckpt-0"
+    gate, key, router = (
+        index_of(f"decoder_layer_{i}/{name}/w")
+        for i, name in ((3, "moe/linear"), (5, "multi_head_attention/key"), (7, "router"))
+    )
+    norm = index_of("decoder_layer_8/rms_norm/scale")
+    (place / file_name(10)).unlink()
+    os.truncate(place / file_name(0), 1 << 30)
+    os.truncate(place / file_name(20), 0)
+    os.truncate(place / file_name(gate), (place / file_name(gate)).stat().st_size + 7)
+    (place / "tensor00770_000").write_bytes(b"")
+    (place / "notes.txt").write_text("")
+    (place / file_name(30)).rename(place / "tensor00030_001")
+    write_tensor(
+        place / file_name(key),
+        np.ones((1024, 6144), np.int8),
+        np.ones((1, 6144), ml_dtypes.bfloat16),
+    )
+    write_tensor(place / file_name(router), np.ones((6144, 7), np.float32))
+    write_tensor(
+        place / file_name(norm), np.ones((1, 6144), np.int8), np.ones((1, 6144), "bfloat16")
+    )
+    write_tensor(
+        place / file_name(key + 12),
+        np.ones((6144, 1024), np.int8),
+        np.ones((2, 1024), ml_dtypes.bfloat16),
+    )
+    (place / file_name(norm + 12)).write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    expected = {
+        file_name(10): "missing, expected ",
+        file_name(
+            0
+        ): "short, 1,073,741,824 bytes, expected 3,221,225,637 (33 % is there); fetch it",
+        file_name(20): "short, 0 bytes, expected ",
+        file_name(gate): "long, 1,611,137,354 bytes, expected 1,611,137,347; fetch it again",
+        "tensor00770_000": "foreign, a file beyond the 770 tensors, expected no such file; move it",
+        "notes.txt": "foreign, expected no such file; move it away",
+        "tensor00030_001": "misnamed, expected tensor00030_000; rename it to tensor00030_000",
+        file_name(30): "missing, expected ",
+        file_name(key): "key/w is int8[1024,6144], expected int8[6144,1024]; is this",
+        file_name(router): "router/w is float32[6144,7], expected float32[6144,8]; is this",
+        file_name(norm): "rms_norm/scale is int8[1,6144], expected float32[6144]; is this",
+        file_name(key + 12): "with scales bfloat16[2,1024], expected int8[6144,1024] with scales "
+        "bfloat16[1,1024] as in the other layers; the file is of another checkpoint",
+        file_name(norm + 12): "hostile: ",
+    }
+    start = time.process_time()
+    status = __main__.main(["verify", str(released)])
+    assert time.process_time() - start < 10
+    assert status == 1
+    *lines, verdict, advice = capsys.readouterr().out.splitlines()
+    found = dict(line.removeprefix("ckpt-0/").split(": ", 1) for line in lines)
+    assert found.keys() == expected.keys()
+    for name, text in expected.items():
+        assert text in found[name], name
+    assert verdict.startswith(f"{released}: 13 faults; 770 tensors expected, ")
+    fetched = {name for name in expected if not found[name].split("; ")[1].startswith("move")}
+    fetched -= {"tensor00030_001"}
+    assert advice == (
+        "to fetch only the bad files: `hf download xai-org/grok-1 "
+        f"{' '.join(f'ckpt-0/{name}' for name in sorted(fetched))} --force-download "
+        f"--local-dir {released}`"
+    )
+
+
+def test_a_download_that_has_just_begun_is_resumed_as_a_whole(released):
+    for index in range(100, 770):
+        (released / "ckpt-0" / file_name(index)).unlink()
+    report = verification.verify(released)
+    assert len(report.faults) == 670
+    assert report.advice == [
+        "to resume the download: `hf download xai-org/grok-1 --include 'ckpt-0/*' --local-dir "
+        f"{released}`"
+    ]
+
+
+def test_a_missing_directory_says_what_to_give(nano_copy):
+    with pytest.raises(
+        CheckpointError, match=r"absent/ckpt-0: cannot be listed: No such file.*`hf"
+    ):
+        verification.verify(nano_copy / "absent")
+    with pytest.raises(CheckpointError, match="holds tensor files: give the one above it"):
+        verification.verify(nano_copy / "ckpt-0")
+
+
+def test_an_unreadable_file_is_not_fetched_but_opened(nano_copy):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    (nano_copy / "ckpt-0" / file_name(3)).chmod(0)
+    assert "check the path and its permissions" in faults_of(nano_copy)["ckpt-0/tensor00003_000"]
+
+
+def test_deep_writes_sums_that_sha256sum_reads(nano_copy):
+    report = verification.verify(nano_copy, deep=True)
+    assert report.is_good
+    assert "0 checksums compared, 146 added" in report.notes[-1]
+    assert len((nano_copy / "SHA256SUMS").read_text().splitlines()) == 146
+    assert "146 checksums compared, 0 added" in verification.verify(nano_copy, deep=True).notes[-1]
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=nano_copy, check=True)
+    assert verification.verify(nano_copy).is_good
+    # The sums lie beside ckpt-0, not in it.
+    assert len(os.listdir(nano_copy / "ckpt-0")) == 146
+
+
+def test_deep_finds_wrong_bytes_of_the_right_size(nano_copy):
+    verification.verify(nano_copy, deep=True)
+    path = nano_copy / "ckpt-0" / file_name(6)
+    header = read_header(path)
+    data = bytearray(path.read_bytes())
+    data[header.values.offset + 17] ^= 1
+    path.write_bytes(data)
+    assert verification.verify(nano_copy).is_good
+    found = faults_of(nano_copy, deep=True)
+    assert list(found) == ["ckpt-0/tensor00006_000"]
+    assert "SHA-256 is " in found["ckpt-0/tensor00006_000"]
+    assert "the contents have changed: fetch it again" in found["ckpt-0/tensor00006_000"]
+
+
+def test_deep_finds_values_that_are_not_finite_and_holes(nano_copy, tmp_path):
+    embedding, weight = (nano_copy / "ckpt-0" / file_name(i) for i in (0, 5))
+    values = np.array(map_span(h := read_header(embedding), h.values))
+    values[3, 5] = np.nan
+    write_tensor(embedding, values)
+    header = read_header(weight)
+    scales = np.array(map_span(header, header.scales))
+    scales[0, 1] = np.inf
+    write_tensor(weight, np.array(map_span(header, header.values)), scales)
+    sums = tmp_path / "sums"
+    found = faults_of(nano_copy, deep=True, sums_file=sums)
+    assert "1 of " in found["ckpt-0/tensor00000_000"]
+    assert "values are not finite, near row 0" in found["ckpt-0/tensor00000_000"]
+    assert "scales are not finite, the first is inf at [0, 1]" in found["ckpt-0/tensor00005_000"]
+    # The checksums of bad files are not kept.
+    assert len(sums.read_text().splitlines()) == 144
+
+
+def test_deep_finds_a_hole(tmp_path):
+    values = np.ones((2048, 1024), np.int8)
+    values[600:1800] = 0
+    path = tmp_path / "tensor00000_000"
+    write_tensor(path, values, np.ones((1, 1024), ml_dtypes.bfloat16))
+    with pytest.raises(
+        CheckpointError,
+        match="1,048,576 bytes in whole blocks are zero, expected weights; the download",
+    ):
+        verification._check_payload(read_header(path))
+    values[values == 0] = -128
+    write_tensor(path, values, np.ones((1, 1024), ml_dtypes.bfloat16))
+    (note,) = verification._check_payload(read_header(path))
+    assert f"{1200 * 1024} weights are -128" in note
+
+
+def test_sums_that_are_none_are_refused(nano_copy):
+    (nano_copy / "SHA256SUMS").write_text("hello\n")
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS: line 1 is 'hello', expected a SHA-256"):
+        verification.verify(nano_copy, deep=True)
+
+
+def test_sums_without_a_place_are_refused_before_reading(nano_copy, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written; give a place .* --manifest FILE"
+    ):
+        verification.verify(nano_copy, deep=True, sums_file=tmp_path / "absent" / "sums")
+
+
+def test_a_safetensors_conversion_is_verified_too(nano_copy, tmp_path, nano_config: ModelConfig):
+    convert(nano_copy, tmp_path / "st", to="safetensors", progress=False)
+    report = verification.verify(tmp_path / "st", deep=True)
+    assert report.is_good
+    assert len((tmp_path / "st" / "SHA256SUMS").read_text().splitlines()) == 14
+    shard = tmp_path / "st" / "model-00004-of-00013.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert "is damaged" in faults_of(tmp_path / "st")[shard.name]
