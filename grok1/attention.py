@@ -205,12 +205,12 @@ def append(
         return array.at[layer, rows, :, slots].set(new.astype(array.dtype), mode="drop")
 
     if cache.k_scales is not None:
-        key, value = quantize(key[..., None]), quantize(value[..., None])
+        keys, values = quantize(key[..., None]), quantize(value[..., None])
         return cache._replace(
-            k=put(cache.k, key.values[..., 0]),
-            v=put(cache.v, value.values[..., 0]),
-            k_scales=put(cache.k_scales, key.scales[..., 0, 0]),
-            v_scales=put(cache.v_scales, value.scales[..., 0, 0]),
+            k=put(cache.k, keys.values[..., 0]),
+            v=put(cache.v, values.values[..., 0]),
+            k_scales=put(cache.k_scales, keys.scales[..., 0, 0]),
+            v_scales=put(cache.v_scales, values.scales[..., 0, 0]),
         )
     if cache.k.dtype == jnp.float16:
         # Far outside what normed inputs project to; saturating keeps one outlier from being inf.

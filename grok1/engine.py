@@ -336,8 +336,8 @@ def _in_words(key: tuple, *args) -> str:
     kind, *details = key
     if kind == "screening table":
         return "the output head's screening table"
-    chunked = {"prefill": "prefill of {} tokens", "score": "scoring of {} tokens"}
-    kind = chunked.get(kind, kind).format(*details)
+    if kind in ("prefill", "score"):
+        kind = f"{kind} of {details[0]} tokens"
     batch, capacity = args[1].tokens.shape if args else details[0]
     return f"{kind} for batch {batch}, cache {capacity}"
 
