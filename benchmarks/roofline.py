@@ -47,8 +47,9 @@ def decode_bytes(
 
 
 def head_bytes(model: grok1.Model) -> float:
-    """Bytes that finding the most probable token must read: the embedding as it is held."""
-    return _num_bytes(model.params.embedding)
+    """Bytes that finding the most probable token must read: the embedding, or its int8 copy."""
+    table = model.engine.screening_table
+    return _num_bytes(model.params.embedding if table is None else table)
 
 
 def prefill_operations(config: grok1.ModelConfig, num_tokens: int) -> float:
