@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grok1 import native
-from grok1.quantization import quantize
 
 SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
 
@@ -27,15 +26,15 @@ Implementation = Literal["blocked", "native"]
 class KVCache(NamedTuple):
     """Keys and values of every layer, and how much of each row is filled.
 
-    In int8 each vector of H numbers has one bfloat16 scale, its largest magnitude over 127, and
+    In int8 each vector of H numbers has one float32 scale, its largest magnitude over 127, and
     stands for `values * scale`.
 
     Attributes:
       k: `[L, B, C, S, H]`, rotary phases applied; float32, float16, bfloat16 or int8.
       v: `[L, B, C, S, H]`, of the same type.
       length: int32 `[B]`, filled positions of each row.
-      k_scales: bfloat16 `[L, B, C, S]` for int8 keys; None for float ones.
-      v_scales: bfloat16 `[L, B, C, S]` for int8 values; None for float ones.
+      k_scales: float32 `[L, B, C, S]` for int8 keys; None for float ones.
+      v_scales: float32 `[L, B, C, S]` for int8 values; None for float ones.
     """
 
     k: Any
@@ -160,7 +159,7 @@ def attend_blocked(
         allowed_BCMS = allowed_BMS[:, None]
         products_BCMS = _dot("BCMH,BCSH->BCMS", query_BCMH, key)
         if cache.k_scales is not None:
-            products_BCMS *= take(cache.k_scales).astype(jnp.float32)[:, :, None]
+            products_BCMS *= take(cache.k_scales)[:, :, None]
         # The cap is monotone, so that the maximum is taken of what the product wrote, and capped.
         top_products_BCM = jnp.max(products_BCMS, axis=-1, where=allowed_BCMS, initial=-jnp.inf)
         new_top_BCM = jnp.maximum(top_BCM, cap(top_products_BCM))
@@ -169,7 +168,7 @@ def attend_blocked(
         shrink_BCM = jnp.exp(top_BCM - new_top_BCM)
         total_BCM = total_BCM * shrink_BCM + weights_BCMS.sum(axis=-1)
         if cache.v_scales is not None:
-            weights_BCMS *= take(cache.v_scales).astype(jnp.float32)[:, :, None]
+            weights_BCMS *= take(cache.v_scales)[:, :, None]
         mixed_BCMH *= shrink_BCM[..., None]
         mixed_BCMH += _dot("BCMS,BCSH->BCMH", weights_BCMS.astype(value.dtype), value)
         return new_top_BCM, total_BCM, mixed_BCMH
@@ -205,18 +204,25 @@ def append(
         return array.at[layer, rows, :, slots].set(new.astype(array.dtype), mode="drop")
 
     if cache.k_scales is not None:
-        keys, values = quantize(key[..., None]), quantize(value[..., None])
+        (key, k_scales), (value, v_scales) = _to_int8(key), _to_int8(value)
         return cache._replace(
-            k=put(cache.k, keys.values[..., 0]),
-            v=put(cache.v, values.values[..., 0]),
-            k_scales=put(cache.k_scales, keys.scales[..., 0, 0]),
-            v_scales=put(cache.v_scales, values.scales[..., 0, 0]),
+            k=put(cache.k, key),
+            v=put(cache.v, value),
+            k_scales=put(cache.k_scales, k_scales),
+            v_scales=put(cache.v_scales, v_scales),
         )
     if cache.k.dtype == jnp.float16:
         # Far outside what normed inputs project to; saturating keeps one outlier from being inf.
         limit = float(jnp.finfo(jnp.float16).max)
         key, value = jnp.clip(key, -limit, limit), jnp.clip(value, -limit, limit)
     return cache._replace(k=put(cache.k, key), v=put(cache.v, value))
+
+
+def _to_int8(x: Float[Array, "B T C H"]) -> tuple[Array, Array]:
+    scales = jnp.abs(x).max(axis=-1) / 127
+    values = jnp.round(x / jnp.where(scales == 0, 1, scales)[..., None])
+    # A scale too small for a normal number is coarse, or 0.
+    return jnp.clip(values, -127, 127).astype(jnp.int8), scales
 
 
 def _dot(subscripts: str, x: Array, y: Array) -> Array:

@@ -182,7 +182,7 @@ def abstract_cache(
     values = place(CACHE_AXES, sizes, dtype)
     scales = None
     if jnp.dtype(dtype) == jnp.int8:
-        scales = place(CACHE_AXES[:-1], sizes[:-1], jnp.bfloat16)
+        scales = place(CACHE_AXES[:-1], sizes[:-1], jnp.float32)
     length = place(("batch",), (batch,), jnp.int32)
     return KVCache(values, values, length, scales, scales)
 
