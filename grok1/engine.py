@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from grok1 import native
 from grok1.attention import KVCache
@@ -139,6 +139,17 @@ class Engine:
             ),
         )()
         return DecodeState(cache, jax.device_put(tokens.astype(np.int32), abstract.tokens.sharding))
+
+    def request_keys(
+        self, seeds: UInt32[np.ndarray, " B"], streams: UInt32[np.ndarray, " B"]
+    ) -> UInt32[np.ndarray, "B 2"]:
+        """Returns the random key of each request, that of its stream of its seed."""
+
+        def keys(seeds, streams):
+            fold = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))
+            return jax.random.key_data(fold(seeds, streams))
+
+        return np.asarray(self._program(("request keys",), lambda: jax.jit(keys))(seeds, streams))
 
     def prefill(
         self, state: DecodeState, num_valid: Int[np.ndarray, " B"], chunk: int
@@ -334,8 +345,8 @@ class Engine:
 def _in_words(key: tuple, *args) -> str:
     """Names a program, given its key and arguments: "decode for batch 8, cache 1024"."""
     kind, *details = key
-    if kind == "screening table":
-        return "the output head's screening table"
+    if kind in ("screening table", "request keys"):
+        return f"the {kind}"
     if kind in ("prefill", "score"):
         kind = f"{kind} of {details[0]} tokens"
     batch, capacity = args[1].tokens.shape if args else details[0]

@@ -90,16 +90,15 @@ def _generate_batch(
     batch = engine.batch_for(len(requests))
     capacity = engine.capacity_for(max(len(r.tokens) + r.max_tokens for r in requests))
     tokens = np.zeros((batch, capacity), np.int32)
-    keys = np.zeros((batch, 2), np.uint32)
+    seeds, streams = np.zeros((2, batch), np.uint32)
     limits = np.zeros(batch, np.int32)
     for row, request in enumerate(requests):
         tokens[row, : len(request.tokens)] = request.tokens
-        key = jax.random.fold_in(jax.random.key(request.seed), request.stream)
-        keys[row] = jax.random.key_data(key)
+        seeds[row], streams[row] = request.seed, request.stream
         limits[row] = request.max_tokens
 
     rows = NamedSharding(engine.mesh, P(DATA_AXIS))
-    rows_state = jax.device_put(sampling_state(sampling, keys), rows)
+    rows_state = jax.device_put(sampling_state(sampling, engine.request_keys(seeds, streams)), rows)
     allowed_everywhere = jax.device_put(allowed, NamedSharding(engine.mesh, P()))
     state = engine.new_state(tokens)
     needs_logits = sampling.temperature > 0 or num_top is not None or processor is not None

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grok1 import native
 from grok1.config import ModelConfig
-from grok1.quantization import quantize
 from grok1.sharding import MODEL_AXIS
+
+_TABLE_BLOCK = 512  # rows copied at a time
 
 
 class ScreeningTable(NamedTuple):
@@ -36,18 +37,38 @@ class ScreeningTable(NamedTuple):
 
 def screening_table(embedding: Float[Array, "V D"]) -> ScreeningTable:
     """Copies an embedding to int8, one scale a row, and bounds what is lost (Cauchy-Schwarz)."""
+    width = embedding.shape[1]
 
-    def copy(row):
-        quantized = quantize(row[:, None])
-        scale = quantized.scales[0, 0].astype(jnp.float32)
-        kept = quantized.values[:, 0].astype(jnp.float32) * scale
+    def copy(rows):
+        scales = jnp.abs(rows).max(axis=-1) / 127
+        divisor = jnp.where(scales == 0, 1, scales)[:, None]
+        values = jnp.clip(jnp.round(rows / divisor), -127, 127)
+        kept = values * scales[:, None]
+        lost = jnp.linalg.norm(rows - kept, axis=-1)
         # Adding n float32 numbers in any order is off by at most n units in the last place.
-        rounding = len(row) * jnp.finfo(jnp.float32).eps * jnp.linalg.norm(kept)
-        lost = jnp.linalg.norm(row - kept)
-        return ScreeningTable(quantized.values[:, 0], scale, 1.001 * (lost + rounding))
+        rounding = width * jnp.finfo(jnp.float32).eps * jnp.linalg.norm(kept, axis=-1)
+        return ScreeningTable(values.astype(jnp.int8), scales, 1.001 * (lost + rounding))
 
-    # In batches, so that the float32 copies in between take little memory.
-    return jax.lax.map(copy, embedding, batch_size=1024)
+    # In blocks, so that the float32 copies in between take little memory.
+    num_blocks = -(-len(embedding) // _TABLE_BLOCK)
+    block = min(_TABLE_BLOCK, len(embedding))
+
+    def write_block(i, table):
+        # The last block starts early where the rows are no multiple of it.
+        start = jnp.minimum(i * block, len(embedding) - block)
+        part = copy(jax.lax.dynamic_slice_in_dim(embedding, start, block))
+        return jax.tree.map(
+            lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, start, axis=0),
+            table,
+            part,
+        )
+
+    empty = ScreeningTable(
+        jnp.zeros(embedding.shape, jnp.int8),
+        jnp.zeros(len(embedding)),
+        jnp.zeros(len(embedding)),
+    )
+    return jax.lax.fori_loop(0, num_blocks, write_block, empty)
 
 
 def unembed(

@@ -81,7 +81,7 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
         if model.engine.screening_table is not None
         else {}
     )
-    assert traced == {"empty cache": 1, "prefill": 1, "decode": 1, **greedily}
+    assert traced == {"empty cache": 1, "request keys": 1, "prefill": 1, "decode": 1, **greedily}
     # Another batch size is another shape, once.
     model.generate([[1, 2], [3]], max_new_tokens=2)
     model.generate([[4], [5, 6, 7]], max_new_tokens=5)
