@@ -73,8 +73,9 @@ class Session:
         jax.block_until_ready(self._model.params)
 
     def first_tokens(self) -> dict[str, float]:
-        """Seconds to the first token: of the first call, of later ones, and of one that compiles
-        nothing but, as the first, copies the output head.
+        """Seconds to the first token: of the first call, and of later ones.
+
+        The last, "compiled", copies the output head as the first does, but compiles nothing.
         """
         cold = workload.time_to_first_token(self.model, _FIRST_PROMPT)
         warm = min(workload.time_to_first_token(self.model, _FIRST_PROMPT) for _ in range(3))
