@@ -149,7 +149,12 @@ class Engine:
             fold = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))
             return jax.random.key_data(fold(seeds, streams))
 
-        return np.asarray(self._program(("request keys",), lambda: jax.jit(keys))(seeds, streams))
+        everywhere = NamedSharding(self.mesh, P())
+        program = self._program(
+            ("request keys",),
+            lambda: jax.jit(keys, in_shardings=everywhere, out_shardings=everywhere),
+        )
+        return np.asarray(program(seeds, streams))
 
     def prefill(
         self, state: DecodeState, num_valid: Int[np.ndarray, " B"], chunk: int
@@ -348,7 +353,8 @@ def _in_words(key: tuple, *args) -> str:
     if kind in ("screening table", "request keys"):
         return f"the {kind}"
     if kind in ("prefill", "score"):
-        kind = f"{kind} of {details[0]} tokens"
+        verb = "scoring" if kind == "score" else kind
+        kind = f"{verb} of {details[0]} tokens"
     batch, capacity = args[1].tokens.shape if args else details[0]
     return f"{kind} for batch {batch}, cache {capacity}"
 

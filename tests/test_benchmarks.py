@@ -171,6 +171,9 @@ def test_decode_bytes_of_all_experts_are_the_whole_model_and_the_filled_cache(to
     all_experts = toy.config.num_layers * toy.config.num_experts
     parts = roofline.decode_bytes(toy, 2, 10, 3, all_experts)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params))
+    if toy.engine.screening_table is not None:  # read instead of the embedding
+        table = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.engine.screening_table))
+        weights += table - toy.params.embedding.nbytes
     assert parts["layers"] + parts["experts"] + parts["head"] == weights
     row = 2 * toy.config.num_layers * toy.config.num_kv_heads * toy.config.key_size * 4
     assert parts["cache"] == 2 * row * (11 + 12 + 13) / 3
