@@ -175,7 +175,7 @@ def read_span(
     dtype = DTYPES[span.dtype]
     array = np.empty((stop - start, *span.shape[1:]), dtype)
     row_bytes = span.nbytes // span.shape[0]
-    buffer = memoryview(array.reshape(-1).view(np.uint8))
+    buffer = array.reshape(-1).view(np.uint8).data
     begin = offset = span.offset + start * row_bytes
     try:
         with open(file.path, "rb", buffering=0) as source:
