@@ -1,5 +1,6 @@
 """The ways a model comes to be, and back to disk."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ def load(
     cache_dtype: Any = None,
     progress: bool = True,
     tokenizer: str | pathlib.Path | Tokenizer | None = None,
+    layers: int | None = None,
 ) -> Model:
     """Loads a checkpoint in Grok-1's on-disk format or our safetensors, sharded over devices.
 
@@ -43,15 +45,21 @@ def load(
         float32 where `dtype` is, float16 otherwise. int8 has a scale for each key and value.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
       tokenizer: A tokenizer or its file, instead of `tokenizer.model` in `path`.
+      layers: Load only this many layers, the first ones, to study them where the whole model does
+        not fit; the embedding and the final norm are as they are. None for all.
 
     Raises:
       CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
         file is ever executed.
       ValueError: If the configuration is impossible, a type is none of those, the model does not
-        divide over the mesh, or the tokenizer is another model's.
+        divide over the mesh or has fewer layers, or the tokenizer is another model's.
     """
     path = pathlib.Path(path)
-    config = load_config(path)
+    whole = config = load_config(path)
+    if layers is not None:
+        if not 1 <= layers <= whole.num_layers:
+            raise ValueError(f"layers must be from 1 to {whole.num_layers}, found {layers}")
+        config = dataclasses.replace(whole, num_layers=layers)
     device_mesh = make_mesh(config, mesh)
     dtype = _dtype(dtype, device_mesh)
     cache_dtype = _cache_dtype(cache_dtype)
@@ -59,7 +67,10 @@ def load(
         tokenizer_path = pathlib.Path(tokenizer or path / "tokenizer.model")
         found = tokenizer is not None or tokenizer_path.exists()
         tokenizer = Tokenizer.load(tokenizer_path) if found else None
-    stored, tensors = open_tensors(path, config)
+    stored, tensors = open_tensors(path, whole)
+    names = {spec.name for spec in manifest(config)}
+    kept = [number for number, spec in enumerate(tensors) if spec.name in names]
+    stored, tensors = [stored[number] for number in kept], [tensors[number] for number in kept]
     # In memory a weight without scales is float32, whatever it is in the file.
     tensors = [spec if spec.scales_shape else spec._replace(dtype="float32") for spec in tensors]
     params = load_params(stored, tensors, config, device_mesh, progress)

@@ -19,6 +19,7 @@ LAYERS = [
     {"manifest", "sharding"},
     {"tensor_file", "stacking", "decoder", "unembedding"},
     {"checkpoint", "engine", "storage", "staging"},
+    {"reading"},
     {"loading", "generation", "options", "safetensors_file", "gguf_file"},
     {"completion", "directory"},
     {"batch", "conversion", "inspection", "verification"},

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.config import GROK_1
 from grok1 import native
+from grok1.config import GROK_1
 from grok1.engine import CHUNK_LENGTHS, Engine
 from grok1.manifest import abstract_params
 from grok1.sampling import SamplingParams, sampling_state
