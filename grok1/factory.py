@@ -5,12 +5,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grok1.checkpoint import save_checkpoint
 from grok1.config import ModelConfig
 from grok1.directory import load_config, open_tensors
+from grok1.distributed import together
 from grok1.loading import load_params
 from grok1.manifest import manifest
 from grok1.model import Model
@@ -22,6 +24,7 @@ MeshLike = Mesh | Sequence[int] | None
 """A mesh with axes (data, model), its two sizes, or None for every device."""
 
 
+@together()
 def load(
     path: str | pathlib.Path,
     *,
@@ -53,6 +56,7 @@ def load(
         file is ever executed.
       ValueError: If the configuration is impossible, a type is none of those, the model does not
         divide over the mesh or has fewer layers, or the tokenizer is another model's.
+      OtherProcessError: If this is one of several processes and another one failed.
     """
     path = pathlib.Path(path)
     whole = config = load_config(path)
@@ -111,7 +115,13 @@ def save(model: Model, path: str | pathlib.Path) -> None:
 
     Raises:
       CheckpointError: If the directory already holds a checkpoint, or cannot be written.
+      ValueError: If the model lies on the devices of several processes.
     """
+    if not model.params.embedding.is_fully_addressable:
+        raise ValueError(
+            f"save needs the whole model in one process, found it on {jax.process_count()}; load "
+            "and save it in a process of its own, on a CPU if need be"
+        )
     path = pathlib.Path(path)
     save_checkpoint(path / "ckpt-0", unstack(model.params, model.config, model.tensors))
     (path / "config.json").write_text(model.config.to_json(), encoding="utf-8")

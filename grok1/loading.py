@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from grok1.checkpoint import check_scales
 from grok1.config import ModelConfig
+from grok1.distributed import together
 from grok1.manifest import TensorSpec
 from grok1.quantization import QuantizedArray, refine_groups
 from grok1.reading import Bounds, Reader, Target
@@ -75,6 +76,7 @@ def load_params(
 
     Raises:
       CheckpointError: If a file changes underneath, or a scale is not finite.
+      OtherProcessError: If this is one of several processes and another one failed.
     """
     stored = naming(config).apply(_named_leaves(tensors, manifest), None)
     target = abstract_stack(stored, config, mesh)
@@ -98,19 +100,26 @@ def load_params(
             desc="loading",
             unit="B",
             unit_scale=True,
-            disable=None if progress else True,
+            disable=None if progress and jax.process_index() == 0 else True,
         ) as bar,
-        Reader(bar.update) as reader,
+        together() as check_others,
     ):
-        buffers = []
-        for leaf, stored, local in zip(leaves, files, shards, strict=True):
-            if stored[0].is_scales:
-                buffers.append(_read_scales(leaf, stored, local, reader))
-            elif local[0].device.platform == "cpu":
-                buffers.append(_fill_host(stored, local, reader))
-            else:
-                buffers.append(_fill_devices(stored, local, reader))
-        reader.wait()
+
+        def advance(num_bytes):
+            bar.update(num_bytes)
+            check_others()
+
+        # Other processes of this host may want the pages that this one has read.
+        with Reader(advance, keep_pages=jax.process_count() > 1) as reader:
+            buffers = []
+            for leaf, stored, local in zip(leaves, files, shards, strict=True):
+                if stored[0].is_scales:
+                    buffers.append(_read_scales(leaf, stored, local, reader))
+                elif local[0].device.platform == "cpu":
+                    buffers.append(_fill_host(stored, local, reader))
+                else:
+                    buffers.append(_fill_devices(stored, local, reader))
+            reader.wait()
         arrays = []
         for leaf, stored, local, filled in zip(leaves, files, shards, buffers, strict=True):
             if stored[0].is_scales:
