@@ -16,13 +16,14 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
-_HEARTBEAT_SECONDS = 30  # A process that was silent for so long is taken for dead.
+_HEARTBEAT_SECONDS = 20  # A process that was silent for so long is taken for dead.
 _SHUTDOWN_SECONDS = 20
 _CHECK_SECONDS = 1.0
 _FAILURE_MILLISECONDS = 30 * 1000
 _BARRIER_MILLISECONDS = 24 * 3600 * 1000  # Dead processes end it earlier.
 
 _numbers = itertools.count()
+_outer_check: Callable[[], None] | None = None
 
 
 class OtherProcessError(RuntimeError):
@@ -81,14 +82,20 @@ def initialize_distributed(
 def together() -> Iterator[Callable[[], None]]:
     """A block that ends in all processes or fails in all, with the error of the one that failed.
 
+    A block within another is part of it: what fails there has to end the outer one everywhere.
+
     Yields:
       A function to call now and then, which raises once another process has failed.
 
     Raises:
       OtherProcessError: If another process failed in the block.
     """
+    global _outer_check
     if jax.process_count() == 1:
         yield lambda: None
+        return
+    if _outer_check is not None:
+        yield _outer_check
         return
     client = jax_distributed.global_state.client
     assert client is not None  # there are several processes
@@ -104,6 +111,7 @@ def together() -> Iterator[Callable[[], None]]:
             if failures:
                 raise OtherProcessError(sorted(failures)[0][1])
 
+    _outer_check = check
     try:
         yield check
     except BaseException as error:
@@ -115,6 +123,8 @@ def together() -> Iterator[Callable[[], None]]:
                 client.key_value_set(f"{name}/failed/{jax.process_index()}", words)
             client.wait_at_barrier(name, _FAILURE_MILLISECONDS)
         raise
+    finally:
+        _outer_check = None
     client.wait_at_barrier(name, _BARRIER_MILLISECONDS)
     check(now=True)
 
