@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import pathlib
 import sys
@@ -39,20 +40,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, if no launcher says it")
+    for option in ("--num-processes", "--process-id"):
+        parser.add_argument(option, type=int, help="with --coordinator; see docs/many-hosts.md")
     return parser.parse_args()
 
 
 def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> None:
-    stream = model.stream(
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-        stop=[stop.replace("\\n", "\n") for stop in arguments.stop or []],
-        logprobs=arguments.logprobs,
-    )
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
+    stop = [text.replace("\\n", "\n") for text in arguments.stop or []]
+    stream = model.stream(prompt, stop=stop, **{name: getattr(arguments, name) for name in names})
     if not (arguments.json or arguments.interactive):
         print(prompt, end="", flush=True)
     for piece in stream:
@@ -73,19 +70,22 @@ def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> 
 
 def main() -> None:
     arguments = parse_arguments()
+    places = arguments.coordinator, arguments.num_processes, arguments.process_id
+    if grok1.initialize_distributed(*places) > 0:
+        sys.stdout = io.StringIO()  # one process prints
     checkpoint = arguments.checkpoint or CHECKPOINTS
     if not arguments.checkpoint and not (CHECKPOINTS / "ckpt-0").exists():
         print(NO_CHECKPOINT, file=sys.stderr)
         checkpoint = CHECKPOINTS / "toy"
     names = ("mesh", "dtype", "cache_dtype", "tokenizer")
     model = grok1.load(checkpoint, **{name: getattr(arguments, name) for name in names})
+    prompts = [arguments.prompt]
+    if arguments.prompt_file:
+        prompts = [arguments.prompt_file.read_text(encoding="utf-8")]
     if arguments.interactive:
-        for line in iter(lambda: input("> " if sys.stdin.isatty() else ""), ""):
-            complete(model, line, arguments)
-    elif arguments.prompt_file:
-        complete(model, arguments.prompt_file.read_text(encoding="utf-8"), arguments)
-    else:
-        complete(model, arguments.prompt, arguments)
+        prompts = iter(lambda: input("> " if sys.stdin.isatty() else ""), "")
+    for prompt in prompts:
+        complete(model, prompt, arguments)
 
 
 if __name__ == "__main__":
@@ -95,5 +95,5 @@ if __name__ == "__main__":
         sys.exit("\nrun.py: interrupted")
     except EOFError:
         pass
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"run.py: {error}")

@@ -7,6 +7,7 @@ print(model.generate("The ", max_new_tokens=32).text)
 
 from grok1.completion import Completion
 from grok1.config import GROK_1, TOY, ModelConfig
+from grok1.distributed import OtherProcessError, initialize_distributed
 from grok1.factory import load, random_model, save
 from grok1.model import Model
 from grok1.options import GenerationOptions
@@ -22,8 +23,10 @@ __all__ = [
     "GenerationOptions",
     "Model",
     "ModelConfig",
+    "OtherProcessError",
     "Tokenizer",
     "__version__",
+    "initialize_distributed",
     "load",
     "random_model",
     "save",

@@ -4,7 +4,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -89,12 +89,13 @@ def describe_storage(header: TensorHeader) -> str:
     return f"{_text(header.values)} with scales {_text(header.scales)}"
 
 
-def check_scales(file: DataFile, scales: np.ndarray) -> None:
+def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | None = None) -> None:
     """Checks that scales are finite: one that is not would turn every logit into NaN.
 
     Args:
       file: The file they come from, for the message.
       scales: All of its scales, or a slice.
+      origin: Where the slice starts in the file's array; None for zeros.
 
     Raises:
       CheckpointError: If one is infinite or not a number.
@@ -102,9 +103,10 @@ def check_scales(file: DataFile, scales: np.ndarray) -> None:
     finite = np.isfinite(scales)
     if not finite.all():
         first = np.unravel_index(np.argmin(finite), finite.shape)
+        place = [int(n) for n in np.add(first, 0 if origin is None else origin)]
         raise CheckpointError(
             f"{file.path}: {finite.size - np.count_nonzero(finite)} of {finite.size} scales are "
-            f"not finite, the first is {scales[first]} at {[int(i) for i in first]}; the file is "
+            f"not finite, the first is {scales[first]} at {place}; the file is "
             "damaged: download it again"
         )
 

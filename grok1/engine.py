@@ -24,7 +24,7 @@ from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward
 from grok1.sampling import SamplingState, sample, top_logprobs
-from grok1.sharding import DATA_AXIS, abstract_cache, specs_of
+from grok1.sharding import DATA_AXIS, abstract_cache, put, specs_of
 from grok1.transformer import Params
 from grok1.unembedding import ScreeningTable, most_probable, screening_table, unembed
 
@@ -138,7 +138,7 @@ class Engine:
                 out_shardings=jax.tree.map(lambda a: a.sharding, abstract.cache),
             ),
         )()
-        return DecodeState(cache, jax.device_put(tokens.astype(np.int32), abstract.tokens.sharding))
+        return DecodeState(cache, put(tokens.astype(np.int32), abstract.tokens.sharding))
 
     def request_keys(
         self, seeds: UInt32[np.ndarray, " B"], streams: UInt32[np.ndarray, " B"]
@@ -166,7 +166,7 @@ class Engine:
           num_valid: Tokens to run in each row; 0 leaves a row as it is.
           chunk: One of `CHUNK_LENGTHS`.
         """
-        return self.prefill_program(chunk)(self.params, state, num_valid)
+        return self.prefill_program(chunk)(self.params, state, self._rows(num_valid))
 
     @functools.cached_property
     def screening_table(self) -> ScreeningTable | None:
@@ -196,7 +196,7 @@ class Engine:
           allowed: False for tokens that must not be drawn.
         """
         program = self.greedy_program()
-        return program(self.params, state, self.screening_table, active, allowed)
+        return program(self.params, state, self.screening_table, self._rows(active), allowed)
 
     def decode(
         self,
@@ -218,7 +218,7 @@ class Engine:
           processor: Changes the logits before the draw. Each function compiles a program.
         """
         program = self.decode_program(num_top, processor)
-        return program(self.params, state, active, allowed, sampling)
+        return program(self.params, state, self._rows(active), allowed, sampling)
 
     def score(
         self,
@@ -236,7 +236,7 @@ class Engine:
           capture: As in `decoder.forward`.
         """
         program = self.score_program(chunk, tuple(sorted(capture)))
-        return program(self.params, state, num_valid)
+        return program(self.params, state, self._rows(num_valid))
 
     def prefill_program(self, chunk: int):
         """The program behind `prefill`."""
@@ -344,7 +344,28 @@ class Engine:
             # Loops with a data-dependent length cannot be checked for replication.
             check_vma=False,
         )
-        return jax.jit(per_device, donate_argnums=1)
+        if self._rows_sharding.is_fully_addressable:
+            return jax.jit(per_device, donate_argnums=1)
+        # The state stays where it is; what the host reads must be whole in every process.
+        state_shardings = jax.tree.map(
+            lambda leaf: leaf.sharding,
+            self.abstract_state(self.mesh.shape[DATA_AXIS], _SMALLEST_CAPACITY),
+        )
+        everywhere = NamedSharding(self.mesh, P())
+        shardings = state_shardings
+        if out_specs != self._state_specs:
+            shardings = (state_shardings, *(everywhere for _ in out_specs[1:]))
+        return jax.jit(per_device, donate_argnums=1, out_shardings=shardings)
+
+    @functools.cached_property
+    def _rows_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P(DATA_AXIS))
+
+    def _rows(self, array: np.ndarray) -> Any:
+        """An argument with an entry for each row."""
+        # Where this process has all devices, the compiled program places it faster.
+        local = self._rows_sharding.is_fully_addressable
+        return array if local else put(array, self._rows_sharding)
 
 
 def _in_words(key: tuple, *args) -> str:

@@ -1,15 +1,18 @@
 """The ways a model comes to be, and back to disk."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grok1.checkpoint import save_checkpoint
 from grok1.config import ModelConfig
 from grok1.directory import load_config, open_tensors
+from grok1.distributed import together
 from grok1.loading import load_params
 from grok1.manifest import manifest
 from grok1.model import Model
@@ -21,6 +24,7 @@ MeshLike = Mesh | Sequence[int] | None
 """A mesh with axes (data, model), its two sizes, or None for every device."""
 
 
+@together()
 def load(
     path: str | pathlib.Path,
     *,
@@ -29,6 +33,7 @@ def load(
     cache_dtype: Any = None,
     progress: bool = True,
     tokenizer: str | pathlib.Path | Tokenizer | None = None,
+    layers: int | None = None,
 ) -> Model:
     """Loads a checkpoint in Grok-1's on-disk format or our safetensors, sharded over devices.
 
@@ -43,15 +48,22 @@ def load(
         float32 where `dtype` is, float16 otherwise. int8 has a scale for each key and value.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
       tokenizer: A tokenizer or its file, instead of `tokenizer.model` in `path`.
+      layers: Load only this many layers, the first ones, to study them where the whole model does
+        not fit; the embedding and the final norm are as they are. None for all.
 
     Raises:
       CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
         file is ever executed.
       ValueError: If the configuration is impossible, a type is none of those, the model does not
-        divide over the mesh, or the tokenizer is another model's.
+        divide over the mesh or has fewer layers, or the tokenizer is another model's.
+      OtherProcessError: If this is one of several processes and another one failed.
     """
     path = pathlib.Path(path)
-    config = load_config(path)
+    whole = config = load_config(path)
+    if layers is not None:
+        if not 1 <= layers <= whole.num_layers:
+            raise ValueError(f"layers must be from 1 to {whole.num_layers}, found {layers}")
+        config = dataclasses.replace(whole, num_layers=layers)
     device_mesh = make_mesh(config, mesh)
     dtype = _dtype(dtype, device_mesh)
     cache_dtype = _cache_dtype(cache_dtype)
@@ -59,7 +71,10 @@ def load(
         tokenizer_path = pathlib.Path(tokenizer or path / "tokenizer.model")
         found = tokenizer is not None or tokenizer_path.exists()
         tokenizer = Tokenizer.load(tokenizer_path) if found else None
-    stored, tensors = open_tensors(path, config)
+    stored, tensors = open_tensors(path, whole)
+    names = {spec.name for spec in manifest(config)}
+    kept = [number for number, spec in enumerate(tensors) if spec.name in names]
+    stored, tensors = [stored[number] for number in kept], [tensors[number] for number in kept]
     # In memory a weight without scales is float32, whatever it is in the file.
     tensors = [spec if spec.scales_shape else spec._replace(dtype="float32") for spec in tensors]
     params = load_params(stored, tensors, config, device_mesh, progress)
@@ -100,7 +115,13 @@ def save(model: Model, path: str | pathlib.Path) -> None:
 
     Raises:
       CheckpointError: If the directory already holds a checkpoint, or cannot be written.
+      ValueError: If the model lies on the devices of several processes.
     """
+    if not model.params.embedding.is_fully_addressable:
+        raise ValueError(
+            f"save needs the whole model in one process, found it on {jax.process_count()}; load "
+            "and save it in a process of its own, on a CPU if need be"
+        )
     path = pathlib.Path(path)
     save_checkpoint(path / "ckpt-0", unstack(model.params, model.config, model.tensors))
     (path / "config.json").write_text(model.config.to_json(), encoding="utf-8")

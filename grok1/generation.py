@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.engine import Engine, LogitsProcessor, Step
 from grok1.sampling import SamplingParams, sampling_state
-from grok1.sharding import DATA_AXIS
+from grok1.sharding import DATA_AXIS, put
 
 MAX_ROWS = 32
 """Most requests that run side by side; more wait for a place in the next batch."""
@@ -98,8 +98,9 @@ def _generate_batch(
         limits[row] = request.max_tokens
 
     rows = NamedSharding(engine.mesh, P(DATA_AXIS))
-    rows_state = jax.device_put(sampling_state(sampling, engine.request_keys(seeds, streams)), rows)
-    allowed_everywhere = jax.device_put(allowed, NamedSharding(engine.mesh, P()))
+    keys = engine.request_keys(seeds, streams)
+    rows_state = jax.tree.map(lambda leaf: put(leaf, rows), sampling_state(sampling, keys))
+    allowed_everywhere = put(allowed, NamedSharding(engine.mesh, P()))
     state = engine.new_state(tokens)
     needs_logits = sampling.temperature > 0 or num_top is not None or processor is not None
     greedily = not needs_logits and engine.screening_table is not None

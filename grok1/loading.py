@@ -1,10 +1,12 @@
-"""Tensors on disk to device memory, each device its own slice, straight from the mapped files.
+"""Tensors on disk to device memory, each device its own slice, at the speed of the disk.
 
-A device's buffer of one parameter holds all layers; it is filled layer by layer from the files, so
-that beyond the model itself the host needs the slice that is on its way.
+A device's buffer of one parameter holds all layers and is filled layer by layer: on a CPU in place,
+by the threads of `reading`; on an accelerator in pieces, of which one is read while the one before
+is in transfer. Beyond the model itself the host needs two such pieces a device and the scales.
 """
 
-from collections.abc import Iterator
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +17,16 @@ from tqdm import tqdm
 
 from grok1.checkpoint import check_scales
 from grok1.config import ModelConfig
+from grok1.distributed import together
 from grok1.manifest import TensorSpec
 from grok1.quantization import QuantizedArray, refine_groups
+from grok1.reading import Bounds, Reader, Target
 from grok1.sharding import abstract_stack
-from grok1.storage import StoredArray, StoredTensor, map_slice
+from grok1.storage import StoredArray, StoredTensor
 from grok1.transformer import NamedParams, Params, naming
 
 _ALIGNMENT = 64  # bytes; XLA's CPU client adopts host memory so aligned without copying it
+_STAGING_BYTES = 1 << 29  # of all pieces that are read or in transfer to accelerators
 
 
 class _Leaf(NamedTuple):
@@ -34,6 +39,20 @@ class _Leaf(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
+
+
+class _Shard(NamedTuple):
+    """A local device's part of one parameter.
+
+    Attributes:
+      device: The device.
+      bounds: The part of each layer that it holds.
+      shape: Shape of its buffer, with a leading axis for the layers even if there is but one.
+    """
+
+    device: Any
+    bounds: tuple[Bounds, ...]
+    shape: tuple[int, ...]
 
 
 def load_params(
@@ -57,6 +76,7 @@ def load_params(
 
     Raises:
       CheckpointError: If a file changes underneath, or a scale is not finite.
+      OtherProcessError: If this is one of several processes and another one failed.
     """
     stored = naming(config).apply(_named_leaves(tensors, manifest), None)
     target = abstract_stack(stored, config, mesh)
@@ -67,78 +87,189 @@ def load_params(
     )
     leaves, structure = jax.tree.flatten(target)
     files = structure.flatten_up_to(sources)
+    shards = [_shards(leaf, stored) for leaf, stored in zip(leaves, files, strict=True)]
     total = sum(
-        leaf.dtype.itemsize
-        * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-        * len(leaf.sharding.addressable_devices)
-        for leaf in leaves
+        leaf.dtype.itemsize * math.prod(shard.shape)
+        for leaf, local in zip(leaves, shards, strict=True)
+        for shard in local
     )
     # disable=None is quiet when stderr is no terminal.
-    with tqdm(
-        total=total,
-        desc="loading",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
-        arrays = [_load_leaf(leaf, stored, bar) for leaf, stored in zip(leaves, files, strict=True)]
+    with (
+        tqdm(
+            total=total,
+            desc="loading",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress and jax.process_index() == 0 else True,
+        ) as bar,
+        together() as check_others,
+    ):
+
+        def advance(num_bytes):
+            bar.update(num_bytes)
+            check_others()
+
+        # Other processes of this host may want the pages that this one has read.
+        with Reader(advance, keep_pages=jax.process_count() > 1) as reader:
+            buffers = []
+            for leaf, stored, local in zip(leaves, files, shards, strict=True):
+                if stored[0].is_scales:
+                    buffers.append(_read_scales(leaf, stored, local, reader))
+                elif local[0].device.platform == "cpu":
+                    buffers.append(_fill_host(stored, local, reader))
+                else:
+                    buffers.append(_fill_devices(stored, local, reader))
+            reader.wait()
+        arrays = []
+        for leaf, stored, local, filled in zip(leaves, files, shards, buffers, strict=True):
+            if stored[0].is_scales:
+                filled = _refine(leaf, stored, local, filled, bar)
+            shape = leaf.sharding.shard_shape(leaf.shape)
+            placed = [
+                jax.device_put(buffer.reshape(shape), shard.device)
+                for shard, buffer in zip(local, filled, strict=True)
+            ]
+            arrays.append(
+                jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+            )
     return jax.tree.unflatten(structure, arrays)
 
 
-def _load_leaf(target: jax.ShapeDtypeStruct, stored: list[_Leaf], bar: tqdm) -> jax.Array:
-    """Fills every local device's shard of one parameter from its files, one a layer."""
+def _shards(target: jax.ShapeDtypeStruct, stored: list[_Leaf]) -> list[_Shard]:
     stacked = len(target.shape) > len(stored[0].shape)
+    shape = target.sharding.shard_shape(target.shape)
     shards = []
     for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
         assert index is not None  # a device of the map holds a part
-        shape = target.sharding.shard_shape(target.shape)
-        pieces = _pieces(stored, index[1:] if stacked else index, target, bar)
-        fill = _fill_host if device.platform == "cpu" else _fill_device
-        shards.append(fill(pieces, shape if stacked else (1, *shape), target.dtype, device, shape))
-    return jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards)
+        bounds = [part.indices(size)[:2] for part, size in zip(index, target.shape, strict=True)]
+        shards.append(
+            _Shard(
+                device,
+                tuple(bounds[1:] if stacked else bounds),
+                shape if stacked else (1, *shape),
+            )
+        )
+    return shards
 
 
-def _pieces(
-    stored: list[_Leaf], index: tuple[slice, ...], target: jax.ShapeDtypeStruct, bar: tqdm
-) -> Iterator[np.ndarray]:
-    """Yields one device's slice of each array; a file is mapped only while its slice is copied."""
-    for leaf in stored:
-        if leaf.is_scales:
-            scales = map_slice(leaf.array, (slice(None),) * len(leaf.shape))
-            check_scales(leaf.array.parts[0][0], scales)
-            piece = refine_groups(scales, target.shape[-2])[index]
-        else:
-            piece = map_slice(leaf.array, index)
-        yield piece
-        bar.update(piece.size * target.dtype.itemsize)
+def _fill_host(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> list[np.ndarray]:
+    """On a CPU the shard is a host buffer that the device adopts; returns before it is filled."""
+    buffers = [_aligned(shard.shape, stored[0].dtype) for shard in shards]
+    for i, leaf in enumerate(stored):
+        reader.submit(
+            leaf.array,
+            [
+                Target(shard.bounds, buffer[i])
+                for shard, buffer in zip(shards, buffers, strict=True)
+            ],
+        )
+    return buffers
 
 
-def _fill_host(pieces, stack_shape, dtype, device, shape) -> jax.Array:
-    """On a CPU the shard is a host buffer that the device adopts."""
-    num_bytes = int(np.prod(stack_shape)) * dtype.itemsize
+def _fill_devices(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> list[jax.Array]:
+    """On an accelerator the shard is built there; a piece is read while another is in transfer."""
+    dtype, shape = stored[0].dtype, shards[0].shape
+    stacks = []
+    for shard in shards:
+        with jax.default_device(shard.device):
+            stacks.append(jnp.zeros(shape, dtype))
+    row_bytes = dtype.itemsize * math.prod(shape[2:])
+    step = max(1, _STAGING_BYTES // (2 * len(shards) * row_bytes))
+    step = min(step, shape[1])
+    slots = itertools.cycle([np.empty((len(shards), step, *shape[2:]), dtype) for _ in range(2)])
+    waiting: tuple[int, list[np.ndarray], tuple[int, int]] | None = None
+    in_transfer: list[jax.Array] = []
+
+    def send(number, pieces, place):
+        reader.wait(number)
+        sent = []
+        for i, (shard, piece) in enumerate(zip(shards, pieces, strict=True)):
+            # Not an alias: where the device's memory is the host's, the piece is written again.
+            sent.append(jax.device_put(piece[None], shard.device, may_alias=False))
+            stacks[i] = _put_piece(stacks[i], sent[-1], *place)
+        return sent
+
+    for layer, start in itertools.product(range(len(stored)), range(0, shape[1], step)):
+        slot = next(slots)
+        # The slot's last piece must have left before another takes its place.
+        jax.block_until_ready(in_transfer)
+        count = min(step, shape[1] - start)
+        pieces = [piece[:count] for piece in slot]
+        targets = []
+        for shard, piece in zip(shards, pieces, strict=True):
+            first = shard.bounds[0][0] + start
+            targets.append(Target(((first, first + count), *shard.bounds[1:]), piece))
+        number = reader.submit(stored[layer].array, targets)
+        if waiting is not None:
+            in_transfer = send(*waiting)
+        waiting = number, pieces, (layer, start)
+    if waiting is not None:
+        send(*waiting)
+    return jax.block_until_ready(stacks)
+
+
+def _set_piece(stack: jax.Array, piece: jax.Array, layer: Any, start: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice(stack, piece, (layer, start) + (0,) * (stack.ndim - 2))
+
+
+_put_piece = jax.jit(_set_piece, donate_argnums=0)
+
+
+def _read_scales(
+    target: jax.ShapeDtypeStruct, stored: list[_Leaf], shards: list[_Shard], reader: Reader
+) -> list[np.ndarray]:
+    """Reads the scales that each shard needs, in the grouping of the files."""
+    buffers = []
+    for shard in shards:
+        bounds = _file_bounds(target, stored, shard)
+        sizes = [stop - start for start, stop in bounds]
+        buffers.append(np.empty((len(stored), *sizes), stored[0].dtype))
+    for i, leaf in enumerate(stored):
+        targets = [
+            Target(_file_bounds(target, stored, shard), buffer[i])
+            for shard, buffer in zip(shards, buffers, strict=True)
+        ]
+        reader.submit(leaf.array, targets)
+    return buffers
+
+
+def _refine(
+    target: jax.ShapeDtypeStruct,
+    stored: list[_Leaf],
+    shards: list[_Shard],
+    buffers: list[np.ndarray],
+    bar: tqdm,
+) -> list[np.ndarray]:
+    """Checks scales and repeats them for the groups that the shards have in memory."""
+    repeats = target.shape[-2] // stored[0].shape[-2]
+    refined = []
+    for shard, scales in zip(shards, buffers, strict=True):
+        bounds = _file_bounds(target, stored, shard)
+        origin = [start for start, _ in bounds]
+        for leaf, of_layer in zip(stored, scales, strict=True):
+            check_scales(leaf.array.parts[0][0], of_layer, origin)
+        start = shard.bounds[-2][0] - bounds[-2][0] * repeats
+        repeated = refine_groups(scales, scales.shape[-2] * repeats)
+        refined.append(repeated[..., start : start + shard.shape[-2], :])
+        bar.update(refined[-1].nbytes - scales.nbytes)
+    return refined
+
+
+def _file_bounds(
+    target: jax.ShapeDtypeStruct, stored: list[_Leaf], shard: _Shard
+) -> tuple[Bounds, ...]:
+    """Bounds of a shard's scales in the files, whose groups may be larger."""
+    repeats = target.shape[-2] // stored[0].shape[-2]
+    *lead, (start, stop), columns = shard.bounds
+    return (*lead, (start // repeats, -(-stop // repeats)), columns)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A buffer that XLA adopts; NumPy asks for huge pages."""
+    num_bytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
-    stack = raw[start : start + num_bytes].view(dtype).reshape(stack_shape)
-    for i, piece in enumerate(pieces):
-        stack[i] = piece
-    return jax.device_put(stack.reshape(shape), device)
-
-
-def _fill_device(pieces, stack_shape, dtype, device, shape) -> jax.Array:
-    """On an accelerator the shard is built there, one slice in transfer at a time."""
-    with jax.default_device(device):
-        stack = jnp.zeros(stack_shape, dtype)
-    for i, piece in enumerate(pieces):
-        stack = _put_layer(stack, jax.device_put(piece.astype(dtype, copy=False), device), i)
-        stack.block_until_ready()
-    return stack.reshape(shape)
-
-
-def _set_layer(stack: jax.Array, piece: jax.Array, i: Any) -> jax.Array:
-    return stack.at[i].set(piece)
-
-
-_put_layer = jax.jit(_set_layer, donate_argnums=0)
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _named_leaves(tensors: list[StoredTensor], manifest: list[TensorSpec]) -> NamedParams:

@@ -103,6 +103,12 @@ def make_mesh(
                 f"found {len(devices)} ({devices[0].platform}); give a smaller mesh"
             )
         grid = np.array(devices[: sizes[0] * sizes[1]]).reshape(sizes)
+    idle = set(range(jax.process_count())) - {device.process_index for device in grid.flat}
+    if idle:
+        raise ValueError(
+            f"mesh {grid.shape[0]}x{grid.shape[1]} leaves process {min(idle)} of "
+            f"{jax.process_count()} without a device; start fewer processes or give a larger mesh"
+        )
     problem = _indivisible(config, grid.shape[1])
     if problem:
         raise ValueError(
@@ -185,6 +191,13 @@ def abstract_cache(
         scales = place(CACHE_AXES[:-1], sizes[:-1], jnp.float32)
     length = place(("batch",), (batch,), jnp.int32)
     return KVCache(values, values, length, scales, scales)
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Places an array that every process has whole; each gives its own devices their parts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def specs_of(tree: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grok1.tensor_file import DTYPES, ArraySpan, DataFile, TensorHeader, map_span, read_span
+from grok1.tensor_file import DTYPES, ArraySpan, DataFile, TensorHeader, read_span
 
 # Rows and columns of the tile in which a matrix is transposed: as int8 it fits the first- or
 # second-level cache, which a whole row after another does not.
@@ -70,28 +70,6 @@ def from_header(header: TensorHeader) -> StoredTensor:
     return StoredTensor(array(header.values), header.scales and array(header.scales))
 
 
-def map_slice(array: StoredArray, index: tuple[slice, ...]) -> np.ndarray:
-    """Returns a slice of an array, of mapped files: what lies outside it is not read.
-
-    Args:
-      array: The array.
-      index: A slice of step 1 for each axis.
-
-    Returns:
-      The slice in the model's order of axes: a view of the file where that is the file's, a copy
-      otherwise.
-
-    Raises:
-      CheckpointError: As `tensor_file.map_span`.
-    """
-    if len(array.parts) == 1 and not array.transposed:
-        return map_span(*array.parts[0])[index]
-    *lead, rows, columns = index
-    chosen = np.arange(array.num_matrices).reshape(array.shape[:-2])[(*lead,)]
-    matrices = [transpose(map_span(*array.parts[number])[columns, rows]) for number in chosen.flat]
-    return np.stack(matrices).reshape(*chosen.shape, *matrices[0].shape)
-
-
 def read_matrix(
     array: StoredArray, number: int = 0, start: int = 0, stop: int | None = None
 ) -> np.ndarray:
@@ -119,15 +97,20 @@ def read_matrix(
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """Returns a contiguous copy of the transposed matrix, made tile by tile."""
+    """Returns a contiguous copy of the transposed matrix."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    transpose_into(result, matrix)
+    return result
+
+
+def transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
+    """Copies a matrix `[N, K]` to `out` `[K, N]`, tile by tile, with a conversion to its type."""
     rows, columns = matrix.shape
-    result = np.empty((columns, rows), matrix.dtype)
     step, wide_step = _TILE if matrix.strides[0] > matrix.strides[1] else _TILE[::-1]
     for i in range(0, rows, step):
         for j in range(0, columns, wide_step):
             tile = matrix[i : i + step, j : j + wide_step]
-            result[j : j + wide_step, i : i + step] = tile.T
-    return result
+            out[j : j + wide_step, i : i + step] = tile.T
 
 
 def dequantize_matrix(values: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:

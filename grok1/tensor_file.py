@@ -3,17 +3,18 @@
 A file holds one pickle (protocol 4) of a float32 `numpy.ndarray`, or of a `QuantizedWeight8bit`
 with an int8 `weight` and bfloat16 `scales`. Unpickling runs whatever a file names, so nothing here
 does: a small stack machine notes which objects the opcodes would create, and the notes must be
-exactly those of a valid file. The payload (up to 3 GB) is skipped, and later mapped.
+exactly those of a valid file. The payload (up to 3 GB) is skipped, and read later.
 
 Opcodes and frames: Python's `pickletools` and PEP 3154.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
@@ -124,40 +125,62 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
         ) from error
 
 
-def map_span(header: DataFile, span: ArraySpan) -> np.ndarray:
-    """Maps one array of a file into memory, read-only; nothing is copied.
-
-    Args:
-      header: The file.
-      span: One of its arrays, as `header.values`.
-
-    Returns:
-      An array of the span's shape and dtype. It may be unaligned: the pickle sets its offset.
+@contextlib.contextmanager
+def open_unchanged(file: DataFile) -> Iterator[int]:
+    """Opens a file for `read_at` and yields its descriptor.
 
     Raises:
-      CheckpointError: If the file cannot be opened, or its length has changed since the header
-        was read.
+      CheckpointError: If it cannot be opened, or its length has changed since its header was read.
     """
     try:
-        with header.path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != header.file_size:
-                raise CheckpointError(
-                    f"{header.path}: has {size} bytes, expected the {header.file_size} bytes it "
-                    "had when its header was read; do not change a checkpoint while it is loaded"
-                )
-            dtype = DTYPES[span.dtype]
-            return np.asarray(np.memmap(file, dtype, "r", span.offset, span.shape))
+        descriptor = os.open(file.path, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"{header.path}: cannot be mapped: {error.strerror}") from error
+        raise CheckpointError(f"{file.path}: cannot be read: {error.strerror}") from error
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != file.file_size:
+            raise CheckpointError(
+                f"{file.path}: has {size} bytes, expected the {file.file_size} bytes it had when "
+                "its header was read; do not change a checkpoint while it is read"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_at(file: DataFile, descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Fills a buffer from a place in an open file.
+
+    Unlike a mapped file, one that is cut off while it is read is an error and not a crash.
+
+    Args:
+      file: The file, for messages.
+      descriptor: Where it is open.
+      offset: Bytes from its start.
+      buffer: Bytes to fill.
+
+    Raises:
+      CheckpointError: If the file cannot be read, or ends before the buffer does.
+    """
+    while buffer:
+        try:
+            count = os.preadv(descriptor, [buffer[:_READ_BYTES]], offset)
+        except OSError as error:
+            raise CheckpointError(
+                f"{file.path}: cannot be read at byte {offset}: {error.strerror}"
+            ) from error
+        if not count:
+            raise CheckpointError(
+                f"{file.path}: ends at byte {offset}, expected the {file.file_size} bytes it had "
+                "when its header was read; do not change a checkpoint while it is read"
+            )
+        buffer, offset = buffer[count:], offset + count
 
 
 def read_span(
     file: DataFile, span: ArraySpan, start: int = 0, stop: int | None = None
 ) -> np.ndarray:
     """Reads elements of one array of a file into memory of their own.
-
-    Unlike a mapped file, one that is cut off while it is read is an error and not a crash.
 
     Args:
       file: The file.
@@ -169,29 +192,14 @@ def read_span(
       A new array, `span.shape` with the first axis cut.
 
     Raises:
-      CheckpointError: If the file cannot be read, or ends before the rows do.
+      CheckpointError: If the file cannot be read, or its length has changed since its header was
+        read.
     """
     stop = span.shape[0] if stop is None else stop
-    dtype = DTYPES[span.dtype]
-    array = np.empty((stop - start, *span.shape[1:]), dtype)
-    row_bytes = span.nbytes // span.shape[0]
-    buffer = array.reshape(-1).view(np.uint8).data
-    begin = offset = span.offset + start * row_bytes
-    try:
-        with open(file.path, "rb", buffering=0) as source:
-            while buffer:
-                count = os.preadv(source.fileno(), [buffer[:_READ_BYTES]], offset)
-                if not count:
-                    raise CheckpointError(
-                        f"{file.path}: ends at byte {offset}, expected the {file.file_size} bytes "
-                        "it had when its header was read; do not change a checkpoint while it is "
-                        "read"
-                    )
-                buffer, offset = buffer[count:], offset + count
-    except OSError as error:
-        raise CheckpointError(
-            f"{file.path}: cannot be read at byte {begin}: {error.strerror}"
-        ) from error
+    array = np.empty((stop - start, *span.shape[1:]), DTYPES[span.dtype])
+    offset = span.offset + start * (span.nbytes // span.shape[0])
+    with open_unchanged(file) as descriptor:
+        read_at(file, descriptor, offset, array.reshape(-1).view(np.uint8).data)
     return array
 
 

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(grok1.__file__).parent
 # Every module imports only from lines above its own; this is the diagram of the package.
 LAYERS = [
     {"announcement", "cache_directory", "config", "layers", "symbolic_pickle", "version"},
+    {"distributed"},
     {"native", "sampling", "tokenizer"},
     {"compilation", "quantization"},
     {"attention", "moe"},
@@ -19,6 +20,7 @@ LAYERS = [
     {"manifest", "sharding"},
     {"tensor_file", "stacking", "decoder", "unembedding"},
     {"checkpoint", "engine", "storage", "staging"},
+    {"reading"},
     {"loading", "generation", "options", "safetensors_file", "gguf_file"},
     {"completion", "directory"},
     {"batch", "conversion", "inspection", "verification"},

@@ -12,7 +12,7 @@ import pytest
 from grok1 import checkpoint
 from grok1.checkpoint import check_scales, open_checkpoint, save_checkpoint
 from grok1.manifest import TensorSpec, file_name
-from grok1.tensor_file import CheckpointError, map_span, read_header, write_tensor
+from grok1.tensor_file import CheckpointError, read_header, read_span, write_tensor
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 D, F, V, E = 6, 8, 10, 2
@@ -79,7 +79,7 @@ def test_opens_in_manifest_order(directory):
     for i, (header, spec) in enumerate(zip(headers, MANIFEST, strict=True)):
         assert header.values[1:] == (spec.shape, spec.dtype)
         assert (header.scales and header.scales.shape) == spec.scales_shape
-        assert (map_span(header, header.values) == i).all()
+        assert (read_span(header, header.values) == i).all()
 
 
 def test_a_missing_directory_says_where_the_weights_are(tmp_path):
@@ -260,7 +260,7 @@ def test_saves_the_nano_checkpoint_byte_for_byte(nano_path, tmp_path):
     save_checkpoint(
         target,
         (
-            (map_span(h, h.values), None if h.scales is None else map_span(h, h.scales))
+            (read_span(h, h.values), None if h.scales is None else read_span(h, h.scales))
             for h in headers
         ),
     )

@@ -284,7 +284,7 @@ def test_a_source_that_shrinks_is_an_error_and_no_crash(to, tmp_path, monkeypatc
         whole(*arguments)
 
     monkeypatch.setattr(staging, "_write_piece", write)
-    with pytest.raises(CheckpointError, match=r"tensor00040_000: ends at byte 1000, expected the"):
+    with pytest.raises(CheckpointError, match=r"tensor00040_000: has 1000 bytes, expected the"):
         convert(source, tmp_path / "out", to=to, progress=False)
     assert not (tmp_path / "out").exists()
 

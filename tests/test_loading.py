@@ -14,7 +14,7 @@ import grok1
 from grok1 import loading
 from grok1.manifest import file_name, manifest
 from grok1.quantization import dequantize
-from grok1.tensor_file import map_span, read_header, write_tensor
+from grok1.tensor_file import read_header, read_span, write_tensor
 from tests.helpers import named_params, relative_error
 
 
@@ -29,9 +29,9 @@ def test_the_loaded_model_holds_exactly_the_files(mesh, nano_path, nano_config):
         module, _, parameter = spec.name.rpartition("/")
         leaf = named[module][parameter]
         values = leaf if header.scales is None else leaf.values
-        np.testing.assert_array_equal(values, map_span(header, header.values))
+        np.testing.assert_array_equal(values, read_span(header, header.values))
         if header.scales is not None:
-            np.testing.assert_array_equal(leaf.scales, map_span(header, header.scales))
+            np.testing.assert_array_equal(leaf.scales, read_span(header, header.scales))
 
 
 def test_each_device_holds_its_shard_only(nano_path):
@@ -46,12 +46,42 @@ def test_each_device_holds_its_shard_only(nano_path):
 
 
 def test_building_the_shard_on_the_device_gives_the_same(nano_path, nano, monkeypatch):
-    monkeypatch.setattr(loading, "_fill_host", loading._fill_device)
+    monkeypatch.setattr(loading, "_fill_host", loading._fill_devices)
+    monkeypatch.setattr(loading, "_STAGING_BYTES", 1 << 14)  # several pieces a layer
     built = grok1.load(nano_path, mesh=(1, 2), progress=False)
     for found, expected in zip(
         jax.tree.leaves(named_params(built)), jax.tree.leaves(named_params(nano)), strict=True
     ):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_some_layers_are_the_first_ones(nano, nano_path):
+    model = grok1.load(nano_path, mesh=(1, 2), progress=False, layers=11)
+    assert model.config.num_layers == 11
+    found, expected = named_params(model), named_params(nano)
+    # By name: as text, layer 10 comes before layer 2.
+    assert found.keys() == {name for name in expected if "layer_11" not in name}
+    for name, module in found.items():
+        for part, whole in zip(
+            jax.tree.leaves(module), jax.tree.leaves(expected[name]), strict=True
+        ):
+            np.testing.assert_array_equal(part, whole)
+    assert np.isfinite(model.logits([1, 2, 3])).all()
+    with pytest.raises(ValueError, match="layers must be from 1 to 12, found 13"):
+        grok1.load(nano_path, layers=13)
+
+
+def test_a_file_that_vanishes_while_loading_is_an_error(nano_path, tmp_path, monkeypatch):
+    shutil.copytree(nano_path, tmp_path / "nano")
+    fill = loading._fill_host
+
+    def remove_and_fill(*arguments):
+        (tmp_path / "nano" / "ckpt-0" / file_name(50)).unlink(missing_ok=True)
+        return fill(*arguments)
+
+    monkeypatch.setattr(loading, "_fill_host", remove_and_fill)
+    with pytest.raises(grok1.CheckpointError, match="tensor00050_000: cannot be read: No such"):
+        grok1.load(tmp_path / "nano", mesh=(1, 2), progress=False)
 
 
 def test_saving_returns_every_file_byte_for_byte(nano_path, nano_config, tmp_path):
@@ -82,7 +112,7 @@ def test_a_scale_that_is_not_finite_is_refused(nano_path, tmp_path):
     path = tmp_path / "nano" / "ckpt-0" / file_name(5)
     path.chmod(0o644)
     header = read_header(path)
-    values, scales = map_span(header, header.values), map_span(header, header.scales).copy()
+    values, scales = read_span(header, header.values), read_span(header, header.scales).copy()
     scales[0, 7] = ml_dtypes.bfloat16("nan")
     write_tensor(path, np.array(values), scales)
     with pytest.raises(grok1.CheckpointError, match=r"tensor00005_000.*finite"):

@@ -15,7 +15,7 @@ from grok1 import __main__, verification
 from grok1.config import GROK_1, ModelConfig
 from grok1.conversion import convert
 from grok1.manifest import file_name, manifest
-from grok1.tensor_file import CheckpointError, map_span, read_header, write_tensor
+from grok1.tensor_file import CheckpointError, read_header, read_span, write_tensor
 from tests.conftest import GOLDEN
 
 SPECS = manifest(GROK_1)
@@ -193,13 +193,13 @@ def test_deep_finds_wrong_bytes_of_the_right_size(nano_copy):
 
 def test_deep_finds_values_that_are_not_finite_and_holes(nano_copy, tmp_path):
     embedding, weight = (nano_copy / "ckpt-0" / file_name(i) for i in (0, 5))
-    values = np.array(map_span(h := read_header(embedding), h.values))
+    values = np.array(read_span(h := read_header(embedding), h.values))
     values[3, 5] = np.nan
     write_tensor(embedding, values)
     header = read_header(weight)
-    scales = np.array(map_span(header, header.scales))
+    scales = np.array(read_span(header, header.scales))
     scales[0, 1] = np.inf
-    write_tensor(weight, np.array(map_span(header, header.values)), scales)
+    write_tensor(weight, np.array(read_span(header, header.values)), scales)
     sums = tmp_path / "sums"
     found = faults_of(nano_copy, deep=True, sums_file=sums)
     assert "1 of " in found["ckpt-0/tensor00000_000"]

@@ -1,0 +1,153 @@
+"""One model on the devices of many processes: how they meet, and how they fail together.
+
+`jax.distributed` does the work: it finds the other processes, and ends all of them when one of them
+is gone. What is added here is that an error in one process is an error, with its words, in all.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from jax._src import distributed as jax_distributed
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+_HEARTBEAT_SECONDS = 20  # A process that was silent for so long is taken for dead.
+_SHUTDOWN_SECONDS = 20
+_CHECK_SECONDS = 1.0
+_FAILURE_MILLISECONDS = 30 * 1000
+_BARRIER_MILLISECONDS = 24 * 3600 * 1000  # Dead processes end it earlier.
+
+_numbers = itertools.count()
+_outer_check: Callable[[], None] | None = None
+
+
+class OtherProcessError(RuntimeError):
+    """Another of the processes failed; the message says which, and gives its error."""
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> int:
+    """Joins the processes that run this program, before anything else uses JAX.
+
+    Every process then makes the same calls with the same arguments; `load` puts the model on the
+    devices of all. Under Slurm, Open MPI, on Cloud TPUs and, with the package `kubernetes`, in an
+    indexed Kubernetes job, nothing need be given; without such a launcher and without arguments,
+    the process is alone. On CPUs the processes speak through Gloo.
+
+    Args:
+      coordinator: "host:port" of process 0, free there and reachable from all.
+      num_processes: How many processes there are.
+      process_id: Which one this is, from 0.
+
+    Returns:
+      The number of this process; 0 is the one that should print.
+
+    Raises:
+      ValueError: If only some of the arguments are given and no launcher knows the others.
+      RuntimeError: If JAX has started already, or the others do not come within five minutes.
+    """
+    if jax.distributed.is_initialized():
+        return jax.process_index()
+    given = (coordinator, num_processes, process_id)
+    if given == (None, None, None) and not _is_launched():
+        return 0
+    # Where only some are given, a launcher may know the rest, such as a process's local devices.
+    method = "deactivate" if None not in given and not _is_launched() else None
+    try:
+        jax.distributed.initialize(
+            *given,
+            cluster_detection_method=method,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"coordinator, num_processes and process_id are {given}, and no launcher says more: "
+            f"{error} Give all three"
+        ) from error
+    if jax.default_backend() == "cpu" and jax.process_count() > 1:
+        _keep_stdout_for_python()
+    return jax.process_index()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Callable[[], None]]:
+    """A block that ends in all processes or fails in all, with the error of the one that failed.
+
+    A block within another is part of it: what fails there has to end the outer one everywhere.
+
+    Yields:
+      A function to call now and then, which raises once another process has failed.
+
+    Raises:
+      OtherProcessError: If another process failed in the block.
+    """
+    global _outer_check
+    if jax.process_count() == 1:
+        yield lambda: None
+        return
+    if _outer_check is not None:
+        yield _outer_check
+        return
+    client = jax_distributed.global_state.client
+    assert client is not None  # there are several processes
+    # Every process enters the same blocks in the same order.
+    name = f"grok1/{next(_numbers)}"
+    next_check = 0.0
+
+    def check(now: bool = False) -> None:
+        nonlocal next_check
+        if now or time.monotonic() >= next_check:
+            next_check = time.monotonic() + _CHECK_SECONDS
+            failures = client.key_value_dir_get(f"{name}/failed")
+            if failures:
+                raise OtherProcessError(sorted(failures)[0][1])
+
+    _outer_check = check
+    try:
+        yield check
+    except BaseException as error:
+        # Nobody leaves before all know, and nothing that goes wrong here hides the error.
+        with contextlib.suppress(Exception):
+            if not isinstance(error, OtherProcessError):
+                cause = f"{type(error).__name__}: {error}".rstrip(": ")
+                words = f"process {jax.process_index()} of {jax.process_count()} failed: {cause}"
+                client.key_value_set(f"{name}/failed/{jax.process_index()}", words)
+            client.wait_at_barrier(name, _FAILURE_MILLISECONDS)
+        raise
+    finally:
+        _outer_check = None
+    client.wait_at_barrier(name, _BARRIER_MILLISECONDS)
+    check(now=True)
+
+
+def _keep_stdout_for_python() -> None:
+    """Gloo reports its connections on the standard output; from now on they go to stderr."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    # A notebook's output is no descriptor, and stays as it is.
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+
+
+def _is_launched() -> bool:
+    """Whether this is one of several processes that a launcher of jax.distributed's has started."""
+    environment = os.environ
+    return (
+        ("SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1)
+        or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or (
+            "JOB_COMPLETION_INDEX" in environment
+            and importlib.util.find_spec("kubernetes") is not None
+        )
+        or running_in_cloud_tpu_vm
+    )

@@ -1,0 +1,223 @@
+"""Several processes: the same output, each byte read once, and no process that outlives another."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import grok1
+from grok1 import distributed
+from tests.helpers import relative_error
+
+ROOT = pathlib.Path(__file__).parent.parent
+JOIN = "import grok1; grok1.initialize_distributed({coordinator!r}, {count}, {rank})\n"
+COMPUTE = """
+import os, sys, jax, numpy as np
+counted, preadv = [0], os.preadv
+def counting(*arguments):
+    counted[0] += (size := preadv(*arguments))
+    return size
+os.preadv = counting
+def load(mesh):
+    return grok1.load({path!r}, mesh=mesh, dtype="float32", progress=False)
+model = load((1, {devices}))
+num_read = counted[0]
+held = sum(s.data.nbytes for x in jax.tree.leaves(model.params) for s in x.addressable_shards)
+prompts = [[1, 2, 3, 4], [5, 6, 7]]
+completions = model.generate(prompts, max_new_tokens=32, temperature=0, ignore_eos=True)
+tokens = np.load({reference!r})["tokens"]
+outputs = dict(read=num_read, held=held, logits=model.logits(tokens),
+               greedy=[c.tokens for c in completions])
+if {count} == 2:  # each process has other rows of the batch
+    outputs["logits_of_rows"] = load((2, {devices} // 2)).logits(np.tile(tokens, (3, 1)))
+np.savez({output!r} + "/{rank}", **outputs)
+try:
+    grok1.save(model, {output!r} + "/copy")
+except ValueError as error:
+    assert "save needs the whole model in one process" in str(error)
+"""
+
+
+@pytest.fixture
+def start():
+    """Starts processes of a program, each with its rank, and ends those that are left."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    started = []
+
+    def start(count, num_devices, command):
+        environment = dict(
+            os.environ,
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+            PYTHONPATH=str(ROOT),
+        )
+        for rank in range(count):
+            arguments = command(coordinator, rank)
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("count", "num_devices"),
+    [
+        (2, 4),
+        pytest.param(
+            8,
+            1,
+            marks=pytest.mark.skipif(
+                "GROK1_SLOW_TESTS" not in os.environ, reason="slow; set GROK1_SLOW_TESTS=1"
+            ),
+        ),
+    ],
+    ids=["2 processes of 4", "8 processes of 1"],
+)
+def test_processes_agree_with_one_and_read_their_part(
+    count, num_devices, start, nano, nano_path, nano_reference, tmp_path
+):
+    def command(coordinator, rank):
+        program = (JOIN + COMPUTE).format(
+            coordinator=coordinator,
+            count=count,
+            rank=rank,
+            devices=count * num_devices,
+            path=str(nano_path),
+            reference=str(nano_path / "reference.npz"),
+            output=str(tmp_path),
+        )
+        return ["-c", program]
+
+    for process in start(count, num_devices, command):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    tokens = nano_reference["tokens"]
+    logits = nano.logits(tokens)
+    completions = nano.generate(
+        [[1, 2, 3, 4], [5, 6, 7]], max_new_tokens=32, temperature=0, ignore_eos=True
+    )
+    for rank in range(count):
+        found = np.load(tmp_path / f"{rank}.npz")
+        assert relative_error(found["logits"], logits) <= 2e-5
+        assert found["greedy"].tolist() == [completion.tokens for completion in completions]
+        assert found["read"] <= 1.1 * found["held"]
+        if count == 2:
+            for row in found["logits_of_rows"]:
+                assert relative_error(row, logits[0] if logits.ndim == 3 else logits) <= 2e-5
+
+
+def test_run_prints_once_and_in_all_the_same(start, toy):
+    def command(coordinator, rank):
+        return [str(ROOT / "run.py"), "--json", "--max-new-tokens", "4", "--temperature", "0",
+                "--prompt", "The ", "--coordinator", coordinator, "--num-processes", "2",
+                "--process-id", str(rank)]  # fmt: skip
+
+    first, second = start(2, 1, command)
+    output, errors = first.communicate(timeout=300)
+    other_output, other_errors = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), errors + other_errors
+    expected = toy.generate("The ", max_new_tokens=4, temperature=0)
+    assert json.loads(output)["tokens"] == expected.tokens
+    assert other_output == ""
+
+
+def test_an_error_in_one_process_is_an_error_in_all(start, tmp_path):
+    def command(coordinator, rank):
+        checkpoint = tmp_path if rank else ROOT / "checkpoints" / "toy"
+        return [str(ROOT / "run.py"), "--coordinator", coordinator, "--num-processes", "2",
+                "--process-id", str(rank), "--checkpoint", str(checkpoint)]  # fmt: skip
+
+    first, second = start(2, 1, command)
+    _, errors = first.communicate(timeout=60)
+    _, other_errors = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (1, 1)
+    cause = f"{tmp_path}/ckpt-0: there is no such directory"
+    assert f"run.py: process 1 of 2 failed: CheckpointError: {cause}" in errors
+    assert f"run.py: {cause}" in other_errors
+
+
+def test_the_death_of_one_process_ends_all(start, nano_path):
+    slow = (
+        "import os, time, sys; preadv = os.preadv\n"
+        "def slow(*arguments):\n"
+        "    time.sleep(1)\n"
+        "    return preadv(*arguments)\n"
+        "os.preadv = slow\n"
+        "from grok1 import distributed; distributed._HEARTBEAT_SECONDS = {heartbeat}\n"
+        + JOIN
+        + "print('loading', flush=True)\n"
+        + f"grok1.load({str(nano_path)!r})\n"
+    )
+    heartbeat = int(os.environ.get("GROK1_TEST_HEARTBEAT", "8"))
+
+    def command(coordinator, rank):
+        program = slow.format(coordinator=coordinator, count=4, rank=rank, heartbeat=heartbeat)
+        return ["-c", program]
+
+    processes = start(4, 1, command)
+    for process in processes:
+        while process.stdout.readline() != "loading\n":
+            assert process.poll() is None
+    processes[2].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    for rank in (0, 1, 3):
+        _, errors = processes[rank].communicate(timeout=60)
+        assert processes[rank].returncode != 0
+        assert re.search(r"unhealthy \(stopped sending heartbeats\):\n2\n|task:2", errors)
+    assert time.monotonic() - killed < 60
+
+
+def test_a_lone_process_needs_no_others(monkeypatch):
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    assert grok1.initialize_distributed() == 0
+    with distributed.together() as check:
+        check()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+    ids=["slurm", "open mpi"],
+)
+def test_a_launcher_is_noticed(environment, monkeypatch):
+    given = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: given.append(a))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    grok1.initialize_distributed()
+    assert given == [(None, None, None)]
+
+
+def test_half_of_the_arguments_is_an_error():
+    program = (
+        "import grok1\n"
+        "try:\n    grok1.initialize_distributed('localhost:1', 2)\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "coordinator, num_processes and process_id are ('localhost:1', 2, None)" in result.stdout
+    assert result.stdout.rstrip().endswith("Give all three")
