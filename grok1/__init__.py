@@ -10,6 +10,7 @@ from grok1.config import GROK_1, TOY, ModelConfig
 from grok1.factory import load, random_model, save
 from grok1.model import Model
 from grok1.options import GenerationOptions
+from grok1.planning import Plan, plan
 from grok1.tensor_file import CheckpointError
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
@@ -22,9 +23,11 @@ __all__ = [
     "GenerationOptions",
     "Model",
     "ModelConfig",
+    "Plan",
     "Tokenizer",
     "__version__",
     "load",
+    "plan",
     "random_model",
     "save",
 ]
