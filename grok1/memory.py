@@ -153,11 +153,13 @@ def require_memory(engine: Engine) -> None:
     state = _least_state_bytes(engine)
     parts = f"{gigabytes(needed - state)} of weights and {gigabytes(state)} of cache"
     if on_cpu:
+        shares = ""
+        if len(local) > 1:
+            shares = f" on each of {len(local)} CPU devices, {gigabytes(needed_here)} together"
         raise ValueError(
-            f"the model does not fit: it takes {parts} on each of {len(local)} CPU devices, "
-            f"{gigabytes(needed_here)} together, and {gigabytes(available)} of memory are "
-            "available; use a machine with more memory, or more machines. `python -m grok1 plan` "
-            "says what fits"
+            f"the model does not fit: it takes {parts}{shares}, and {gigabytes(available)} of "
+            "memory are available; use a machine with more memory, or more machines. "
+            "`python -m grok1 plan` says what fits"
         )
     helps = "use more devices or ones with more memory, or free what is in use"
     if local[0].platform in GPU_PLATFORMS:

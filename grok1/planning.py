@@ -183,10 +183,11 @@ class Plan:
             *(f"  {what:38}{num_bytes / 1e9:10.2f}" for what, num_bytes in table),
             "",
             *self._verdict(),
-            f"Loading takes {self.load_seconds:.0f} s if the disk delivers {self.disk:g} GB/s "
+            f"Loading takes {self.load_seconds:.3g} s if the disk delivers {self.disk:g} GB/s "
             f"({self.checkpoint_bytes / 1e9:.1f} GB).",
             "",
             *self._speed(),
+            "Working memory is XLA's figure for the programs compiled for CPU devices.",
         ]
 
     def _verdict(self) -> list[str]:
@@ -221,13 +222,16 @@ class Plan:
         read = f"{gigabytes(self.decode_bytes)} on each device for a step of decoding"
         if not self.estimates:
             return [f"It reads {read}; --bandwidth GB/s gives a bound on the speed."]
-        even = ", if rows choose their experts evenly" if self.batch > self.mesh[0] else ""
         return [
             f"{'tokens/s, at most':24}{'GB':>6}{'GB/s':>8}{'fits':>8}{'tokens/s':>12}",
             *(self._estimate_line(estimate) for estimate in self.estimates),
             "",
-            f"An upper bound: the time to read {read}{even},",
-            "and nothing else.",
+            f"An upper bound: the time to read {read}.",
+            *(
+                ["Rows are taken to choose their experts evenly."]
+                if self.batch > self.mesh[0]
+                else []
+            ),
         ]
 
     def _estimate_line(self, estimate: Estimate) -> str:
@@ -494,7 +498,7 @@ def _estimates(
     if bandwidth is not None:
         each = bandwidth / num_devices if found.platform == "cpu" else bandwidth
         estimates = [
-            estimate("these", found.memory_bytes, found.platform, each, found.usable_share)
+            estimate("yours", found.memory_bytes, found.platform, each, found.usable_share)
         ]
     if found.platform != "cpu":
         share = preallocated_share()

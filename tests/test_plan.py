@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import subprocess
 import sys
-import time
 import types
 
 import jax
@@ -35,12 +35,14 @@ ROOM = {"working": 210_000_000, "largest_batch": 32, "largest_context": 8192}
 @pytest.fixture(scope="module")
 def on_eight_gpus() -> tuple[dict, float]:
     """The real model, by the command as a user types it, and how many seconds it took."""
-    start = time.perf_counter()
+    # The processors' seconds, which do not depend on what else the machine does.
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = ["plan", "--devices", "8", "--memory", "80", "--json"]
     result = subprocess.run(
         [sys.executable, "-m", "grok1", *command], capture_output=True, text=True, check=True
     )
-    return json.loads(result.stdout), time.perf_counter() - start
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
+    return json.loads(result.stdout), seconds
 
 
 @pytest.fixture
