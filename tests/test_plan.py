@@ -319,8 +319,8 @@ def test_accelerators_are_asked_one_by_one(monkeypatch):
     require(None, None)  # an allocator that does not say
     message = (
         r"takes 2\.00 GB of weights and 1\.00 GB of cache on each of 4 devices, and 3\.00 GB are "
-        r"available on NVIDIA A100; JAX takes 75% of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=\.95 if that is enough; "
-        r"otherwise use more devices"
+        r"available on NVIDIA A100; JAX takes 75% of a GPU's memory: "
+        r"set XLA_PYTHON_CLIENT_MEM_FRACTION=\.95 if that is enough; otherwise use more devices"
     )
     with pytest.raises(ValueError, match=message):
         require(needed + 1000, needed + 999)
