@@ -11,6 +11,7 @@ from grok1.distributed import OtherProcessError, initialize_distributed
 from grok1.factory import load, random_model, save
 from grok1.model import Model
 from grok1.options import GenerationOptions
+from grok1.planning import Plan, plan
 from grok1.tensor_file import CheckpointError
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
@@ -24,10 +25,12 @@ __all__ = [
     "Model",
     "ModelConfig",
     "OtherProcessError",
+    "Plan",
     "Tokenizer",
     "__version__",
     "initialize_distributed",
     "load",
+    "plan",
     "random_model",
     "save",
 ]

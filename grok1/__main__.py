@@ -7,7 +7,9 @@ import sys
 
 import jax
 
-from grok1 import conversion, gguf_file, inspection, verification
+from grok1 import conversion, gguf_file, inspection, planning, verification
+from grok1.config import GROK_1
+from grok1.directory import load_config
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -34,6 +36,23 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     print("\n".join([f"{arguments.target}: written and read back", *notes]))
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = GROK_1
+    if arguments.directory is not None:
+        if not arguments.directory.is_dir():
+            raise ValueError(f"{arguments.directory}: there is no such directory")
+        config = load_config(arguments.directory)
+    names = ("devices", "memory", "device", "mesh", "batch", "context", "dtype", "cache_dtype",
+             "bandwidth", "disk")  # fmt: skip
+    found = planning.plan(config, **{name: getattr(arguments, name) for name in names})
+    print(json.dumps(found.to_dict()) if arguments.json else "\n".join(found.lines()))
+    return 0
+
+
+def _sizes(mesh: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in mesh.split("x"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,20 +90,41 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--emb", choices=gguf_file.EMBEDDING_TYPES, help="of the embedding in gguf; default: f32"
     )
+
+    plan = command(
+        "plan", _plan, "Say whether and how a model fits some devices, and how fast it can be."
+    )
+    plan.add_argument(
+        "directory", type=pathlib.Path, nargs="?", help="a model's, for its sizes; default: Grok-1"
+    )
+    plan.add_argument("--devices", type=int, metavar="N", help="default: those present")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of each; of a CPU, all of it")
+    plan.add_argument("--device", choices=[*planning.DEVICE_KINDS, "cpu"], help="what they are")
+    plan.add_argument("--mesh", type=_sizes, help="DATAxMODEL devices, as 1x8; default: all")
+    plan.add_argument("--batch", type=int, default=1, help="prompts side by side; default: 1")
+    plan.add_argument("--context", type=int, metavar="TOKENS", help="default: the model's")
+    plan.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
+    plan.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
+    plan.add_argument("--bandwidth", type=float, metavar="GB/s", help="of their memory")
+    plan.add_argument(
+        "--disk", type=float, default=2.0, metavar="GB/s", help="what it delivers; default: 2"
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    # These commands only read shapes from the model; an accelerator is left to who needs it.
-    jax.config.update("jax_platforms", "cpu")
+    # The other commands only read shapes from the model; an accelerator is left to who needs it.
+    if parsed.run is not _plan:
+        jax.config.update("jax_platforms", "cpu")
     try:
         return parsed.run(parsed)
     except KeyboardInterrupt:
         print("\ngrok1: interrupted; the same command starts or continues it", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"grok1: {error}", file=sys.stderr)
         return 1
 

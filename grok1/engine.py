@@ -9,7 +9,7 @@ Dimension key: B batch row, T position in a chunk, S cache capacity, V vocabular
 
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward
 from grok1.sampling import SamplingState, sample, top_logprobs
-from grok1.sharding import DATA_AXIS, abstract_cache, put, specs_of
+from grok1.sharding import DATA_AXIS, AnyMesh, abstract_cache, put, specs_of
 from grok1.transformer import Params
 from grok1.unembedding import ScreeningTable, most_probable, screening_table, unembed
 
@@ -82,9 +82,16 @@ class Engine:
     """
 
     def __init__(
-        self, params: Params, config: ModelConfig, mesh: Mesh, dtype: Any, cache_dtype: Any = None
+        self,
+        params: Params,
+        config: ModelConfig,
+        mesh: AnyMesh,
+        dtype: Any,
+        cache_dtype: Any = None,
     ):
-        self.params, self.config, self.mesh, self.dtype = params, config, mesh, jnp.dtype(dtype)
+        self.params, self.config, self.dtype = params, config, jnp.dtype(dtype)
+        # Without devices there are shapes, but no programs.
+        self.mesh = cast(Mesh, mesh)
         if cache_dtype is None:
             cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
         self.cache_dtype = jnp.dtype(cache_dtype)

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from grok1 import precision
 from grok1.checkpoint import save_checkpoint
 from grok1.config import ModelConfig
 from grok1.directory import load_config, open_tensors
 from grok1.distributed import together
 from grok1.loading import load_params
 from grok1.manifest import manifest
+from grok1.memory import abstract_engine, abstract_weights, require_memory
 from grok1.model import Model
 from grok1.sharding import make_mesh
 from grok1.stacking import random_params, unstack
@@ -55,7 +56,8 @@ def load(
       CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
         file is ever executed.
       ValueError: If the configuration is impossible, a type is none of those, the model does not
-        divide over the mesh or has fewer layers, or the tokenizer is another model's.
+        divide over the mesh, cannot fit in its memory or has fewer layers, or the tokenizer is
+        another model's.
       OtherProcessError: If this is one of several processes and another one failed.
     """
     path = pathlib.Path(path)
@@ -65,8 +67,8 @@ def load(
             raise ValueError(f"layers must be from 1 to {whole.num_layers}, found {layers}")
         config = dataclasses.replace(whole, num_layers=layers)
     device_mesh = make_mesh(config, mesh)
-    dtype = _dtype(dtype, device_mesh)
-    cache_dtype = _cache_dtype(cache_dtype)
+    dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
+    cache_dtype = precision.cache_dtype(cache_dtype)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer_path = pathlib.Path(tokenizer or path / "tokenizer.model")
         found = tokenizer is not None or tokenizer_path.exists()
@@ -77,6 +79,8 @@ def load(
     stored, tensors = [stored[number] for number in kept], [tensors[number] for number in kept]
     # In memory a weight without scales is float32, whatever it is in the file.
     tensors = [spec if spec.scales_shape else spec._replace(dtype="float32") for spec in tensors]
+    weights = abstract_weights(tensors, config)
+    require_memory(abstract_engine(weights, config, device_mesh, dtype, cache_dtype))
     params = load_params(stored, tensors, config, device_mesh, progress)
     return Model(params, config, device_mesh, dtype, tensors, tokenizer, cache_dtype)
 
@@ -99,8 +103,8 @@ def random_model(
       seed: Seed of the weights; they are the same on every mesh.
     """
     device_mesh = make_mesh(config, mesh)
-    dtype = _dtype(dtype, device_mesh)
-    cache_dtype = _cache_dtype(cache_dtype)
+    dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
+    cache_dtype = precision.cache_dtype(cache_dtype)
     params = random_params(config, device_mesh, seed)
     return Model(params, config, device_mesh, dtype, manifest(config), cache_dtype=cache_dtype)
 
@@ -127,31 +131,3 @@ def save(model: Model, path: str | pathlib.Path) -> None:
     (path / "config.json").write_text(model.config.to_json(), encoding="utf-8")
     if model.tokenizer is not None:
         (path / "tokenizer.model").write_bytes(model.tokenizer.model_proto)
-
-
-def _dtype(dtype: Any, mesh: Mesh) -> jnp.dtype:
-    if dtype is None:
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    name = _dtype_name(dtype)
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype must be "float32" or "bfloat16", found {name!r}')
-    return jnp.dtype(name)
-
-
-def _cache_dtype(dtype: Any) -> jnp.dtype | None:
-    if dtype is None:
-        return None
-    name = _dtype_name(dtype)
-    if name not in ("float32", "float16", "int8"):
-        raise ValueError(
-            f'cache_dtype must be "float32", "float16" or "int8", or None for the default of '
-            f"dtype, found {name!r}"
-        )
-    return jnp.dtype(name)
-
-
-def _dtype_name(dtype: Any) -> str:
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return str(dtype)

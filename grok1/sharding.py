@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.attention import KVCache
@@ -19,6 +19,9 @@ from grok1.config import ModelConfig
 from grok1.moe import ExpertWeights
 from grok1.quantization import QuantizedArray, num_refined_groups
 from grok1.transformer import LayerParams, Params
+
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or one without, which serves to compute shapes."""
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
@@ -85,23 +88,10 @@ def make_mesh(
                 f"the mesh must have the axes ('data', 'model'), found {mesh.axis_names}"
             )
         grid = mesh.devices
+        _check_division(config, grid.shape)
     else:
         devices = jax.devices() if devices is None else list(devices)
-        if mesh is None:
-            model_size = max(
-                size
-                for size in range(1, len(devices) + 1)
-                if len(devices) % size == 0 and not _indivisible(config, size)
-            )
-            mesh = (len(devices) // model_size, model_size)
-        sizes = tuple(mesh)
-        if len(sizes) != 2 or any(not isinstance(n, int) or n < 1 for n in sizes):
-            raise ValueError(f"mesh must be two sizes above 0, (data, model), found {mesh!r}")
-        if sizes[0] * sizes[1] > len(devices):
-            raise ValueError(
-                f"mesh {sizes[0]}x{sizes[1]} needs {sizes[0] * sizes[1]} devices, "
-                f"found {len(devices)} ({devices[0].platform}); give a smaller mesh"
-            )
+        sizes = mesh_sizes(config, mesh, len(devices), devices[0].platform)
         grid = np.array(devices[: sizes[0] * sizes[1]]).reshape(sizes)
     idle = set(range(jax.process_count())) - {device.process_index for device in grid.flat}
     if idle:
@@ -109,21 +99,54 @@ def make_mesh(
             f"mesh {grid.shape[0]}x{grid.shape[1]} leaves process {min(idle)} of "
             f"{jax.process_count()} without a device; start fewer processes or give a larger mesh"
         )
-    problem = _indivisible(config, grid.shape[1])
-    if problem:
-        raise ValueError(
-            f"mesh {grid.shape[0]}x{grid.shape[1]} does not divide the model: {problem}"
-        )
     # Axis types are explicit because the default of `jax.make_mesh` changed with its version.
     return Mesh(grid, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
-def num_cache_heads(config: ModelConfig, mesh: Mesh) -> int:
+def abstract_mesh(sizes: tuple[int, int]) -> AbstractMesh:
+    """Returns a mesh of axes (data, model) without devices, to compute shapes with."""
+    return AbstractMesh(sizes, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_sizes(
+    config: ModelConfig, sizes: Sequence[int] | None, num_devices: int, platform: str
+) -> tuple[int, int]:
+    """Returns the sizes (data, model) of a mesh that the model divides over.
+
+    Args:
+      config: The model.
+      sizes: What is asked for; None for all devices, as many on `model` as the model divides by.
+      num_devices: How many devices there are.
+      platform: What they are, for the message.
+
+    Raises:
+      ValueError: If there are too few devices, or the model does not divide over the mesh.
+    """
+    if sizes is None:
+        model_size = max(
+            size
+            for size in range(1, num_devices + 1)
+            if num_devices % size == 0 and not _indivisible(config, size)
+        )
+        return num_devices // model_size, model_size
+    found = tuple(sizes)
+    if len(found) != 2 or any(not isinstance(n, int) or n < 1 for n in found):
+        raise ValueError(f"mesh must be two sizes above 0, (data, model), found {sizes!r}")
+    if found[0] * found[1] > num_devices:
+        raise ValueError(
+            f"mesh {found[0]}x{found[1]} needs {found[0] * found[1]} devices, "
+            f"found {num_devices} ({platform}); give a smaller mesh"
+        )
+    _check_division(config, found)
+    return found
+
+
+def num_cache_heads(config: ModelConfig, mesh: AnyMesh) -> int:
     """Key/value heads in the cache: with more devices than heads, several hold the same one."""
     return max(config.num_kv_heads, mesh.shape[MODEL_AXIS])
 
 
-def spec(axes: Sequence[str], config: ModelConfig, mesh: Mesh) -> P:
+def spec(axes: Sequence[str], config: ModelConfig, mesh: AnyMesh) -> P:
     """Returns the partition spec of an array with these logical axes.
 
     Key and value weights are the one exception to the table: where devices outnumber key/value
@@ -133,7 +156,7 @@ def spec(axes: Sequence[str], config: ModelConfig, mesh: Mesh) -> P:
     return P(*(None if axis in replicated else MESH_AXIS[axis] for axis in axes))
 
 
-def abstract_stack(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
+def abstract_stack(params: Params, config: ModelConfig, mesh: AnyMesh) -> Params:
     """Returns the shapes, types and shardings of a model in memory, from those of its tensors.
 
     Args:
@@ -176,7 +199,7 @@ def abstract_stack(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def abstract_cache(
-    config: ModelConfig, mesh: Mesh, batch: int, capacity: int, dtype: Any
+    config: ModelConfig, mesh: AnyMesh, batch: int, capacity: int, dtype: Any
 ) -> KVCache:
     """Returns the shapes, types and shardings of an empty cache of `batch` rows."""
     sizes = (config.num_layers, batch, num_cache_heads(config, mesh), capacity, config.key_size)
@@ -203,6 +226,12 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def specs_of(tree: Any) -> Any:
     """Returns the partition specs of a tree of arrays or of abstract arrays with shardings."""
     return jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
+
+
+def _check_division(config: ModelConfig, sizes: tuple[int, ...]) -> None:
+    problem = _indivisible(config, sizes[1])
+    if problem:
+        raise ValueError(f"mesh {sizes[0]}x{sizes[1]} does not divide the model: {problem}")
 
 
 def _indivisible(config: ModelConfig, model_size: int) -> str:

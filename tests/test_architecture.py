@@ -11,7 +11,15 @@ PACKAGE = pathlib.Path(grok1.__file__).parent
 
 # Every module imports only from lines above its own; this is the diagram of the package.
 LAYERS = [
-    {"announcement", "cache_directory", "config", "layers", "symbolic_pickle", "version"},
+    {
+        "announcement",
+        "cache_directory",
+        "config",
+        "layers",
+        "precision",
+        "symbolic_pickle",
+        "version",
+    },
     {"distributed"},
     {"native", "sampling", "tokenizer"},
     {"compilation", "quantization"},
@@ -21,8 +29,8 @@ LAYERS = [
     {"tensor_file", "stacking", "decoder", "unembedding"},
     {"checkpoint", "engine", "storage", "staging"},
     {"reading"},
-    {"loading", "generation", "options", "safetensors_file", "gguf_file"},
-    {"completion", "directory"},
+    {"loading", "generation", "memory", "options", "safetensors_file", "gguf_file"},
+    {"compiled_memory", "completion", "directory", "planning"},
     {"batch", "conversion", "inspection", "verification"},
     {"model"},
     {"factory"},

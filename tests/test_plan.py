@@ -1,0 +1,352 @@
+"""`grok1.plan`, `python -m grok1 plan`, and the refusal to load what cannot fit."""
+
+import dataclasses
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import grok1
+from grok1 import compiled_memory, memory, planning
+from grok1.__main__ import main
+from grok1.config import GROK_1, TOY
+from grok1.manifest import manifest
+from grok1.memory import (
+    abstract_engine,
+    fewest_devices,
+    least_bytes,
+    released_weights,
+    shard_bytes,
+    state_bytes,
+)
+from grok1.sampling import SamplingState
+from grok1.sharding import abstract_mesh, make_mesh
+from tests.conftest import TOY as TOY_PATH
+
+ROOM = {"working": 210_000_000, "largest_batch": 32, "largest_context": 8192}
+
+
+@pytest.fixture(scope="module")
+def on_eight_gpus() -> tuple[dict, float]:
+    """The real model, by the command as a user types it, and how many seconds it took."""
+    # The processors' seconds, which do not depend on what else the machine does.
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = ["plan", "--devices", "8", "--memory", "80", "--json"]
+    result = subprocess.run(
+        [sys.executable, "-m", "grok1", *command], capture_output=True, text=True, check=True
+    )
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
+    return json.loads(result.stdout), seconds
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Stands in for the child process; holds the rooms that it was asked about."""
+    asked = []
+
+    def compile_nothing(engine, mesh, batch, capacity, rooms):
+        asked.append(rooms)
+        return ROOM
+
+    monkeypatch.setattr(planning, "_compile", compile_nothing)
+    return asked
+
+
+def decode_analysis(engine, batch: int, capacity: int):
+    def rows(dtype, *shape):
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    floats = rows(jnp.float32)
+    sampling = SamplingState(floats, floats, rows(jnp.int32), floats, rows(jnp.uint32, 2))
+    allowed = jax.ShapeDtypeStruct((engine.config.vocab_size,), bool)
+    state = engine.abstract_state(batch, capacity)
+    lowered = engine.decode_program(None, None).lower(
+        engine.params, state, rows(bool), allowed, sampling
+    )
+    return lowered.compile().memory_analysis()
+
+
+def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpus):
+    found, seconds = on_eight_gpus
+    assert seconds <= 30
+    engine = abstract_engine(
+        released_weights(GROK_1), GROK_1, make_mesh(GROK_1, (1, 8)), "bfloat16"
+    )
+    compiled = decode_analysis(engine, 1, 8192)
+    arguments = compiled.argument_size_in_bytes - found["cache_bytes"]
+    assert found["weights_bytes"] == pytest.approx(arguments, rel=0.01)
+    assert compiled.temp_size_in_bytes <= found["working_bytes"] <= 0.5e9
+    # 2 (keys and values) x 64 layers x 8192 positions x 128 float16 of one head, and the tokens.
+    assert found["cache_bytes"] == pytest.approx(2 * 64 * 8192 * 128 * 2, rel=1e-3)
+    assert found["fits"]
+    assert (found["largest_batch"], found["largest_context"]) == (32, 8192)
+    assert found["usable_bytes"] == 60e9
+    assert found["checkpoint_bytes"] == pytest.approx(318_239_886_140, rel=1e-5)
+    assert found["load_seconds"] == pytest.approx(found["checkpoint_bytes"] / 2e9)
+
+
+def test_the_bound_on_the_speed_is_what_a_token_reads(on_eight_gpus):
+    found, _ = on_eight_gpus
+    dim, width, layers = 6144, 32768, 64
+    experts = 2 * 3 * dim * width
+    attention = 2 * dim * dim + 2 * dim * 1024
+    head = 4 * 131072 * dim
+    cache = 2 * layers * 8192 * 1024 * 2
+    expected = (layers * (experts + attention) + head + cache) / 8
+    # Above it are scales, norms and the router.
+    assert expected <= found["decode_bytes"] <= 1.005 * expected
+    h100 = next(estimate for estimate in found["estimates"] if estimate["name"] == "H100 SXM")
+    assert h100["tokens_per_second"] == pytest.approx(3350e9 / found["decode_bytes"])
+    fits = {estimate["name"]: estimate["fits"] for estimate in found["estimates"]}
+    assert fits["H200 SXM"]
+    assert not fits["TPU v6e"]
+
+
+def test_working_memory_is_that_of_the_toys_compiled_programs():
+    found = grok1.plan(TOY, devices=2, memory=1, batch=2, context=256, dtype="float32")
+    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
+    state = engine.abstract_state(2, 256)
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+    prefill = engine.prefill_program(256).lower(engine.params, state, rows).compile()
+    # Here with the native kernels, which need less.
+    assert found.working_bytes >= prefill.memory_analysis().temp_size_in_bytes > 0
+    assert found.cache_bytes == state_bytes(engine, 2, 256)
+    assert (found.batch, found.context, found.mesh) == (2, 256, (1, 2))
+
+
+def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
+    asked = []
+
+    def working_bytes(engine, batch, capacity):
+        asked.append((batch, capacity))
+        return 1000 * batch
+
+    monkeypatch.setattr(compiled_memory, "working_bytes", working_bytes)
+    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
+    # Room for 8 rows of 512, with their working memory; or for 2 rows of all 1,024 with theirs.
+    room = state_bytes(engine, 8, 512) + 8000
+    request = {"config": dataclasses.asdict(TOY), "mesh": [1, 2], "dtype": "float32"}
+    request |= {"cache_dtype": None, "batch": 4, "capacity": 512, "rooms": [room, 2 * room]}
+    found = compiled_memory.answer(request)
+    assert found == {"working": 4000, "largest_batch": 8, "largest_context": 1024}
+    # Nothing is compiled of which the cache alone is too large, and nothing twice.
+    assert sorted(asked) == [(4, 512), (4, 1024), (8, 512)]
+    request["rooms"] = [room - 1, room - 1]
+    assert compiled_memory.answer(request)["largest_batch"] == 4
+    # What does not fit in the usual room is planned for all there is.
+    request["rooms"] = [0, room]
+    assert compiled_memory.answer(request)["largest_batch"] == 8
+    request["rooms"] = [0, 0]
+    found = compiled_memory.answer(request)
+    assert (found["largest_batch"], found["largest_context"]) == (0, 0)
+
+
+def test_what_does_not_fit_as_asked_says_what_does(compiled):
+    text = "\n".join(grok1.plan(devices=8, memory=45, batch=32).lines())
+    assert "It does not fit: " in text
+    assert "A smaller batch or context does, or perhaps --cache-dtype int8." in text
+    assert "Largest batch at context 8192 with 95% of the memory: 32" in text
+
+
+def test_what_fits_only_beyond_three_quarters_says_what_to_set(compiled, monkeypatch):
+    found = grok1.plan(devices=8, memory=48)
+    assert not found.fits
+    assert found.needed_share == 0.95
+    usual, most = compiled[0]
+    assert usual < 0 < most == int(0.95 * 48e9 - found.weights_bytes)
+    text = "\n".join(found.lines())
+    assert "It fits only where JAX takes more: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95." in text
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+    again = grok1.plan(devices=8, memory=48)
+    assert again.fits
+    assert again.needed_share is None
+
+
+def test_too_few_devices_are_told_how_many_would_do(compiled, monkeypatch):
+    monkeypatch.setitem(ROOM, "largest_batch", 0)
+    monkeypatch.setitem(ROOM, "largest_context", 0)
+    found = grok1.plan(devices=4, memory=80)
+    assert found.fewest_devices == 8
+    assert "8 devices of this memory would hold the weights." in found.lines()
+    assert grok1.plan(devices=4, memory=2).fewest_devices is None
+    weights = released_weights(GROK_1)
+    engine = abstract_engine(weights, GROK_1, abstract_mesh((1, 1)), "bfloat16")
+    assert fewest_devices(weights, engine, "gpu", 21e9) == 16
+
+
+@pytest.mark.parametrize(("device", "usable"), [("tpu-v5p", 95e9), ("h200", 0.75 * 141e9)])
+def test_only_gpus_are_preallocated(compiled, device, usable):
+    found = grok1.plan(TOY, devices=8, device=device)
+    assert found.usable_bytes == int(usable)
+
+
+def test_a_cpu_shares_its_memory_and_bandwidth_between_devices(compiled):
+    found = grok1.plan(TOY, device="cpu", devices=4, memory=400, bandwidth=200, mesh=(1, 2))
+    assert found.memory_bytes == 200e9
+    assert (found.dtype, found.cache_dtype) == ("float32", "float32")
+    (estimate,) = found.estimates
+    assert estimate.tokens_per_second == pytest.approx(100e9 / found.decode_bytes)
+    silent = grok1.plan(TOY, device="cpu", memory=400)
+    assert not silent.estimates
+    assert "--bandwidth" in silent.lines()[-2]
+
+
+def test_the_devices_present_are_the_default(compiled, monkeypatch):
+    monkeypatch.setattr(planning, "host_bytes_available", lambda: 16 * 10**9)
+    found = grok1.plan(TOY)
+    assert found.num_devices == len(jax.devices())
+    assert found.memory_bytes * found.num_devices == 16e9
+    stats = {"bytes_limit": 60 * 10**9, "bytes_in_use": 0}
+    gpu = types.SimpleNamespace(platform="cuda", process_index=0, memory_stats=lambda: stats)
+    assert grok1.plan(TOY, devices=[gpu]).memory_bytes == 80e9
+    gpu.memory_stats = lambda: None
+    with pytest.raises(ValueError, match=r"memory of a device is not known; give memory \(GB\)"):
+        grok1.plan(TOY, devices=[gpu])
+
+
+def test_beyond_one_device_a_head_only_its_own_key_columns_are_read():
+    eight, sixteen = (
+        abstract_engine(released_weights(GROK_1), GROK_1, abstract_mesh((1, n)), "bfloat16")
+        for n in (8, 16)
+    )
+    read = [planning._decode_bytes(engine, 1, 256, "gpu") for engine in (eight, sixteen)]
+    # Half of everything, but for two matrices of one head in each layer and the router.
+    assert read[0] / 2 < read[1] < read[0] / 2 + 64 * 2 * 6144 * 128
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": 0}, "devices must be a whole number above 0, found 0"),
+        ({"memory": -1, "devices": 8}, "memory must be a number above 0, found -1"),
+        ({"disk": 0, "devices": 8}, "disk must be a number above 0, found 0"),
+        ({"batch": 33}, "batch must be between 1 and 32, the most prompts that run side by side"),
+        ({"context": 1025}, "context must be between 1 and 1024, the model's, found 1025"),
+        ({"device": "k80"}, "device must be one of a100-80, h100, .*, cpu, found 'k80'"),
+        ({"devices": 8}, r"memory of a device is not known; give memory \(GB\), or device"),
+        ({"devices": 8, "memory": 80, "mesh": (1, 16)}, "mesh 1x16 needs 16 devices, found 8"),
+        ({"devices": 3, "memory": 80, "mesh": (1, 3)}, "mesh 1x3 does not divide the model"),
+        ({"devices": 8, "memory": 80, "dtype": "int4"}, 'dtype must be "float32" or "bfloat16"'),
+        ({"devices": 8, "memory": 80, "cache_dtype": "int4"}, "cache_dtype must be"),
+    ],
+    ids=str,
+)
+def test_impossible_plans_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        grok1.plan(TOY, **options)
+
+
+def test_a_failed_compilation_says_why(monkeypatch):
+    monkeypatch.setattr(planning.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="ended with status 1: it said nothing"):
+        grok1.plan(TOY, devices=1, memory=1)
+
+
+def test_the_command_prints_a_table_for_another_model(compiled, capsys):
+    assert main(["plan", str(TOY_PATH), "--devices", "2", "--memory", "1", "--batch", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "weights on 2 devices (GPU), mesh 1x2,\nproducts in bfloat16, cache in float16" in text
+    assert "cache of 1024 positions, batch 4" in text
+    assert "2 x H100 SXM" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert main(["plan", str(TOY_PATH / "absent"), "--devices", "2"]) == 1
+    assert "absent: there is no such directory" in capsys.readouterr().err
+
+
+def test_a_plan_round_trips_through_json(compiled):
+    found = grok1.plan(TOY, devices=2, memory=1)
+    read = json.loads(json.dumps(found.to_dict()))
+    names = {field.name for field in dataclasses.fields(found)}
+    assert set(read) == names | {"needed_bytes"}
+    assert read["needed_bytes"] == found.weights_bytes + found.cache_bytes + found.working_bytes
+
+
+def test_released_weights_are_those_of_the_manifest():
+    alike = memory.abstract_weights(manifest(TOY), TOY)
+    assert jax.tree.map(str, released_weights(TOY)) == jax.tree.map(str, alike)
+
+
+def test_weights_are_counted_as_they_lie_in_memory(toy):
+    weights = memory.abstract_weights(toy.tensors, TOY)
+    engine = abstract_engine(weights, TOY, toy.mesh, "float32")
+    assert shard_bytes(engine.params) == sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params))
+
+
+def test_load_refuses_what_cannot_fit_before_it_reads(monkeypatch):
+    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
+    needed = 2 * least_bytes(engine)
+
+    def read(*arguments):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(grok1.factory, "load_params", read)
+    monkeypatch.setattr(memory, "host_bytes_available", lambda: needed - 1)
+    message = (
+        r"the model does not fit: it takes 0\.00 GB of weights and 0\.00 GB of cache on each of 2 "
+        r"CPU devices, 0\.01 GB together, and 0\.01 GB of memory are available; use a machine with "
+        r"more memory, or more machines\. `python -m grok1 plan` says what fits"
+    )
+    with pytest.raises(ValueError, match=message):
+        grok1.load(TOY_PATH, mesh=(1, 2), progress=False)
+    for enough in (needed, None):
+        monkeypatch.setattr(memory, "host_bytes_available", lambda enough=enough: enough)
+        with pytest.raises(AssertionError, match="weights were read"):
+            grok1.load(TOY_PATH, mesh=(1, 2), progress=False)
+
+
+def test_accelerators_are_asked_one_by_one(monkeypatch):
+    needed = 3 * 10**9
+    monkeypatch.setattr(memory, "least_bytes", lambda engine: needed)
+    monkeypatch.setattr(memory, "_least_state_bytes", lambda engine: 10**9)
+
+    def gpu(limit):
+        stats = limit and {"bytes_limit": limit, "bytes_in_use": 1000}
+        return types.SimpleNamespace(
+            platform="gpu", device_kind="NVIDIA A100", memory_stats=lambda: stats
+        )
+
+    def require(*limits):
+        mesh = types.SimpleNamespace(local_devices=[gpu(limit) for limit in limits], size=4)
+        memory.require_memory(types.SimpleNamespace(mesh=mesh))
+
+    require(needed + 1000, needed + 1000)
+    require(None, None)  # an allocator that does not say
+    message = (
+        r"takes 2\.00 GB of weights and 1\.00 GB of cache on each of 4 devices, and 3\.00 GB are "
+        r"available on NVIDIA A100; JAX takes 75% of a GPU's memory: "
+        r"set XLA_PYTHON_CLIENT_MEM_FRACTION=\.95 if that is enough; otherwise use more devices"
+    )
+    with pytest.raises(ValueError, match=message):
+        require(needed + 1000, needed + 999)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_host_memory_is_at_most_the_machines_and_the_containers(monkeypatch):
+    lines = [line.split() for line in pathlib.Path("/proc/meminfo").read_text().splitlines()]
+    total = 1024 * sum(int(f[1]) for f in lines if f[0] in ("MemTotal:", "SwapTotal:"))
+    available = memory.host_bytes_available()
+    assert available is not None
+    assert 0 < available <= total
+    monkeypatch.setattr(memory, "_group_limits", lambda swap: iter([12345 + swap]))
+    limited = memory.host_bytes_available()
+    assert limited is not None
+    assert 12345 <= limited <= available
+
+
+def test_a_control_group_leaves_its_limit_less_what_is_no_file(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("max\n")
+    group = tmp_path / "job"
+    group.mkdir()
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.stat").write_text("anon 300\nfile 600\nshmem 50\n")
+    own = tmp_path / "own"
+    own.write_text("1:name=systemd:/\n0::/job\n")
+    assert list(memory._group_limits(7, tmp_path, own)) == [1000 - 350 + 7]
+    own.unlink()
+    assert not list(memory._group_limits(7, tmp_path, own))
