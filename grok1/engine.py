@@ -9,7 +9,7 @@ Dimension key: B batch row, T position in a chunk, S cache capacity, V vocabular
 
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,24 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt32
 
 from grok1 import native
-from grok1.attention import KVCache
 from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward
-from grok1.sampling import SamplingState, sample, top_logprobs
+from grok1.sampling import SamplingState
 from grok1.sharding import DATA_AXIS, AnyMesh, abstract_cache, put, specs_of
+from grok1.steps import (
+    DecodeState,
+    Head,
+    LogitsProcessor,
+    Step,
+    greedy_head,
+    logits_head,
+    next_tokens,
+    no_head,
+    sampling_head,
+)
 from grok1.transformer import Params
-from grok1.unembedding import ScreeningTable, most_probable, screening_table, unembed
+from grok1.unembedding import ScreeningTable, screening_table
 
 CHUNK_LENGTHS = (16, 64, 256, 1024)
 """Prefill shapes. Each is four times the last: at most two chunks of a size, bar the largest."""
@@ -34,38 +44,7 @@ CHUNK_LENGTHS = (16, 64, 256, 1024)
 _CHUNK_TOKENS = 4096  # most tokens, over all rows, that one chunk computes at a time
 _SMALLEST_CAPACITY = 256
 _LOGITS_BYTES = 1 << 28  # most memory that the logits of one scored chunk take
-
-LogitsProcessor = Callable[[Array, Array, Array], Array]
-"""A user's hook: (logits `[B, V]`, tokens `[B, S]`, length `[B]`) -> logits, in JAX operations."""
-
-
-class DecodeState(NamedTuple):
-    """A batch in progress.
-
-    Attributes:
-      cache: Keys and values of the positions run so far, and their number `length`.
-      tokens: int32 `[B, S]`, each row's prompt and generated tokens; those from `length` on are
-        still to be run, then come zeros.
-    """
-
-    cache: KVCache
-    tokens: Any
-
-
-class Step(NamedTuple):
-    """What one decode step drew.
-
-    Attributes:
-      tokens: int32 `[B]`; meaningless for rows that were not active.
-      logprobs: float32 `[B]`.
-      top_tokens: int32 `[B, top]`, the most probable tokens.
-      top_logprobs: float32 `[B, top]`.
-    """
-
-    tokens: Any
-    logprobs: Any
-    top_tokens: Any
-    top_logprobs: Any
+_ROWS = P(DATA_AXIS)
 
 
 class Engine:
@@ -131,7 +110,7 @@ class Engine:
     def abstract_state(self, batch: int, capacity: int) -> DecodeState:
         """Returns the shapes, types and shardings of a `DecodeState`."""
         cache = abstract_cache(self.config, self.mesh, batch, capacity, self.cache_dtype)
-        rows = NamedSharding(self.mesh, P(DATA_AXIS))
+        rows = NamedSharding(self.mesh, _ROWS)
         tokens = jax.ShapeDtypeStruct((batch, capacity), jnp.int32, sharding=rows)
         return DecodeState(cache, tokens)
 
@@ -173,7 +152,9 @@ class Engine:
           num_valid: Tokens to run in each row; 0 leaves a row as it is.
           chunk: One of `CHUNK_LENGTHS`.
         """
-        return self.prefill_program(chunk)(self.params, state, self._rows(num_valid))
+        program = self.prefill_program(chunk)
+        state, _, _ = program(self.params, state, self._rows(num_valid))
+        return state
 
     @functools.cached_property
     def screening_table(self) -> ScreeningTable | None:
@@ -203,7 +184,9 @@ class Engine:
           allowed: False for tokens that must not be drawn.
         """
         program = self.greedy_program()
-        return program(self.params, state, self.screening_table, self._rows(active), allowed)
+        arguments = self.screening_table, allowed
+        state, step, _ = program(self.params, state, self._rows(active), *arguments)
+        return state, step
 
     def decode(
         self,
@@ -225,7 +208,8 @@ class Engine:
           processor: Changes the logits before the draw. Each function compiles a program.
         """
         program = self.decode_program(num_top, processor)
-        return program(self.params, state, self._rows(active), allowed, sampling)
+        state, step, _ = program(self.params, state, self._rows(active), allowed, sampling)
+        return state, step
 
     def score(
         self,
@@ -247,81 +231,63 @@ class Engine:
 
     def prefill_program(self, chunk: int):
         """The program behind `prefill`."""
-
-        def prefill(params, state, num_valid):
-            tokens = _next_tokens(state, chunk)
-            _, cache, _ = forward(params, self.config, tokens, num_valid, state.cache, self.dtype)
-            return state._replace(cache=cache)
-
-        rows = P(DATA_AXIS)
-        return self._program(
-            ("prefill", chunk), lambda: self._compile(prefill, (rows,), self._state_specs)
-        )
+        return self._step_program(("prefill", chunk), chunk, no_head, (), ())
 
     def score_program(self, chunk: int, capture: tuple[str, ...]):
         """The program behind `score`."""
-
-        def score(params, state, num_valid):
-            tokens = _next_tokens(state, chunk)
-            hidden, cache, captured = forward(
-                params, self.config, tokens, num_valid, state.cache, self.dtype, capture
-            )
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            logits = unembed(params.embedding, self.config, flat)
-            return state._replace(cache=cache), logits.reshape(*tokens.shape, -1), captured
-
-        rows = P(DATA_AXIS)
-        captured_specs = {name: P(None, DATA_AXIS) for name in capture}
-        return self._program(
-            ("score", chunk, capture),
-            lambda: self._compile(score, (rows,), (self._state_specs, rows, captured_specs)),
-        )
+        key = ("score", chunk, capture)
+        return self._step_program(key, chunk, logits_head, (), _ROWS, capture)
 
     def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
         """The program behind `decode`."""
-
-        def decode(params, state, active, allowed, sampling):
-            tokens = _next_tokens(state, 1)
-            hidden, cache, _ = forward(
-                params, self.config, tokens, active.astype(jnp.int32), state.cache, self.dtype
-            )
-            logits = unembed(params.embedding, self.config, hidden[:, 0])
-            if processor is not None:
-                logits = processor(logits, state.tokens, cache.length)
-            drawn = sample(logits, allowed, sampling, cache.length)
-            step = _without_logprobs(drawn)
-            if num_top is not None:
-                step = Step(drawn, *top_logprobs(logits, drawn, num_top))
-            return _advanced(state, cache, active, drawn), step
-
-        rows = P(DATA_AXIS)
-        return self._program(
+        return self._step_program(
             ("decode", num_top, processor),
-            lambda: self._compile(
-                decode,
-                (rows, P(), SamplingState(*(rows,) * len(SamplingState._fields))),
-                (self._state_specs, Step(*(rows,) * len(Step._fields))),
-            ),
+            1,
+            sampling_head(num_top, processor),
+            (P(), SamplingState(*(_ROWS,) * len(SamplingState._fields))),
+            Step(*(_ROWS,) * len(Step._fields)),
         )
 
     def greedy_program(self):
         """The program behind `decode_greedily`."""
-
-        def decode(params, state, table, active, allowed):
-            tokens = _next_tokens(state, 1)
-            hidden, cache, _ = forward(
-                params, self.config, tokens, active.astype(jnp.int32), state.cache, self.dtype
-            )
-            chosen = most_probable(params.embedding, table, hidden[:, 0], allowed)
-            return _advanced(state, cache, active, chosen), _without_logprobs(chosen)
-
-        rows = P(DATA_AXIS)
-        return self._program(
+        return self._step_program(
             ("decode greedily",),
+            1,
+            greedy_head,
+            (specs_of(self.screening_table), P()),
+            Step(*(_ROWS,) * len(Step._fields)),
+        )
+
+    def _step_program(
+        self,
+        key: tuple,
+        length: int,
+        head: Head,
+        argument_specs: tuple,
+        output_specs: Any,
+        capture: tuple[str, ...] = (),
+    ) -> Program:
+        """The program (params, state, count, *arguments) -> (state, outputs, captured).
+
+        `count` says how many of the next `length` tokens each row runs.
+        """
+
+        def step(params, state, count, *arguments):
+            tokens = next_tokens(state, length)
+            num_valid = count.astype(jnp.int32)
+            hidden, cache, captured = forward(
+                params, self.config, tokens, num_valid, state.cache, self.dtype, capture
+            )
+            state = state._replace(cache=cache)
+            state, outputs = head(params.embedding, self.config, state, hidden, count, *arguments)
+            return state, outputs, captured
+
+        step.__name__ = key[0].replace(" ", "_")
+        captured_specs = {name: P(None, DATA_AXIS) for name in capture}
+        return self._program(
+            key,
             lambda: self._compile(
-                decode,
-                (specs_of(self.screening_table), rows, P()),
-                (self._state_specs, Step(*(rows,) * len(Step._fields))),
+                step, (_ROWS, *argument_specs), (self._state_specs, output_specs, captured_specs)
             ),
         )
 
@@ -359,14 +325,13 @@ class Engine:
             self.abstract_state(self.mesh.shape[DATA_AXIS], _SMALLEST_CAPACITY),
         )
         everywhere = NamedSharding(self.mesh, P())
-        shardings = state_shardings
-        if out_specs != self._state_specs:
-            shardings = (state_shardings, *(everywhere for _ in out_specs[1:]))
-        return jax.jit(per_device, donate_argnums=1, out_shardings=shardings)
+        return jax.jit(
+            per_device, donate_argnums=1, out_shardings=(state_shardings, everywhere, everywhere)
+        )
 
     @functools.cached_property
     def _rows_sharding(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P(DATA_AXIS))
+        return NamedSharding(self.mesh, _ROWS)
 
     def _rows(self, array: np.ndarray) -> Any:
         """An argument with an entry for each row."""
@@ -385,22 +350,3 @@ def _in_words(key: tuple, *args) -> str:
         kind = f"{verb} of {details[0]} tokens"
     batch, capacity = args[1].tokens.shape if args else details[0]
     return f"{kind} for batch {batch}, cache {capacity}"
-
-
-def _next_tokens(state: DecodeState, count: int) -> Int[Array, "B count"]:
-    """The next `count` tokens of each row; zeros, never other tokens, past the end."""
-    places = state.cache.length[:, None] + jnp.arange(count)
-    return jnp.take_along_axis(state.tokens, places, axis=1, mode="fill", fill_value=0)
-
-
-def _advanced(state: DecodeState, cache: KVCache, active: Array, drawn: Array) -> DecodeState:
-    """The state with the drawn tokens at the active rows' ends."""
-    # Written beyond the last row's end when inactive, so that the scatter drops it.
-    places = jnp.where(active, cache.length, state.tokens.size)
-    row = jnp.arange(len(drawn))
-    return DecodeState(cache, state.tokens.at[row, places].set(drawn, mode="drop"))
-
-
-def _without_logprobs(drawn: Array) -> Step:
-    none = jnp.zeros((len(drawn), 0))
-    return Step(drawn, none.sum(-1), none.astype(jnp.int32), none)

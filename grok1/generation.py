@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grok1.engine import Engine, LogitsProcessor, Step
+from grok1.engine import Engine
 from grok1.sampling import SamplingParams, sampling_state
 from grok1.sharding import DATA_AXIS, put
+from grok1.steps import LogitsProcessor, Step
 
 MAX_ROWS = 32
 """Most requests that run side by side; more wait for a place in the next batch."""

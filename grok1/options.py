@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from grok1.engine import LogitsProcessor
 from grok1.sampling import SamplingParams
+from grok1.steps import LogitsProcessor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
