@@ -50,17 +50,18 @@ def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
     stop = [text.replace("\\n", "\n") for text in arguments.stop or []]
     stream = model.stream(prompt, stop=stop, **{name: getattr(arguments, name) for name in names})
-    if not (arguments.json or arguments.interactive):
-        print(prompt, end="", flush=True)
+    # With the first piece, not before: what compiles or loads until then says so on stderr.
+    echo = "" if arguments.json or arguments.interactive else prompt
     for piece in stream:
-        print("" if arguments.json else piece, end="", flush=True)
+        print("" if arguments.json else echo + piece, end="", flush=True)
+        echo = ""
     completion, tokenizer = stream.completion, model.tokenizer
     assert completion is not None
     assert tokenizer is not None
     if arguments.json:
         print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}), flush=True)
         return
-    print()
+    print(echo)
     for token, logprob, alternatives in zip(
         completion.tokens, completion.logprobs or [], completion.top_logprobs or [], strict=False
     ):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 # Before JAX starts: the number of devices is fixed from then on.
 os.environ["XLA_FLAGS"] = (
@@ -20,6 +21,8 @@ import pytest
 import grok1
 from grok1.config import ModelConfig
 
+# A run in the background of a shell ignores Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

@@ -23,11 +23,11 @@ def test_no_arguments_runs_the_toy_and_says_so():
     assert result.returncode == 0
     assert result.stdout.startswith(PROMPT)
     assert len(result.stdout) > len(PROMPT) + 50
-    # The only other line there may be says why there are no native kernels.
+    # Other lines may say what compiles, or why there are no native kernels.
     first, *more = result.stderr.splitlines()
     assert "checkpoints/ckpt-0" in first
     assert "bundled toy" in first
-    assert all(line.startswith("grok1: decoding through XLA") for line in more)
+    assert all(line.startswith("grok1: ") for line in more)
 
 
 def test_json_is_one_object_with_everything(toy):
