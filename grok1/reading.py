@@ -7,8 +7,10 @@ what is wanted is read, and once, however many devices want it.
 """
 
 import collections
+import contextlib
 import math
 import os
+import pathlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grok1.storage import StoredArray, transpose_into
-from grok1.tensor_file import DTYPES, DataFile, open_unchanged, read_at
+from grok1.tensor_file import DTYPES, CheckpointError, DataFile, open_unchanged, read_at
 
 _NUM_THREADS = 8
-_BLOCK_BYTES = 1 << 23
-_MAX_QUEUED = 256  # blocks; so that what is left to do takes no memory to speak of
+_BLOCK_BYTES = 1 << 25
+_MAX_QUEUED = 64  # blocks; so that what is left to do takes no memory to speak of
 _LARGE_FILE = 1 << 26  # bytes; smaller ones may stay in the page cache
+_DROPPED_AT_ONCE = 1 << 28  # bytes; more than the threads read at a time
 
 Bounds = tuple[int, int]
 """First index, and the one behind the last."""
@@ -81,12 +84,17 @@ class Reader:
         self._staging = threading.local()
         self._queue: collections.deque[Future[tuple[int, int]]] = collections.deque()
         self._num_submitted = self._num_collected = 0
+        self._to_drop: dict[pathlib.Path, DataFile] = {}
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *exception) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        # A file that has changed or gone has had its error, if it was still to be read.
+        for file in self._to_drop.values():
+            with contextlib.suppress(CheckpointError), open_unchanged(file) as descriptor:
+                _drop_pages(descriptor, file.file_size)
 
     def submit(self, array: StoredArray, targets: Sequence[Target]) -> int:
         """Asks for slices of an array; waits while too much is asked for.
@@ -145,7 +153,12 @@ class Reader:
                 place = block.offset + row * block.row_stride
                 read_at(block.file, descriptor, place, buffer[start : start + size])
             if block.file.file_size >= _LARGE_FILE and not self._keep_pages:
-                _drop_pages(descriptor, block.offset, block.num_rows * block.row_stride)
+                self._to_drop[block.file.path] = block.file
+                # Far behind the reading: what the kernel has read ahead would be dropped as well.
+                end = block.offset + block.num_rows * block.row_stride
+                number = end // _DROPPED_AT_ONCE
+                if number > max(1, block.offset // _DROPPED_AT_ONCE):
+                    _drop_pages(descriptor, (number - 1) * _DROPPED_AT_ONCE)
         if not is_direct:
             staged = raw.view(block.dtype).reshape(block.num_rows, -1)
             for first, out in block.pieces:
@@ -164,10 +177,11 @@ class Reader:
         return memory[:num_bytes]
 
 
-def _drop_pages(descriptor: int, offset: int, num_bytes: int) -> None:
+def _drop_pages(descriptor: int, end: int) -> None:
+    """Lets the page cache forget a file up to a byte."""
     # A wish: the file may lie where nothing is cached, and macOS has no such call.
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, end, os.POSIX_FADV_DONTNEED)
 
 
 def _blocks(array: StoredArray, targets: Sequence[Target]) -> Iterator[_Block]:
