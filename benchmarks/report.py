@@ -10,7 +10,11 @@ from benchmarks.process import BenchmarkError
 from benchmarks.suite import Result
 
 _RATIOS = {"roofline": "of roofline", "dense": "x dense", "llama.cpp": "x llama.cpp"}
-_OTHER_RATIOS = {"files": "{:.2f} of the files", "first process": "{:.0%} of the first"}
+_OTHER_RATIOS = {
+    "disk": "{:.2f} of reading the files",
+    "files": "{:.2f} of the files",
+    "first process": "{:.0%} of the first",
+}
 
 
 def document(

@@ -8,17 +8,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks import disk
 from benchmarks.measure import Rounds, interleave, ratio
 from benchmarks.models import BenchModel
 from benchmarks.peers import LlamaCpp
 from benchmarks.process import Worker
 
-SECTIONS = ("start", "decode", "prefill", "context", "programs")
-CPU_SECTIONS = ("start", "decode", "prefill", "context")
+SECTIONS = ("start", "load", "decode", "prefill", "context", "programs")
+CPU_SECTIONS = ("start", "load", "decode", "prefill", "context")
 ACCELERATOR_SECTIONS = ("decode", "prefill", "programs")
 """What is measured unless something else is asked; an accelerator's model then needs no files."""
 
-_NEEDS_FILES = {"start", "context"}
+_NEEDS_FILES = {"start", "load", "context"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Result:
       value: The figure; a rate is the median of the rounds.
       unit: Its unit.
       threads: CPUs that were used; None on an accelerator.
-      ratios: How many times faster than "roofline", "dense" or "llama.cpp", the median of the
-        ratios within the rounds; or how many times larger than "files".
+      ratios: How many times faster than "roofline", "disk", "dense" or "llama.cpp", the median of
+        the ratios within the rounds; or how many times larger than "files".
       rounds: The rates in every round, those of the others in the same unit.
       details: What else belongs to it.
     """
@@ -105,6 +106,8 @@ class Suite:
         threads = self.threads[0] if self.threads else None
         if "start" in self.sections:
             yield from self._start(threads)
+        if "load" in self.sections:
+            yield from self._load(threads)
         if "context" in self.sections:
             yield from self._context(threads)
         rest = {"decode", "prefill", "programs"} & set(self.sections)
@@ -164,6 +167,33 @@ class Suite:
         prompt = {"prompt": first["prompt"], "of_a_first_call": first["cold"]}
         yield result("time to first token", first["warm"], "s", details=prompt)
         yield result("peak memory", peak / 1e9, "GB", ratios={"files": peak / size})
+
+    def _load(self, threads: int | None) -> Iterator[Result]:
+        """Loads by fresh processes, of files that are not in memory, beside plain reads of them."""
+        assert self.path
+        files = self.path / "ckpt-0"
+        shares = []
+
+        def load():
+            disk.forget(files)
+            with Worker(threads) as worker:
+                found = worker.call("load", path=str(self.path))
+                shares.append(worker.call("peak_memory") / found["kept_bytes"])
+            return found["file_bytes"] / found["seconds"]
+
+        contestants = {"disk": lambda: disk.read_rate(files), "grok1": load}
+        rounds = interleave(contestants, self.effort.repeats, self._say)
+        rounds = {name: [rate / 1e9 for rate in rates] for name, rates in rounds.items()}
+        yield Result(
+            self.model.name,
+            "load, files not in memory",
+            statistics.median(rounds["grok1"]),
+            "GB/s",
+            threads,
+            {"disk": ratio(rounds, "grok1", "disk")},
+            rounds,
+            {"peak_memory_over_kept": shares},
+        )
 
     def _context(self, threads: int | None) -> Iterator[Result]:
         """A prompt that fills the context, in a process of its own for the sake of its memory."""

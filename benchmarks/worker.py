@@ -59,13 +59,17 @@ class Session:
         return {"available": available, "seconds": time.perf_counter() - start}
 
     def load(self, path: str) -> dict[str, Any]:
-        """Loads a model, and says how long that took."""
+        """Loads a model; says how long that took, the bytes in files and those it keeps."""
         start = time.perf_counter()
         self._model = grok1.load(path, mesh=(1, 1), progress=False)
         jax.block_until_ready(self._model.params)
         seconds = time.perf_counter() - start
         files = pathlib.Path(path, "ckpt-0").iterdir()
-        return {"seconds": seconds, "file_bytes": sum(file.stat().st_size for file in files)}
+        return {
+            "seconds": seconds,
+            "file_bytes": sum(file.stat().st_size for file in files),
+            "kept_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._model.params)),
+        }
 
     def random(self, config: str) -> None:
         """Makes a random model in memory."""

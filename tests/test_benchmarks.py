@@ -49,6 +49,7 @@ def test_quick_run_of_the_toy_reports_every_figure(tmp_path, monkeypatch):
         "compile, second process",
         "time to first token",
         "peak memory",
+        "load, files not in memory",
         "decode, batch 1",
         "decode, batch 8",
         "prefill, 128 tokens",
@@ -63,6 +64,11 @@ def test_quick_run_of_the_toy_reports_every_figure(tmp_path, monkeypatch):
     assert set(by_name["decode, batch 1"]["ratios"]) == {"roofline", "dense"}
     assert set(by_name["decode, batch 8"]["ratios"]) == {"roofline"}
     assert set(by_name["prefill, 128 tokens"]["ratios"]) == {"roofline"}
+    loading = by_name["load, files not in memory"]
+    assert loading["ratios"]["disk"] == pytest.approx(
+        loading["value"] / loading["rounds"]["disk"][0]
+    )
+    assert loading["details"]["peak_memory_over_kept"][0] > 1
     for name in ("decode, batch 1", "decode, batch 8", "prefill, 128 tokens"):
         figure = by_name[name]
         assert figure["rounds"]["grok1"] == [figure["value"]]
