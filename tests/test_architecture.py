@@ -33,6 +33,7 @@ LAYERS = [
     {"loading", "generation", "memory", "options", "safetensors_file", "gguf_file"},
     {"compiled_memory", "completion", "directory", "planning"},
     {"batch", "conversion", "inspection", "verification"},
+    {"scoring"},
     {"model"},
     {"factory"},
     {"__init__", "__main__"},
