@@ -36,6 +36,7 @@ LAYERS = [
     {"scoring"},
     {"model"},
     {"factory"},
+    {"comparison"},
     {"__init__", "__main__"},
 ]
 
