@@ -36,7 +36,7 @@ LAYERS = [
     {"scoring"},
     {"model"},
     {"factory"},
-    {"comparison"},
+    {"comparison", "lm_eval"},
     {"__init__", "__main__"},
 ]
 
