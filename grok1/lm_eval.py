@@ -15,13 +15,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
-from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from grok1.factory import load
 from grok1.model import Model
 from grok1.scoring import continuation_logprobs, encode_pair
+
+try:
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    raise ImportError(
+        "grok1.lm_eval needs the package lm-eval: pip install 'grok1[lm-eval]'"
+    ) from error
 
 _REQUESTS_AT_ONCE = 64  # between two movements of the progress bar
 _MAX_NEW_TOKENS = 256  # the harness's own default

@@ -118,7 +118,7 @@ def test_saved_logits_stand_for_a_model(toy, other, tmp_path):
     assert compare(alone, alone, whole.tokens).perplexity_a == whole.perplexity_a
     with pytest.raises(ValueError, match="the tokens differ: token 0 of the text is"):
         compare(file, other, "Another text.")
-    with pytest.raises(ValueError, match="the lengths differ: A has .* tokens and logits of"):
+    with pytest.raises(ValueError, match=r"the lengths differ: A has .* tokens and logits of"):
         compare(alone, other, TEXT[:40])
     with pytest.raises(ValueError, match="neither file says what its tokens are"):
         compare(alone, alone)
@@ -146,13 +146,13 @@ def test_it_refuses_what_it_cannot_compare(toy, nano, tmp_path):
         compare(toy, toy, "text", top_k=0)
     with pytest.raises(ValueError, match="A is a model that is loaded already, which takes no me"):
         compare(toy, toy, "text", load_a={"mesh": (1, 1)})
-    with pytest.raises(ValueError, match="saved logits are a .npz file, found 'a.bin'"):
+    with pytest.raises(ValueError, match=r"saved logits are a .npz file, found 'a.bin'"):
         compare(toy, toy, "text", save_logits="a.bin")
     with pytest.raises(FileNotFoundError, match="there is no such file; B is a model's directory"):
         compare(toy, tmp_path / "absent", "text")
     foreign = tmp_path / "foreign.bin"
     foreign.write_bytes(b"x")
-    with pytest.raises(ValueError, match="is no directory and no .npz or .npy file; A is a model"):
+    with pytest.raises(ValueError, match=r"is no directory and no .npz or .npy file; A is a model"):
         compare(foreign, toy, "text")
 
 
