@@ -282,7 +282,7 @@ def encode_pair(
     bare = context.rstrip()
     with_bos = add_bos or not bare
     before = encode(bare, with_bos)
-    joined = encode(bare + context[len(bare) :] + continuation, with_bos)
+    joined = encode(context + continuation, with_bos)
     cut = min(len(before), len(joined) - 1)
     return joined[:cut], joined[cut:]
 
