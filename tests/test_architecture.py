@@ -33,8 +33,10 @@ LAYERS = [
     {"loading", "generation", "memory", "options", "safetensors_file", "gguf_file"},
     {"compiled_memory", "completion", "directory", "planning"},
     {"batch", "conversion", "inspection", "verification"},
+    {"scoring"},
     {"model"},
     {"factory"},
+    {"comparison", "lm_eval"},
     {"__init__", "__main__"},
 ]
 
