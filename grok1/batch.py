@@ -53,7 +53,8 @@ class Batch:
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
         for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
-            tokens = _encode(prompt, tokenizer, config.vocab_size, options)
+            tokens = encode(prompt, tokenizer, config.vocab_size, options)
+            engine.check_length(len(tokens))
             room = config.sequence_len - len(tokens)
             if room < 1:
                 raise ValueError(
@@ -90,9 +91,14 @@ class Batch:
             yield i, piece
 
 
-def _encode(
+def encode(
     prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, options: GenerationOptions
 ) -> list[int]:
+    """Returns the token ids of a prompt: at least one, each in the vocabulary.
+
+    Raises:
+      ValueError: If it has no token or other ids, or is text and there is no tokenizer.
+    """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(
