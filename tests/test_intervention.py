@@ -218,7 +218,7 @@ def test_interventions_compose_in_order_and_nest(nano, tokens):
         routed = changed.trace(tokens, ("router",))
     assert not (routed.expert_indices == 2).any()
     assert routed.expert_indices.shape[-1] == 3
-    assert nano.engine.interventions == ()
+    assert nano.engine.params is nano.params
     np.testing.assert_array_equal(nano.logits(tokens), before)
 
 
@@ -265,7 +265,8 @@ def test_a_patched_prompt_leaves_the_new_tokens_alone(nano, tokens):
 
 def test_a_sweep_compiles_once(nano, tokens):
     def executables():
-        return sum(len(program.executables) for program in nano.engine._programs.values())
+        programs = nano.engine._programs_of_form.values()
+        return sum(len(one.executables) for form in programs for one in form.values())
 
     trace = nano.trace(tokens, ALL)
 
@@ -375,9 +376,9 @@ def test_bad_input(nano, intervention, message):
 
 
 def test_only_interventions_intervene(nano):
-    with pytest.raises(TypeError, match=r"^intervene takes interventions .* found int$"):
-        with nano.intervene(3):
-            pass
+    message = r"^intervene takes interventions .* found int$"
+    with pytest.raises(TypeError, match=message), nano.intervene(3):
+        pass
 
 
 def test_a_patch_of_another_length_is_refused(nano, tokens):

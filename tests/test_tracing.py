@@ -216,7 +216,7 @@ def test_nothing_captured(nano):
             r"^attention_layers must name different layers, found \(\)$",
         ),
         ({"capture": ("logit_lens",), "lens_top": 0}, "^lens_top must be from 1 to 1280, found 0$"),
-        ({"text": []}, "^the prompt is empty"),
+        ({"text": []}, "^the text is empty"),
         ({"text": [5] * 1025}, "^1025 tokens are 1 more than the context of 1024; give fewer$"),
         ({"text": [1280]}, "must be token ids from 0 to 1279, found 1280"),
     ],
@@ -273,7 +273,7 @@ def test_what_is_off_costs_nothing(mesh, nano_on_mesh, nano_path):
     model.trace([1, 2, 3], ALL)
     with model.intervene(AblateExperts(1), CapLayers(3)) as changed:
         changed.trace_generation([1, 2, 3], max_new_tokens=2)
-        intervened = lowered_prefill_with_arguments(changed.engine)
+        intervened = lowered_prefill(changed.engine)
     fresh = grok1.load(nano_path, mesh=mesh, dtype="float32", progress=False)
     after, before = lowered(model.engine), lowered(fresh.engine)
     assert after == before
@@ -294,7 +294,7 @@ def test_what_is_off_costs_nothing(mesh, nano_on_mesh, nano_path):
     )
 
 
-def lowered_prefill_with_arguments(engine: Engine) -> str:
+def lowered_prefill(engine: Engine) -> str:
     program = engine.prefill_program(64)
-    arguments = jax.ShapeDtypeStruct((2,), jnp.int32), engine.interventions
-    return program.lower(engine.params, engine.abstract_state(2, 256), *arguments).as_text()
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return program.lower(engine.params, engine.abstract_state(2, 256), rows).as_text()
