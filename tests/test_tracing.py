@@ -58,8 +58,9 @@ def test_arrays_fit_together(mesh, nano_on_mesh, nano_reference):
     model = nano_on_mesh(mesh)
     trace = model.trace(nano_reference["tokens"], ALL)
     np.testing.assert_array_equal(trace.residual_in[1:], trace.residual[:-1])
-    np.testing.assert_array_equal(trace.residual_mid, trace.residual_in + trace.attention_out)
-    np.testing.assert_array_equal(trace.residual, trace.residual_mid + trace.moe_out)
+    # To the last bit but one: the compiler may fuse a sum with the product before it.
+    assert relative_error(trace.residual_mid, trace.residual_in + trace.attention_out) <= 1e-6
+    assert relative_error(trace.residual, trace.residual_mid + trace.moe_out) <= 1e-6
     # The lens of the last layer is the model itself.
     logprobs = np.asarray(jax.nn.log_softmax(trace.logits))
     np.testing.assert_array_equal(trace.lens_tokens[-1, :, 0], trace.logits.argmax(axis=-1))
