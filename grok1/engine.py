@@ -107,8 +107,11 @@ class Engine:
         self._observer: Observer | None = None
         self._captured_bytes_per_token = 0
 
-    def intervened(self, interventions: Sequence[Intervention]) -> "Engine":
+    def intervened(self, interventions: Sequence[Any]) -> "Engine":
         """Returns an engine of the same weights and programs in which these act too, after its own.
+
+        Args:
+          interventions: Those of `grok1.intervention`.
 
         Raises:
           TypeError, ValueError: As `intervention.prepare`.

@@ -387,7 +387,7 @@ class ScaleHeads(Intervention):
         return [_ScaleHeads(self._where(config), factors)]
 
 
-def prepare(interventions: Sequence[Intervention], config: ModelConfig) -> tuple[Any, ...]:
+def prepare(interventions: Sequence[Any], config: ModelConfig) -> tuple[Any, ...]:
     """Returns the form that `apply` and `redirect` take, in numpy arrays.
 
     Raises:

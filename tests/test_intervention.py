@@ -45,32 +45,47 @@ def logits_with(model: grok1.Model, tokens, *interventions) -> np.ndarray:
         return changed.logits(tokens)
 
 
-def test_what_changes_nothing(model, tokens):
-    expected = model.logits(tokens)
-    trace = model.trace(tokens, ALL)
-    everywhere = {point: Patch(point, trace) for point in (*STREAM_POINTS, "router")}
-    for name, intervention in {
+def neutral(trace) -> dict:
+    """Interventions that leave the traced run as it is, by what they do."""
+    return {
         "ablate none": AblateExperts(()),
         "exclude none": AblateExperts((), reroute=True),
         "force the chosen": ForceExperts(trace.expert_indices),
         "force the chosen with their weights": ForceExperts(
             trace.expert_indices, trace.expert_weights
         ),
-        "force the chosen in two layers": ForceExperts(trace.expert_indices, layers=(3, 7)),
         "select as many": SelectExperts(2),
-        "cap above": CapLayers(12),
         "add nothing": AddToResidual(np.zeros(64)),
         "scale by 1": ScaleHeads(range(16), 1.0),
-        "ablate at no layer": AblateExperts(2, layers=()),
-        "patch one layer": Patch("residual", trace, layers=4),
-        "patch some positions": Patch("moe_out", trace, layers=(2, 9), positions=(0, 5, 6)),
-        "patch an array": Patch("residual_mid", trace.residual_mid[5], layers=5),
-        **everywhere,
-    }.items():
-        assert relative_error(logits_with(model, tokens, intervention), expected) <= 2e-5, name
+        **{f"patch {point}": Patch(point, trace) for point in (*STREAM_POINTS, "router")},
+    }
 
 
-@pytest.mark.parametrize("layer", [0, 4, 11])
+def test_what_changes_nothing_in_any_layer(model, tokens):
+    before = model.trace(tokens, (*ALL, "logits"))
+    # Each in a layer of its own, so that none repairs what another breaks.
+    interventions = [
+        dataclasses.replace(intervention, layers=layer % 12)
+        for layer, intervention in enumerate(neutral(before).values())
+    ]
+    with model.intervene(*interventions, CapLayers(12)) as changed:
+        after = changed.trace(tokens, (*ALL, "logits"))
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name], rtol=2e-4, atol=2e-5)
+        assert relative_error(after[name], before[name]) <= 2e-5, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ablate none", "force the chosen", "force the chosen with their weights", "patch router"]
+    + [f"patch {point}" for point in STREAM_POINTS],
+)
+def test_what_changes_nothing_in_all_layers(nano, tokens, name):
+    intervention = neutral(nano.trace(tokens, ALL))[name]
+    assert relative_error(logits_with(nano, tokens, intervention), nano.logits(tokens)) <= 2e-5
+
+
+@pytest.mark.parametrize("layer", [0, 7])
 def test_a_patched_residual_makes_the_other_run_from_there_on(model, tokens, layer):
     other = tokens[::-1].copy()
     recorded = model.trace(other, (*ALL, "logits"))
@@ -80,9 +95,8 @@ def test_a_patched_residual_makes_the_other_run_from_there_on(model, tokens, lay
         assert relative_error(changed.logits(tokens), recorded.logits) <= 2e-5
     assert relative_error(trace.logits, recorded.logits) <= 2e-5
     assert relative_error(trace.residual[layer:], recorded.residual[layer:]) <= 2e-5
-    np.testing.assert_array_equal(
-        trace.residual_mid[: layer + 1], unpatched.residual_mid[: layer + 1]
-    )
+    before = np.s_[: layer + 1]
+    assert relative_error(trace.residual_mid[before], unpatched.residual_mid[before]) <= 2e-6
 
 
 def readable(model: grok1.Model, tokens, change) -> np.ndarray:
@@ -96,12 +110,15 @@ def readable(model: grok1.Model, tokens, change) -> np.ndarray:
 
 
 def pick(probs, count, without=()):
-    probs = jnp.where(jnp.isin(jnp.arange(probs.shape[-1]), jnp.array(without)), 0, probs)
+    probs = jnp.where(jnp.isin(jnp.arange(probs.shape[-1]), jnp.array(without, int)), 0, probs)
     probs /= probs.sum(axis=-1, keepdims=True)
     return Routing(probs, *jax.lax.top_k(probs, count)[::-1])
 
 
-def test_expert_interventions_against_the_readable_form(nano, tokens):
+def test_expert_interventions_against_the_readable_form(tokens):
+    config = dataclasses.replace(grok1.TOY, num_layers=2)
+    model = grok1.random_model(config, mesh=(1, 1), dtype="float32", seed=5)
+
     def ablated(routing):
         hit = jnp.isin(routing.expert_indices, jnp.array([1, 6]))
         return routing._replace(expert_weights=jnp.where(hit, 0, routing.expert_weights))
@@ -114,7 +131,7 @@ def test_expert_interventions_against_the_readable_form(nano, tokens):
         indices = jnp.broadcast_to(jnp.array([5, 0]), (len(routing.probs), 2))
         return Routing(routing.probs, indices, jnp.full(indices.shape, 0.5))
 
-    released = nano.logits(tokens)
+    released = model.logits(tokens)
     for intervention, change in (
         (AblateExperts((1, 6)), ablated),
         (AblateExperts((1, 6), reroute=True), lambda routing: pick(routing.probs, 2, (1, 6))),
@@ -123,26 +140,24 @@ def test_expert_interventions_against_the_readable_form(nano, tokens):
         (SelectExperts(1), lambda routing: pick(routing.probs, 1)),
         (SelectExperts(3), lambda routing: pick(routing.probs, 3)),
     ):
-        found = logits_with(nano, tokens, intervention)
-        assert relative_error(found, readable(nano, tokens, change)) <= 2e-5, intervention
+        found = logits_with(model, tokens, intervention)
+        assert relative_error(found, readable(model, tokens, change)) <= 2e-5, intervention
         assert relative_error(found, released) >= 1e-3, intervention
 
 
 def test_expert_interventions_keep_renormalising_where_the_model_does(tokens):
-    config = dataclasses.replace(grok1.TOY, num_layers=2, renormalize_gates=True)
+    config = dataclasses.replace(grok1.TOY, num_layers=3, renormalize_gates=True)
     model = grok1.random_model(config, mesh=(1, 1), dtype="float32", seed=5)
-    for intervention in (
-        SelectExperts(3),
-        ForceExperts((1, 2, 3)),
-        AblateExperts((1, 2), reroute=True),
-    ):
-        with model.intervene(intervention) as changed:
-            trace = changed.trace(tokens, ("router",))
-        np.testing.assert_allclose(trace.expert_weights.sum(axis=-1), 1, rtol=1e-6)
-    with model.intervene(AblateExperts((1, 2), reroute=True)) as changed:
+    with model.intervene(
+        SelectExperts(3, layers=0),
+        ForceExperts((1, 2, 3), layers=1),
+        AblateExperts((1, 2), reroute=True, layers=2),
+    ) as changed:
         trace = changed.trace(tokens, ("router",))
-    assert not np.isin(trace.expert_indices, (1, 2)).any()
-    np.testing.assert_array_equal(trace.router_probs[..., 1:3], 0)
+    np.testing.assert_allclose(trace.expert_weights.sum(axis=-1), 1, rtol=1e-6)
+    assert (trace.expert_indices[1] == (1, 2, 3)).all()
+    assert not np.isin(trace.expert_indices[2], (1, 2)).any()
+    np.testing.assert_array_equal(trace.router_probs[2, :, 1:3], 0)
 
 
 def test_layers_and_positions_bound_what_is_changed(model, tokens):
@@ -156,8 +171,7 @@ def test_layers_and_positions_bound_what_is_changed(model, tokens):
     np.testing.assert_array_equal(ran, expected)
     np.testing.assert_array_equal(after.expert_weights[after.expert_indices < 0], 0)
     # Nothing changes before the first of these layers, nor at the tokens before.
-    np.testing.assert_array_equal(after.residual[:2], before.residual[:2])
-    np.testing.assert_array_equal(after.residual[2, :7], before.residual[2, :7])
+    assert relative_error(after.residual[:2], before.residual[:2]) <= 1e-6
     assert relative_error(after.residual[:, :7], before.residual[:, :7]) <= 2e-5
     assert relative_error(after.residual[2, 7], before.residual[2, 7]) >= 1e-3
 
@@ -232,8 +246,7 @@ def test_two_ablations_that_leave_no_expert_leave_zeros(nano, tokens):
     np.testing.assert_array_equal(trace.expert_load(), 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"logprobs": 1}], ids=["greedy", "with logprobs"])
-def test_generation_is_changed_in_prefill_and_in_every_step(model, tokens, options):
+def test_generation_is_changed_in_prefill_and_in_every_step(model, tokens):
     interventions = (
         AblateExperts(3, reroute=True),
         ScaleHeads((0, 5), layers=range(6)),
@@ -241,14 +254,16 @@ def test_generation_is_changed_in_prefill_and_in_every_step(model, tokens, optio
         AddToResidual(np.linspace(-1, 2, 64), layers=7, positions=range(10, 96)),
     )
     prompt = tokens[:20]
-    options = options | {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    options = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
     released = model.generate(prompt, **options)
     with model.intervene(*interventions) as changed:
         completion = changed.generate(prompt, **options)
         logits = changed.logits([*prompt, *completion.tokens[:-1]])
         again, trace = changed.trace_generation(prompt, ("router",), **options)
+        with_logits = changed.generate(prompt, logprobs=1, **options)
     assert completion.tokens == logits[len(prompt) - 1 :].argmax(axis=-1).tolist()
     assert again == completion
+    assert with_logits.tokens == completion.tokens
     assert not (trace.expert_indices == 3).any()
     assert completion.tokens != released.tokens
     assert model.generate(prompt, **options) == released

@@ -83,7 +83,7 @@ def test_attention_maps_by_hand(mesh, nano, nano_on_mesh, nano_reference):
     )
     assert trace.attention_layers == (7, layer)
     params = jax.tree.map(lambda leaf: leaf[layer], nano.params.layers)
-    normed = rms_norm(trace.residual_in[layer], params.attention_pre_norm)
+    normed = rms_norm(jnp.asarray(trace.residual_in[layer]), params.attention_pre_norm)
 
     def heads(weight):
         weight = dequantize(weight) if isinstance(weight, QuantizedArray) else weight
@@ -115,9 +115,14 @@ def test_chunks_change_nothing(nano, nano_reference, monkeypatch):
             assert relative_error(without_logits[name], whole[name]) <= 2e-5
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0}, {"seed": 3}, {"temperature": 0, "logprobs": 2}]
+    ("mesh", "options"),
+    [
+        ((1, 1), {"temperature": 0}),
+        ((1, 1), {"temperature": 0, "logprobs": 2}),
+        ((2, 4), {"seed": 3}),
+    ],
+    ids=["greedy", "with logprobs", "sampled on 2x4"],
 )
 def test_generation_is_traced_as_it_goes(mesh, options, nano_on_mesh, nano_reference):
     model = nano_on_mesh(mesh)
@@ -137,13 +142,15 @@ def test_generation_is_traced_as_it_goes(mesh, options, nano_on_mesh, nano_refer
         assert drawn.tolist() == completion.tokens
 
 
-def test_a_generation_that_stops_is_traced_up_to_there(toy):
-    whole = toy.generate("The ", max_new_tokens=20, temperature=0)
-    stop = whole.tokens[4]
-    completion, trace = toy.trace_generation("The ", max_new_tokens=20, temperature=0, stop=stop)
-    assert completion.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
-    assert trace.residual.shape[1] == trace.num_prompt_tokens + len(completion.tokens) - 1
-    assert "".join(trace.pieces[: trace.num_prompt_tokens]).startswith("The")
+def test_a_generation_that_stops_is_traced_up_to_there(nano, nano_reference):
+    prompt, whole = nano_reference["greedy_prompt"], nano_reference["greedy_tokens"].tolist()
+    stop = whole[4]
+    completion, trace = nano.trace_generation(
+        prompt, ALL[:-1], max_new_tokens=20, temperature=0, ignore_eos=True, stop=stop
+    )
+    assert completion.tokens == whole[: whole.index(stop) + 1]
+    assert trace.residual.shape[1] == len(prompt) + whole.index(stop) == len(trace.tokens)
+    assert trace.attention_probs.shape[-2:] == (len(trace.tokens),) * 2
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
