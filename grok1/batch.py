@@ -64,6 +64,7 @@ class Batch:
                 raise ValueError(
                     "the prompt is empty; give at least one token, or use add_bos=True"
                 )
+            engine.check_length(len(tokens))
             room = config.sequence_len - len(tokens)
             if room < 1:
                 raise ValueError(
