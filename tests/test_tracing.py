@@ -174,6 +174,8 @@ def test_a_trace_is_a_mapping_with_attributes_and_axes(toy):
     assert trace.axes["router_probs"] == ("layer", "token", "expert")
     assert trace.router_probs is trace["router_probs"]
     assert "residual" in dir(trace)
+    assert trace == trace
+    assert trace in {trace}
     count = len(trace.tokens)
     assert repr(trace).startswith(
         f"Trace({count} tokens: router_probs [layer 6, token {count}, expert 8], "
