@@ -12,7 +12,7 @@ import pathlib
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from grok1.options import check_ids
 Source = Model | str | os.PathLike[str]
 """A model, its directory, or a file of saved logits."""
 
+_Opened = Model | pathlib.Path
+
 _CHUNK_BYTES = 1 << 28  # most memory that logits and residuals of one run chunk take on the host
 _ROWS_BYTES = 1 << 25  # most memory that one float64 array of the comparison takes
 _RESIDUAL_ROWS = 256  # positions of one layer that are compared at a time
@@ -35,7 +37,7 @@ class Position(NamedTuple):
     """One position where the two differ much.
 
     Attributes:
-      index: Its place in the text; the distributions are those after this token.
+      position: Its place in the text; the distributions are those after this token.
       token: The token there.
       piece: Its spelling; None without a tokenizer.
       divergence: KL(A || B) in nats.
@@ -43,7 +45,7 @@ class Position(NamedTuple):
       top_b: B's.
     """
 
-    index: int
+    position: int
     token: int
     piece: str | None
     divergence: float
@@ -121,7 +123,7 @@ class Comparison(NamedTuple):
             "mean_divergence": self.mean_divergence,
             "largest_divergence": self.largest_divergence,
             "expert_agreement": self.expert_agreement,
-            "worst": [position._asdict() for position in self.worst],
+            "worst": [one._asdict() for one in self.worst],
             "layers": self.layers and [layer._asdict() for layer in self.layers],
         }
 
@@ -134,7 +136,7 @@ class Comparison(NamedTuple):
             f"{len(self.tokens)} tokens",
             "",
             f"KL(A || B), nats         mean {self.mean_divergence:.3e}, largest "
-            f"{self.largest_divergence:.3e} at position {first.index}",
+            f"{self.largest_divergence:.3e} at position {first.position}",
             f"same most probable token {self.top_1_agreement:8.2%}",
             f"same {self.top_k:3} most probable   {self.top_k_agreement:8.2%}",
             f"logits                   differ by {self.logits_difference:.3e} of A's norm",
@@ -150,11 +152,11 @@ class Comparison(NamedTuple):
             "largest divergences",
             "  position     nats  after token, then A's and B's next",
         ]
-        for position in self.worst:
-            piece = "" if position.piece is None else f" {position.piece!r}"
+        for one in self.worst:
+            piece = "" if one.piece is None else f" {one.piece!r}"
             lines.append(
-                f"  {position.index:8} {position.divergence:8.2e}  {position.token}{piece}: "
-                f"{position.top_a}, {position.top_b}"
+                f"  {one.position:8} {one.divergence:8.2e}  {one.token}{piece}: "
+                f"{one.top_a}, {one.top_b}"
             )
         if self.layers is not None:
             lines += ["", "  layer  residual differs by  same experts"]
@@ -197,7 +199,10 @@ def compare(
         no model to run, or an option is out of range.
       CheckpointError: As `load`.
     """
-    sources = {"A": a, "B": b}
+    sources: dict[str, _Opened] = {
+        side: source if isinstance(source, Model) else pathlib.Path(source)
+        for side, source in (("A", a), ("B", b))
+    }
     options = {"A": dict(load_a or {}), "B": dict(load_b or {})}
     for side, source in sources.items():
         _check_source(source, side, options[side])
@@ -213,7 +218,7 @@ def compare(
             files.mkdir()
             source = sources[side]
             if _is_saved(source):
-                runs[side] = _open_saved(pathlib.Path(source), files)
+                runs[side] = _open_saved(source, files)
                 continue
             if text is None:
                 text = next((run.tokens for run in runs.values() if run.tokens is not None), None)
@@ -250,30 +255,28 @@ class _Run(NamedTuple):
     experts: np.ndarray | None = None
 
 
-def _is_saved(source: Source) -> bool:
-    return not isinstance(source, Model) and pathlib.Path(source).suffix in (".npz", ".npy")
+def _is_saved(source: _Opened) -> TypeGuard[pathlib.Path]:
+    return isinstance(source, pathlib.Path) and source.suffix in (".npz", ".npy")
 
 
-def _names_tokens(source: Source) -> bool:
-    return _is_saved(source) and pathlib.Path(source).suffix == ".npz"
+def _names_tokens(source: _Opened) -> bool:
+    return _is_saved(source) and source.suffix == ".npz"
 
 
-def _check_source(source: Source, side: str, options: dict[str, Any]) -> None:
-    is_loaded = isinstance(source, Model)
-    if options and (is_loaded or _is_saved(source)):
-        what = "a model that is loaded already" if is_loaded else "a file of logits"
+def _check_source(source: _Opened, side: str, options: dict[str, Any]) -> None:
+    if options and (isinstance(source, Model) or _is_saved(source)):
+        what = "a file of logits" if _is_saved(source) else "a model that is loaded already"
         raise ValueError(f"{side} is {what}, which takes no {', '.join(sorted(options))}")
-    if is_loaded:
+    if isinstance(source, Model):
         return
-    path = pathlib.Path(source)
-    if not path.exists():
+    if not source.exists():
         raise FileNotFoundError(
-            f"{path}: there is no such file; {side} is a model's directory, or saved logits in a "
+            f"{source}: there is no such file; {side} is a model's directory, or saved logits in a "
             ".npz or .npy file"
         )
-    if not path.is_dir() and not _is_saved(path):
+    if not source.is_dir() and not _is_saved(source):
         raise ValueError(
-            f"{path} is no directory and no .npz or .npy file; {side} is a model's directory, or "
+            f"{source} is no directory and no .npz or .npy file; {side} is a model's directory, or "
             "saved logits"
         )
 
@@ -310,11 +313,11 @@ def _open_saved(path: pathlib.Path, files: pathlib.Path) -> _Run:
     return _Run(str(path), tokens, None, logits)
 
 
-def _run(source: Source, options: dict[str, Any], text: Prompt, files: pathlib.Path) -> _Run:
+def _run(source: _Opened, options: dict[str, Any], text: Prompt, files: pathlib.Path) -> _Run:
     if isinstance(source, Model):
         return _run_model(source, repr(source), text, files)
     model = load(source, **options)
-    run = _run_model(model, f"{os.fspath(source)}, {model!r}", text, files)
+    run = _run_model(model, f"{source}, {model!r}", text, files)
     # The next model needs the memory: programs and engine refer to each other.
     del model
     gc.collect()
@@ -442,9 +445,9 @@ def _compare_runs(a: _Run, b: _Run, top_k: int) -> Comparison:
         )
         for index in np.argsort(-divergences, kind="stable")[:_WORST].tolist()
     ]
-    perplexities = [None, None]
+    perplexity_a, perplexity_b = None, None
     if num_tokens > 1:
-        perplexities = np.exp(-logprobs / (num_tokens - 1)).tolist()
+        perplexity_a, perplexity_b = np.exp(-logprobs / (num_tokens - 1)).tolist()
     layers, notes = _compare_layers(a, b)
     return Comparison(
         a.name,
@@ -455,7 +458,8 @@ def _compare_runs(a: _Run, b: _Run, top_k: int) -> Comparison:
         top_k,
         same_top_k / (num_tokens * top_k),
         (difference / norm) ** 0.5 if norm else 0.0,
-        *perplexities,
+        perplexity_a,
+        perplexity_b,
         worst,
         layers,
         notes,
@@ -467,7 +471,8 @@ def _compare_layers(a: _Run, b: _Run) -> tuple[list[LayerDifference] | None, lis
     if a.residual is None or b.residual is None or a.experts is None or b.experts is None:
         return None, ["layers are not compared: saved logits have none"]
     if a.residual.shape != b.residual.shape:
-        sizes = [f"{run.residual.shape[0]} of width {run.residual.shape[2]}" for run in (a, b)]
+        shapes = a.residual.shape, b.residual.shape
+        sizes = [f"{num_layers} of width {width}" for num_layers, _, width in shapes]
         return None, [f"layers are not compared: A has {sizes[0]}, B {sizes[1]}"]
     layers = []
     for layer in range(len(a.residual)):

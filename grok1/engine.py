@@ -144,7 +144,7 @@ class Engine:
         return view._in_form_of_its_own()
 
     def _in_form_of_its_own(self) -> "Engine":
-        # All that a program is compiled for beside its key: the interventions' arrays are not.
+        # What else a program is compiled for beside its key; not the arrays that intervene.
         structure = jax.tree.structure(self.params[1]) if self._is_intervened else None
         self._form = f"{self.capture} {structure}" if self.capture or structure else ""
         self._programs = self._programs_of_form.setdefault(self._form, {})
@@ -398,7 +398,8 @@ class Engine:
 
         `count` says how many of the next `length` tokens each row runs.
         """
-        is_intervened = self._is_intervened
+        # Programs outlive the views that they are built for; they must not hold what these hold.
+        config, dtype, is_intervened = self.config, self.dtype, self._is_intervened
 
         def step(params, state, count, *arguments):
             params, interventions = params if is_intervened else (params, ())
@@ -406,16 +407,16 @@ class Engine:
             num_valid = count.astype(jnp.int32)
             hidden, cache, captured = forward(
                 params,
-                self.config,
+                config,
                 tokens,
                 num_valid,
                 state.cache,
-                self.dtype,
+                dtype,
                 capture,
                 interventions,
             )
             state = state._replace(cache=cache)
-            state, outputs = head(params.embedding, self.config, state, hidden, count, *arguments)
+            state, outputs = head(params.embedding, config, state, hidden, count, *arguments)
             return state, outputs, captured
 
         step.__name__ = key[0].replace(" ", "_")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -161,7 +161,7 @@ def score(
     if not 0 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be from 0 to the vocabulary of {vocab_size}, found {top_k}")
     many = is_batch(text)
-    texts = list(text) if many else [text]
+    texts: list[Any] = list(text) if many else [text]
     ids = []
     for number, one in enumerate(texts):
         tokens = encode_prompt(

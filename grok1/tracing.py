@@ -92,6 +92,10 @@ class Trace(Mapping[str, np.ndarray]):
             raise AttributeError(self._missing(name) if known else f"a Trace has no {name}")
         return arrays[name]
 
+    # Mappings are compared by their values, which arrays cannot be with one answer.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grok1 import native
-from grok1.attention import KVCache, append, attend, attend_cache
+from grok1.attention import KVCache, append, attend, attend_cache, attention_map
 from tests.helpers import relative_error
 
 B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
@@ -114,6 +114,25 @@ def test_what_lies_beyond_a_position_does_not_matter(form):
     poked = with_slots(cache, np.s_[1, 1, :, 9], k=2, v=3)
     changed = np.any(np.asarray(form(query, poked, 1, positions)) != output, axis=(2, 3, 4))
     np.testing.assert_array_equal(changed, [[False] * 3, [True, True, False], [False] * 3])
+
+
+# --- attention_map ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["float32", "int8"])
+def test_a_map_holds_the_weights_that_the_values_are_mixed_with(dtype):
+    cache = filled_int8_cache(11)[0] if dtype == jnp.int8 else random_cache(11)
+    query = random_query()
+    positions = jnp.array([[0, 1, 2], [9, 10, 4], [5, 5, 8]])
+    found = attention_map(query, cache, jnp.int32(1), positions, SCALE)
+    assert found.shape == (B, C * G, T, 11)
+    np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-5)
+    values = np.asarray(cache.v[1], np.float32)
+    if cache.v_scales is not None:
+        values = values * np.asarray(cache.v_scales[1])[..., None]
+    mixed = np.einsum("bnts,bnsh->btnh", found, np.repeat(values, G, axis=1))
+    expected = attend_cached(query, cache, 1, positions).reshape(B, T, C * G, H)
+    assert relative_error(mixed, expected) <= 1e-5
 
 
 # --- attend_cache -----------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def test_figures_are_those_of_the_logits(toy, other):
     np.testing.assert_allclose(found.divergences, divergences, rtol=1e-3, atol=1e-5)
     assert found.mean_divergence == pytest.approx(divergences.mean(), rel=1e-3)
     worst = found.worst[0]
-    assert worst.index == int(divergences.argmax())
-    assert worst.piece == toy.tokenizer.piece(tokens[worst.index])
-    assert (worst.top_a, worst.top_b) == (a[worst.index].argmax(), b[worst.index].argmax())
+    assert worst.position == int(divergences.argmax())
+    assert worst.piece == toy.tokenizer.piece(tokens[worst.position])
+    assert (worst.top_a, worst.top_b) == (a[worst.position].argmax(), b[worst.position].argmax())
     assert found.top_1_agreement == (a.argmax(-1) == b.argmax(-1)).mean()
     sets = [[set(row) for row in np.argsort(-x, axis=-1)[:, :3]] for x in (a, b)]
     shared = [len(one & two) / 3 for one, two in zip(*sets, strict=True)]

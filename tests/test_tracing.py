@@ -1,7 +1,9 @@
 """Traces against golden numbers and against each other, and what an untraced program is."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import grok1
 from grok1 import engine as engine_module
 from grok1 import tracing
 from grok1.attention import SOFT_CAP
+from grok1.capture import Capture
 from grok1.engine import Engine
 from grok1.intervention import AblateExperts, CapLayers
 from grok1.layers import apply_rope, rms_norm
@@ -174,6 +177,8 @@ def test_a_trace_is_a_mapping_with_attributes_and_axes(toy):
     assert trace.axes["router_probs"] == ("layer", "token", "expert")
     assert trace.router_probs is trace["router_probs"]
     assert "residual" in dir(trace)
+    assert trace == trace
+    assert trace in {trace}
     count = len(trace.tokens)
     assert repr(trace).startswith(
         f"Trace({count} tokens: router_probs [layer 6, token {count}, expert 8], "
@@ -247,6 +252,22 @@ def test_one_text_at_a_time_and_no_logits_of_a_generation(toy):
         toy.trace([TEXT, TEXT])
     with pytest.raises(ValueError, match=r"^logits are not kept during a generation"):
         toy.trace_generation(TEXT, ("logits",))
+
+
+def test_a_finished_trace_is_let_go(nano):
+    class Observer:
+        def __call__(self, count, captured):
+            self.seen = captured["moe_out"].shape
+
+    observer = Observer()
+    capture = Capture(("moe_out",))
+    state = nano.engine.new_state(np.zeros((1, 96), np.int32))
+    nano.engine.observed(capture, 96, observer).prefill(state, np.array([3], np.int32), 16)
+    assert observer.seen == (12, 1, 16, 64)
+    reference = weakref.ref(observer)
+    del observer
+    gc.collect()
+    assert reference() is None
 
 
 def lowered(engine: Engine) -> dict[str, str]:
