@@ -251,6 +251,8 @@ class Engine:
             return self._root.screening_table
         if self.mesh.devices.flat[0].platform != "cpu" or not native.is_available():
             return None
+        if self.params.embedding.dtype != jnp.float32:
+            return None
         spec = self._param_specs.embedding
         make = jax.shard_map(
             screening_table,

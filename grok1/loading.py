@@ -66,7 +66,7 @@ def load_params(
 
     Args:
       tensors: The tensors on disk, checked against the manifest.
-      manifest: Their names, in the same order.
+      manifest: Their names, in the same order, and for those without scales the type in memory.
       config: The model.
       mesh: Where it goes.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
@@ -278,8 +278,7 @@ def _named_leaves(tensors: list[StoredTensor], manifest: list[TensorSpec]) -> Na
         module, _, parameter = spec.name.rpartition("/")
         leaf: Any
         if tensor.scales is None:
-            # A weight kept in bfloat16 is computed with in float32, as any float weight.
-            leaf = _Leaf(tensor.values, jnp.dtype("float32"))
+            leaf = _Leaf(tensor.values, jnp.dtype(spec.dtype))
         else:
             leaf = QuantizedArray(
                 _Leaf(tensor.values, jnp.dtype("int8")),

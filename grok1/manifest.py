@@ -12,6 +12,8 @@ from grok1.config import ModelConfig
 from grok1.quantization import QuantizedArray
 from grok1.transformer import NamedParams, naming
 
+EMBEDDING = "language_model/in_out_embed/embeddings"
+
 
 class TensorSpec(NamedTuple):
     """One tensor of a checkpoint.

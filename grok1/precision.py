@@ -43,6 +43,21 @@ def cache_dtype(dtype: Any) -> jnp.dtype | None:
     return jnp.dtype(name)
 
 
+def embedding_dtype(dtype: Any) -> jnp.dtype:
+    """Returns the type that the embedding is kept in.
+
+    Args:
+      dtype: "float32" or "bfloat16".
+
+    Raises:
+      ValueError: If it is another type.
+    """
+    name = _name(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f'embedding_dtype must be "float32" or "bfloat16", found {name!r}')
+    return jnp.dtype(name)
+
+
 def _name(dtype: Any) -> str:
     try:
         return jnp.dtype(dtype).name

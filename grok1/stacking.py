@@ -66,7 +66,7 @@ def unstack(
             step = scales.shape[-2] // spec.scales_shape[-2]
             yield np.asarray(part.values), scales[..., ::step, :]
         else:
-            yield np.asarray(part), None
+            yield np.asarray(part, np.float32), None
 
 
 def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:

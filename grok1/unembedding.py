@@ -222,6 +222,15 @@ def most_probable(
 
 
 def _products(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[Array, "M V"]:
+    if embedding.dtype != x.dtype:
+        # Two terms, so that 16 bits of the input's mantissa count, in one pass over the table.
+        high = x.astype(embedding.dtype)
+        low = (x - high.astype(x.dtype)).astype(embedding.dtype)
+        return _dot(embedding, jnp.concatenate([high, low])).reshape(2, len(x), -1).sum(axis=0)
+    return _dot(embedding, x)
+
+
+def _dot(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[Array, "M V"]:
     return jnp.einsum(
         "MD,VD->MV",
         x,

@@ -144,3 +144,32 @@ def test_progress_on_a_terminal_shows_bytes_rate_and_time(nano_path, monkeypatch
     grok1.load(nano_path, mesh=(1, 1))
     last = sys.stderr.getvalue().split("\r")[-1]
     assert re.search(r"loading: 100%.* 2\.89M/2\.89M \[00:\d\d<00:\d\d, .*B/s\]", last)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_the_embedding_is_halved_if_asked(mesh, nano, nano_path, nano_reference, tmp_path):
+    model = grok1.load(
+        nano_path, mesh=mesh, dtype="float32", embedding_dtype="bfloat16", progress=False
+    )
+    embedding = np.asarray(nano.params.embedding)
+    rounded = embedding.astype(ml_dtypes.bfloat16)
+    assert np.array_equal(np.asarray(model.params.embedding), rounded)
+
+    table = jax.device_put(rounded.astype(np.float32), nano.params.embedding.sharding)
+    float_params = nano.params._replace(embedding=table)
+    expected = grok1.Model(float_params, nano.config, nano.mesh, "float32", nano.tensors)
+    tokens = nano_reference["tokens"]
+    assert relative_error(model.logits(tokens), expected.logits(tokens)) <= 2e-5
+    prompt = [1, 2, 3, 4]
+    found = model.generate(prompt, max_new_tokens=8, temperature=0, ignore_eos=True)
+    wanted = expected.generate(prompt, max_new_tokens=8, temperature=0, ignore_eos=True)
+    assert found.tokens == wanted.tokens
+
+    grok1.save(model, tmp_path / "saved")
+    again = grok1.load(tmp_path / "saved", mesh=(1, 1), progress=False)
+    assert np.array_equal(np.asarray(again.params.embedding), rounded.astype(np.float32))
+
+
+def test_an_embedding_of_another_type_is_refused(nano_path):
+    with pytest.raises(ValueError, match='embedding_dtype must be "float32" or "bfloat16"'):
+        grok1.load(nano_path, embedding_dtype="int8", progress=False)
