@@ -63,7 +63,7 @@ class Intervened(NamedTuple):
     """
 
     params: Params
-    interventions: tuple[Any, ...]
+    interventions: Any
 
 
 class Engine:
