@@ -64,7 +64,7 @@ class Intervened(NamedTuple):
     """
 
     params: Params
-    interventions: tuple[Any, ...]
+    interventions: Any
 
 
 class Engine:

@@ -94,7 +94,7 @@ class Trace(Mapping[str, np.ndarray]):
 
     # Mappings are compared by their values, which arrays cannot be with one answer.
     __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)

@@ -1,6 +1,7 @@
 """Interventions: what changes nothing, what must change how much, and what is refused."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -322,13 +323,24 @@ def test_what_is_compiled_is_a_part_of_the_identity(nano):
     assert len(identities) == 16
 
 
+def of_any_type(value: Any) -> Any:
+    """A value that a type checker would refuse, too."""
+    return value
+
+
 @pytest.mark.parametrize(
     ("intervention", "message"),
     [
         (AblateExperts(8), "^AblateExperts: experts must be from 0 to 7, found 8$"),
         (AblateExperts(-1), "^AblateExperts: experts must be from 0 to 7, found -1$"),
-        (AblateExperts(1.5), "^AblateExperts: experts must be whole numbers, found 1.5$"),
-        (AblateExperts("12"), "^AblateExperts: experts must be whole numbers, found '12'$"),
+        (
+            AblateExperts(of_any_type(1.5)),
+            "^AblateExperts: experts must be whole numbers, found 1.5$",
+        ),
+        (
+            AblateExperts(of_any_type("12")),
+            "^AblateExperts: experts must be whole numbers, found '12'$",
+        ),
         (AblateExperts(range(8), reroute=True), "^AblateExperts: reroute leaves no expert"),
         (AblateExperts(1, layers=12), "^AblateExperts: layers must be from 0 to 11, found 12$"),
         (
@@ -382,7 +394,10 @@ def test_what_is_compiled_is_a_part_of_the_identity(nano):
         ),
         (ScaleHeads(16), "^ScaleHeads: heads must be from 0 to 15, found 16$"),
         (ScaleHeads(1, float("inf")), "^ScaleHeads: factor must be finite numbers$"),
-        (ScaleHeads(1, (1.0, 2.0)), r"^ScaleHeads: factor must be one number, found shape \[2\]$"),
+        (
+            ScaleHeads(1, of_any_type((1.0, 2.0))),
+            r"^ScaleHeads: factor must be one number, found shape \[2\]$",
+        ),
     ],
 )
 def test_bad_input(nano, intervention, message):
@@ -392,7 +407,7 @@ def test_bad_input(nano, intervention, message):
 
 def test_only_interventions_intervene(nano):
     message = r"^intervene takes interventions .* found int$"
-    with pytest.raises(TypeError, match=message), nano.intervene(3):
+    with pytest.raises(TypeError, match=message), nano.intervene(of_any_type(3)):
         pass
 
 

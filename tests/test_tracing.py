@@ -39,7 +39,7 @@ def nano_on_mesh(nano_path, nano):
     return get
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (1, 16)], ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
 def test_golden_numbers(mesh, nano_on_mesh, nano_reference):
     model = nano_on_mesh(mesh)
     trace = model.trace(nano_reference["tokens"], ALL)
