@@ -123,11 +123,17 @@ def _store(path: pathlib.Path, executable) -> None:
         return
     try:
         write_whole(path, hashlib.sha256(payload).digest() + payload)
-        stored = sorted(path.parent.glob("program-*"), key=lambda file: file.stat().st_mtime)
-        for old in stored[:-MAX_STORED]:
+        for old in sorted(path.parent.glob("program-*"), key=_last_use)[:-MAX_STORED]:
             old.unlink(missing_ok=True)
     except OSError as error:
         _complain(str(error))
+
+
+def _last_use(path: pathlib.Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process has made room
+        return 0
 
 
 def _directory() -> pathlib.Path | None:
