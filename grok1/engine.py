@@ -55,10 +55,13 @@ class Engine:
       config: The model's architecture.
       mesh: Axes (data, model).
       dtype: Type of the products with weights, float32 or bfloat16.
+      runs_ahead: Whether a step may be started before the tokens of the one before are read.
       cache_dtype: Type of the keys and values, float32, float16 or int8. By default float32, or,
         where products are bfloat16, float16: it takes the same memory with three more bits, and
         normed inputs keep within its range.
     """
+
+    runs_ahead = True
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class Engine:
         self.cache_dtype = jnp.dtype(cache_dtype)
         self._param_specs = specs_of(params)
         self._programs: dict[tuple, Program] = {}
+        self._stores_programs = True
 
     def capacity_for(self, num_tokens: int) -> int:
         """Cache capacity for rows of up to `num_tokens` tokens: a power of two or the context."""
@@ -298,7 +302,7 @@ class Engine:
     def _program(self, key: tuple, build: Callable[[], Any]) -> Program:
         if key not in self._programs:
             # A function of the user's is not known by its name: what it does may have changed.
-            stored = not any(callable(part) for part in key)
+            stored = self._stores_programs and not any(callable(part) for part in key)
             self._programs[key] = Program(
                 build(),
                 self.mesh.devices.flatten().tolist(),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grok1 import native, precision
+from grok1 import precision
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine import Engine
 from grok1.generation import MAX_ROWS
@@ -30,6 +30,7 @@ from grok1.memory import (
     host_bytes_available,
     preallocated_share,
     released_weights,
+    screening_table_bytes,
     shard_bytes,
     state_bytes,
 )
@@ -310,7 +311,7 @@ def plan(
     rows, capacity = engine.batch_for(batch), engine.capacity_for(context or config.sequence_len)
     weights_bytes = shard_bytes(engine.params)
     cache_bytes = state_bytes(engine, rows, capacity)
-    table_bytes = _screening_table_bytes(engine) if found.platform == "cpu" else 0
+    table_bytes = screening_table_bytes(engine) if found.platform == "cpu" else 0
     usable = found.usable_share * found.memory_bytes
     most = (
         max(usable, MOST_PREALLOCATED * found.memory_bytes) if found.platform == "gpu" else usable
@@ -448,14 +449,6 @@ def _compile(
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def _screening_table_bytes(engine: Engine) -> int:
-    """The int8 copy of the output head that greedy decoding reads on a CPU with the kernels."""
-    if not native.is_available():
-        return 0
-    rows = engine.config.vocab_size // engine.mesh.shape[MODEL_AXIS]
-    return rows * (engine.config.emb_size + 8)
-
-
 def _decode_bytes(engine: Engine, batch: int, capacity: int, platform: str) -> int:
     """What a device reads for a step: `Plan.decode_bytes`."""
     config, layers = engine.config, engine.params.layers
@@ -469,7 +462,7 @@ def _decode_bytes(engine: Engine, batch: int, capacity: int, platform: str) -> i
     chosen = 1 - (1 - config.num_selected_experts / config.num_experts) ** rows
     head = shard_bytes(engine.params.embedding)
     if platform == "cpu":
-        head = _screening_table_bytes(engine) or head
+        head = screening_table_bytes(engine) or head
     cache = engine.abstract_state(batch, capacity).cache
     return int(dense + chosen * shard_bytes(layers.experts) + head + shard_bytes(cache))
 
