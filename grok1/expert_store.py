@@ -1,15 +1,15 @@
 """The experts of a model on disk, handed to a running program one after another.
 
-What is used often is kept in memory (`expert_cache`). The rest is computed with where the page cache
-has it (`mapping`), or, where that cannot be, because a conversion keeps matrices transposed or the
-system is old, read into one of two buffers, of which one is filled while the other is used.
+What is used often is kept in memory (`expert_cache`). The rest is computed with where the page
+cache has it (`mapping`), or, where that cannot be, because a conversion keeps matrices transposed
+or the system is old, read into one of two buffers, of which one is filled while the other is used.
 """
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -141,9 +141,10 @@ class ExpertStore:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools = []
-        if self._upcoming is not None and not self._upcoming[1].cancelled():
-            if self._upcoming[1].exception() is None:
-                self._release(self._upcoming[1].result())
+        if self._upcoming is not None:
+            _, future = self._upcoming
+            if not future.cancelled() and future.exception() is None:
+                self._release(future.result())
         self._upcoming = None
         if self._current is not None:
             self._release(self._current)

@@ -91,6 +91,11 @@ def is_available() -> bool:
 
 def _madvise(address: int, size: int, advice: int) -> int:
     """Returns 0, or the number of the error. Other threads run meanwhile."""
+    return ctypes.get_errno() if _madvise_of_system()(address, size, advice) else 0
+
+
+@functools.cache
+def _madvise_of_system():
     function = ctypes.CDLL(None, use_errno=True).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return ctypes.get_errno() if function(address, size, advice) else 0
+    return function

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -41,9 +41,7 @@ _FETCHED_EXPERTS = "grok1_fetched_experts"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
 # Layer, expert, the next one, where to write the addresses; see kernels.cc.
-_FETCH = ctypes.CFUNCTYPE(
-    ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t)
-)
+_FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
 
 
 class _UnavailableError(Exception):

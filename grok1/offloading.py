@@ -347,7 +347,9 @@ def budget(memory: float | str | None) -> int:
     except ValueError:
         found = 0.0
     if not 0 < found < float("inf"):
-        raise ValueError(f"memory must be a number of GB above 0, as 16 or '16GB', found {memory!r}")
+        raise ValueError(
+            f"memory must be a number of GB above 0, as 16 or '16GB', found {memory!r}"
+        )
     if available is not None and found * 1e9 > available:
         raise ValueError(
             f"a memory budget of {found:g} GB is more than the {gigabytes(available)} that are "
