@@ -49,7 +49,9 @@ Offload = Literal["auto", "none", "host", "disk"]
 WORKING_BYTES = 1_000_000_000
 """What Python, JAX and the working memory of the programs take, at the released model's sizes."""
 
-_SHARE = 0.8  # of the memory that is available, for the budget when none is given
+SHARE = 0.8
+"""Of the memory that is available, for the budget when none is given."""
+
 _NUM_BUFFERS = 2  # experts that are read ahead of their use where they cannot be mapped
 
 
@@ -287,6 +289,15 @@ def without_experts(params: Params) -> Params:
     return params._replace(layers=params.layers._replace(experts=fetched))
 
 
+def resident_bytes(engine: Engine) -> int:
+    """Returns what this process takes beside keys, values and experts.
+
+    Args:
+      engine: With parameters `without_experts`, which may be abstract; on a CPU.
+    """
+    return shard_bytes(engine.params) + screening_table_bytes(engine) + WORKING_BYTES
+
+
 def fixed_bytes(engine: Engine, store: ExpertStore) -> int:
     """Returns what this process takes beside keys, values and the experts that it holds.
 
@@ -297,10 +308,9 @@ def fixed_bytes(engine: Engine, store: ExpertStore) -> int:
     in_flight = 0 if store.is_mapped else _NUM_BUFFERS
     if not (native.is_available() and store.is_mapped):
         in_flight += 1  # XLA has its own copy
-    resident = 0
-    if engine.mesh.devices.flat[0].platform == "cpu":
-        resident = shard_bytes(engine.params) + screening_table_bytes(engine)
-    return resident + WORKING_BYTES + in_flight * store.num_bytes
+    on_cpu = engine.mesh.devices.flat[0].platform == "cpu"
+    resident = resident_bytes(engine) if on_cpu else WORKING_BYTES
+    return resident + in_flight * store.num_bytes
 
 
 def num_slots(engine: Engine, store: ExpertStore, cache_bytes: int, budget_bytes: int) -> int:
@@ -341,7 +351,7 @@ def budget(memory: float | str | None) -> int:
     if memory is None:
         if available is None:
             raise ValueError("how much memory there is cannot be found out here; give memory=")
-        return int(_SHARE * available)
+        return int(SHARE * available)
     try:
         found = float(memory.upper().removesuffix("GB") if isinstance(memory, str) else memory)
     except ValueError:
