@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import weakref
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -28,24 +29,44 @@ def no_reserve(monkeypatch):
     monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
 
 
-@pytest.fixture
-def copied(nano_path, tmp_path) -> pathlib.Path:
-    target = tmp_path / "copied"
+@pytest.fixture(scope="module")
+def copied(nano_path, tmp_path_factory) -> pathlib.Path:
+    target = tmp_path_factory.mktemp("offloading") / "copied"
     shutil.copytree(nano_path, target)
     for path in target.rglob("*"):
         path.chmod(0o755)
     return target
 
 
-def load(path, num_experts=7, context=96, batch=1, **options):
-    """Loads with room for so many experts beside everything else, at a context and batch."""
+@pytest.fixture(scope="module")
+def shared(copied) -> grok1.Model:
+    return load(copied)
+
+
+@pytest.fixture
+def offloaded(shared) -> grok1.Model:
+    """A model without experts in memory, or room for them, that has been used before."""
+    return with_room(shared, 0)
+
+
+def load(path, num_experts=0, **options):
+    """Loads a model with room for so many experts beside everything else."""
     options = {"mesh": (1, 1), "progress": False, "dtype": "float32", **options}
-    least = grok1.load(path, offload="disk", memory=1, **options).engine
-    needed = offloading.fixed_bytes(least, least.store) + memory.state_bytes(
-        least, batch, least.capacity_for(context)
+    return with_room(grok1.load(path, offload="disk", memory=2, **options), num_experts)
+
+
+def with_room(model, num_experts, context=96, batch=1):
+    """Empties the memory and leaves room for so many experts at a context and batch."""
+    engine = model.engine
+    engine.budget_bytes = (
+        offloading.fixed_bytes(engine, engine.store)
+        + memory.state_bytes(engine, batch, engine.capacity_for(context))
+        + num_experts * engine.store.num_bytes
     )
-    budget = (needed + num_experts * least.store.num_bytes) / 1e9
-    return grok1.load(path, offload="disk", memory=budget, **options)
+    engine.store.resize(0)
+    for name in engine._traffic:
+        vars(engine._traffic[name]).update(vars(expert_store.Traffic()))
+    return model
 
 
 def threads():
@@ -62,13 +83,13 @@ def mapped_files(path):
     ("dtype", "num_experts"), [("float32", 0), ("float32", 7), ("bfloat16", 7), ("float32", 96)]
 )
 def test_nano_computes_what_the_resident_model_does(
-    nano_path, nano, nano_reference, dtype, num_experts
+    nano_path, nano, nano_reference, offloaded, dtype, num_experts
 ):
     resident = nano
     if dtype != "float32":
         resident = grok1.load(nano_path, mesh=(1, 1), dtype=dtype, progress=False)
-    offloaded = load(nano_path, num_experts, dtype=dtype)
-    assert offloaded.engine.store.capacity == num_experts
+        offloaded = load(nano_path, dtype=dtype)
+    with_room(offloaded, num_experts)
     tokens = nano_reference["tokens"]
     np.testing.assert_array_equal(offloaded.logits(tokens), resident.logits(tokens))
     for length in (1, 40):  # without prefill, and in a chunk of 64
@@ -84,7 +105,7 @@ def test_nano_computes_what_the_resident_model_does(
 
 
 def test_the_toy_computes_what_the_resident_model_does(toy):
-    offloaded = load(TOY, 5, context=256)
+    offloaded = with_room(load(TOY), 5, context=256)
     tokens = np.arange(40) * 11 % toy.config.vocab_size
     assert relative_error(offloaded.logits(tokens), toy.logits(tokens)) <= 1e-6
     prompt = "The first argument "
@@ -95,20 +116,20 @@ def test_the_toy_computes_what_the_resident_model_does(toy):
     assert text == toy.generate(prompt, **drawn).text
 
 
-def test_a_batch_computes_what_the_resident_model_does(nano_path, nano):
-    offloaded = load(nano_path, 5, batch=4)
+def test_a_batch_computes_what_the_resident_model_does(offloaded, nano):
+    with_room(offloaded, 5, batch=4)
     prompts = [[5, 6, 7], list(range(40, 60)), [9]]
     assert offloaded.generate(prompts, **GREEDY) == nano.generate(prompts, **GREEDY)
 
 
-def test_captures_are_those_of_the_resident_model(nano_path, nano):
+def test_captures_are_those_of_the_resident_model(offloaded, nano):
     def capture(model):
         state = model.engine.new_state(np.arange(96, dtype=np.int32)[None])
         names = ("residual", "expert_indices")
         _, _, captured = model.engine.score(state, np.array([16], np.int32), 16, names)
         return captured
 
-    found, expected = capture(load(nano_path, 3)), capture(nano)
+    found, expected = capture(offloaded), capture(nano)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
 
@@ -140,26 +161,25 @@ def test_what_cannot_be_mapped_is_read_into_buffers(nano_path, nano, tmp_path, m
     assert offloaded.generate(prompt, **GREEDY) == nano.generate(prompt, **GREEDY)
 
 
-def test_more_memory_is_never_a_lower_hit_rate(nano_path):
+def test_more_memory_is_never_a_lower_hit_rate(offloaded):
     rates = []
-    for num_experts in (0, 6, 60):
-        model = load(nano_path, num_experts)
-        model.generate([7], **GREEDY)
-        rates.append(model.offload_stats.decode.hit_rate)
+    for num_experts in (0, 6, 24, 60):
+        with_room(offloaded, num_experts).generate([7], **GREEDY)
+        rates.append(offloaded.offload_stats.decode.hit_rate)
     assert rates == sorted(set(rates))
     assert rates[0] == 0
     assert rates[1] > 0.02
 
 
-def test_a_larger_cache_takes_its_memory_from_the_experts(nano_path):
-    model = load(nano_path, 20)
+def test_a_larger_cache_takes_its_memory_from_the_experts(offloaded):
+    model = with_room(offloaded, 40)
     prompt = list(range(20))
     model.generate(prompt, **GREEDY)
-    assert model.offload_stats.num_held == 20
+    assert model.offload_stats.num_held == 40
     row = memory.state_bytes(model.engine, 1, 96)
     needed = -(-row // model.engine.store.num_bytes)
     model.generate([prompt] * 2, **GREEDY)
-    assert model.offload_stats.num_held == 20 - needed
+    assert model.offload_stats.num_held == 40 - needed
     with pytest.raises(ValueError, match=r"budget of 0\.00 GB is too small: .* fewer or shorter"):
         model.generate([prompt] * 4, **GREEDY)
 
@@ -192,7 +212,7 @@ def test_auto_offloads_what_does_not_fit(nano_path, nano, monkeypatch, capfd):
         grok1.load(nano_path, mesh=(1, 2), progress=False)
 
 
-def test_impossible_wishes_are_refused(nano_path, tmp_path):
+def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
     def refused(match, **options):
         with pytest.raises(ValueError, match=match):
             grok1.load(nano_path, progress=False, **options)
@@ -207,11 +227,11 @@ def test_impossible_wishes_are_refused(nano_path, tmp_path):
     refused(r"a memory budget of 1e\+06 GB is more than the .* available", memory=1e6, **on_disk)
     refused(r"a memory budget of 0\.00 GB is too small: .* give at least", memory=1e-6, **on_disk)
     with pytest.raises(ValueError, match="save needs the whole model in memory"):
-        grok1.save(load(nano_path), tmp_path / "saved")
+        grok1.save(offloaded, tmp_path / "saved")
 
 
-def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied):
-    model = load(copied, 2)
+def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, offloaded):
+    model = with_room(offloaded, 2)
     prompt = list(range(20))
     before = model.generate(prompt, **GREEDY)
     gate = copied / "ckpt-0" / file_name(2)
@@ -223,19 +243,33 @@ def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied):
     assert model.generate(prompt, **GREEDY) == before
 
 
-def test_a_file_that_is_cut_off_is_an_error(copied):
-    model = load(copied, 0)
+def test_a_file_that_is_cut_off_is_an_error(copied, offloaded):
     path = copied / "ckpt-0" / file_name(4)
-    os.truncate(path, 1000)
-    with pytest.raises(grok1.CheckpointError, match="tensor00004_000: has 1000 bytes, expected"):
-        model.logits([1, 2, 3])
+    whole = path.read_bytes()
+    try:
+        os.truncate(path, 1000)
+        with pytest.raises(grok1.CheckpointError, match="tensor00004_000: has 1000 bytes, expec"):
+            offloaded.generate([1, 2, 3], **GREEDY)
+    finally:
+        path.write_bytes(whole)
     assert threads() == []
 
 
+def test_a_file_that_is_cut_off_after_it_was_mapped_is_an_error(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    window = mapping.Window(SimpleNamespace(path=path, file_size=1 << 20), 5000, 900_000)
+    os.truncate(path, 4096)
+    with pytest.raises(grok1.CheckpointError, match="file: has 4096 bytes, expected the 1048576"):
+        for _, place in window.blocks():
+            window.populate(place)
+    window.close()
+
+
 @pytest.mark.parametrize("is_mapped", [True, False])
-def test_a_disk_error_is_an_error(copied, monkeypatch, is_mapped):
-    monkeypatch.setattr(mapping, "is_available", lambda: is_mapped)
-    model = load(copied, 0)
+def test_a_disk_error_is_an_error(copied, offloaded, monkeypatch, is_mapped):
+    monkeypatch.setattr(offloaded.engine.store, "is_mapped", is_mapped)
+    with_room(offloaded, 0)
     monkeypatch.setattr(mapping, "_madvise", lambda *_: errno.EFAULT)
 
     def fail(*_):
@@ -243,7 +277,7 @@ def test_a_disk_error_is_an_error(copied, monkeypatch, is_mapped):
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(grok1.CheckpointError, match=r"cannot be read at byte .*Input/output error"):
-        model.logits([1, 2, 3])
+        offloaded.generate([1, 2, 3], **GREEDY)
     assert threads() == []
     assert mapped_files(str(copied)) == []
 
@@ -283,23 +317,22 @@ def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkey
     assert [buffer() for buffer in buffers] == [None] * 3
 
 
-def test_between_steps_nothing_is_mapped_and_no_thread_runs(copied):
-    model = load(copied, 0)
-    model.logits(np.arange(20))
+def test_between_steps_nothing_is_mapped_and_no_thread_runs(copied, offloaded):
+    offloaded.generate([1, 2, 3], **GREEDY)
     assert threads() == []
     assert mapped_files(str(copied)) == []
 
 
-def test_a_stopped_request_runs_no_further_token(nano_path):
-    model = load(nano_path, 0)
+def test_a_stopped_request_runs_no_further_token(offloaded):
+    model = offloaded
     first = model.generate([1, 2, 3], max_new_tokens=1, temperature=0).tokens[0]
     steps = model.offload_stats.decode.steps
     model.generate([1, 2, 3], max_new_tokens=20, temperature=0, stop=[first])
     assert model.offload_stats.decode.steps == steps + 1
 
 
-def test_the_stats_say_what_a_token_costs(nano_path):
-    model = load(nano_path, 4)
+def test_the_stats_say_what_a_token_costs(offloaded):
+    model = with_room(offloaded, 4)
     model.generate(list(range(20)), max_new_tokens=2, temperature=0)
     assert "s a chunk of the prompt" in str(model.offload_stats)
     assert str(model.offload_stats).endswith("4 of 96 experts in memory")
