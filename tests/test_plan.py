@@ -367,5 +367,5 @@ def test_a_cpu_too_small_is_told_how_it_would_run_from_disk():
     assert f"runs: {streaming.seconds:.3g} s a token" in "\n".join(found.lines())
     assert found.to_dict()["streaming"]["num_held"] == 13
     small = grok1.plan(device="cpu", memory=8, context=256)
-    assert "With its experts on disk it takes 11." in "\n".join(small.lines())
+    assert "With its experts on disk it takes 10.94 GB at least" in "\n".join(small.lines())
     assert grok1.plan(device="cpu", memory=400, context=256).streaming is None
