@@ -124,7 +124,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Runs the tool with the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Check an offloaded checkpoint in float64.")
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[17, 4242, 99])

@@ -84,7 +84,7 @@ def _random_tensor(
 
 def main() -> None:
     """Runs the tool with the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write a checkpoint of the real size.")
     parser.add_argument("directory", type=pathlib.Path)
     parser.add_argument("--source", type=pathlib.Path, help="one layer of it, to be linked")
     parser.add_argument("--seed", type=int, default=0)
