@@ -38,6 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mesh", type=sizes, help="DATAxMODEL devices, as 1x8; default: all")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
+    parser.add_argument(
+        "--offload",
+        choices=["auto", "none", "host", "disk"],
+        default="auto",
+        help="where the experts stay; default: on disk if the model does not fit",
+    )
+    parser.add_argument("--memory", metavar="16GB", help="for the process, with experts on disk")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, if no launcher says it")
@@ -58,6 +65,8 @@ def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> 
     completion, tokenizer = stream.completion, model.tokenizer
     assert completion is not None
     assert tokenizer is not None
+    if model.offload_stats is not None:
+        print(f"\n{model.offload_stats}", file=sys.stderr, flush=True)
     if arguments.json:
         print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}), flush=True)
         return
@@ -78,7 +87,7 @@ def main() -> None:
     if not arguments.checkpoint and not (CHECKPOINTS / "ckpt-0").exists():
         print(NO_CHECKPOINT, file=sys.stderr)
         checkpoint = CHECKPOINTS / "toy"
-    names = ("mesh", "dtype", "cache_dtype", "tokenizer")
+    names = ("mesh", "dtype", "cache_dtype", "tokenizer", "offload", "memory")
     model = grok1.load(checkpoint, **{name: getattr(arguments, name) for name in names})
     prompts = [arguments.prompt]
     if arguments.prompt_file:

@@ -71,7 +71,11 @@ def _plan(arguments: argparse.Namespace) -> int:
         config = load_config(arguments.directory)
     names = ("devices", "memory", "device", "mesh", "batch", "context", "dtype", "cache_dtype",
              "bandwidth", "disk")  # fmt: skip
-    found = planning.plan(config, **{name: getattr(arguments, name) for name in names})
+    found = planning.plan(
+        config,
+        **{name: getattr(arguments, name) for name in names},
+        checkpoint=arguments.directory,
+    )
     print(json.dumps(found.to_dict()) if arguments.json else "\n".join(found.lines()))
     return 0
 

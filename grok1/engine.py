@@ -76,11 +76,14 @@ class Engine:
       config: The model's architecture.
       mesh: Axes (data, model).
       dtype: Type of the products with weights, float32 or bfloat16.
+      runs_ahead: Whether a step may be started before the tokens of the one before are read.
       cache_dtype: Type of the keys and values, float32, float16 or int8. By default float32, or,
         where products are bfloat16, float16: it takes the same memory with three more bits, and
         normed inputs keep within its range.
       capture: What prefill and decode steps capture; see `observed`.
     """
+
+    runs_ahead = True
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class Engine:
         self.cache_dtype = jnp.dtype(cache_dtype)
         self._param_specs: Any = specs_of(params)
         self._programs: dict[tuple, Program] = {}
+        self._stores_programs = True
         # Other forms of this engine keep programs of their own, which forms of one kind share.
         self._root = self
         self._form = ""
@@ -439,7 +443,7 @@ class Engine:
     def _program(self, key: tuple, build: Callable[[], Any]) -> Program:
         if key not in self._programs:
             # A function of the user's is not known by its name: what it does may have changed.
-            stored = not any(callable(part) for part in key)
+            stored = self._stores_programs and not any(callable(part) for part in key)
             self._programs[key] = Program(
                 build(),
                 self.mesh.devices.flatten().tolist(),

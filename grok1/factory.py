@@ -15,8 +15,9 @@ from grok1.directory import load_config, open_tensors
 from grok1.distributed import together
 from grok1.loading import load_params
 from grok1.manifest import EMBEDDING, manifest
-from grok1.memory import abstract_engine, abstract_weights, require_memory
+from grok1.memory import abstract_engine, abstract_weights
 from grok1.model import Model
+from grok1.offloading import Offload, is_offloaded, load_offloaded
 from grok1.sharding import make_mesh
 from grok1.stacking import random_params, unstack
 from grok1.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ def load(
     tokenizer: str | pathlib.Path | Tokenizer | None = None,
     layers: int | None = None,
     embedding_dtype: Any = "float32",
+    offload: Offload = "auto",
+    memory: float | str | None = None,
 ) -> Model:
     """Loads a checkpoint in Grok-1's on-disk format or our safetensors, sharded over devices.
 
@@ -54,13 +57,20 @@ def load(
         not fit; the embedding and the final norm are as they are. None for all.
       embedding_dtype: "float32", as it is in the files, or "bfloat16", half the memory: 1.6 GB
         less for Grok-1, whose logits then carry its rounding.
+      offload: Where experts' weights are. "none": on the devices, with all else. "disk": in their
+        files, read when the router chooses them; those used most fill the memory that is left.
+        "host": likewise, and all that was read once stays in the host's memory. "auto": "disk" for
+        a model that does not fit on its one device, otherwise "none".
+      memory: GB (1e9 bytes), a number or as "16GB", that this process may take of the host's
+        memory when experts are read from disk; None for most of what is available.
 
     Raises:
       CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
         file is ever executed.
       ValueError: If the configuration is impossible, a type is none of those, the model does not
         divide over the mesh, cannot fit in its memory or has fewer layers, or the tokenizer is
-        another model's.
+        another model's; or if experts cannot be offloaded: on several devices, or with too small a
+        budget.
       OtherProcessError: If this is one of several processes and another one failed.
     """
     path = pathlib.Path(path)
@@ -88,9 +98,12 @@ def load(
         for spec in tensors
     ]
     weights = abstract_weights(tensors, config)
-    require_memory(abstract_engine(weights, config, device_mesh, dtype, cache_dtype))
-    params = load_params(stored, tensors, config, device_mesh, progress)
-    return Model(params, config, device_mesh, dtype, tensors, tokenizer, cache_dtype)
+    whole_engine = abstract_engine(weights, config, device_mesh, dtype, cache_dtype)
+    if not is_offloaded(whole_engine, offload, memory):
+        params = load_params(stored, tensors, config, device_mesh, progress)
+        return Model(params, config, device_mesh, dtype, tensors, tokenizer, cache_dtype)
+    engine = load_offloaded(stored, tensors, whole_engine, offload == "host", memory, progress)
+    return Model(engine.params, config, device_mesh, dtype, tensors, tokenizer, engine=engine)
 
 
 def random_model(
@@ -127,8 +140,13 @@ def save(model: Model, path: str | pathlib.Path) -> None:
 
     Raises:
       CheckpointError: If the directory already holds a checkpoint, or cannot be written.
-      ValueError: If the model lies on the devices of several processes.
+      ValueError: If the model lies on the devices of several processes, or its experts on disk.
     """
+    if model.offload_stats is not None:
+        raise ValueError(
+            "save needs the whole model in memory, and this one's experts are read from its files; "
+            "copy those, or load it with offload='none'"
+        )
     if not model.params.embedding.is_fully_addressable:
         raise ValueError(
             f"save needs the whole model in one process, found it on {jax.process_count()}; load "

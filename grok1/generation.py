@@ -131,6 +131,9 @@ def _generate_batch(
                 )
             started += active
             upcoming = (active, step)
+            if not engine.runs_ahead:
+                yield from _read(*upcoming, requests, num_top)
+                continue
         if in_flight is not None:
             yield from _read(*in_flight, requests, num_top)
         elif upcoming is None:

@@ -7,6 +7,7 @@ is in transfer. Beyond the model itself the host needs two such pieces a device 
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from grok1.checkpoint import check_scales
 from grok1.config import ModelConfig
 from grok1.distributed import together
 from grok1.manifest import TensorSpec
+from grok1.moe import ExpertWeights
 from grok1.quantization import QuantizedArray, refine_groups
 from grok1.reading import Bounds, Reader, Target
 from grok1.sharding import abstract_stack
@@ -61,6 +63,7 @@ def load_params(
     config: ModelConfig,
     mesh: Mesh,
     progress: bool,
+    select: Callable[[Params], Params] = lambda params: params,
 ) -> Params:
     """Reads a checked checkpoint onto a mesh.
 
@@ -70,9 +73,10 @@ def load_params(
       config: The model.
       mesh: Where it goes.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
+      select: What to load of the parameters: maps a tree of them to a tree of some.
 
     Returns:
-      The parameters, layers stacked, sharded as `sharding.abstract_stack` says.
+      The parameters selected, layers stacked, sharded as `sharding.abstract_stack` says.
 
     Raises:
       CheckpointError: If a file changes underneath, or a scale is not finite.
@@ -85,8 +89,8 @@ def load_params(
         layers=jax.tree.map(lambda *layers: list(layers), *stored.layers, is_leaf=_is_leaf),
         final_norm=[stored.final_norm],
     )
-    leaves, structure = jax.tree.flatten(target)
-    files = structure.flatten_up_to(sources)
+    leaves, structure = jax.tree.flatten(select(target))
+    files = structure.flatten_up_to(select(sources))
     shards = [_shards(leaf, stored) for leaf, stored in zip(leaves, files, strict=True)]
     total = sum(
         leaf.dtype.itemsize * math.prod(shard.shape)
@@ -133,6 +137,35 @@ def load_params(
                 jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
             )
     return jax.tree.unflatten(structure, arrays)
+
+
+def expert_arrays(
+    tensors: list[StoredTensor], manifest: list[TensorSpec], config: ModelConfig
+) -> list[ExpertWeights]:
+    """Returns where the int8 values of each layer's experts lie.
+
+    Args:
+      tensors: As for `load_params`.
+      manifest: Likewise.
+      config: The model.
+
+    Returns:
+      For each layer `StoredArray`s of gate, up and down.
+
+    Raises:
+      ValueError: If the experts are not int8.
+    """
+    stored = naming(config).apply(_named_leaves(tensors, manifest), None)
+    layers = []
+    for layer in stored.layers:
+        for weight in layer.experts:
+            if not isinstance(weight, QuantizedArray):
+                raise ValueError(
+                    f"{weight.array.parts[0][0].path}: the experts are {weight.array.dtype}, and "
+                    "only int8 ones can be offloaded; load it with offload='none'"
+                )
+        layers.append(ExpertWeights(*(weight.values.array for weight in layer.experts)))
+    return layers
 
 
 def _shards(target: jax.ShapeDtypeStruct, stored: list[_Leaf]) -> list[_Shard]:

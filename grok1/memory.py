@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 
+from grok1 import native
 from grok1.config import ModelConfig
 from grok1.engine import Engine
 from grok1.manifest import TensorSpec, manifest
 from grok1.quantization import QuantizedArray
-from grok1.sharding import AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
+from grok1.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
 from grok1.transformer import NamedParams, Params, naming
 
 PREALLOCATED = 0.75
@@ -81,6 +82,14 @@ def shard_bytes(tree: Any) -> int:
 def state_bytes(engine: Engine, batch: int, capacity: int) -> int:
     """Returns what the cache and tokens of a batch take on one device."""
     return shard_bytes(engine.abstract_state(batch, capacity))
+
+
+def screening_table_bytes(engine: Engine) -> int:
+    """Returns what greedy decoding's int8 copy of the output head takes of a CPU device."""
+    if not native.is_available():
+        return 0
+    rows = engine.config.vocab_size // engine.mesh.shape[MODEL_AXIS]
+    return rows * (engine.config.emb_size + 8)
 
 
 def least_bytes(engine: Engine) -> int:

@@ -17,6 +17,7 @@ from grok1.config import ModelConfig
 from grok1.engine import Engine
 from grok1.intervention import Intervention
 from grok1.manifest import TensorSpec
+from grok1.offloading import OffloadedEngine, OffloadStats
 from grok1.options import GenerationOptions, check_ids
 from grok1.scoring import Choice, Score
 from grok1.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Model:
         tensors: list[TensorSpec],
         tokenizer: Tokenizer | None = None,
         cache_dtype: Any = None,
+        engine: Engine | None = None,
     ):
         if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
             raise ValueError(
@@ -56,7 +58,7 @@ class Model:
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer
         self.tensors = tensors
-        self.engine = Engine(params, config, mesh, dtype, cache_dtype)
+        self.engine = engine or Engine(params, config, mesh, dtype, cache_dtype)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)
@@ -66,6 +68,11 @@ class Model:
             f"Model({self.config.num_layers} layers, {self.config.num_experts} experts, "
             f"{gigabytes:.3g} GB, {self.dtype}, mesh {sizes} {self.mesh.devices.flat[0].platform})"
         )
+
+    @property
+    def offload_stats(self) -> OffloadStats | None:
+        """What streaming experts from their files has cost so far; None for a resident model."""
+        return self.engine.stats if isinstance(self.engine, OffloadedEngine) else None
 
     def logits(self, tokens) -> np.ndarray:
         """Computes the next-token logits after every position.

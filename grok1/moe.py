@@ -4,6 +4,7 @@ Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected e
 R = M*A dispatched rows, L layer.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -31,6 +32,22 @@ class ExpertWeights(NamedTuple):
     gate: Any
     up: Any
     down: Any
+
+
+class FetchedExperts(NamedTuple):
+    """The experts of a stack of layers whose int8 values the host fetches when they are chosen.
+
+    Attributes:
+      handle: uint32 `[2]`, names the host's function: that of a `native.Fetch`.
+      gate_scales: bfloat16 `[L, E, G, F]`.
+      up_scales: bfloat16 `[L, E, G, F]`.
+      down_scales: bfloat16 `[L, E, G, D]`.
+    """
+
+    handle: Any
+    gate_scales: Any
+    up_scales: Any
+    down_scales: Any
 
 
 class Routing(NamedTuple):
@@ -87,7 +104,7 @@ def choose_experts(
 
 def experts(
     x: Float[Array, "M D"],
-    weights: ExpertWeights,
+    weights: ExpertWeights | FetchedExperts,
     index: Index,
     routing: Routing,
     valid: Bool[Array, " M"],
@@ -97,7 +114,7 @@ def experts(
 
     Args:
       x: Input, in the type of the products.
-      weights: Experts of a stack of layers.
+      weights: Experts of a stack of layers. Of `FetchedExperts` there is no dense form.
       index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
       routing: Where each token goes.
       valid: False for padding, which gets zeros.
@@ -108,6 +125,14 @@ def experts(
     Returns:
       float32.
     """
+    if isinstance(weights, FetchedExperts):
+        fetched = {"sparse": experts_streamed, "native": experts_fetched}
+        if implementation is not None:
+            return fetched[implementation](x, weights, index, routing, valid)
+        on_cpu = fetched["native" if native.is_available() else "sparse"]
+        return jax.lax.platform_dependent(
+            x, weights, index, routing, valid, cpu=on_cpu, default=experts_streamed
+        )
     if implementation == "dense":
         return jnp.where(valid[:, None], experts_dense(x, weights, index, routing), 0)
     if implementation is not None:
@@ -215,6 +240,61 @@ def experts_native(
     gate, up, down = ((weight.values, weight.scales) for weight in weights)
     x = x.astype(jnp.float32)
     return native.experts(x, gate, up, down, layer, indices_MA, routing.expert_weights)
+
+
+def experts_fetched(
+    x: Float[Array, "M D"],
+    weights: FetchedExperts,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """`experts_native` of weights that are read where the host has them."""
+    (layer,) = index
+    indices_MA = jnp.where(valid[:, None], routing.expert_indices, routing.probs.shape[-1])
+    x = x.astype(jnp.float32)
+    return native.fetched_experts(x, *weights, layer, indices_MA, routing.expert_weights)
+
+
+def experts_streamed(
+    x: Float[Array, "M D"],
+    weights: FetchedExperts,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """One chosen expert after another, whose values the host hands over, on any platform."""
+    (layer,) = index
+    num_experts, num_hidden = routing.probs.shape[-1], weights.gate_scales.shape[-1]
+    shapes = [(x.shape[-1], num_hidden)] * 2 + [(num_hidden, x.shape[-1])]
+    results = [jax.ShapeDtypeStruct((1, *shape), jnp.int8) for shape in shapes]
+    indices_MA = jnp.where(valid[:, None], routing.expert_indices, num_experts)
+    is_chosen_E = jnp.bincount(indices_MA.reshape(-1), length=num_experts) > 0
+    order_E = jnp.argsort(~is_chosen_E, stable=True)
+    num_chosen = jnp.sum(is_chosen_E)
+
+    def add_expert(i, out):
+        expert = order_E[i]
+        following = jnp.where(i + 1 < num_chosen, order_E[(i + 1) % num_experts], -1)
+        fetch = functools.partial(native.fetched_values, shapes)
+        fetched = jax.pure_callback(fetch, results, weights.handle, layer, expert, following)
+        alone = ExpertWeights(
+            *(
+                QuantizedArray(values, scales[layer, expert][None])
+                for values, scales in zip(fetched, weights[1:], strict=True)
+            )
+        )
+        mine_MA = indices_MA == expert
+        # To this expert as the first of one, or beyond the last; what comes out there is finite.
+        to_it = Routing(
+            routing.probs[:, :1],
+            jnp.where(mine_MA, 0, 1),
+            jnp.where(mine_MA, routing.expert_weights, 0),
+        )
+        return out + experts(x, alone, (), to_it, valid)
+
+    zeros = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.fori_loop(0, num_chosen, add_expert, zeros)
 
 
 def expert_ffn(

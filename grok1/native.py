@@ -11,19 +11,21 @@ Environment: GROK1_NATIVE=0 turns them off; GROK1_NUM_THREADS is the number of t
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
 from grok1.announcement import announced
 from grok1.cache_directory import private_directory, processor
@@ -35,8 +37,11 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h; the second since Linux 
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-DNDEBUG", "-w", "-shared", "-fPIC")
 _MATMUL = "grok1_quantized_matmul"
 _EXPERTS = "grok1_experts"
+_FETCHED_EXPERTS = "grok1_fetched_experts"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
+# Layer, expert, the next one, where to write the addresses; see kernels.cc.
+_FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
 
 
 class _UnavailableError(Exception):
@@ -54,7 +59,7 @@ def is_available() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_built_library()))
-        targets = (_MATMUL, _EXPERTS, _ATTENTION, _MOST_PROBABLE)
+        targets = (_MATMUL, _EXPERTS, _FETCHED_EXPERTS, _ATTENTION, _MOST_PROBABLE)
         handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
     except (_UnavailableError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
         print(
@@ -138,6 +143,107 @@ def experts(
         expert_indices.astype(jnp.int32),
         expert_weights,
     )
+
+
+class Fetch:
+    """A Python function that a program asks for experts' weights, and the handle that names it.
+
+    Attributes:
+      handle: uint32 `[2]`, an argument of the program; of use as long as this object lives.
+    """
+
+    def __init__(self, function: Callable[[int, int, int | None], Sequence[int] | None]):
+        """Wraps a function.
+
+        Args:
+          function: Called on a thread of XLA's with a layer, the expert that is needed and the one
+            that will be needed next, if any. It returns the addresses of the expert's int8 gate, up
+            and down, row by row, which stay as they are until it is called again; or None if they
+            cannot be had. It must not raise.
+        """
+
+        def fetch(layer, expert, following, values):
+            addresses = function(layer, expert, None if following < 0 else following)
+            if addresses is None:
+                return 1
+            values[0], values[1], values[2] = addresses
+            return 0
+
+        self._callback = _FETCH(fetch)
+        address = ctypes.cast(self._callback, ctypes.c_void_p).value
+        self.handle = np.array([address], np.uint64).view(np.uint32)
+
+
+def fetched_experts(
+    x: Float[Array, "M D"],
+    handle: UInt32[Array, "2"],
+    gate_scales: Array,
+    up_scales: Array,
+    down_scales: Array,
+    layer: int | Array,
+    expert_indices: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
+) -> Float[Array, "M D"]:
+    """As `experts`, with int8 values that the host is asked for once the choice is known.
+
+    Args:
+      x: float32 `[M, D]`.
+      handle: Of a `Fetch`, which is asked for one chosen expert after another.
+      gate_scales: bfloat16 `[L, E, G, F]`.
+      up_scales: Likewise.
+      down_scales: bfloat16 `[L, E, G, D]`.
+      layer: Index of the layer.
+      expert_indices: int32; one outside 0 to E-1 is not run, and not asked for.
+      expert_weights: float32.
+
+    Returns:
+      float32 `[M, D]`, bit for bit what `experts` returns for these weights. The program fails if
+      the weights cannot be had.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call(_FETCHED_EXPERTS, out)(
+        x,
+        handle,
+        gate_scales,
+        up_scales,
+        down_scales,
+        jnp.asarray(layer, jnp.int32),
+        expert_indices.astype(jnp.int32),
+        expert_weights,
+    )
+
+
+def fetched_values(
+    shapes: Sequence[tuple[int, int]], handle: Any, layer: Any, expert: Any, following: Any
+) -> tuple[np.ndarray, ...]:
+    """Asks a `Fetch` of this process for one expert; on the host, without the library.
+
+    Args:
+      shapes: Of gate, up and down.
+      handle: That of the `Fetch`.
+      layer: Index of the layer.
+      expert: Which expert of it.
+      following: The expert that will be asked for next, -1 for none.
+
+    Returns:
+      int8 `[1, *shape]` for each shape; good until the `Fetch` is asked again.
+
+    Raises:
+      RuntimeError: If the weights cannot be had.
+    """
+    address = int(np.asarray(handle).view(np.uint64)[0])
+    starts = (ctypes.c_size_t * 3)()
+    if _FETCH(address)(int(layer), int(expert), int(following), starts):
+        raise RuntimeError("the experts' weights cannot be had")
+    return tuple(
+        np.frombuffer((ctypes.c_int8 * math.prod(shape)).from_address(start), np.int8)
+        .reshape(1, *shape)
+        for shape, start in zip(shapes, starts, strict=True)
+    )  # fmt: skip
 
 
 def attention(

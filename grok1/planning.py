@@ -3,6 +3,7 @@
 Nothing is loaded, and no device but those asked about is started.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,10 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grok1 import native, precision
+from grok1 import precision
+from grok1.bandwidth import file_bandwidth, memory_bandwidth
 from grok1.config import GROK_1, ModelConfig
+from grok1.directory import open_tensors
 from grok1.engine import Engine
 from grok1.generation import MAX_ROWS
+from grok1.loading import expert_arrays
 from grok1.memory import (
     GPU_PLATFORMS,
     MOST_PREALLOCATED,
@@ -30,10 +34,14 @@ from grok1.memory import (
     host_bytes_available,
     preallocated_share,
     released_weights,
+    screening_table_bytes,
     shard_bytes,
     state_bytes,
 )
+from grok1.offloading import SHARE, resident_bytes, without_experts
 from grok1.sharding import DATA_AXIS, MODEL_AXIS, abstract_mesh, mesh_sizes
+from grok1.tensor_file import CheckpointError
+from grok1.transformer import Params
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -88,6 +96,28 @@ class Estimate(NamedTuple):
     tokens_per_second: float
 
 
+class Streaming(NamedTuple):
+    """How a CPU would run a model that does not fit, its experts read when they are needed.
+
+    Attributes:
+      budget_bytes: What the process takes of the memory.
+      least_bytes: The least it can take.
+      num_held: Experts that fit beside everything else.
+      read_bytes: Read from files for a token, with experts chosen evenly.
+      files: GB/s at which the files can be had: measured if there are any, otherwise the disk's.
+      memory: GB/s of memory, measured.
+      seconds: For a token.
+    """
+
+    budget_bytes: int
+    least_bytes: int
+    num_held: int
+    read_bytes: int
+    files: float
+    memory: float
+    seconds: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """How a model lies on some devices. Bytes are those of one device.
@@ -123,6 +153,8 @@ class Plan:
       decode_bytes: What a device reads for one token of every row: attention, the experts chosen,
         the output head and a full cache. Rows are taken to choose evenly among the experts.
       estimates: Bounds for devices known by name, and for these if their bandwidth is known.
+      streaming: How it would run with its experts on disk; None where it fits, or is not for one
+        CPU, or for more than one row.
     """
 
     num_weights: int
@@ -149,6 +181,7 @@ class Plan:
     load_seconds: float
     decode_bytes: int
     estimates: tuple[Estimate, ...]
+    streaming: Streaming | None
 
     @property
     def needed_bytes(self) -> int:
@@ -159,6 +192,8 @@ class Plan:
         """The same for JSON."""
         estimates = [estimate._asdict() for estimate in self.estimates]
         found = {**dataclasses.asdict(self), "estimates": estimates}
+        if self.streaming is not None:
+            found["streaming"] = self.streaming._asdict()
         return {**found, "needed_bytes": self.needed_bytes}
 
     def lines(self) -> list[str]:
@@ -183,6 +218,7 @@ class Plan:
             *(f"  {what:38}{num_bytes / 1e9:10.2f}" for what, num_bytes in table),
             "",
             *self._verdict(),
+            *self._streaming(),
             f"Loading takes {self.load_seconds:.3g} s if the disk delivers {self.disk:g} GB/s "
             f"({self.checkpoint_bytes / 1e9:.1f} GB).",
             "",
@@ -207,6 +243,19 @@ class Plan:
                 f"largest context at batch {self.batch}: {self.largest_context or 'none'}."
             )
         return lines
+
+    def _streaming(self) -> list[str]:
+        if self.streaming is None:
+            return []
+        found = self.streaming
+        if found.budget_bytes < found.least_bytes:
+            return [f"With its experts on disk it takes {gigabytes(found.least_bytes)} at least."]
+        return [
+            f"With its experts on disk (--offload, --memory {found.budget_bytes / 1e9:.0f}GB) it "
+            f"runs: {found.seconds:.3g} s a token,",
+            f"with {gigabytes(found.read_bytes)} from files at {found.files:.3g} GB/s, and memory "
+            f"at {found.memory:.3g} GB/s.",
+        ]
 
     def _advice(self) -> str:
         if self.largest_batch or self.largest_context:
@@ -268,6 +317,7 @@ def plan(
     cache_dtype: Any = None,
     bandwidth: float | None = None,
     disk: float = 2.0,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Says how a model would lie on some devices, what fits there and how fast it can be at most.
 
@@ -288,6 +338,8 @@ def plan(
       cache_dtype: As for `load`.
       bandwidth: GB/s of a device's memory; on a CPU those of the machine. None for the names' own.
       disk: GB/s that the disk delivers. The default is that of one NVMe drive in the cloud.
+      checkpoint: A directory with the weights; where they do not fit, the rate at which these
+        files can be had is measured, for a second.
 
     Raises:
       ValueError: If a number is out of range, the model does not divide over the mesh, or the
@@ -310,7 +362,7 @@ def plan(
     rows, capacity = engine.batch_for(batch), engine.capacity_for(context or config.sequence_len)
     weights_bytes = shard_bytes(engine.params)
     cache_bytes = state_bytes(engine, rows, capacity)
-    table_bytes = _screening_table_bytes(engine) if found.platform == "cpu" else 0
+    table_bytes = screening_table_bytes(engine) if found.platform == "cpu" else 0
     usable = found.usable_share * found.memory_bytes
     most = (
         max(usable, MOST_PREALLOCATED * found.memory_bytes) if found.platform == "gpu" else usable
@@ -323,6 +375,10 @@ def plan(
     leaves = jax.tree.leaves(weights)
     checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     decode_bytes = _decode_bytes(engine, rows, capacity, found.platform)
+    fits = needed <= usable
+    streaming = None
+    if not fits and found.platform == "cpu" and num_devices == rows == 1:
+        streaming = _streaming(engine, weights, found, decode_bytes, disk, checkpoint)
     return Plan(
         num_weights=sum(leaf.size for leaf in leaves if leaf.dtype != jnp.bfloat16),
         num_devices=num_devices,
@@ -338,7 +394,7 @@ def plan(
         weights_bytes=weights_bytes,
         cache_bytes=cache_bytes,
         working_bytes=answer["working"] + table_bytes,
-        fits=needed <= usable,
+        fits=fits,
         needed_share=MOST_PREALLOCATED if usable < needed <= most else None,
         largest_batch=answer["largest_batch"],
         largest_context=answer["largest_context"],
@@ -348,6 +404,7 @@ def plan(
         load_seconds=checkpoint_bytes / (disk * 1e9),
         decode_bytes=decode_bytes,
         estimates=_estimates(found, num_devices, needed, rows, decode_bytes, bandwidth),
+        streaming=streaming,
     )
 
 
@@ -448,12 +505,43 @@ def _compile(
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def _screening_table_bytes(engine: Engine) -> int:
-    """The int8 copy of the output head that greedy decoding reads on a CPU with the kernels."""
-    if not native.is_available():
-        return 0
-    rows = engine.config.vocab_size // engine.mesh.shape[MODEL_AXIS]
-    return rows * (engine.config.emb_size + 8)
+def _streaming(
+    engine: Engine,
+    weights: Params,
+    found: _Devices,
+    decode_bytes: int,
+    disk: float,
+    checkpoint: str | os.PathLike[str] | None,
+) -> Streaming:
+    """Predicts how the model would run as `offloading` does it."""
+    config = engine.config
+    params = without_experts(engine.params)
+    lean = Engine(params, config, engine.mesh, engine.dtype, engine.cache_dtype)
+    least = resident_bytes(lean) + state_bytes(lean, 1, lean.capacity_for(1))
+    budget_bytes = int(SHARE * found.memory_bytes)
+    all_bytes = sum(weight.values.size for weight in weights.layers[0].experts)
+    num_bytes = all_bytes // config.num_experts
+    num_all = config.num_layers * config.num_experts
+    num_held = min(max(0, budget_bytes - least) // num_bytes, num_all)
+    chosen = config.num_layers * config.num_selected_experts
+    read_bytes = int(chosen * num_bytes * (1 - num_held / num_all))
+    files = disk * 1e9
+    if checkpoint is not None:
+        # Of a directory with the configuration alone, or part of a download, the sizes are enough.
+        with contextlib.suppress(CheckpointError):
+            tensors, specs = open_tensors(checkpoint, config)
+            layers = expert_arrays(tensors, specs, config)
+            files = file_bandwidth([array for layer in layers for array in layer])
+    memory = memory_bandwidth()
+    return Streaming(
+        budget_bytes=budget_bytes,
+        least_bytes=least,
+        num_held=num_held,
+        read_bytes=read_bytes,
+        files=files / 1e9,
+        memory=memory / 1e9,
+        seconds=read_bytes / files + decode_bytes / memory,
+    )
 
 
 def _decode_bytes(engine: Engine, batch: int, capacity: int, platform: str) -> int:
@@ -469,7 +557,7 @@ def _decode_bytes(engine: Engine, batch: int, capacity: int, platform: str) -> i
     chosen = 1 - (1 - config.num_selected_experts / config.num_experts) ** rows
     head = shard_bytes(engine.params.embedding)
     if platform == "cpu":
-        head = _screening_table_bytes(engine) or head
+        head = screening_table_bytes(engine) or head
     cache = engine.abstract_state(batch, capacity).cache
     return int(dense + chosen * shard_bytes(layers.experts) + head + shard_bytes(cache))
 

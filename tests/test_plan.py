@@ -350,3 +350,22 @@ def test_a_control_group_leaves_its_limit_less_what_is_no_file(monkeypatch, tmp_
     assert list(memory._group_limits(7, tmp_path, own)) == [1000 - 350 + 7]
     own.unlink()
     assert not list(memory._group_limits(7, tmp_path, own))
+
+
+def test_a_cpu_too_small_is_told_how_it_would_run_from_disk():
+    found = grok1.plan(device="cpu", memory=24, context=256, disk=2.0)
+    streaming = found.streaming
+    assert not found.fits
+    assert streaming.budget_bytes == 19.2e9
+    # 64 layers of two experts of 604 MB, but for those that fit beside 10.9 GB.
+    assert streaming.least_bytes == pytest.approx(11.1e9, rel=0.02)
+    assert streaming.num_held == 13
+    assert streaming.read_bytes == pytest.approx(128 * 603979776 * (1 - 13 / 512))
+    assert streaming.seconds == pytest.approx(
+        streaming.read_bytes / 2e9 + found.decode_bytes / streaming.memory / 1e9
+    )
+    assert f"runs: {streaming.seconds:.3g} s a token" in "\n".join(found.lines())
+    assert found.to_dict()["streaming"]["num_held"] == 13
+    small = grok1.plan(device="cpu", memory=8, context=256)
+    assert "With its experts on disk it takes 10.94 GB at least" in "\n".join(small.lines())
+    assert grok1.plan(device="cpu", memory=400, context=256).streaming is None

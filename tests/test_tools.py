@@ -1,15 +1,20 @@
-"""The training of the toy, in miniature."""
+"""The training of the toy, in miniature, and the checkpoint of the real size."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grok1
+from grok1 import verification
 from grok1.config import TOY as TOY_CONFIG
+from grok1.directory import load_config, open_tensors
 from grok1.moe import ExpertWeights, experts_dense, route
 from grok1.quantization import QuantizedArray
 from tests.helpers import named_params, relative_error
-from tools import toy_corpus, train_toy
+from tools import check_offloaded, make_full_size, toy_corpus, train_toy
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +77,30 @@ def test_rounding_leaves_the_layout_of_the_checkpoint(toy):
     assert isinstance(down, QuantizedArray)
     assert down.scales.shape == (8, 8, 128)
     assert not isinstance(rounded["transformer/decoder_layer_0/router"]["w"], QuantizedArray)
+
+
+def test_one_layer_linked_is_a_whole_checkpoint(tmp_path):
+    config = dataclasses.replace(TOY_CONFIG, num_layers=12)
+    make_full_size.make_full_size(tmp_path / "one", dataclasses.replace(config, num_layers=1))
+    make_full_size.make_full_size(tmp_path / "full", config, source=tmp_path / "one")
+    make_full_size.make_full_size(tmp_path / "made", config)
+    for name in ("full", "made"):
+        assert verification.verify(tmp_path / name).is_good
+        files = list((tmp_path / name / "ckpt-0").iterdir())
+        assert len(files) == 2 + 12 * config.num_layers
+        assert len({path.stat().st_ino for path in files}) == 14
+    model = grok1.load(tmp_path / "full", mesh=(1, 1), progress=False)
+    # Layer 10 comes before layer 2 in the files, and is the same.
+    scales = np.asarray(model.params.layers.experts.down.scales, np.float32)
+    np.testing.assert_array_equal(scales, np.broadcast_to(scales[:1], scales.shape))
+    logits = model.logits([1, 2, 3])
+    assert 0.1 < np.std(logits) < 10
+
+
+def test_the_evaluation_in_float64_is_that_of_the_golden_numbers(nano_path, nano_reference):
+    config = load_config(nano_path)
+    stored, specs = open_tensors(nano_path, config)
+    tensors = {spec.name: tensor for spec, tensor in zip(specs, stored, strict=True)}
+    tokens = nano_reference["tokens"].tolist()
+    found = check_offloaded.logits_float64(tensors, config, tokens)
+    assert relative_error(found, nano_reference["logits_f64"]) <= 1e-12

@@ -1,6 +1,7 @@
 // The kernels as XLA sees them. Everything is row-major, as XLA holds it; a stack of matrices is
 // read in place, whichever of them is asked for.
 
+#include <cstring>
 #include <string>
 
 #include "attention.h"
@@ -19,6 +20,7 @@ using Values = ffi::Buffer<ffi::S8>;
 using Scales = ffi::Buffer<ffi::BF16>;
 using Integers = ffi::Buffer<ffi::S32>;
 using Flags = ffi::Buffer<ffi::PRED>;
+using Handle = ffi::Buffer<ffi::U32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
 using IntegersOut = ffi::ResultBuffer<ffi::S32>;
 
@@ -55,6 +57,21 @@ ffi::Error QuantizedMatmul(Pool pool, Floats x, Values values, Scales scales, In
   return ffi::Error::Success();
 }
 
+std::vector<std::vector<grok1::Dispatched>> rows_by_expert(Integers& expert_indices,
+                                                           Floats& expert_weights,
+                                                           int64_t num_experts) {
+  int64_t num_tokens = expert_indices.dimensions()[0];
+  int64_t num_selected = expert_indices.dimensions()[1];
+  std::vector<std::vector<grok1::Dispatched>> rows(num_experts);
+  for (int64_t place = 0; place < num_tokens * num_selected; ++place) {
+    int64_t expert = expert_indices.typed_data()[place];
+    // An expert beyond the last is padding's.
+    if (expert < 0 || expert >= num_experts) continue;
+    rows[expert].push_back({place / num_selected, expert_weights.typed_data()[place]});
+  }
+  return rows;
+}
+
 ffi::Error Experts(Pool pool, Floats x, Values gate, Scales gate_scales, Values up,
                    Scales up_scales, Values down, Scales down_scales, Integers layer,
                    Integers expert_indices, Floats expert_weights, FloatsOut out) {
@@ -67,17 +84,56 @@ ffi::Error Experts(Pool pool, Floats x, Values gate, Scales gate_scales, Values 
     experts[e] = {matrix_of(gate, gate_scales, first + e), matrix_of(up, up_scales, first + e),
                   matrix_of(down, down_scales, first + e)};
   }
-  int64_t num_tokens = expert_indices.dimensions()[0];
-  int64_t num_selected = expert_indices.dimensions()[1];
-  std::vector<std::vector<grok1::Dispatched>> rows(num_experts);
-  for (int64_t place = 0; place < num_tokens * num_selected; ++place) {
-    int64_t expert = expert_indices.typed_data()[place];
-    // An expert beyond the last is padding's.
-    if (expert < 0 || expert >= num_experts) continue;
-    rows[expert].push_back({place / num_selected, expert_weights.typed_data()[place]});
-  }
+  auto rows = rows_by_expert(expert_indices, expert_weights, num_experts);
   std::fill_n(out->typed_data(), out->element_count(), 0.0f);
   grok1::run_experts(pool, experts, rows, x.typed_data(), out->typed_data());
+  return ffi::Error::Success();
+}
+
+// Writes where the host has gate, up and down of one of a layer's experts; they stay as they are
+// until the next call. `next` is the expert that will be asked for then, -1 if there is none.
+// Returns 0, or something else if the weights cannot be had.
+using Fetch = int32_t (*)(int32_t layer, int32_t expert, int32_t next, const int8_t** values);
+
+// As Experts, with weights that the host is asked for, expert by expert, once it is known which.
+ffi::Error FetchedExperts(Pool pool, Floats x, Handle handle, Scales gate_scales, Scales up_scales,
+                          Scales down_scales, Integers layer, Integers expert_indices,
+                          Floats expert_weights, FloatsOut out) {
+  auto sizes = gate_scales.dimensions();
+  int64_t num_experts = sizes[sizes.size() - 3], hidden_size = sizes.back();
+  int64_t depth = down_scales.dimensions().back(), number = layer.typed_data()[0];
+  int64_t first = number * num_experts;
+  int64_t count = gate_scales.element_count() / (sizes[sizes.size() - 2] * hidden_size);
+  if (first < 0 || first + num_experts > count) return no_such_matrix(first, count);
+  auto rows = rows_by_expert(expert_indices, expert_weights, num_experts);
+  // In the order of run_experts, so that sums are the same to the last bit.
+  std::vector<int64_t> order;
+  for (bool few : {true, false}) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (!rows[e].empty() && (rows[e].size() <= grok1::kMaxRows) == few) order.push_back(e);
+    }
+  }
+  Fetch fetch;
+  static_assert(sizeof(fetch) == 2 * sizeof(uint32_t));
+  std::memcpy(&fetch, handle.typed_data(), sizeof(fetch));
+  std::fill_n(out->typed_data(), out->element_count(), 0.0f);
+  for (size_t place = 0; place < order.size(); ++place) {
+    int64_t e = order[place];
+    const int8_t* values[3];
+    if (fetch(number, e, place + 1 < order.size() ? order[place + 1] : -1, values) != 0) {
+      return ffi::Error::Internal("the experts' weights cannot be had");
+    }
+    auto matrix = [&](int part, Scales& scales, int64_t rows, int64_t columns) {
+      int64_t num_groups = scales.dimensions()[scales.dimensions().size() - 2];
+      auto scale = reinterpret_cast<const uint16_t*>(scales.typed_data());
+      scale += (first + e) * num_groups * columns;
+      return grok1::matrix_of(values[part], scale, 0, rows, columns, num_groups);
+    };
+    grok1::Expert expert = {matrix(0, gate_scales, depth, hidden_size),
+                            matrix(1, up_scales, depth, hidden_size),
+                            matrix(2, down_scales, hidden_size, depth)};
+    grok1::run_experts(pool, {expert}, {rows[e]}, x.typed_data(), out->typed_data());
+  }
   return ffi::Error::Success();
 }
 
@@ -125,6 +181,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_experts, Experts,
                                   .Arg<Values>()
                                   .Arg<Scales>()
                                   .Arg<Values>()
+                                  .Arg<Scales>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_fetched_experts, FetchedExperts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Handle>()
+                                  .Arg<Scales>()
+                                  .Arg<Scales>()
                                   .Arg<Scales>()
                                   .Arg<Integers>()
                                   .Arg<Integers>()

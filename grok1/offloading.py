@@ -1,0 +1,368 @@
+"""A model that is larger than memory: the experts stay in their files, the rest is resident.
+
+A token uses two experts of eight, and the rest of a layer is a fourteenth of them in size. The
+programs are those of `engine`; only where an expert's weights lie is another matter, and that is
+asked of `expert_store` when the router has chosen.
+
+What is counted against the budget is this process's own memory: everything resident, the keys and
+values, working memory, and the experts that fill the rest. Pages of files that the system keeps
+are not counted: it takes them back when it wants memory.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grok1 import native
+from grok1.compilation import Program
+from grok1.config import ModelConfig
+from grok1.engine import Engine
+from grok1.expert_store import ExpertStore, Traffic
+from grok1.loading import expert_arrays, load_params
+from grok1.manifest import TensorSpec
+from grok1.memory import (
+    gigabytes,
+    host_bytes_available,
+    least_bytes,
+    require_memory,
+    screening_table_bytes,
+    shard_bytes,
+    state_bytes,
+)
+from grok1.moe import FetchedExperts
+from grok1.sharding import AnyMesh
+from grok1.steps import DecodeState
+from grok1.storage import StoredTensor
+from grok1.transformer import Params
+
+Offload = Literal["auto", "none", "host", "disk"]
+"""Where experts' weights are: see `factory.load`."""
+
+WORKING_BYTES = 1_000_000_000
+"""What Python, JAX and the working memory of the programs take, at the released model's sizes."""
+
+SHARE = 0.8
+"""Of the memory that is available, for the budget when none is given."""
+
+_NUM_BUFFERS = 2  # experts that are read ahead of their use where they cannot be mapped
+
+
+class OffloadStats(NamedTuple):
+    """What streaming has cost so far.
+
+    Attributes:
+      prompt: Of prompts, in chunks.
+      decode: Of steps of decoding, each a token of every row.
+      num_held: Experts in memory.
+      num_experts: Experts of the model.
+      budget_bytes: What the process may take.
+    """
+
+    prompt: Traffic
+    decode: Traffic
+    num_held: int
+    num_experts: int
+    budget_bytes: int
+
+    def __str__(self) -> str:
+        lines = []
+        for what, traffic in (("chunk of the prompt", self.prompt), ("token", self.decode)):
+            if traffic.steps:
+                lines.append(
+                    f"{traffic.seconds / traffic.steps:.2f} s a {what}, "
+                    f"{gigabytes(traffic.bytes_read / traffic.steps)} read, "
+                    f"expert hit rate {traffic.hit_rate:.1%}"
+                )
+        held = f"{self.num_held} of {self.num_experts} experts in memory"
+        return "; ".join([*lines, held])
+
+
+class OffloadedEngine(Engine):
+    """The steps of a model whose experts are fetched; as `Engine`, with the same numbers.
+
+    A step is finished when its method returns. Ctrl-C ends it within a layer; a file that cannot
+    be read is the `CheckpointError` of the step that wanted it. The state it was given is lost
+    then, and the engine goes on with another.
+
+    Attributes:
+      store: Where experts come from.
+      budget_bytes: What the process may take.
+      runs_ahead: Whether a step may be started before the tokens of the one before are read.
+    """
+
+    runs_ahead = False
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        mesh: AnyMesh,
+        dtype: Any,
+        cache_dtype: Any,
+        store: ExpertStore,
+        budget_bytes: int,
+    ):
+        super().__init__(params, config, mesh, dtype, cache_dtype)
+        self.store, self.budget_bytes = store, budget_bytes
+        self._traffic = {"prompt": Traffic(), "decode": Traffic()}
+        # A program that calls back into this process is of no use to another.
+        self._stores_programs = native.is_available()
+
+    @property
+    def stats(self) -> OffloadStats:
+        """What streaming has cost so far."""
+        store = self.store
+        return OffloadStats(
+            **self._traffic,
+            num_held=store.num_held,
+            num_experts=store.num_all,
+            budget_bytes=self.budget_bytes,
+        )
+
+    def new_state(self, tokens: np.ndarray) -> DecodeState:
+        """As `Engine.new_state`; the experts in memory make room for the cache.
+
+        Raises:
+          ValueError: If the budget does not hold the cache.
+        """
+        needed = state_bytes(self, *tokens.shape)
+        self.store.resize(num_slots(self, self.store, needed, self.budget_bytes))
+        return super().new_state(tokens)
+
+    def _step_program(self, key: tuple, *details, **options) -> Program:
+        program = super()._step_program(key, *details, **options)
+        if isinstance(program, _StreamedProgram):
+            return program
+        kind = "decode" if key[0].startswith("decode") else "prompt"
+        streamed = _StreamedProgram(program, self.store, self._traffic[kind])
+        self._programs[key] = streamed
+        return streamed
+
+
+class _StreamedProgram(Program):
+    """A step's program with the threads that fetch for it."""
+
+    def __init__(self, program: Program, store: ExpertStore, traffic: Traffic):
+        self.__dict__.update(program.__dict__)
+        self._store, self._traffic = store, traffic
+
+    def __call__(self, *args):
+        """Runs the program to its end.
+
+        Raises:
+          CheckpointError: If an expert cannot be read.
+        """
+        run = super().__call__
+        start = time.perf_counter()
+        # In another thread, because waiting for a program cannot be interrupted.
+        with self._fetching(), ThreadPoolExecutor(1, "grok1-step") as pool:
+            running = pool.submit(lambda: jax.block_until_ready(run(*args)))
+            try:
+                result = running.result()
+            except BaseException:
+                self._store.cancel()
+                raise
+        self._traffic.steps += 1
+        self._traffic.seconds += time.perf_counter() - start
+        return result
+
+    @contextlib.contextmanager
+    def _fetching(self) -> Iterator[None]:
+        self._store.begin(self._traffic)
+        try:
+            yield
+        except Exception:
+            # The program's own words are that it was not given the weights.
+            if self._store.error is not None:
+                raise self._store.error from None
+            raise
+        finally:
+            self._store.end()
+
+
+def is_offloaded(
+    engine: Engine, offload: Offload, memory: float | str | None, say: bool = True
+) -> bool:
+    """Says whether experts are to be read when they are needed.
+
+    Args:
+      engine: The whole model, of which only the shapes exist, on a mesh of real devices.
+      offload: What is asked for.
+      memory: The budget, if one is given.
+      say: Tell on stderr why, where nobody has asked for it.
+
+    Raises:
+      ValueError: If the choice is none of the four, a model that must be resident does not fit, or
+        one that must not be lies on several devices.
+    """
+    if offload not in get_args(Offload):
+        raise ValueError(f"offload must be 'auto', 'none', 'host' or 'disk', found {offload!r}")
+    if memory is not None and offload in ("none", "host"):
+        raise ValueError(
+            f"memory is a budget for offload='disk' or 'auto', found it with offload={offload!r}"
+        )
+    sizes = "x".join(map(str, engine.mesh.devices.shape))
+    on_one = engine.mesh.size == 1
+    if offload in ("disk", "host"):
+        if not on_one:
+            raise ValueError(f"offloading runs on one device, found mesh {sizes}; give mesh=(1, 1)")
+        return True
+    try:
+        require_memory(engine)
+    except ValueError as error:
+        if offload == "none" or not on_one:
+            raise
+        reason = str(error).partition(";")[0]
+    else:
+        if memory is None or not on_one or engine.mesh.devices.flat[0].platform != "cpu":
+            return False
+        needed = least_bytes(engine) + screening_table_bytes(engine) + WORKING_BYTES
+        if needed <= budget(memory):
+            return False
+        reason = f"the model takes {gigabytes(needed)}"
+    if say:
+        print(f"grok1: {reason}: experts are read when they are needed", file=sys.stderr)
+    return True
+
+
+def load_offloaded(
+    tensors: list[StoredTensor],
+    manifest: list[TensorSpec],
+    whole: Engine,
+    on_host: bool,
+    memory: float | str | None,
+    progress: bool,
+) -> OffloadedEngine:
+    """Reads all of a checkpoint but its experts.
+
+    Args:
+      tensors: As for `loading.load_params`.
+      manifest: Likewise.
+      whole: The whole model, of which only the shapes exist, on one real device.
+      on_host: Keep in memory every expert that was read once, instead of those in the budget.
+      memory: The budget; see `budget`.
+      progress: Show bytes, rate and time left on stderr, if that is a terminal.
+
+    Raises:
+      CheckpointError: If a file changes underneath, or a scale is not finite.
+      ValueError: If the experts are not int8, or what has to be in memory does not fit.
+    """
+    config, mesh = whole.config, whole.mesh
+    store = ExpertStore(expert_arrays(tensors, manifest, config))
+    lean = Engine(without_experts(whole.params), config, mesh, whole.dtype, whole.cache_dtype)
+    require_memory(lean)
+    least_state = least_bytes(lean) - shard_bytes(lean.params)
+    if on_host:
+        # The cache may grow to the whole context.
+        state = state_bytes(lean, lean.batch_for(1), config.sequence_len)
+        budget_bytes = fixed_bytes(lean, store) + state + store.num_all * store.num_bytes
+        available = host_bytes_available()
+        if available is not None and budget_bytes > available:
+            raise ValueError(
+                f"the experts do not fit in the host's memory: {gigabytes(budget_bytes)} are "
+                f"needed and {gigabytes(available)} available; give offload='disk'"
+            )
+    else:
+        budget_bytes = budget(memory)
+    store.resize(num_slots(lean, store, least_state, budget_bytes))
+    params = load_params(tensors, manifest, config, mesh, progress, without_experts)
+    handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
+    experts = params.layers.experts._replace(handle=handle)
+    params = params._replace(layers=params.layers._replace(experts=experts))
+    return OffloadedEngine(
+        params, config, mesh, whole.dtype, whole.cache_dtype, store, budget_bytes
+    )
+
+
+def without_experts(params: Params) -> Params:
+    """Returns a tree of parameters with the experts' scales alone."""
+    experts = params.layers.experts
+    fetched = FetchedExperts(None, *(weight.scales for weight in experts))
+    return params._replace(layers=params.layers._replace(experts=fetched))
+
+
+def resident_bytes(engine: Engine) -> int:
+    """Returns what this process takes beside keys, values and experts.
+
+    Args:
+      engine: With parameters `without_experts`, which may be abstract; on a CPU.
+    """
+    return shard_bytes(engine.params) + screening_table_bytes(engine) + WORKING_BYTES
+
+
+def fixed_bytes(engine: Engine, store: ExpertStore) -> int:
+    """Returns what this process takes beside keys, values and the experts that it holds.
+
+    Args:
+      engine: With parameters `without_experts`, which may be abstract.
+      store: Where the experts come from.
+    """
+    in_flight = 0 if store.is_mapped else _NUM_BUFFERS
+    if not (native.is_available() and store.is_mapped):
+        in_flight += 1  # XLA has its own copy
+    on_cpu = engine.mesh.devices.flat[0].platform == "cpu"
+    resident = resident_bytes(engine) if on_cpu else WORKING_BYTES
+    return resident + in_flight * store.num_bytes
+
+
+def num_slots(engine: Engine, store: ExpertStore, cache_bytes: int, budget_bytes: int) -> int:
+    """Returns how many experts fit into a budget beside everything else.
+
+    Args:
+      engine: As for `fixed_bytes`.
+      store: Where the experts come from.
+      cache_bytes: Of keys, values and tokens.
+      budget_bytes: What the process may take.
+
+    Raises:
+      ValueError: If not even the rest fits.
+    """
+    fixed = fixed_bytes(engine, store)
+    if engine.mesh.devices.flat[0].platform != "cpu":
+        cache_bytes = 0
+    room = budget_bytes - fixed - cache_bytes
+    if room < 0:
+        raise ValueError(
+            f"a memory budget of {gigabytes(budget_bytes)} is too small: what has to be in memory "
+            f"takes {gigabytes(fixed)}, and the cache of keys and values {gigabytes(cache_bytes)}; "
+            f"give at least {gigabytes(fixed + cache_bytes)}, or fewer or shorter prompts"
+        )
+    return min(room // store.num_bytes, store.num_all)
+
+
+def budget(memory: float | str | None) -> int:
+    """Returns the bytes that a process may take.
+
+    Args:
+      memory: GB, of 1e9 bytes, as a number or as "16GB"; None for most of what is available.
+
+    Raises:
+      ValueError: If it is no such number, or more than is available.
+    """
+    available = host_bytes_available()
+    if memory is None:
+        if available is None:
+            raise ValueError("how much memory there is cannot be found out here; give memory=")
+        return int(SHARE * available)
+    try:
+        found = float(memory.upper().removesuffix("GB") if isinstance(memory, str) else memory)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise ValueError(
+            f"memory must be a number of GB above 0, as 16 or '16GB', found {memory!r}"
+        )
+    if available is not None and found * 1e9 > available:
+        raise ValueError(
+            f"a memory budget of {found:g} GB is more than the {gigabytes(available)} that are "
+            "available; give less, or free what is in use"
+        )
+    return int(found * 1e9)

@@ -1,0 +1,27 @@
+"""Rates that are measured."""
+
+import pytest
+
+import grok1
+from grok1 import bandwidth, mapping
+from grok1.directory import load_config, open_tensors
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_files_and_memory_have_a_rate(nano_path, monkeypatch, is_mapped):
+    monkeypatch.setattr(bandwidth, "_SECONDS", 0.05)
+    if not is_mapped:
+        monkeypatch.setattr(mapping, "is_available", lambda: False)
+    tensors, _ = open_tensors(nano_path, load_config(nano_path))
+    arrays = [tensor.values for tensor in tensors]
+    assert 1e5 < bandwidth.file_bandwidth(arrays) < 1e13
+    assert 1e8 < bandwidth.memory_bandwidth() < 1e13
+
+
+def test_a_file_that_vanishes_is_an_error(nano_path, monkeypatch):
+    tensors, _ = open_tensors(nano_path, load_config(nano_path))
+    array = tensors[2].values
+    file, span = array.parts[0]
+    gone = array._replace(parts=((file._replace(path=nano_path / "gone"), span),))
+    with pytest.raises(grok1.CheckpointError, match="gone: cannot be read: No such file"):
+        bandwidth.file_bandwidth([gone])

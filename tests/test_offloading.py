@@ -1,0 +1,339 @@
+"""A model whose experts stay on disk: the same numbers, within a budget, and clean ends."""
+
+import errno
+import gc
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import weakref
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import grok1
+from grok1 import conversion, expert_store, mapping, memory, native, offloading
+from grok1.manifest import file_name
+from tests.conftest import TOY
+from tests.helpers import relative_error
+
+GREEDY = {"max_new_tokens": 32, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def no_reserve(monkeypatch):
+    """Budgets of these tests are of kilobytes: nothing is set apart for Python and JAX."""
+    monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
+
+
+@pytest.fixture(scope="module")
+def copied(nano_path, tmp_path_factory) -> pathlib.Path:
+    target = tmp_path_factory.mktemp("offloading") / "copied"
+    shutil.copytree(nano_path, target)
+    for path in target.rglob("*"):
+        path.chmod(0o755)
+    return target
+
+
+@pytest.fixture(scope="module")
+def shared(copied) -> grok1.Model:
+    return load(copied)
+
+
+@pytest.fixture
+def offloaded(shared) -> grok1.Model:
+    """A model without experts in memory, or room for them, that has been used before."""
+    return with_room(shared, 0)
+
+
+def load(path, num_experts=0, **options):
+    """Loads a model with room for so many experts beside everything else."""
+    options = {"mesh": (1, 1), "progress": False, "dtype": "float32", **options}
+    return with_room(grok1.load(path, offload="disk", memory=2, **options), num_experts)
+
+
+def with_room(model, num_experts, context=96, batch=1):
+    """Empties the memory and leaves room for so many experts at a context and batch."""
+    engine = model.engine
+    engine.budget_bytes = (
+        offloading.fixed_bytes(engine, engine.store)
+        + memory.state_bytes(engine, batch, engine.capacity_for(context))
+        + num_experts * engine.store.num_bytes
+    )
+    engine.store.resize(0)
+    for name in engine._traffic:
+        vars(engine._traffic[name]).update(vars(expert_store.Traffic()))
+    return model
+
+
+def threads():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("grok1-")]
+
+
+def mapped_files(path):
+    return [
+        line for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if path in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_experts"), [("float32", 0), ("float32", 7), ("bfloat16", 7), ("float32", 96)]
+)
+def test_nano_computes_what_the_resident_model_does(
+    nano_path, nano, nano_reference, offloaded, dtype, num_experts
+):
+    resident = nano
+    if dtype != "float32":
+        resident = grok1.load(nano_path, mesh=(1, 1), dtype=dtype, progress=False)
+        offloaded = load(nano_path, dtype=dtype)
+    with_room(offloaded, num_experts)
+    tokens = nano_reference["tokens"]
+    np.testing.assert_array_equal(offloaded.logits(tokens), resident.logits(tokens))
+    for length in (1, 40):  # without prefill, and in a chunk of 64
+        prompt = tokens[:length].tolist()
+        assert offloaded.generate(prompt, **GREEDY) == resident.generate(prompt, **GREEDY)
+    stats = offloaded.offload_stats
+    assert stats.num_held == num_experts
+    assert stats.decode.steps == 2 * 32
+    assert stats.decode.num_used == 2 * 32 * 12 * 2
+    read = stats.decode.num_used - stats.decode.num_held
+    assert stats.decode.bytes_read == read * offloaded.engine.store.num_bytes
+    assert (stats.decode.hit_rate > 0.9) == (num_experts == 96)
+
+
+def test_the_toy_computes_what_the_resident_model_does(toy):
+    offloaded = with_room(load(TOY), 5, context=256)
+    tokens = np.arange(40) * 11 % toy.config.vocab_size
+    assert relative_error(offloaded.logits(tokens), toy.logits(tokens)) <= 1e-6
+    prompt = "The first argument "
+    assert offloaded.generate(prompt, **GREEDY) == toy.generate(prompt, **GREEDY)
+    drawn = {"max_new_tokens": 8, "temperature": 0.7, "seed": 3, "logprobs": 2}
+    assert offloaded.generate(prompt, **drawn) == toy.generate(prompt, **drawn)
+    text = "".join(offloaded.stream(prompt, **drawn))
+    assert text == toy.generate(prompt, **drawn).text
+
+
+def test_a_batch_computes_what_the_resident_model_does(offloaded, nano):
+    with_room(offloaded, 5, batch=4)
+    prompts = [[5, 6, 7], list(range(40, 60)), [9]]
+    assert offloaded.generate(prompts, **GREEDY) == nano.generate(prompts, **GREEDY)
+
+
+def test_captures_are_those_of_the_resident_model(offloaded, nano):
+    def capture(model):
+        state = model.engine.new_state(np.arange(96, dtype=np.int32)[None])
+        names = ("residual", "expert_indices")
+        _, _, captured = model.engine.score(state, np.array([16], np.int32), 16, names)
+        return captured
+
+    found, expected = capture(offloaded), capture(nano)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_without_kernels_it_goes_through_xla(nano_path, nano_reference, monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    offloaded = load(nano_path, 4)
+    tokens = nano_reference["tokens"]
+    assert relative_error(offloaded.logits(tokens), nano_reference["logits_f64"]) <= 2e-5
+    greedy = offloaded.generate(
+        nano_reference["greedy_prompt"].tolist(),
+        **{**GREEDY, "max_new_tokens": len(nano_reference["greedy_tokens"])},
+    )
+    assert greedy.tokens == nano_reference["greedy_tokens"].tolist()
+    assert offloaded.offload_stats.decode.num_held > 0
+
+
+@pytest.mark.parametrize("how", ["transposed", "old system"])
+def test_what_cannot_be_mapped_is_read_into_buffers(nano_path, nano, tmp_path, monkeypatch, how):
+    path = nano_path
+    if how == "transposed":
+        path = tmp_path / "converted"
+        conversion.convert(nano_path, path, to="safetensors")
+    else:
+        monkeypatch.setattr(mapping, "is_available", lambda: False)
+    offloaded = load(path, 4)
+    assert not offloaded.engine.store.is_mapped
+    prompt = list(range(30, 60))
+    assert offloaded.generate(prompt, **GREEDY) == nano.generate(prompt, **GREEDY)
+
+
+def test_more_memory_is_never_a_lower_hit_rate(offloaded):
+    rates = []
+    for num_experts in (0, 6, 24, 60):
+        with_room(offloaded, num_experts).generate([7], **GREEDY)
+        rates.append(offloaded.offload_stats.decode.hit_rate)
+    assert rates == sorted(set(rates))
+    assert rates[0] == 0
+    assert rates[1] > 0.02
+
+
+def test_a_larger_cache_takes_its_memory_from_the_experts(offloaded):
+    model = with_room(offloaded, 40)
+    prompt = list(range(20))
+    model.generate(prompt, **GREEDY)
+    assert model.offload_stats.num_held == 40
+    row = memory.state_bytes(model.engine, 1, 96)
+    needed = -(-row // model.engine.store.num_bytes)
+    model.generate([prompt] * 2, **GREEDY)
+    assert model.offload_stats.num_held == 40 - needed
+    with pytest.raises(ValueError, match=r"budget of 0\.00 GB is too small: .* fewer or shorter"):
+        model.generate([prompt] * 4, **GREEDY)
+
+
+def test_host_keeps_what_was_read(nano_path):
+    model = grok1.load(nano_path, mesh=(1, 1), offload="host", progress=False)
+    for _ in range(2):
+        model.generate(list(range(20)), **GREEDY)
+    assert model.offload_stats.decode.hit_rate > 0.9
+    with pytest.raises(ValueError, match="memory is a budget for offload='disk' or 'auto'"):
+        grok1.load(nano_path, mesh=(1, 1), offload="host", memory=1, progress=False)
+
+
+def test_auto_offloads_what_does_not_fit(nano_path, nano, monkeypatch, capfd):
+    assert grok1.load(nano_path, mesh=(1, 1), progress=False).offload_stats is None
+    model = grok1.load(nano_path, mesh=(1, 1), memory="0.0025GB", progress=False)
+    assert model.offload_stats is not None
+    said = capfd.readouterr().err
+    assert said == "grok1: the model takes 0.00 GB: experts are read when they are needed\n"
+    monkeypatch.setattr(memory, "host_bytes_available", lambda: 2_600_000)
+    monkeypatch.setattr(offloading, "host_bytes_available", lambda: 3_000_000)
+    model = grok1.load(nano_path, mesh=(1, 1), dtype="float32", progress=False)
+    assert "the model does not fit: it takes 0.00 GB of weights" in capfd.readouterr().err
+    assert model.engine.budget_bytes == 2_400_000
+    tokens = np.arange(8)
+    np.testing.assert_array_equal(model.logits(tokens), nano.logits(tokens))
+    with pytest.raises(ValueError, match="the model does not fit"):
+        grok1.load(nano_path, mesh=(1, 1), offload="none", progress=False)
+    with pytest.raises(ValueError, match="the model does not fit"):
+        grok1.load(nano_path, mesh=(1, 2), progress=False)
+
+
+def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
+    def refused(match, **options):
+        with pytest.raises(ValueError, match=match):
+            grok1.load(nano_path, progress=False, **options)
+
+    refused("offload must be 'auto', 'none', 'host' or 'disk', found 'gpu'", offload="gpu")
+    refused(r"offloading runs on one device, found mesh 1x2", offload="disk", mesh=(1, 2))
+    refused("memory is a budget for offload", offload="none", memory="16GB")
+    on_disk = {"offload": "disk", "mesh": (1, 1)}
+    refused("memory must be a number of GB above 0, as 16 or '16GB', found 'all'",
+            memory="all", **on_disk)  # fmt: skip
+    refused("memory must be a number of GB above 0", memory=-1, **on_disk)
+    refused(r"a memory budget of 1e\+06 GB is more than the .* available", memory=1e6, **on_disk)
+    refused(r"a memory budget of 0\.00 GB is too small: .* give at least", memory=1e-6, **on_disk)
+    with pytest.raises(ValueError, match="save needs the whole model in memory"):
+        grok1.save(offloaded, tmp_path / "saved")
+
+
+def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, offloaded):
+    model = with_room(offloaded, 2)
+    prompt = list(range(20))
+    before = model.generate(prompt, **GREEDY)
+    gate = copied / "ckpt-0" / file_name(2)
+    gate.rename(copied / "away")
+    with pytest.raises(grok1.CheckpointError, match="tensor00002_000: cannot be read: No such"):
+        model.generate(prompt, **GREEDY)
+    assert threads() == []
+    (copied / "away").rename(gate)
+    assert model.generate(prompt, **GREEDY) == before
+
+
+def test_a_file_that_is_cut_off_is_an_error(copied, offloaded):
+    path = copied / "ckpt-0" / file_name(4)
+    whole = path.read_bytes()
+    try:
+        os.truncate(path, 1000)
+        with pytest.raises(grok1.CheckpointError, match="tensor00004_000: has 1000 bytes, expec"):
+            offloaded.generate([1, 2, 3], **GREEDY)
+    finally:
+        path.write_bytes(whole)
+    assert threads() == []
+
+
+def test_a_file_that_is_cut_off_after_it_was_mapped_is_an_error(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    window = mapping.Window(SimpleNamespace(path=path, file_size=1 << 20), 5000, 900_000)
+    os.truncate(path, 4096)
+    [(_, place)] = window.blocks()
+    with pytest.raises(grok1.CheckpointError, match="file: has 4096 bytes, expected the 1048576"):
+        window.populate(place)
+    window.close()
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_a_disk_error_is_an_error(copied, offloaded, monkeypatch, is_mapped):
+    monkeypatch.setattr(offloaded.engine.store, "is_mapped", is_mapped)
+    with_room(offloaded, 0)
+    monkeypatch.setattr(mapping, "_madvise", lambda *_: errno.EFAULT)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(grok1.CheckpointError, match=r"cannot be read at byte .*Input/output error"):
+        offloaded.generate([1, 2, 3], **GREEDY)
+    assert threads() == []
+    assert mapped_files(str(copied)) == []
+
+
+def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkeypatch):
+    model = load(copied, 3)
+    prompt = list(range(20))
+    before = model.generate(prompt, **GREEDY)
+    store, prepare = model.engine.store, expert_store.ExpertStore._prepare
+    asked = []
+
+    def interrupt(self, key, in_use):
+        asked.append(key)
+        if key[0] == 5:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert self._cancelled.wait(timeout=10)
+        return prepare(self, key, in_use)
+
+    # A shell may have started this process with the signal ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(expert_store.ExpertStore, "_prepare", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt, **GREEDY)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        monkeypatch.undo()
+    assert max(asked)[0] == 5
+    assert threads() == []
+    assert mapped_files(str(copied)) == []
+    monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
+    assert model.generate(prompt, **GREEDY) == before
+    buffers = [weakref.ref(buffer) for buffer in store._cache._held.values()]
+    assert len(buffers) == 3
+    del model, store
+    gc.collect()
+    assert [buffer() for buffer in buffers] == [None] * 3
+
+
+def test_between_steps_nothing_is_mapped_and_no_thread_runs(copied, offloaded):
+    offloaded.generate([1, 2, 3], **GREEDY)
+    assert threads() == []
+    assert mapped_files(str(copied)) == []
+
+
+def test_a_stopped_request_runs_no_further_token(offloaded):
+    model = offloaded
+    first = model.generate([1, 2, 3], max_new_tokens=1, temperature=0).tokens[0]
+    steps = model.offload_stats.decode.steps
+    model.generate([1, 2, 3], max_new_tokens=20, temperature=0, stop=[first])
+    assert model.offload_stats.decode.steps == steps + 1
+
+
+def test_the_stats_say_what_a_token_costs(offloaded):
+    model = with_room(offloaded, 4)
+    model.generate(list(range(20)), max_new_tokens=2, temperature=0)
+    assert "s a chunk of the prompt" in str(model.offload_stats)
+    assert str(model.offload_stats).endswith("4 of 96 experts in memory")
+    assert "FetchedExperts" in str(jax.tree.structure(model.params))
