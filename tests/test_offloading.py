@@ -134,9 +134,9 @@ def test_captures_are_those_of_the_resident_model(offloaded, nano):
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_without_kernels_it_goes_through_xla(nano_path, nano_reference, monkeypatch):
+def test_without_kernels_it_goes_through_xla(copied, nano_reference, monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
-    offloaded = load(nano_path, 4)
+    offloaded = load(copied, 4)
     tokens = nano_reference["tokens"]
     assert relative_error(offloaded.logits(tokens), nano_reference["logits_f64"]) <= 2e-5
     greedy = offloaded.generate(
@@ -145,6 +145,12 @@ def test_without_kernels_it_goes_through_xla(nano_path, nano_reference, monkeypa
     )
     assert greedy.tokens == nano_reference["greedy_tokens"].tolist()
     assert offloaded.offload_stats.decode.num_held > 0
+    up = copied / "ckpt-0" / file_name(4)
+    up.rename(copied / "away")
+    with pytest.raises(grok1.CheckpointError, match="tensor00004_000: cannot be read: No such"):
+        offloaded.logits(tokens)
+    (copied / "away").rename(up)
+    assert threads() == []
 
 
 @pytest.mark.parametrize("how", ["transposed", "old system"])
