@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -327,6 +328,14 @@ def test_between_steps_nothing_is_mapped_and_no_thread_runs(copied, offloaded):
     offloaded.generate([1, 2, 3], **GREEDY)
     assert threads() == []
     assert mapped_files(str(copied)) == []
+
+
+def test_two_threads_take_turns(offloaded, nano):
+    with_room(offloaded, 3, batch=2)
+    prompts = [[1, 2, 3], [60, 50, 40]]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda prompt: offloaded.generate(prompt, **GREEDY), prompts))
+    assert found == [nano.generate(prompt, **GREEDY) for prompt in prompts]
 
 
 def test_a_stopped_request_runs_no_further_token(offloaded):
