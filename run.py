@@ -65,8 +65,6 @@ def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> 
     completion, tokenizer = stream.completion, model.tokenizer
     assert completion is not None
     assert tokenizer is not None
-    if model.offload_stats is not None:
-        print(f"\n{model.offload_stats}", file=sys.stderr, flush=True)
     if arguments.json:
         print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}), flush=True)
         return
@@ -96,6 +94,8 @@ def main() -> None:
         prompts = iter(lambda: input("> " if sys.stdin.isatty() else ""), "")
     for prompt in prompts:
         complete(model, prompt, arguments)
+        if model.offload_stats is not None:
+            print(f"run.py: {model.offload_stats}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

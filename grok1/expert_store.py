@@ -73,6 +73,7 @@ class ExpertStore:
     Attributes:
       fetch: What programs ask.
       num_bytes: Of one expert in memory.
+      lock: To be held from `begin` to `end`: one program at a time.
       is_mapped: Whether what is not held is read from the page cache, without a copy.
       error: What went wrong since `begin`.
     """
@@ -93,6 +94,7 @@ class ExpertStore:
         self.is_mapped = allow_mapping and in_place and mapping.is_available()
         self.fetch = native.Fetch(self._fetch)
         self.error: BaseException | None = None
+        self.lock = threading.Lock()
         self._cache: ExpertCache[np.ndarray] = ExpertCache(0)
         self._spare: list[np.ndarray] = []
         self._cancelled = threading.Event()

@@ -134,7 +134,8 @@ class OffloadedEngine(Engine):
           ValueError: If the budget does not hold the cache.
         """
         needed = state_bytes(self, *tokens.shape)
-        self.store.resize(num_slots(self, self.store, needed, self.budget_bytes))
+        with self.store.lock:
+            self.store.resize(num_slots(self, self.store, needed, self.budget_bytes))
         return super().new_state(tokens)
 
     def _step_program(self, key: tuple, *details, **options) -> Program:
@@ -163,7 +164,11 @@ class _StreamedProgram(Program):
         run = super().__call__
         start = time.perf_counter()
         # In another thread, because waiting for a program cannot be interrupted.
-        with self._fetching(), ThreadPoolExecutor(1, "grok1-step") as pool:
+        with (
+            self._store.lock,
+            self._fetching(),
+            ThreadPoolExecutor(1, "grok1-step") as pool,
+        ):
             running = pool.submit(lambda: jax.block_until_ready(run(*args)))
             try:
                 result = running.result()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -134,9 +135,9 @@ def test_captures_are_those_of_the_resident_model(offloaded, nano):
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_without_kernels_it_goes_through_xla(nano_path, nano_reference, monkeypatch):
+def test_without_kernels_it_goes_through_xla(copied, nano_reference, monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
-    offloaded = load(nano_path, 4)
+    offloaded = load(copied, 4)
     tokens = nano_reference["tokens"]
     assert relative_error(offloaded.logits(tokens), nano_reference["logits_f64"]) <= 2e-5
     greedy = offloaded.generate(
@@ -145,6 +146,12 @@ def test_without_kernels_it_goes_through_xla(nano_path, nano_reference, monkeypa
     )
     assert greedy.tokens == nano_reference["greedy_tokens"].tolist()
     assert offloaded.offload_stats.decode.num_held > 0
+    up = copied / "ckpt-0" / file_name(4)
+    up.rename(copied / "away")
+    with pytest.raises(grok1.CheckpointError, match="tensor00004_000: cannot be read: No such"):
+        offloaded.logits(tokens)
+    (copied / "away").rename(up)
+    assert threads() == []
 
 
 @pytest.mark.parametrize("how", ["transposed", "old system"])
@@ -321,6 +328,14 @@ def test_between_steps_nothing_is_mapped_and_no_thread_runs(copied, offloaded):
     offloaded.generate([1, 2, 3], **GREEDY)
     assert threads() == []
     assert mapped_files(str(copied)) == []
+
+
+def test_two_threads_take_turns(offloaded, nano):
+    with_room(offloaded, 3, batch=2)
+    prompts = [[1, 2, 3], [60, 50, 40]]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda prompt: offloaded.generate(prompt, **GREEDY), prompts))
+    assert found == [nano.generate(prompt, **GREEDY) for prompt in prompts]
 
 
 def test_a_stopped_request_runs_no_further_token(offloaded):

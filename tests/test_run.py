@@ -53,6 +53,17 @@ def test_an_int8_cache_is_near_a_float_one_and_not_equal(toy):
     assert found != pytest.approx(expected, abs=1e-4)
 
 
+def test_experts_on_disk_give_the_same_text_and_say_what_it_cost(toy):
+    result = run("--prompt", "The ", "--max-new-tokens", "5", "--temperature", "0", "--mesh", "1x1",
+                 "--dtype", "float32", "--offload", "disk", "--memory", "2GB")  # fmt: skip
+    expected = toy.generate("The ", max_new_tokens=5, temperature=0)
+    assert result.stdout == f"The {expected.text}\n"
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("run.py: ")
+    assert " s a token, 0.00 GB read, expert hit rate " in said
+    assert said.endswith(" of 48 experts in memory")
+
+
 def test_interactive_continues_every_line_and_a_stop_ends_it():
     arguments = ("--interactive", "--max-new-tokens", "40", "--stop", r"\n", "--mesh", "1x1")
     result = run(*arguments, stdin="The first\nA second\n")
