@@ -3,11 +3,11 @@
 A token goes through all layers in turn, so between two uses of an expert every other layer's
 experts have come by. A cache that kept the last ones used, and holds less than a token uses, would
 throw each out before it is wanted again, and never have one. This one lets a newcomer in only if
-it has been used more often, lately, than the one that would have to leave. What it holds is then
-always part of what a larger one would hold: more memory is never a lower hit rate.
+it has been used more often, lately, than the one that would have to leave; as often is not enough,
+or every token would bring in all its experts anew. What it holds is then always part of what a
+larger one would hold: more memory is never a lower hit rate.
 """
 
-import math
 from collections.abc import Collection
 from typing import Generic, TypeVar
 
@@ -16,8 +16,7 @@ Key = tuple[int, int]
 
 Value = TypeVar("Value")
 
-_HALF_LIFE = 256  # steps after which a use counts half, so that a new subject finds its experts
-_LARGEST = 1e100  # of a use's weight, before all are scaled down
+_HALF_LIFE = 256  # steps after which uses count half, so that a new subject finds its experts
 
 
 class ExpertCache(Generic[Value]):
@@ -31,21 +30,21 @@ class ExpertCache(Generic[Value]):
         self.capacity = capacity
         self._held: dict[Key, Value] = {}
         self._uses: dict[Key, float] = {}
-        self._weight = 1.0
+        self._num_steps = 0
 
     def __len__(self) -> int:
         return len(self._held)
 
     def step(self) -> None:
-        """Lets earlier uses count a little less from now on."""
-        self._weight *= math.exp2(1 / _HALF_LIFE)
-        if self._weight > _LARGEST:
-            self._uses = {key: uses / self._weight for key, uses in self._uses.items()}
-            self._weight = 1.0
+        """Counts a step of the model; after some, earlier uses count less."""
+        self._num_steps += 1
+        # All at once: were each step's uses worth a little more, none would be worth the same.
+        if self._num_steps % _HALF_LIFE == 0:
+            self._uses = {key: uses / 2 for key, uses in self._uses.items()}
 
     def use(self, key: Key) -> Value | None:
         """Notes a use and returns what is held; None if it is not."""
-        self._uses[key] = self._uses.get(key, 0.0) + self._weight
+        self._uses[key] = self._uses.get(key, 0.0) + 1
         return self._held.get(key)
 
     def victim(self, key: Key, kept: Collection[Key] = ()) -> Key | None:

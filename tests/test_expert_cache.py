@@ -44,6 +44,13 @@ def test_going_through_the_layers_again_and_again_finds_what_is_held():
     assert hits[128:].sum() == 3 * 10
 
 
+def test_experts_used_alike_do_not_drive_each_other_out():
+    cycle = [(layer, expert) for layer in range(64) for expert in (0, 1)]
+    hits, held = run(cycle * 4, 10, per_step=128)
+    assert hits[128:].sum() == 3 * 10
+    assert held[127] == held[-1]
+
+
 def test_a_larger_cache_holds_all_that_a_smaller_one_does():
     accesses = tokens(40, 12, skew=0.5)
     smaller, larger = run(accesses, 7, 24), run(accesses, 12, 24)
