@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grok1 import html
 from grok1.batch import Batch, Prompt, is_batch
 from grok1.completion import Completion
 from grok1.config import ModelConfig
@@ -60,6 +61,36 @@ class Model:
             f"Model({self.config.num_layers} layers, {self.config.num_experts} experts, "
             f"{gigabytes:.3g} GB, {self.dtype}, mesh {sizes} {self.mesh.devices.flat[0].platform})"
         )
+
+    def _repr_html_(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        # Scales are no parameters of their own; nothing else is bfloat16.
+        num_parameters = sum(leaf.size for leaf in leaves if leaf.dtype != jnp.bfloat16)
+        total = sum(leaf.nbytes for leaf in leaves)
+        on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        data, model = self.mesh.devices.shape
+        config, device = self.config, self.mesh.devices.flat[0]
+        devices = f"{data * model} {device.platform.upper()} device{'s' * (data * model > 1)}"
+        if device.device_kind != device.platform:
+            devices += f" ({device.device_kind})"
+        rows = [
+            ("parameters", f"{num_parameters:,}"),
+            ("weights", f"{_bytes(total)}, {_bytes(on_one)} on each device"),
+            ("mesh", f"{data}x{model} (data x model), {devices}"),
+            ("products with weights", self.dtype),
+            ("key/value cache", self.engine.cache_dtype),
+            ("layers", config.num_layers),
+            ("experts", f"{config.num_experts}, {config.num_selected_experts} for a token"),
+            (
+                "attention heads",
+                f"{config.num_q_heads} query, {config.num_kv_heads} key/value, "
+                f"{config.key_size} wide",
+            ),
+            ("residual stream", f"{config.emb_size:,} wide"),
+            ("vocabulary", f"{config.vocab_size:,}" + ("" if self.tokenizer else ", no tokenizer")),
+            ("context", f"{config.sequence_len:,} tokens"),
+        ]
+        return html.table("Grok-1 model", rows)
 
     def logits(self, tokens) -> np.ndarray:
         """Computes the next-token logits after every position.
@@ -156,6 +187,11 @@ class Model:
             raise ValueError("stream needs a tokenizer, and this model has none; use generate")
         batch = Batch(self.engine, self.tokenizer, [prompt], GenerationOptions(**options))
         return TextStream(batch)
+
+
+def _bytes(count: int) -> str:
+    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count / scale:.2f} {unit}"
 
 
 class TextStream(Iterator[str]):

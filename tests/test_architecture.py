@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(grok1.__file__).parent
 
 # Every module imports only from lines above its own; this is the diagram of the package.
 LAYERS = [
+    {"html"},
     {
         "announcement",
         "cache_directory",
