@@ -24,6 +24,15 @@ _TEXT = (
 )
 
 
+class Fragment(str):
+    """HTML that a notebook shows as such."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
 def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
     """Returns a titled table of names and values."""
     lines = "".join(

@@ -36,6 +36,7 @@ LAYERS = [
     {"batch", "conversion", "inspection", "verification"},
     {"model"},
     {"factory"},
+    {"plots"},
     {"__init__", "__main__"},
 ]
 
@@ -67,6 +68,8 @@ def test_importing_starts_no_device_and_says_nothing():
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was initialised'\n"
         "assert not logging.getLogger('grok1').handlers\n"
+        "import sys\n"
+        "assert 'matplotlib' not in sys.modules, 'an optional extra was imported'\n"
     )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True
