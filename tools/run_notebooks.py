@@ -52,7 +52,7 @@ def run(path: pathlib.Path, *, then: str = "") -> nbformat.NotebookNode:
 
 
 def _reproducible(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Leaves out what differs from machine to machine: versions, times, messages about compiling."""
+    """Leaves out what differs from machine to machine: versions, times, talk of compiling."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
