@@ -5,6 +5,7 @@ model = grok1.load("checkpoints/toy")
 print(model.generate("The ", max_new_tokens=32).text)
 """
 
+from grok1.comparison import Comparison, compare
 from grok1.completion import Completion
 from grok1.config import GROK_1, TOY, ModelConfig
 from grok1.distributed import OtherProcessError, initialize_distributed
@@ -12,6 +13,7 @@ from grok1.factory import load, random_model, save
 from grok1.model import Model
 from grok1.options import GenerationOptions
 from grok1.planning import Plan, plan
+from grok1.scoring import Choice, Score
 from grok1.tensor_file import CheckpointError
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
@@ -20,14 +22,18 @@ __all__ = [
     "GROK_1",
     "TOY",
     "CheckpointError",
+    "Choice",
+    "Comparison",
     "Completion",
     "GenerationOptions",
     "Model",
     "ModelConfig",
     "OtherProcessError",
     "Plan",
+    "Score",
     "Tokenizer",
     "__version__",
+    "compare",
     "initialize_distributed",
     "load",
     "plan",

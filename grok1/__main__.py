@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from grok1 import conversion, gguf_file, inspection, planning, verification
+from grok1 import comparison, conversion, gguf_file, inspection, planning, verification
 from grok1.config import GROK_1
 from grok1.directory import load_config
 
@@ -35,6 +35,31 @@ def _convert(arguments: argparse.Namespace) -> int:
         embedding=arguments.emb,
     )
     print("\n".join([f"{arguments.target}: written and read back", *notes]))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    text = arguments.prompt
+    if arguments.text is not None:
+        text = arguments.text.read_text(encoding="utf-8")
+    loads = [
+        {
+            option: value
+            for option in ("dtype", "mesh", "cache_dtype")
+            if (value := getattr(arguments, f"{option}_{side}")) is not None
+        }
+        for side in "ab"
+    ]
+    found = comparison.compare(
+        arguments.a,
+        arguments.b,
+        text,
+        top_k=arguments.top_k,
+        load_a=loads[0],
+        load_b=loads[1],
+        save_logits=arguments.save_logits,
+    )
+    print(json.dumps(found.to_dict()) if arguments.json else "\n".join(found.lines()))
     return 0
 
 
@@ -91,6 +116,32 @@ def _parser() -> argparse.ArgumentParser:
         "--emb", choices=gguf_file.EMBEDDING_TYPES, help="of the embedding in gguf; default: f32"
     )
 
+    compare = command(
+        "compare", _compare, "Say how far two models, or saved logits, are apart over a text."
+    )
+    for side in "ab":
+        compare.add_argument(
+            side,
+            type=pathlib.Path,
+            metavar=side.upper(),
+            help="a model's directory, or logits [T, V] in .npz (with tokens) or .npy",
+        )
+    source = compare.add_mutually_exclusive_group()
+    source.add_argument("--text", type=pathlib.Path, metavar="FILE", help="the text, in UTF-8")
+    source.add_argument("--prompt", metavar="TEXT", help="the text itself")
+    for side in "ab":
+        which = f"of {side.upper()}"
+        compare.add_argument(f"--dtype-{side}", choices=["float32", "bfloat16"], help=which)
+        compare.add_argument(f"--mesh-{side}", type=_sizes, help=f"{which}, as 1x8; default: all")
+        compare.add_argument(
+            f"--cache-dtype-{side}", choices=["float32", "float16", "int8"], help=which
+        )
+    compare.add_argument("--top-k", type=int, default=5, metavar="K", help="default: 5")
+    compare.add_argument(
+        "--save-logits", type=pathlib.Path, metavar="FILE", help="write A's to a .npz, for later"
+    )
+    compare.add_argument("--json", action="store_true", help="print one JSON object")
+
     plan = command(
         "plan", _plan, "Say whether and how a model fits some devices, and how fast it can be."
     )
@@ -116,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parsed = _parser().parse_args(arguments)
-    # The other commands only read shapes from the model; an accelerator is left to who needs it.
-    if parsed.run is not _plan:
+    # The other commands run no model; an accelerator is left to who needs it.
+    if parsed.run not in (_compare, _plan):
         jax.config.update("jax_platforms", "cpu")
     try:
         return parsed.run(parsed)

@@ -53,7 +53,17 @@ class Batch:
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
         for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
-            tokens = _encode(prompt, tokenizer, config.vocab_size, options)
+            tokens = encode_prompt(
+                prompt,
+                tokenizer,
+                config.vocab_size,
+                add_bos=options.add_bos,
+                allow_control=options.allow_control,
+            )
+            if not tokens:
+                raise ValueError(
+                    "the prompt is empty; give at least one token, or use add_bos=True"
+                )
             room = config.sequence_len - len(tokens)
             if room < 1:
                 raise ValueError(
@@ -90,24 +100,35 @@ class Batch:
             yield i, piece
 
 
-def _encode(
-    prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, options: GenerationOptions
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    *,
+    add_bos: bool = False,
+    allow_control: bool = False,
 ) -> list[int]:
+    """Returns the token ids of a prompt; those that are given are checked and stay as they are.
+
+    Args:
+      prompt: Text or token ids.
+      tokenizer: For text; None for a model without.
+      vocab_size: Ids are below it.
+      add_bos: As in `Tokenizer.encode`, for text.
+      allow_control: As in `Tokenizer.encode`, for text.
+
+    Raises:
+      ValueError: If ids are out of range, or a text has no tokenizer.
+    """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer; give token ids, or load it with tokenizer="
             )
-        tokens = tokenizer.encode(
-            prompt, add_bos=options.add_bos, allow_control=options.allow_control
-        )
-    else:
-        array = np.asarray(prompt)
-        check_ids(array, vocab_size, "the prompt")
-        tokens = array.tolist()
-    if not tokens:
-        raise ValueError("the prompt is empty; give at least one token, or use add_bos=True")
-    return tokens
+        return tokenizer.encode(prompt, add_bos=add_bos, allow_control=allow_control)
+    array = np.asarray(prompt)
+    check_ids(array, vocab_size, "the prompt")
+    return array.tolist()
 
 
 def is_batch(prompt: Any) -> bool:

@@ -34,9 +34,10 @@ from grok1.steps import (
     next_tokens,
     no_head,
     sampling_head,
+    scoring_head,
 )
 from grok1.transformer import Params
-from grok1.unembedding import ScreeningTable, screening_table
+from grok1.unembedding import ScreeningTable, TokenStatistics, screening_table
 
 CHUNK_LENGTHS = (16, 64, 256, 1024)
 """Prefill shapes. Each is four times the last: at most two chunks of a size, bar the largest."""
@@ -229,6 +230,29 @@ class Engine:
         program = self.score_program(chunk, tuple(sorted(capture)))
         return program(self.params, state, self._rows(num_valid))
 
+    def score_tokens(
+        self,
+        state: DecodeState,
+        num_valid: Int[np.ndarray, " B"],
+        tokens: Int[np.ndarray, "B chunk"],
+        num_top: int,
+    ) -> tuple[DecodeState, TokenStatistics]:
+        """As `prefill`; also scores the token that follows each position, without its logits.
+
+        Args:
+          state: Consumed: its memory goes to the result.
+          num_valid: Tokens to run in each row.
+          tokens: int32, what follows each token that is run; its width is one of `CHUNK_LENGTHS`.
+          num_top: How many of the most probable tokens to report.
+
+        Returns:
+          The state, and statistics `[B, chunk]`, meaningless past `num_valid`.
+        """
+        program = self.token_score_program(tokens.shape[1], num_top)
+        arguments = self._rows(num_valid), self._rows(tokens)
+        state, statistics, _ = program(self.params, state, *arguments)
+        return state, statistics
+
     def prefill_program(self, chunk: int):
         """The program behind `prefill`."""
         return self._step_program(("prefill", chunk), chunk, no_head, (), ())
@@ -237,6 +261,16 @@ class Engine:
         """The program behind `score`."""
         key = ("score", chunk, capture)
         return self._step_program(key, chunk, logits_head, (), _ROWS, capture)
+
+    def token_score_program(self, chunk: int, num_top: int):
+        """The program behind `score_tokens`."""
+        return self._step_program(
+            ("score tokens", chunk, num_top),
+            chunk,
+            scoring_head(num_top),
+            (_ROWS,),
+            TokenStatistics(*(_ROWS,) * len(TokenStatistics._fields)),
+        )
 
     def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
         """The program behind `decode`."""
@@ -345,8 +379,8 @@ def _in_words(key: tuple, *args) -> str:
     kind, *details = key
     if kind in ("screening table", "request keys"):
         return f"the {kind}"
-    if kind in ("prefill", "score"):
-        verb = "scoring" if kind == "score" else kind
+    if kind in ("prefill", "score", "score tokens"):
+        verb = kind if kind == "prefill" else "scoring"
         kind = f"{verb} of {details[0]} tokens"
     batch, capacity = args[1].tokens.shape if args else details[0]
     return f"{kind} for batch {batch}, cache {capacity}"

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import html
+from grok1 import html, scoring
 from grok1.batch import Batch, Prompt, is_batch
 from grok1.completion import Completion
 from grok1.config import ModelConfig
 from grok1.engine import Engine
 from grok1.manifest import TensorSpec
 from grok1.options import GenerationOptions, check_ids
+from grok1.scoring import Choice, Score
 from grok1.tokenizer import Tokenizer
 from grok1.transformer import Params
 
@@ -132,6 +133,62 @@ class Model:
             out[:, done : done + count] = np.asarray(chunk_logits)[:num_rows, :count]
             done += count
         return out[0] if array.ndim == 1 else out
+
+    @overload
+    def score(  # pyright: ignore[reportOverlappingOverload]
+        self, text: Prompt, **options: Any
+    ) -> Score: ...
+    @overload
+    def score(
+        self, text: Sequence[str] | Sequence[Sequence[int]], **options: Any
+    ) -> list[Score]: ...
+
+    def score(self, text, **options):
+        """Computes how probable each token of a text is, given those before it.
+
+        Logits never leave the devices, and exist for some rows at a time. A text of more than
+        `window` tokens is run in overlapping windows, several side by side; each token is scored
+        once, with at least `window - stride + 1` tokens before it. Roundings depend on the shapes
+        that are run: between one window and several they are the same wherever as many tokens run
+        at a time, and differ by some 1e-5 elsewhere.
+
+        Args:
+          text: Text or token ids of any length; or a list of these.
+          **options: top_k=5, the alternatives to report for each token; window=None, most tokens
+            run at a time, the context if None; stride=None, how far apart windows begin, half of
+            the window if None; add_bos=False and allow_control=False, as for `generate`. Without
+            [BOS] nothing precedes the first token, which is not scored.
+
+        Returns:
+          A `Score`, or for a list of texts a list of them.
+
+        Raises:
+          ValueError: If a text has fewer than two tokens or ids out of range, or an option is out
+            of range.
+          TypeError: If the text is of another type.
+        """
+        return scoring.score(self.engine, self.tokenizer, text, **options)
+
+    def choose(self, context: Prompt, options: Sequence[Prompt], **encoding: Any) -> Choice:
+        """Computes how probable each of several continuations of a context is.
+
+        Context and option are encoded together and cut where the context alone would end; white
+        space at the end of the context counts as the options' (lm-evaluation-harness's rule).
+
+        Args:
+          context: Text or token ids; an empty text stands for [BOS].
+          options: The continuations, of the context's kind; begin a new word with its space.
+          **encoding: add_bos=False and allow_control=False, as for `generate`.
+
+        Returns:
+          A `Choice`: log-likelihoods, raw, per token and per byte, and the best by each.
+
+        Raises:
+          ValueError: If an option or a context of ids is empty, ids are out of range, or context
+            and option are too long.
+          TypeError: If the options are no list, or of another kind than the context.
+        """
+        return scoring.choose(self.engine, self.tokenizer, context, options, **encoding)
 
     # A str is also a Sequence[str]; the first overload that fits wins.
     @overload

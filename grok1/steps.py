@@ -17,7 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 from grok1.attention import KVCache
 from grok1.config import ModelConfig
 from grok1.sampling import SamplingState, sample, top_logprobs
-from grok1.unembedding import ScreeningTable, most_probable, unembed
+from grok1.unembedding import (
+    ScreeningTable,
+    TokenStatistics,
+    most_probable,
+    token_statistics,
+    unembed,
+)
 
 LogitsProcessor = Callable[[Array, Array, Array], Array]
 """A user's hook: (logits `[B, V]`, tokens `[B, S]`, length `[B]`) -> logits, in JAX operations."""
@@ -83,6 +89,26 @@ def logits_head(
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = unembed(embedding, config, flat)
     return state, logits.reshape(*hidden.shape[:2], -1)
+
+
+def scoring_head(num_top: int) -> Head:
+    """Returns the head that scores a token after every position, as `Engine.score_tokens` says."""
+
+    def score(
+        embedding: Float[Array, "V D"],
+        config: ModelConfig,
+        state: DecodeState,
+        hidden: Float[Array, "B T D"],
+        num_valid: Int[Array, " B"],
+        tokens: Int[Array, "B T"],
+    ) -> tuple[DecodeState, TokenStatistics]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        found = token_statistics(embedding, config, flat, tokens.reshape(-1), num_top)
+        return state, TokenStatistics(
+            *(leaf.reshape(*tokens.shape, *leaf.shape[1:]) for leaf in found)
+        )
+
+    return score
 
 
 def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Head:

@@ -127,6 +127,20 @@ class Tokenizer:
         """
         return self._processor.id_to_piece(_token_id(token, self.vocab_size))
 
+    def token_bytes(self, token: SupportsIndex) -> bytes:
+        """Returns the UTF-8 bytes that a token adds behind other text; none for a control piece.
+
+        Raises:
+          ValueError: If the token is not an integer or is out of range.
+        """
+        token = _token_id(token, self.vocab_size)
+        if self._processor.is_control(token):
+            return b""
+        piece = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):  # "<0xE5>"
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("▁", " ").encode()
+
     @property
     def vocabulary(self) -> list[tuple[bytes, float, int]]:
         """Every piece in the order of ids: UTF-8 spelling, score, and SentencePiece's type.

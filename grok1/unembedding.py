@@ -1,8 +1,10 @@
-"""The output head: logits of the whole vocabulary, or just the most probable token.
+"""The output head: logits of the whole vocabulary, what a given token scores, or the best token.
 
 Per device, inside `jax.shard_map`, as `decoder`. The embedding is also the head; as float32 it
 would be a good part of what a small model reads for a token. Where only the largest logit is
-wanted, an int8 copy rules out all but a few rows, and those are compared in float32.
+wanted, an int8 copy rules out all but a few rows, and those are compared in float32. Where tokens
+are given, their statistics are all that leaves the devices, and logits exist for some rows at a
+time.
 
 Dimension key: M row, V vocabulary rows held here, D model dim.
 """
@@ -18,6 +20,7 @@ from grok1.config import ModelConfig
 from grok1.sharding import MODEL_AXIS
 
 _TABLE_BLOCK = 512  # rows copied at a time
+_LOGITS_BYTES = 1 << 25  # most memory of one device that logits to be summed up take at a time
 
 
 class ScreeningTable(NamedTuple):
@@ -75,15 +78,95 @@ def unembed(
     embedding: Float[Array, "V D"], config: ModelConfig, x: Float[Array, "M D"]
 ) -> Float[Array, "M vocab"]:
     """Logits of the whole vocabulary from the final norm's output; float32, on every device."""
-    local = jnp.einsum(
-        "MD,VD->MV",
-        x,
-        embedding,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    logits = jax.lax.all_gather(local, MODEL_AXIS, axis=1, tiled=True)
+    logits = jax.lax.all_gather(_products(embedding, x), MODEL_AXIS, axis=1, tiled=True)
     return logits * config.output_multiplier_scale
+
+
+class TokenStatistics(NamedTuple):
+    """What the model makes of given tokens, each where it stands; natural logarithms.
+
+    Attributes:
+      logprobs: float32 `[...]`, of the token.
+      ranks: int32 `[...]`, how many tokens are more probable, equal ones of lower id included.
+      entropies: float32 `[...]`, of the distribution over the vocabulary.
+      top_tokens: int32 `[..., top]`, the most probable tokens, best first.
+      top_logprobs: float32 `[..., top]`.
+    """
+
+    logprobs: Any
+    ranks: Any
+    entropies: Any
+    top_tokens: Any
+    top_logprobs: Any
+
+
+def token_statistics(
+    embedding: Float[Array, "V D"],
+    config: ModelConfig,
+    x: Float[Array, "M D"],
+    tokens: Int[Array, " M"],
+    num_top: int,
+) -> TokenStatistics:
+    """Scores one token a row; each device sums up its own part of the vocabulary.
+
+    Args:
+      embedding: This device's rows.
+      config: The model.
+      x: The final norm's output.
+      tokens: The token that follows in each row.
+      num_top: How many of the most probable tokens to return.
+    """
+    num_rows, width = x.shape
+    vocab_here = len(embedding)
+    first = jax.lax.axis_index(MODEL_AXIS) * vocab_here
+    ids = first + jnp.arange(vocab_here)
+
+    def score_block(rows):
+        x, tokens = rows
+        logits = _products(embedding, x) * config.output_multiplier_scale
+        # The maximum is of the whole vocabulary, so that no exponential overflows on any device.
+        largest = jax.lax.pmax(logits.max(axis=-1), MODEL_AXIS)
+        shifted = logits - largest[:, None]
+        exponentials = jnp.exp(shifted)
+        total, weighted = jax.lax.psum(
+            (exponentials.sum(axis=-1), (exponentials * shifted).sum(axis=-1)), MODEL_AXIS
+        )
+        log_total = jnp.log(total)
+
+        local = tokens - first
+        is_here = (local >= 0) & (local < vocab_here)
+        found = jnp.take_along_axis(shifted, jnp.where(is_here, local, 0)[:, None], axis=1)[:, 0]
+        chosen = jax.lax.psum(jnp.where(is_here, found, 0), MODEL_AXIS)
+        before = (shifted > chosen[:, None]) | (
+            (shifted == chosen[:, None]) & (ids < tokens[:, None])
+        )
+        ranks = jax.lax.psum(before.sum(axis=-1, dtype=jnp.int32), MODEL_AXIS)
+
+        best, places = jax.lax.top_k(shifted, min(num_top, vocab_here))
+        # Devices hold ascending ids, so that equal logits stay in the order of their ids.
+        best = jax.lax.all_gather(best, MODEL_AXIS, axis=1, tiled=True)
+        best_ids = jax.lax.all_gather(places + first, MODEL_AXIS, axis=1, tiled=True)
+        best, places = jax.lax.top_k(best, num_top)
+        best_ids = jnp.take_along_axis(best_ids, places, axis=1).astype(jnp.int32)
+        return TokenStatistics(
+            chosen - log_total,
+            ranks,
+            log_total - weighted / total,
+            best_ids,
+            best - log_total[:, None],
+        )
+
+    block = max(1, min(num_rows, _LOGITS_BYTES // (4 * vocab_here)))
+    num_blocks = -(-num_rows // block)
+    padding = num_blocks * block - num_rows
+    blocks = (
+        jnp.pad(x, ((0, padding), (0, 0))).reshape(num_blocks, block, width),
+        jnp.pad(tokens, (0, padding)).reshape(num_blocks, block),
+    )
+    statistics = jax.lax.map(score_block, blocks)
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(num_blocks * block, *leaf.shape[2:])[:num_rows], statistics
+    )
 
 
 def most_probable(
@@ -108,3 +191,13 @@ def most_probable(
     indices = jax.lax.all_gather(jnp.maximum(index, 0) + first, MODEL_AXIS)
     best = jnp.argmax(products, axis=0)
     return jnp.take_along_axis(indices, best[None], axis=0)[0].astype(jnp.int32)
+
+
+def _products(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[Array, "M V"]:
+    return jnp.einsum(
+        "MD,VD->MV",
+        x,
+        embedding,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

@@ -34,9 +34,10 @@ LAYERS = [
     {"loading", "generation", "memory", "options", "safetensors_file", "gguf_file"},
     {"compiled_memory", "completion", "directory", "planning"},
     {"batch", "conversion", "inspection", "verification"},
+    {"scoring"},
     {"model"},
     {"factory"},
-    {"plots"},
+    {"comparison", "lm_eval", "plots"},
     {"__init__", "__main__"},
 ]
 

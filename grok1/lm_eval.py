@@ -1,0 +1,209 @@
+"""EleutherAI's lm-evaluation-harness on this library: the model type "grok1".
+
+The harness finds model types of other packages only when they are imported, so its command is run
+through this module, which registers the type first and changes nothing else:
+
+    python -m grok1.lm_eval run --model grok1 --model_args path=checkpoints/toy --tasks ...
+
+In Python, `import grok1.lm_eval` does the same for `lm_eval.simple_evaluate(model="grok1", ...)`.
+It needs the package lm-eval: `pip install 'grok1[lm-eval]'`.
+"""
+
+import collections
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from grok1.factory import load
+from grok1.model import Model
+from grok1.scoring import continuation_logprobs, encode_pair
+
+try:
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    raise ImportError(
+        "grok1.lm_eval needs the package lm-eval: pip install 'grok1[lm-eval]'"
+    ) from error
+
+_REQUESTS_AT_ONCE = 64  # between two movements of the progress bar
+_MAX_NEW_TOKENS = 256  # the harness's own default
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+
+@register_model("grok1")
+class Grok1LM(LM):
+    """A model of this library, as the harness asks it.
+
+    Contexts that are too long lose their beginning, as is the harness's way. [BOS] stands before a
+    text that has no context; `add_bos=True` puts it before every context.
+
+    Args:
+      path: The model's directory; or a loaded `Model`, in Python.
+      mesh: As for `load`; on a command line "1x8".
+      dtype: As for `load`.
+      cache_dtype: As for `load`.
+      max_length: Most tokens that the model sees at a time; None for its context.
+      add_bos: Begin contexts with [BOS]; the released model does not.
+      seed: Seed of what is sampled.
+      batch_size: What the harness passes; rows are chosen by the engine, whatever it says.
+      max_batch_size: As `batch_size`.
+      device: What the harness passes; JAX has chosen the devices. `mesh` says how many are used.
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path | Model,
+        mesh: str | Sequence[int] | None = None,
+        dtype: str | None = None,
+        cache_dtype: str | None = None,
+        max_length: int | None = None,
+        add_bos: bool = False,
+        seed: int = 0,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+    ):
+        super().__init__()
+        if isinstance(mesh, str):
+            try:
+                mesh = tuple(int(size) for size in mesh.split("x"))
+            except ValueError:
+                raise ValueError(f"mesh must be DATAxMODEL, as 1x8, found {mesh!r}") from None
+        if isinstance(path, Model):
+            self.model = path
+        else:
+            self.model = load(path, mesh=mesh, dtype=dtype, cache_dtype=cache_dtype)
+        if self.model.tokenizer is None:
+            raise ValueError(f"{path}: the harness needs a tokenizer, and this model has none")
+        self._tokenizer = self.model.tokenizer
+        context = self.model.config.sequence_len
+        self.max_length = context if max_length is None else max_length
+        if not 2 <= self.max_length <= context:
+            raise ValueError(f"max_length must be from 2 to {context}, found {max_length}")
+        self._add_bos, self._seed = add_bos, seed
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells tokenizers apart by in its caches."""
+        return "grok1"
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Returns (log-likelihood, whether it is the greedy continuation) for each request."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            before, after = encode_pair(
+                self._tokenizer,
+                context,
+                continuation,
+                self.model.config.vocab_size,
+                add_bos=self._add_bos,
+            )
+            if len(after) > self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(after)} tokens does not fit the context of "
+                    f"{self.max_length}: {continuation!r:.80}"
+                )
+            pairs.append((before[-(self.max_length + 1 - len(after)) :], after))
+        found: list[Any] = [None] * len(pairs)
+        # Similar lengths side by side, the longest first, so that the time left is overestimated.
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        with tqdm(total=len(pairs), desc="loglikelihood", disable=disable_tqdm) as progress:
+            for start in range(0, len(order), _REQUESTS_AT_ONCE):
+                chosen = order[start : start + _REQUESTS_AT_ONCE]
+                scores = continuation_logprobs(self.model.engine, [pairs[i] for i in chosen])
+                for i, logprob, is_greedy in zip(chosen, *scores, strict=True):
+                    found[i] = (float(logprob), bool(is_greedy))
+                    self.cache_hook.add_partial("loglikelihood", requests[i].args, found[i])
+                progress.update(len(chosen))
+        return found
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-likelihood of each text behind [BOS].
+
+        Long texts are cut as the harness does: windows follow one another, and the last one reaches
+        back as far as the context allows.
+        """
+        found = []
+        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
+            (text,) = request.args
+            total = 0.0
+            if text:
+                total = self.model.score(
+                    text, top_k=0, window=self.max_length, stride=self.max_length, add_bos=True
+                ).total_logprob
+            found.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return found
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Returns the continuation of each context up to the first of its stop strings."""
+        groups = collections.defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        found: list[Any] = [None] * len(requests)
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as progress:
+            for indices in groups.values():
+                options = _generation_options(requests[indices[0]].args[1])
+                room = self.max_length - options["max_new_tokens"]
+                if room < 1:
+                    raise ValueError(
+                        f"max_gen_toks {options['max_new_tokens']} leaves no room for a context in "
+                        f"{self.max_length} tokens; lower it"
+                    )
+                for start in range(0, len(indices), _REQUESTS_AT_ONCE):
+                    chosen = indices[start : start + _REQUESTS_AT_ONCE]
+                    prompts = [self._prompt(requests[i].args[0])[-room:] for i in chosen]
+                    # A request's draws are its own, wherever it stands among the others.
+                    seeds = [(self._seed + i) % 2**32 for i in chosen]
+                    for i, out in zip(
+                        chosen, self.model.generate(prompts, seed=seeds, **options), strict=True
+                    ):
+                        found[i] = out.text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, out.text)
+                    progress.update(len(chosen))
+        return found
+
+    def _prompt(self, context: str) -> list[int]:
+        add_bos = self._add_bos or not context
+        return self._tokenizer.encode(context, add_bos=add_bos)
+
+
+def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The harness's words for a generation in ours; it samples only where a task says so."""
+    given = dict(given)
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    limits = [given.pop(name) for name in names if name in given]
+    stop = given.pop("until", None) or []
+    options: dict[str, Any] = {
+        "max_new_tokens": int(limits[0]) if limits else _MAX_NEW_TOKENS,
+        "stop": [one for one in ([stop] if isinstance(stop, str) else stop) if one],
+        "temperature": 0,
+    }
+    sampled = {name: given.pop(name) for name in _SAMPLING if name in given}
+    do_sample = given.pop("do_sample", None)
+    if do_sample is None:
+        do_sample = sampled.get("temperature", 0) > 0
+    if do_sample:
+        # What is not mentioned is off in the harness.
+        options |= {"temperature": 1.0, "top_p": 1.0, **sampled}
+    if given:
+        raise ValueError(
+            f"generation options {', '.join(sorted(given))} are unknown here; known are until, "
+            f"max_gen_toks, do_sample, {', '.join(_SAMPLING)}"
+        )
+    return options
+
+
+def main() -> None:
+    """Runs the harness's own command line with the model type registered."""
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Two models over a text: by hand, with themselves, between types and meshes, and refusals."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import grok1
+from grok1.__main__ import main
+from grok1.comparison import compare
+
+TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
+TEXT = "The first argument is a string, and the second is the number of bytes to read."
+
+
+@pytest.fixture(scope="module")
+def other(toy) -> grok1.Model:
+    """The toy with another final norm and another router in its last layer but one."""
+    layers = toy.params.layers
+    router = layers.router.at[4].set(-layers.router[4])
+    params = toy.params._replace(
+        layers=layers._replace(router=router), final_norm=toy.params.final_norm * 1.5
+    )
+    return grok1.Model(params, toy.config, toy.mesh, "float32", toy.tensors, toy.tokenizer)
+
+
+def test_a_model_is_no_distance_from_itself(toy):
+    found = compare(toy, toy, TEXT)
+    assert found.tokens == toy.tokenizer.encode(TEXT)
+    assert found.largest_divergence == 0
+    assert (found.top_1_agreement, found.top_k_agreement, found.expert_agreement) == (1, 1, 1)
+    assert found.logits_difference == 0
+    assert [layer.residual for layer in found.layers] == [0] * 6
+    assert found.perplexity_a == pytest.approx(toy.score(TEXT).perplexity, rel=1e-5)
+    assert found.perplexity_a == found.perplexity_b
+
+
+def test_figures_are_those_of_the_logits(toy, other):
+    found = compare(toy, other, TEXT, top_k=3)
+    tokens = toy.tokenizer.encode(TEXT)
+    a, b = (np.asarray(m.logits(tokens), np.float64) for m in (toy, other))
+    log_a, log_b = (np.asarray(jax.nn.log_softmax(x.astype(np.float32))) for x in (a, b))
+    divergences = (np.exp(log_a) * (log_a - log_b)).sum(axis=-1)
+    np.testing.assert_allclose(found.divergences, divergences, rtol=1e-3, atol=1e-5)
+    assert found.mean_divergence == pytest.approx(divergences.mean(), rel=1e-3)
+    worst = found.worst[0]
+    assert worst.index == int(divergences.argmax())
+    assert worst.piece == toy.tokenizer.piece(tokens[worst.index])
+    assert (worst.top_a, worst.top_b) == (a[worst.index].argmax(), b[worst.index].argmax())
+    assert found.top_1_agreement == (a.argmax(-1) == b.argmax(-1)).mean()
+    sets = [[set(row) for row in np.argsort(-x, axis=-1)[:, :3]] for x in (a, b)]
+    shared = [len(one & two) / 3 for one, two in zip(*sets, strict=True)]
+    assert found.top_k_agreement == pytest.approx(np.mean(shared))
+    assert found.logits_difference == pytest.approx(
+        np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-4
+    )
+    assert found.perplexity_b == pytest.approx(other.score(TEXT).perplexity, rel=1e-4)
+
+
+def test_layers_show_where_the_difference_begins(toy, other):
+    layers = compare(toy, other, TEXT).layers
+    assert [layer.residual == 0 for layer in layers] == [True] * 4 + [False] * 2
+    assert [layer.same_experts == 1 for layer in layers[:4]] == [True] * 4
+    # The least probable experts of the toy are never its most probable.
+    assert layers[4].same_experts < 0.2
+
+
+def test_a_text_longer_than_the_context_is_run_in_pieces(nano):
+    tokens = np.random.default_rng(0).integers(1, 128, size=200)
+    found = compare(nano, nano, tokens)
+    assert len(found.divergences) == 200 > nano.config.sequence_len
+    pieces = [nano.logits(tokens[start : start + 96]) for start in (0, 96, 192)]
+    logprobs = np.asarray(jax.nn.log_softmax(np.concatenate(pieces)[:-1]))
+    expected = np.exp(-logprobs[np.arange(199), tokens[1:]].mean(dtype=np.float64))
+    assert found.perplexity_a == pytest.approx(expected, rel=1e-4)
+
+
+def test_meshes_and_types_on_the_command_line(capsys):
+    arguments = ["compare", str(TOY), str(TOY), "--prompt", TEXT, "--json"]
+    sides = ["--mesh-a", "1x1", "--mesh-b", "2x2", "--dtype-a", "float32", "--dtype-b", "bfloat16"]
+    assert main([*arguments, *sides]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "float32, mesh 1x1" in found["a"]
+    assert "bfloat16, mesh 2x2" in found["b"]
+    assert 0 < found["mean_divergence"] < 0.05
+    assert len(found["divergences"]) == len(found["tokens"])
+    assert 0.8 < found["expert_agreement"] <= 1
+    assert len(found["layers"]) == 6
+
+
+def test_tables_for_people(capsys, tmp_path, toy):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    assert main(["compare", str(TOY), str(TOY), "--text", str(file), "--mesh-b", "1x1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"A: {TOY}, Model(6 layers, 8 experts")
+    assert f"{len(toy.tokenizer.encode(TEXT))} tokens" in lines
+    assert any(line.startswith("KL(A || B), nats         mean ") for line in lines)
+    assert "same most probable token  100.00%" in lines
+    assert sum(line.endswith("100.00%") for line in lines) >= 6
+
+
+def test_saved_logits_stand_for_a_model(toy, other, tmp_path):
+    file = tmp_path / "toy.npz"
+    whole = compare(toy, other, TEXT, save_logits=file)
+    again = compare(file, other)
+    np.testing.assert_array_equal(again.divergences, whole.divergences)
+    assert again.layers is None
+    assert again.notes == ["layers are not compared: saved logits have none"]
+    assert "note: layers are not compared: saved logits have none" in again.lines()
+    assert again.worst == whole.worst
+    alone = tmp_path / "alone.npy"
+    np.save(alone, np.load(file)["logits"])
+    np.testing.assert_array_equal(compare(alone, other, TEXT).divergences, whole.divergences)
+    assert compare(file, alone).largest_divergence == 0
+    assert compare(alone, alone, whole.tokens).perplexity_a == whole.perplexity_a
+    with pytest.raises(ValueError, match="the tokens differ: token 0 of the text is"):
+        compare(file, other, "Another text.")
+    with pytest.raises(ValueError, match=r"the lengths differ: A has .* tokens and logits of"):
+        compare(alone, other, TEXT[:40])
+    with pytest.raises(ValueError, match="neither file says what its tokens are"):
+        compare(alone, alone)
+    with pytest.raises(ValueError, match="both files hold their tokens; leave out the text"):
+        compare(file, file, TEXT)
+    with pytest.raises(ValueError, match="A is a file of logits, which takes no dtype"):
+        compare(file, other, load_a={"dtype": "float32"})
+
+
+def test_models_of_other_sizes_have_no_layers_to_compare(toy):
+    shorter = grok1.load(TOY, mesh=(1, 1), dtype="float32", progress=False, layers=3)
+    found = compare(toy, shorter, TEXT)
+    assert found.mean_divergence > 0
+    assert found.notes == ["layers are not compared: A has 6 of width 128, B 3 of width 128"]
+
+
+def test_it_refuses_what_it_cannot_compare(toy, nano, tmp_path):
+    with pytest.raises(ValueError, match="vocabularies differ: A has 1280 tokens, B 128; only"):
+        compare(toy, nano, [5, 6])
+    with pytest.raises(ValueError, match="compare needs a text; give one, or logits saved with"):
+        compare(toy, toy)
+    with pytest.raises(ValueError, match="the text is empty; give at least one token"):
+        compare(toy, toy, "")
+    with pytest.raises(ValueError, match="top_k must be from 1 to the vocabulary of 1280, found 0"):
+        compare(toy, toy, "text", top_k=0)
+    with pytest.raises(ValueError, match="A is a model that is loaded already, which takes no me"):
+        compare(toy, toy, "text", load_a={"mesh": (1, 1)})
+    with pytest.raises(ValueError, match=r"saved logits are a .npz file, found 'a.bin'"):
+        compare(toy, toy, "text", save_logits="a.bin")
+    with pytest.raises(FileNotFoundError, match="there is no such file; B is a model's directory"):
+        compare(toy, tmp_path / "absent", "text")
+    foreign = tmp_path / "foreign.bin"
+    foreign.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is no directory and no .npz or .npy file; A is a model"):
+        compare(foreign, toy, "text")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"tokens": np.arange(3)}, r"expected the arrays logits \[T, V\] and tokens"),
+        (
+            {"tokens": np.arange(3), "logits": np.zeros((2, 1280), np.float32)},
+            "3 tokens, but logits of 2 positions",
+        ),
+        (
+            {"tokens": np.zeros(2), "logits": np.zeros((2, 1280), np.float32)},
+            r"tokens must be whole numbers \[T\], found float64\[2\]",
+        ),
+        (
+            {"tokens": np.arange(2), "logits": np.zeros(2, np.float32)},
+            r"logits must be floats \[T, V\], found float32\[2\]",
+        ),
+        (
+            {"tokens": np.arange(2), "logits": np.array([[0.0, 1.0], [0.0, np.nan]])},
+            "the logits at position 1 are not finite",
+        ),
+    ],
+)
+def test_damaged_files_of_logits_are_named(tmp_path, arrays, message):
+    file = tmp_path / "logits.npz"
+    np.savez(file, **arrays)
+    with pytest.raises(ValueError, match=message) as error:
+        compare(file, file)
+    assert str(file) in str(error.value)
+
+
+def test_errors_of_the_command_are_one_line(capsys, tmp_path):
+    file = tmp_path / "logits.npz"
+    file.write_bytes(b"no archive")
+    assert main(["compare", str(file), str(TOY), "--prompt", "x"]) == 1
+    assert capsys.readouterr().err == (f"grok1: {file}: not a .npz file, or a damaged one\n")

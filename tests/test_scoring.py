@@ -1,0 +1,318 @@
+"""Scores of texts against a float64 softmax of the logits; windows; choices; refusals."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import grok1
+from grok1.scoring import Window, score_windows, window_bounds
+from grok1.unembedding import _LOGITS_BYTES
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT = (
+    "The first argument is a string. If the file cannot be opened, an OSError is raised.\n\n"
+    "def is_prime(n: int) -> bool:\n    return n > 1 and all(n % i for i in range(2, n))\n\n"
+    "Les élèves ont reçu 42 € — 漢字 and a \U0001f600 face.\n"
+)
+
+
+def expected_statistics(logits, tokens, top_k):
+    """The same numbers from all logits, in float64: of token t + 1 after position t."""
+    logits = logits[:-1].astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    chosen = logprobs[np.arange(len(logprobs)), tokens[1:]]
+    order = np.argsort(-logprobs, axis=-1, kind="stable")
+    ranks = np.argmax(order == tokens[1:, None], axis=-1)
+    entropies = -(np.exp(logprobs) * logprobs).sum(axis=-1)
+    top = order[:, :top_k]
+    return chosen, ranks, entropies, top, np.take_along_axis(logprobs, top, axis=-1)
+
+
+def assert_scored(score, logits, top_k):
+    expected = expected_statistics(logits, score.tokens, top_k)
+    logprobs, ranks, entropies, top_tokens, top_logprobs = expected
+    np.testing.assert_allclose(score.logprobs[1:], logprobs, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(score.ranks[1:], ranks)
+    np.testing.assert_allclose(score.entropies[1:], entropies, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(score.top_tokens[1:], top_tokens)
+    np.testing.assert_allclose(score.top_logprobs[1:], top_logprobs, rtol=0, atol=1e-5)
+
+
+def test_scores_are_those_of_a_float64_softmax(toy):
+    score = toy.score(TEXT, top_k=7)
+    assert score.tokens.tolist() == toy.tokenizer.encode(TEXT)
+    assert_scored(score, toy.logits(score.tokens), 7)
+    assert [score.logprobs.dtype, score.ranks.dtype] == [np.float32, np.int32]
+    assert score.pieces == [toy.tokenizer.piece(token) for token in score.tokens]
+    # Nothing stands before the first token.
+    assert np.isnan([score.logprobs[0], score.entropies[0], *score.top_logprobs[0]]).all()
+    assert [score.ranks[0], *score.top_tokens[0]] == [-1] * 8
+
+
+@pytest.mark.parametrize("mesh", [(2, 4), (1, 8)], ids=["2x4", "1x8"])
+def test_scores_on_a_mesh_with_several_texts(mesh):
+    model = grok1.load(ROOT / "checkpoints/toy", mesh=mesh, dtype="float32", progress=False)
+    # Of 5 alternatives a device with few rows of the vocabulary could hold any number.
+    texts = [TEXT, TEXT[:40], "Return the number of bytes."]
+    for text, score in zip(texts, model.score(texts), strict=True):
+        assert score.tokens.tolist() == model.tokenizer.encode(text)
+        assert_scored(score, model.logits(score.tokens), 5)
+
+
+def test_more_alternatives_than_a_device_has_tokens(nano_path):
+    model = grok1.load(nano_path, mesh=(1, 8), dtype="float32", progress=False)
+    tokens = np.arange(20)
+    assert model.config.vocab_size // 8 < 40
+    assert_scored(model.score(tokens, top_k=40), model.logits(tokens), 40)
+
+
+def test_equal_logits_rank_by_id(nano):
+    params = nano.params._replace(embedding=nano.params.embedding * 0)
+    flat = grok1.Model(params, nano.config, nano.mesh, "float32", nano.tensors)
+    score = flat.score([9, 4, 100], top_k=3)
+    assert score.ranks.tolist() == [-1, 4, 100]
+    assert score.top_tokens[1:].tolist() == [[0, 1, 2]] * 2
+    np.testing.assert_allclose(score.logprobs[1:], -np.log(128), rtol=1e-6)
+    np.testing.assert_allclose(score.entropies[1:], np.log(128), rtol=1e-6)
+    assert score.perplexity == pytest.approx(128, rel=1e-6)
+
+
+def test_logits_of_all_tokens_never_exist():
+    config = grok1.ModelConfig(
+        vocab_size=131072, emb_size=64, widening_factor=2, key_size=16, num_q_heads=4,
+        num_kv_heads=2, num_layers=1, num_experts=2, num_selected_experts=1, sequence_len=1024,
+        embedding_multiplier_scale=8.0, output_multiplier_scale=1.0, attn_output_multiplier=0.25,
+    )  # fmt: skip
+    engine = grok1.random_model(config, mesh=(1, 1), dtype="float32").engine
+    chunk = 1024
+    program = engine.token_score_program(chunk, 5)
+    state = engine.abstract_state(1, chunk)
+    counts = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1, chunk), np.int32)
+    memory = program.lower(engine.params, state, *counts).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * _LOGITS_BYTES < chunk * config.vocab_size * 4
+
+
+@pytest.mark.parametrize(("window", "stride"), [(256, None), (256, 256), (128, 1), (300, 100)])
+def test_a_window_starts_as_the_whole_text_does(toy, window, stride):
+    tokens = np.asarray(toy.tokenizer.encode(TEXT * 6))[:520]
+    whole = toy.score(tokens)
+    found = toy.score(tokens, window=window, stride=stride)
+    # Tokens 1 to `window` have the same context in both. Roundings depend on how many tokens run
+    # at a time; they may move a rank, or a place among alternatives, only where there is a tie.
+    first = slice(1, window + 1)
+    np.testing.assert_allclose(found.logprobs[first], whole.logprobs[first], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found.entropies[first], whole.entropies[first], rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(found.ranks[first], whole.ranks[first])
+    # The rest has less context.
+    assert (found.logprobs[window + 1 :] != whole.logprobs[window + 1 :]).any()
+
+
+def test_windows_equal_the_whole_bit_for_bit_where_as_many_tokens_run_at_a_time(toy):
+    tokens = np.resize(toy.tokenizer.encode(TEXT * 6), 1024)
+    whole = toy.score(tokens)
+    found = toy.score(tokens, window=256, stride=256)
+    np.testing.assert_array_equal(found.logprobs[:257], whole.logprobs[:257])
+    np.testing.assert_array_equal(found.top_logprobs[:257], whole.top_logprobs[:257])
+    np.testing.assert_array_equal(found.entropies[:257], whole.entropies[:257])
+
+
+def test_each_window_is_the_text_it_holds(toy):
+    tokens = np.asarray(toy.tokenizer.encode(TEXT * 3))[:300]
+    found = toy.score(tokens, window=64, stride=24)
+    for start, begin, end in window_bounds(len(tokens), 64, 24):
+        alone = toy.score(tokens[start:end])
+        np.testing.assert_allclose(
+            found.logprobs[begin:end], alone.logprobs[begin - start :], rtol=0, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 64])
+def test_every_token_is_scored_once_with_enough_context(window):
+    for stride in {1, max(1, window // 2), window}:
+        for length in range(2, 200):
+            scored = []
+            for start, begin, end in window_bounds(length, window, stride):
+                assert 0 <= start < begin < end <= length
+                assert end - start <= window + 1
+                assert start == 0 or begin - start >= window - stride + 1
+                scored += range(begin, end)
+            assert scored == list(range(1, length))
+
+
+def test_windows_come_back_under_their_own_index(toy):
+    rng = np.random.default_rng(3)
+    lengths = [2, 300, 17, 90, 5, 70, 1025, 33, 2]
+    windows = [Window(rng.integers(4, 1280, size=n), 1 + n // 3) for n in lengths]
+    windows[0] = windows[-1] = Window([7, 8], 1)
+    found = dict(score_windows(toy.engine, windows, 0))
+    assert sorted(found) == list(range(len(lengths)))
+    for index, window in enumerate(windows):
+        assert len(found[index].logprobs) == len(window.tokens) - window.first
+        (_, alone) = next(iter(score_windows(toy.engine, [window], 0)))
+        np.testing.assert_allclose(found[index].logprobs, alone.logprobs, rtol=0, atol=3e-5)
+
+
+def test_perplexity_and_bits_per_byte(toy):
+    text = "The file is opened."
+    score = toy.score(text)
+    first = toy.tokenizer.piece(score.tokens[0]).replace("▁", " ")
+    assert score.num_scored == len(score.tokens) - 1
+    assert score.total_logprob == pytest.approx(score.logprobs[1:].sum(), rel=1e-6)
+    assert score.perplexity == pytest.approx(np.exp(-score.logprobs[1:].mean()), rel=1e-5)
+    # The first token is not scored, nor are its bytes, less the space that stands for the start.
+    assert score.num_bytes == len(text) - (len(first) - 1)
+    assert score.bits_per_byte == pytest.approx(
+        -score.total_logprob / np.log(2) / score.num_bytes, rel=1e-12
+    )
+    assert toy.score(score.tokens).bits_per_byte == pytest.approx(score.bits_per_byte)
+    assert repr(score).startswith(f"Score({score.num_scored} tokens scored, logprob ")
+
+
+@pytest.mark.parametrize("text", [TEXT, "x", " leading", "\ttab\n", "é", "漢字 \U0001f600"])
+def test_behind_bos_every_byte_of_a_text_is_counted(toy, text):
+    score = toy.score(text, add_bos=True)
+    assert score.tokens.tolist() == [1, *toy.tokenizer.encode(text)]
+    assert score.num_bytes == len(text.encode())
+    np.testing.assert_allclose(
+        score.logprobs[1:], toy.score(score.tokens).logprobs[1:], rtol=0, atol=1e-6
+    )
+
+
+def test_a_model_without_tokenizer_scores_ids(nano):
+    score = nano.score([5, 6, 7], top_k=0)
+    assert score.pieces is None
+    assert score.top_tokens.shape == (3, 0)
+    assert score.perplexity > 1
+    with pytest.raises(ValueError, match="bits_per_byte needs a tokenizer, and the model has none"):
+        _ = score.bits_per_byte
+    with pytest.raises(ValueError, match="this model has no tokenizer; give token ids"):
+        nano.score("text")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "the text has no token; give at least two tokens, or text and add_bos=True"),
+        ("", {"add_bos": True}, "the text has one token, with nothing before it"),
+        ([5], {}, "the text has one token, with nothing before it"),
+        ([[5, 6], [7]], {}, "text 1 has one token, with nothing before it"),
+        ([5, 1280], {}, "the prompt must be token ids from 0 to 1279, found 1280"),
+        ([5, 6], {"window": 1025}, "window must be from 1 to the context of 1024, found 1025"),
+        ([5, 6], {"window": 0}, "window must be from 1 to the context of 1024, found 0"),
+        ([5, 6], {"window": 8, "stride": 9}, "stride must be from 1 to the window of 8, found 9"),
+        ([5, 6], {"stride": 0}, "stride must be from 1 to the window of 1024, found 0"),
+        ([5, 6], {"top_k": -1}, "top_k must be from 0 to the vocabulary of 1280, found -1"),
+    ],
+)
+def test_scores_refuse(toy, text, options, message):
+    with pytest.raises(ValueError, match=message):
+        toy.score(text, **options)
+
+
+def test_choices_are_sums_of_scores(toy):
+    context, options = "The first argument is a ", ["string", "list of strings.", "n €"]
+    choice = toy.choose(context, options)
+    cut = len(toy.tokenizer.encode(context.rstrip()))
+    for i, option in enumerate(options):
+        score = toy.score(context + option)
+        assert choice.tokens[i] == score.tokens[cut:].tolist()
+        assert choice.logprobs[i] == pytest.approx(score.logprobs[cut:].sum(), abs=1e-4)
+        assert choice.is_greedy[i] == (score.ranks[cut:] == 0).all()
+    np.testing.assert_allclose(
+        choice.per_token, choice.logprobs / [len(tokens) for tokens in choice.tokens]
+    )
+    np.testing.assert_allclose(
+        choice.per_byte, choice.logprobs / [len(option.encode()) for option in options]
+    )
+    assert choice.best == int(np.argmax(choice.logprobs))
+    assert choice.best_per_token == int(np.argmax(choice.per_token))
+    assert choice.best_per_byte == int(np.argmax(choice.per_byte))
+
+
+def test_lengths_change_what_is_best():
+    choice = grok1.Choice(
+        ["a", "bcde"], [[1], [2, 3]], np.array([-2.0, -3.0]), np.array([-2.0, -1.5]),
+        np.array([-2.0, -0.75]), np.array([False, False]),
+    )  # fmt: skip
+    assert (choice.best, choice.best_per_token, choice.best_per_byte) == (0, 1, 1)
+
+
+def test_the_greedy_continuation_is_greedy(toy):
+    out = toy.generate("The first argument is", max_new_tokens=6, temperature=0)
+    prompt = toy.tokenizer.encode("The first argument is")
+    other = [*out.tokens[:-1], out.tokens[-1] ^ 1]
+    choice = toy.choose(prompt, [out.tokens, other])
+    assert choice.is_greedy.tolist() == [True, False]
+    assert choice.best == 0
+
+
+def test_the_same_choice_as_ids_and_behind_an_empty_context(toy, nano):
+    choice = toy.choose("", ["The file", "zzz"])
+    assert choice.tokens[0] == toy.tokenizer.encode("The file")
+    score = toy.score("The file", add_bos=True)
+    assert choice.logprobs[0] == pytest.approx(score.total_logprob, abs=1e-4)
+    ids = toy.choose([toy.tokenizer.bos_id], choice.tokens)
+    np.testing.assert_allclose(ids.logprobs, choice.logprobs, rtol=0, atol=1e-5)
+    assert nano.choose([5], [[6], [7, 8]]).best_per_byte is None
+
+
+def test_an_option_that_melts_into_the_context_keeps_its_last_token(toy):
+    context, option = next(
+        (word[:cut], word[cut:])
+        for word in ("The", "return", "is", "of")
+        for cut in range(1, len(word))
+        if len(toy.tokenizer.encode(word)) == 1 and toy.tokenizer.encode(word[:cut])
+    )
+    assert toy.choose(context, [option], add_bos=True).tokens == [
+        toy.tokenizer.encode(context + option)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("context", "options", "error", "message"),
+    [
+        ("a", ["b", ""], ValueError, "option 1 is empty; give every option at least one token"),
+        ("a", "b", TypeError, "options must be a list of continuations"),
+        ("a", [], TypeError, "options must be a list of continuations"),
+        ("a", [[5]], TypeError, "context and options must both be text, or both be token ids"),
+        ([], [[5]], ValueError, "the context is empty; begin it with the id of .BOS."),
+        ([5] * 1000, [[6] * 26], ValueError, "option 0 have 1026 tokens, 1 more than can be"),
+    ],
+)
+def test_choices_refuse(toy, context, options, error, message):
+    with pytest.raises(error, match=message):
+        toy.choose(context, options)
+
+
+def test_a_choice_may_fill_the_context_to_its_last_token(toy):
+    assert np.isfinite(toy.choose([5] * 1000, [[6] * 25]).logprobs).all()
+
+
+def test_a_long_text_takes_little_memory():
+    program = (
+        "import resource, sys, grok1, numpy as np\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "model = grok1.load('checkpoints/toy', mesh=(1, 1), dtype='float32', progress=False)\n"
+        "before = peak()\n"
+        "text = open('docs/architecture.md', encoding='utf-8').read()\n"
+        "tokens = np.resize(model.tokenizer.encode(text), int(sys.argv[1]))\n"
+        "score = model.score(tokens)\n"
+        "assert score.num_scored == len(tokens) - 1\n"
+        "print(peak() - before)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "12000"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= 300
