@@ -183,6 +183,28 @@ def attend_blocked(
     return mixed_BCGTH.transpose(0, 3, 1, 2, 4)
 
 
+def attention_map(
+    query: Float[Array, "B T C G H"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B C*G T S"]:
+    """The weights with which `attend_cache` mixes, over the whole capacity; arguments as there.
+
+    Returns:
+      float32; each query's sum to 1, and those of positions after its own are 0.
+    """
+    batch, length, heads, group, _ = query.shape
+    products_BCGTS = _dot("BTCGH,BCSH->BCGTS", query, cache.k[layer].astype(query.dtype))
+    if cache.k_scales is not None:
+        products_BCGTS *= cache.k_scales[layer][:, :, None, None]
+    logits_BCGTS = SOFT_CAP * jnp.tanh(products_BCGTS * (scale / SOFT_CAP))
+    allowed_BTS = jnp.arange(cache.k.shape[3]) <= positions[..., None]
+    logits_BCGTS = jnp.where(allowed_BTS[:, None, None], logits_BCGTS, -jnp.inf)
+    return jax.nn.softmax(logits_BCGTS, axis=-1).reshape(batch, heads * group, length, -1)
+
+
 def append(
     cache: KVCache,
     layer: Int[Array, ""],

@@ -46,6 +46,10 @@ class ModelConfig:
       embedding_multiplier_scale: Factor on the embedding; sqrt(D) when not given.
       output_multiplier_scale: Factor on the logits; 1/sqrt(3) as trained.
       attn_output_multiplier: Factor on query-key products; 1/sqrt(H) when not given.
+      router_softcap: c, which bounds the router's logits to (-c, c) as c * tanh(logits / c); None,
+        as trained, for no bound.
+      renormalize_gates: Divide the chosen experts' probabilities by their sum; as trained they are
+        weights as they are.
 
     Raises:
       ValueError: If a value or a combination is impossible; the message names the field.
@@ -64,6 +68,8 @@ class ModelConfig:
     embedding_multiplier_scale: int | float = _DERIVED
     output_multiplier_scale: int | float = 3**-0.5
     attn_output_multiplier: int | float = _DERIVED
+    router_softcap: int | float | None = None
+    renormalize_gates: bool = False
 
     def __post_init__(self):
         for name, default in (
@@ -74,7 +80,12 @@ class ModelConfig:
                 object.__setattr__(self, name, default())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int:
+            if field.type is bool:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name} must be true or false, found {value!r}")
+            elif value is None and field.default is None:
+                continue
+            elif field.type is int:
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(
                         f"{field.name} must be a whole number above 0, found {value!r}"
@@ -126,8 +137,16 @@ class ModelConfig:
         return self.num_q_heads // self.num_kv_heads
 
     def to_json(self) -> str:
-        """Returns the configuration as JSON text that `from_json` reads back unchanged."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        """Returns the configuration as JSON text that `from_json` reads back unchanged.
+
+        A departure from the router as trained is written, the router as trained is not: the file
+        is then the released code's, field by field.
+        """
+        fields = dataclasses.asdict(self)
+        for name in ("router_softcap", "renormalize_gates"):
+            if not fields[name]:
+                del fields[name]
+        return json.dumps(fields, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":

@@ -7,8 +7,9 @@ of any length share a few programs.
 Dimension key: B batch row, T position in a chunk, S cache capacity, V vocabulary.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import jax
@@ -19,11 +20,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt32
 
 from grok1 import native
+from grok1.capture import Capture, as_capture
 from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward
+from grok1.intervention import Intervention, prepare
 from grok1.sampling import SamplingState
-from grok1.sharding import DATA_AXIS, AnyMesh, abstract_cache, put, specs_of
+from grok1.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, abstract_cache, put, specs_of
 from grok1.steps import (
     DecodeState,
     Head,
@@ -45,7 +48,11 @@ CHUNK_LENGTHS = (16, 64, 256, 1024)
 _CHUNK_TOKENS = 4096  # most tokens, over all rows, that one chunk computes at a time
 _SMALLEST_CAPACITY = 256
 _LOGITS_BYTES = 1 << 28  # most memory that the logits of one scored chunk take
+_CAPTURED_BYTES = 1 << 28  # and the captures of one chunk of an observed engine
 _ROWS = P(DATA_AXIS)
+
+Observer = Callable[[np.ndarray, Captures], None]
+"""Takes what a step captured: (tokens it ran in each row, int32 `[B]`; values on the devices)."""
 
 
 class Engine:
@@ -59,6 +66,8 @@ class Engine:
       cache_dtype: Type of the keys and values, float32, float16 or int8. By default float32, or,
         where products are bfloat16, float16: it takes the same memory with three more bits, and
         normed inputs keep within its range.
+      interventions: What changes the forward pass, on the devices; see `intervened`.
+      capture: What prefill and decode steps capture; see `observed`.
     """
 
     def __init__(
@@ -77,6 +86,53 @@ class Engine:
         self.cache_dtype = jnp.dtype(cache_dtype)
         self._param_specs = specs_of(params)
         self._programs: dict[tuple, Program] = {}
+        self.interventions: tuple[Any, ...] = ()
+        self.capture = Capture()
+        self._base: Engine | None = None
+        self._given: tuple[Intervention, ...] = ()
+        self._observer: Observer | None = None
+        self._captured_bytes_per_token = 0
+
+    def intervened(self, interventions: Sequence[Intervention]) -> "Engine":
+        """Returns an engine of the same weights and programs in which these act too, after its own.
+
+        Raises:
+          TypeError, ValueError: As `intervention.prepare`.
+        """
+        view = self._view()
+        view._given = (*self._given, *interventions)
+        everywhere = NamedSharding(self.mesh, P())
+        view.interventions = jax.tree.map(
+            lambda leaf: put(np.asarray(leaf), everywhere), prepare(view._given, self.config)
+        )
+        return view
+
+    def observed(self, capture: Capture, capacity: int, observer: Observer) -> "Engine":
+        """Returns an engine of the same weights and programs whose steps are captured.
+
+        Args:
+          capture: What each `prefill`, `decode` and `decode_greedily` captures.
+          capacity: That of the states to come, which bounds the length of chunks.
+          observer: Called after each of these steps.
+        """
+        view = self._view()
+        view.capture, view._observer = capture, observer
+        view._captured_bytes_per_token = capture.bytes_per_token(self.config, capacity)
+        return view
+
+    def _view(self) -> "Engine":
+        view = copy.copy(self)
+        view._base = self
+        return view
+
+    def check_length(self, num_tokens: int) -> None:
+        """Checks that the interventions fit a text of this many tokens.
+
+        Raises:
+          ValueError: If one holds the values of a text of another length.
+        """
+        for intervention in self._given:
+            intervention.check_length(num_tokens)
 
     def capacity_for(self, num_tokens: int) -> int:
         """Cache capacity for rows of up to `num_tokens` tokens: a power of two or the context."""
@@ -94,7 +150,10 @@ class Engine:
 
     def chunk_for(self, batch: int, remaining: int) -> int:
         """Length of the next chunk when the longest row has `remaining` tokens to run."""
-        lengths = [n for n in CHUNK_LENGTHS if n * batch <= _CHUNK_TOKENS] or [CHUNK_LENGTHS[0]]
+        most = _CHUNK_TOKENS
+        if self._captured_bytes_per_token:
+            most = min(most, _CAPTURED_BYTES // self._captured_bytes_per_token)
+        lengths = [n for n in CHUNK_LENGTHS if n * batch <= most] or [CHUNK_LENGTHS[0]]
         fitting = [n for n in lengths if n >= remaining]
         if fitting and (remaining > fitting[0] // 2 or fitting[0] == lengths[0]):
             return fitting[0]
@@ -153,13 +212,14 @@ class Engine:
           num_valid: Tokens to run in each row; 0 leaves a row as it is.
           chunk: One of `CHUNK_LENGTHS`.
         """
-        program = self.prefill_program(chunk)
-        state, _, _ = program(self.params, state, self._rows(num_valid))
+        state, _ = self._run(self.prefill_program(chunk), state, num_valid)
         return state
 
     @functools.cached_property
     def screening_table(self) -> ScreeningTable | None:
         """What `decode_greedily` reads instead of the whole embedding; None where it cannot."""
+        if self._base is not None:
+            return self._base.screening_table
         if self.mesh.devices.flat[0].platform != "cpu" or not native.is_available():
             return None
         spec = self._param_specs.embedding
@@ -184,10 +244,7 @@ class Engine:
           active: Rows to run; the others stay as they are.
           allowed: False for tokens that must not be drawn.
         """
-        program = self.greedy_program()
-        arguments = self.screening_table, allowed
-        state, step, _ = program(self.params, state, self._rows(active), *arguments)
-        return state, step
+        return self._run(self.greedy_program(), state, active, self.screening_table, allowed)
 
     def decode(
         self,
@@ -208,16 +265,14 @@ class Engine:
           num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
           processor: Changes the logits before the draw. Each function compiles a program.
         """
-        program = self.decode_program(num_top, processor)
-        state, step, _ = program(self.params, state, self._rows(active), allowed, sampling)
-        return state, step
+        return self._run(self.decode_program(num_top, processor), state, active, allowed, sampling)
 
     def score(
         self,
         state: DecodeState,
         num_valid: Int[np.ndarray, " B"],
         chunk: int,
-        capture: Collection[str] = (),
+        capture: Capture | Collection[str] = (),
     ) -> tuple[DecodeState, Array, Captures]:
         """As `prefill`; also returns the chunk's float32 logits `[B, chunk, V]` and captures.
 
@@ -227,8 +282,22 @@ class Engine:
           chunk: One of `CHUNK_LENGTHS`.
           capture: As in `decoder.forward`.
         """
-        program = self.score_program(chunk, tuple(sorted(capture)))
-        return program(self.params, state, self._rows(num_valid))
+        program = self.score_program(chunk, capture)
+        return program(self.params, state, self._rows(num_valid), *self._interventions())
+
+    def _run(
+        self, program: Program, state: DecodeState, count: np.ndarray, *arguments: Any
+    ) -> tuple[DecodeState, Any]:
+        state, outputs, captured = program(
+            self.params, state, self._rows(count), *arguments, *self._interventions()
+        )
+        if self._observer is not None:
+            self._observer(count.astype(np.int32), captured)
+        return state, outputs
+
+    def _interventions(self) -> tuple[Any, ...]:
+        """The last argument of every step, where there are any."""
+        return (self.interventions,) if self.interventions else ()
 
     def score_tokens(
         self,
@@ -249,18 +318,17 @@ class Engine:
           The state, and statistics `[B, chunk]`, meaningless past `num_valid`.
         """
         program = self.token_score_program(tokens.shape[1], num_top)
-        arguments = self._rows(num_valid), self._rows(tokens)
-        state, statistics, _ = program(self.params, state, *arguments)
-        return state, statistics
+        return self._run(program, state, num_valid, self._rows(tokens))
 
     def prefill_program(self, chunk: int):
         """The program behind `prefill`."""
-        return self._step_program(("prefill", chunk), chunk, no_head, (), ())
+        return self._step_program(("prefill", chunk), chunk, no_head, (), (), self.capture)
 
-    def score_program(self, chunk: int, capture: tuple[str, ...]):
+    def score_program(self, chunk: int, capture: Capture | Collection[str]):
         """The program behind `score`."""
-        key = ("score", chunk, capture)
-        return self._step_program(key, chunk, logits_head, (), _ROWS, capture)
+        return self._step_program(
+            ("score", chunk), chunk, logits_head, (), _ROWS, as_capture(capture)
+        )
 
     def token_score_program(self, chunk: int, num_top: int):
         """The program behind `score_tokens`."""
@@ -270,6 +338,7 @@ class Engine:
             scoring_head(num_top),
             (_ROWS,),
             TokenStatistics(*(_ROWS,) * len(TokenStatistics._fields)),
+            self.capture,
         )
 
     def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
@@ -280,6 +349,7 @@ class Engine:
             sampling_head(num_top, processor),
             (P(), SamplingState(*(_ROWS,) * len(SamplingState._fields))),
             Step(*(_ROWS,) * len(Step._fields)),
+            self.capture,
         )
 
     def greedy_program(self):
@@ -290,6 +360,7 @@ class Engine:
             greedy_head,
             (specs_of(self.screening_table), P()),
             Step(*(_ROWS,) * len(Step._fields)),
+            self.capture,
         )
 
     def _step_program(
@@ -299,25 +370,44 @@ class Engine:
         head: Head,
         argument_specs: tuple,
         output_specs: Any,
-        capture: tuple[str, ...] = (),
+        capture: Capture,
     ) -> Program:
         """The program (params, state, count, *arguments) -> (state, outputs, captured).
 
-        `count` says how many of the next `length` tokens each row runs.
+        `count` says how many of the next `length` tokens each row runs. Where there are
+        interventions they are the last argument, and their structure is a part of the key.
         """
+        intervening = bool(self.interventions)
+        if capture:
+            key = (*key, capture)
+        if intervening:
+            key = (*key, str(jax.tree.structure(self.interventions)))
+            argument_specs = (*argument_specs, P())
 
         def step(params, state, count, *arguments):
+            interventions = ()
+            if intervening:
+                *arguments, interventions = arguments
             tokens = next_tokens(state, length)
             num_valid = count.astype(jnp.int32)
             hidden, cache, captured = forward(
-                params, self.config, tokens, num_valid, state.cache, self.dtype, capture
+                params,
+                self.config,
+                tokens,
+                num_valid,
+                state.cache,
+                self.dtype,
+                capture,
+                interventions,
             )
             state = state._replace(cache=cache)
             state, outputs = head(params.embedding, self.config, state, hidden, count, *arguments)
             return state, outputs, captured
 
         step.__name__ = key[0].replace(" ", "_")
-        captured_specs = {name: P(None, DATA_AXIS) for name in capture}
+        captured_specs = {name: P(None, DATA_AXIS) for name in capture.names}
+        if "attention_probs" in capture:
+            captured_specs["attention_probs"] = P(None, DATA_AXIS, MODEL_AXIS)
         return self._program(
             key,
             lambda: self._compile(

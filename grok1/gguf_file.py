@@ -95,6 +95,12 @@ def check_model(config: ModelConfig, manifest: list[TensorSpec]) -> None:
             f"GGUF's Q8_0 needs widths that {_BLOCK} divides, found emb_size {config.emb_size} and "
             f"an expert width of {config.ffn_size}; convert with --to safetensors instead"
         )
+    if config.router_softcap is not None or config.renormalize_gates:
+        raise CheckpointError(
+            "GGUF has no field for router_softcap and renormalize_gates, found "
+            f"{config.router_softcap} and {config.renormalize_gates}; convert with "
+            "--to safetensors instead"
+        )
 
 
 def layout(

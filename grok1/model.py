@@ -1,5 +1,7 @@
 """The model as a user holds it: logits, generate, stream."""
 
+import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -13,10 +15,12 @@ from grok1.batch import Batch, Prompt, is_batch
 from grok1.completion import Completion
 from grok1.config import ModelConfig
 from grok1.engine import Engine
+from grok1.intervention import Intervention
 from grok1.manifest import TensorSpec
 from grok1.options import GenerationOptions, check_ids
 from grok1.scoring import Choice, Score
 from grok1.tokenizer import Tokenizer
+from grok1.tracing import Trace, trace, trace_generation
 from grok1.transformer import Params
 
 
@@ -119,6 +123,7 @@ class Model:
                 f"{length} tokens are {length - self.config.sequence_len} more than the context "
                 f"of {self.config.sequence_len}; give fewer"
             )
+        self.engine.check_length(length)
         batch = self.engine.batch_for(num_rows)
         padded = np.zeros((batch, self.engine.capacity_for(length)), np.int32)
         padded[:num_rows, :length] = rows
@@ -244,6 +249,49 @@ class Model:
             raise ValueError("stream needs a tokenizer, and this model has none; use generate")
         batch = Batch(self.engine, self.tokenizer, [prompt], GenerationOptions(**options))
         return TextStream(batch)
+
+    def trace(
+        self, text: Prompt, capture: Sequence[str] = ("router", "residual"), **options: Any
+    ) -> Trace:
+        """Runs a text and keeps what happens inside; see `tracing.trace`.
+
+        Args:
+          text: Text or token ids, up to the context.
+          capture: Any of "router", "residual", "branches", "attention", "logit_lens", "logits".
+          **options: attention_layers, lens_top=5, add_bos=False, allow_control=False.
+        """
+        return trace(self.engine, self.tokenizer, text, capture, **options)
+
+    def trace_generation(
+        self, prompt: Prompt, capture: Sequence[str] = ("router", "residual"), **options: Any
+    ) -> tuple[Completion, Trace]:
+        """Continues a prompt as `generate` and keeps what happens inside; see `tracing`.
+
+        Args:
+          prompt: Text or token ids.
+          capture: As for `trace`, but "logits".
+          **options: attention_layers, lens_top=5, and those of `generate`.
+        """
+        return trace_generation(self.engine, self.tokenizer, prompt, capture, **options)
+
+    @contextlib.contextmanager
+    def intervene(self, *interventions: Intervention) -> Iterator["Model"]:
+        """Gives a model with the same weights in which these act, in this order; it can be nested.
+
+        `with model.intervene(AblateExperts(3, layers=5)) as m: m.generate(...)`. This model stays
+        as it is.
+
+        Args:
+          *interventions: Those of `grok1.intervention`.
+
+        Raises:
+          TypeError: If one is no intervention.
+          ValueError: If one does not fit the model; a patch of another length says so when a text
+            is run.
+        """
+        changed = copy.copy(self)
+        changed.engine = self.engine.intervened(interventions)
+        yield changed
 
 
 def _bytes(count: int) -> str:

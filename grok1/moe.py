@@ -39,7 +39,7 @@ class Routing(NamedTuple):
     Attributes:
       probs: float32 `[M, E]`, softmax over all experts.
       expert_indices: int32 `[M, A]`, the most probable experts, best first.
-      expert_weights: float32 `[M, A]`, their probabilities, not renormalised.
+      expert_weights: float32 `[M, A]`, their probabilities, as trained not renormalised.
     """
 
     probs: Array
@@ -47,11 +47,41 @@ class Routing(NamedTuple):
     expert_weights: Array
 
 
-def route(x: Float[Array, "M D"], router: Float[Array, "D E"], num_selected: int) -> Routing:
-    """Picks each token's experts. Float32 throughout: a rounding could flip a near tie."""
+def route(
+    x: Float[Array, "M D"],
+    router: Float[Array, "D E"],
+    num_selected: int,
+    softcap: float | None = None,
+    renormalize: bool = False,
+) -> Routing:
+    """Picks each token's experts. Float32 throughout: a rounding could flip a near tie.
+
+    Args:
+      x: The layer's normed input.
+      router: The router's weight.
+      num_selected: A.
+      softcap: As `ModelConfig.router_softcap`.
+      renormalize: As `ModelConfig.renormalize_gates`.
+    """
+    return choose_experts(router_logits(x, router, softcap), num_selected, renormalize)
+
+
+def router_logits(
+    x: Float[Array, "M D"], router: Float[Array, "D E"], softcap: float | None = None
+) -> Float[Array, "M E"]:
+    """What the router's softmax is taken of; arguments as for `route`."""
     logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def choose_experts(
+    logits: Float[Array, "M E"], num_selected: int, renormalize: bool = False
+) -> Routing:
+    """The most probable experts of each token; arguments as for `route`."""
     probs = jax.nn.softmax(logits, axis=-1)
     expert_weights, expert_indices = jax.lax.top_k(probs, num_selected)
+    if renormalize:
+        expert_weights /= expert_weights.sum(axis=-1, keepdims=True)
     return Routing(probs, expert_indices, expert_weights)
 
 

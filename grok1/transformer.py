@@ -280,7 +280,13 @@ def forward(
         )
         x = x + rms_norm(branch, layer.attention_post_norm)
         normed_MD = rms_norm(x, layer.moe_pre_norm).reshape(-1, config.emb_size)
-        routing = route(normed_MD, layer.router, config.num_selected_experts)
+        routing = route(
+            normed_MD,
+            layer.router,
+            config.num_selected_experts,
+            config.router_softcap,
+            config.renormalize_gates,
+        )
         branch = experts(normed_MD, layer.experts, (), routing).reshape(x.shape)
         x = x + rms_norm(branch, layer.moe_post_norm)
         traces.append(LayerTrace(x, routing))

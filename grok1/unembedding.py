@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grok1 import native
 from grok1.config import ModelConfig
+from grok1.layers import rms_norm
 from grok1.sharding import MODEL_AXIS
 
 _TABLE_BLOCK = 512  # rows copied at a time
@@ -167,6 +168,31 @@ def token_statistics(
     return jax.tree.map(
         lambda leaf: leaf.reshape(num_blocks * block, *leaf.shape[2:])[:num_rows], statistics
     )
+
+
+def logit_lens(
+    embedding: Float[Array, "V D"],
+    final_norm: Float[Array, " D"],
+    config: ModelConfig,
+    x: Float[Array, "M D"],
+    num_top: int,
+) -> tuple[Int[Array, "M top"], Float[Array, "M top"]]:
+    """What the model would say if a layer were its last (nostalgebraist, 2020).
+
+    Args:
+      embedding: This device's rows.
+      final_norm: The scale of the norm before the output head.
+      config: The model.
+      x: The residual stream after the layer.
+      num_top: How many tokens to name.
+
+    Returns:
+      int32 tokens, the most probable first, and their float32 log-probabilities.
+    """
+    logits = unembed(embedding, config, rms_norm(x, final_norm))
+    best, tokens = jax.lax.top_k(logits, num_top)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return tokens.astype(jnp.int32), best - total
 
 
 def most_probable(

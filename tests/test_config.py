@@ -27,6 +27,8 @@ def test_grok_1_has_the_released_constants():
         "embedding_multiplier_scale": 78.38367176906169,
         "output_multiplier_scale": 0.5773502691896257,
         "attn_output_multiplier": 0.08838834764831845,
+        "router_softcap": None,
+        "renormalize_gates": False,
     }
     assert GROK_1.ffn_size == 32768
     assert GROK_1.queries_per_kv_head == 6
@@ -34,7 +36,9 @@ def test_grok_1_has_the_released_constants():
 
 def test_nano_config_file_reads_field_by_field():
     config = ModelConfig.load(NANO)
-    assert dataclasses.asdict(config) == json.loads(NANO.read_text())
+    router = {"router_softcap": None, "renormalize_gates": False}
+    assert dataclasses.asdict(config) == json.loads(NANO.read_text()) | router
+    assert config.to_json() == NANO.read_text().rstrip() + "\n"
     assert config.ffn_size == 128
     assert config.queries_per_kv_head == 2
 
@@ -43,7 +47,7 @@ def test_multipliers_left_out_follow_from_the_sizes():
     fields = json.loads(NANO.read_text())
     for name in ("embedding_multiplier_scale", "output_multiplier_scale", "attn_output_multiplier"):
         del fields[name]
-    config = dataclasses.asdict(ModelConfig(**fields))
+    config = json.loads(ModelConfig(**fields).to_json())
     assert config == pytest.approx(json.loads(NANO.read_text()), rel=1e-15)
 
 
@@ -62,7 +66,10 @@ def test_ffn_size(widening_factor, emb_size, ffn_size):
     assert config.ffn_size == ffn_size
 
 
-@pytest.mark.parametrize("config", [GROK_1, TOY], ids=["grok_1", "toy"])
+OTHER_ROUTER = dataclasses.replace(TOY, router_softcap=30.0, renormalize_gates=True)
+
+
+@pytest.mark.parametrize("config", [GROK_1, TOY, OTHER_ROUTER], ids=["grok_1", "toy", "router"])
 def test_json_round_trip(config, tmp_path):
     text = config.to_json()
     assert text.endswith("}\n")
@@ -80,11 +87,20 @@ def test_config_is_a_frozen_hashable_value():
 
 
 INTEGERS = [field.name for field in dataclasses.fields(ModelConfig) if field.type is int]
-NUMBERS = [field.name for field in dataclasses.fields(ModelConfig) if field.type is not int]
+MULTIPLIERS = [field.name for field in dataclasses.fields(ModelConfig) if "multi" in field.name]
+NUMBERS = [*MULTIPLIERS, "widening_factor", "router_softcap"]
 
 
 def test_every_field_is_validated():
-    assert len(INTEGERS) + len(NUMBERS) == len(dataclasses.fields(ModelConfig)) == 13
+    assert len(INTEGERS) + len(NUMBERS) + 1 == len(dataclasses.fields(ModelConfig)) == 15
+
+
+@pytest.mark.parametrize("value", [0, "yes", None])
+def test_renormalize_gates_is_a_truth_value(value):
+    with pytest.raises(
+        ValueError, match=f"^renormalize_gates must be true or false, found {value!r}"
+    ):
+        dataclasses.replace(TOY, renormalize_gates=value)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -104,7 +120,7 @@ def test_sizes_are_whole_numbers(name, value):
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", ["8", True, None])
+@pytest.mark.parametrize("value", ["8", True])
 def test_multipliers_are_numbers(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be a number above 0, found {value!r}$"):
         dataclasses.replace(TOY, **{name: value})

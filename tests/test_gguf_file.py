@@ -118,6 +118,9 @@ def test_a_shape_that_llama_cpp_cannot_run_is_refused():
     narrow = dataclasses.replace(TOY_CONFIG, widening_factor=2.5)
     with pytest.raises(CheckpointError, match="32 divides, found emb_size 128 and an expert width"):
         check_model(narrow, [])
+    capped = dataclasses.replace(TOY_CONFIG, router_softcap=30.0)
+    with pytest.raises(CheckpointError, match=r"GGUF has no field for router_softcap.*30\.0 and"):
+        check_model(capped, [])
 
 
 @pytest.mark.parametrize("embedding", ["f16", "bf16", "q8_0"])

@@ -97,6 +97,20 @@ def test_route_by_hand():
     np.testing.assert_allclose(routing.expert_weights, expected, rtol=1e-6)
 
 
+def test_route_with_a_soft_cap_and_renormalised_gates_by_hand():
+    x, router = jnp.asarray([[1.0]]), jnp.asarray([[0.0, 4.0, 2.0]])
+    capped = 2 * np.tanh(np.array([0.0, 4.0, 2.0]) / 2)
+    probs = np.exp(capped) / np.exp(capped).sum()
+    routing = route(x, router, 2, softcap=2.0)
+    np.testing.assert_allclose(routing.probs[0], probs, rtol=1e-6)
+    np.testing.assert_allclose(routing.expert_weights[0], probs[[1, 2]], rtol=1e-6)
+    routing = route(x, router, 2, softcap=2.0, renormalize=True)
+    np.testing.assert_allclose(routing.probs[0], probs, rtol=1e-6)
+    np.testing.assert_allclose(
+        routing.expert_weights[0], probs[[1, 2]] / probs[[1, 2]].sum(), rtol=1e-6
+    )
+
+
 def test_route_breaks_ties_to_the_lower_expert():
     routing = route_compiled(jnp.ones((1, D)), jnp.zeros((D, 8)), num_selected=2)
     np.testing.assert_array_equal(routing.expert_indices, [[0, 1]])

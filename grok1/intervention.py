@@ -1,0 +1,642 @@
+"""Changes to a forward pass at named points: what a user asks for, and its form on the device.
+
+An intervention is a frozen value that names layers and positions. `prepare` turns it into pytrees
+of arrays, arguments of the compiled program, so that another layer, position, vector or patch of
+the same shape runs the same program. `apply` and `redirect` are called by the decoder, per device.
+
+Points, in the order in which a layer passes them: "residual_in" before the attention branch,
+"heads" (what each query head mixed), "attention_out" what the branch adds, "residual_mid" between
+the branches, "router", "moe_out" what the experts add, "residual" after the layer. Interventions at
+one point are applied in the order in which they are given.
+
+Dimension key: B batch row, T token, M = B*T, L layer, S context, D model dim, E expert, A selected
+experts a token, N query heads, P layers that have values of their own.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from grok1.config import ModelConfig
+from grok1.moe import Routing
+from grok1.sharding import MODEL_AXIS
+
+STREAM_POINTS = ("residual_in", "attention_out", "residual_mid", "moe_out", "residual")
+"""Points where the value is float32 `[B, T, D]`."""
+
+Places = int | Iterable[int] | None
+"""Layers or positions: one, several, or all."""
+
+_SHORTEST_TABLE = 16  # tokens that a table of values is padded to, or a power of two above
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Intervention:
+    """A change to the forward pass; the base of all.
+
+    Attributes:
+      layers: Where it acts: a layer, several, or None for all.
+      positions: At which tokens, counted from 0 at the beginning of the text: one, several, or None
+        for all.
+    """
+
+    layers: Places = None
+    positions: Places = None
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """Returns the form that `apply` and `redirect` take, in numpy arrays.
+
+        Raises:
+          ValueError: If it does not fit the model; the message names the intervention.
+        """
+        raise NotImplementedError
+
+    def check_length(self, num_tokens: int) -> None:
+        """Checks that it fits a text of this many tokens.
+
+        Raises:
+          ValueError: If it holds the values of a text of another length.
+        """
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {message}")
+
+    def _numbers(self, what: str, given: Any, limit: int) -> list[int]:
+        """Whole numbers from 0 to below `limit`, given as one or several."""
+        single = not isinstance(given, (Iterable, np.ndarray)) or isinstance(given, str)
+        array = np.array([given] if single else list(given))
+        if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
+            raise self._error(f"{what} must be whole numbers, found {given!r:.80}")
+        outside = array[(array < 0) | (array >= limit)] if array.size else array
+        if outside.size:
+            raise self._error(f"{what} must be from 0 to {limit - 1}, found {outside[0]}")
+        return [int(number) for number in array]
+
+    def _floats(self, what: str, given: Any) -> np.ndarray:
+        try:
+            array = np.asarray(given, np.float32)
+        except (TypeError, ValueError):
+            raise self._error(f"{what} must be numbers, found {given!r:.80}") from None
+        if not np.isfinite(array).all():
+            raise self._error(f"{what} must be finite numbers")
+        return array
+
+    def _layers(self, config: ModelConfig) -> list[int]:
+        if self.layers is None:
+            return list(range(config.num_layers))
+        return self._numbers("layers", self.layers, config.num_layers)
+
+    def _where(self, config: ModelConfig, num_tokens: int | None = None) -> "_Where":
+        """Where it acts; with `num_tokens`, only at the first so many positions."""
+        layers = np.zeros(config.num_layers, bool)
+        layers[self._layers(config)] = True
+        if self.positions is None and num_tokens is None:
+            return _Where(layers, None)
+        positions = np.zeros(config.sequence_len, bool)
+        if self.positions is None:
+            positions[:num_tokens] = True
+        else:
+            limit = config.sequence_len if num_tokens is None else num_tokens
+            positions[self._numbers("positions", self.positions, limit)] = True
+        return _Where(layers, positions)
+
+    def _table(self, what: str, values: np.ndarray, config: ModelConfig) -> "_Table":
+        """Values `[P, T, ...]` of the tokens of a text in each of `layers`, or in all."""
+        layers = self._layers(config)
+        if values.shape[1] > config.sequence_len:
+            raise self._error(
+                f"{what} are of {values.shape[1]} tokens, and the context holds "
+                f"{config.sequence_len}"
+            )
+        if len(values) == config.num_layers:
+            values = values[layers]
+        elif len(values) != len(layers):
+            raise self._error(
+                f"{what} are of {len(values)} layers; give those of the {len(layers)} that layers= "
+                f"names, or of all {config.num_layers}"
+            )
+        slots = np.zeros(config.num_layers, np.int32)
+        slots[layers] = np.arange(len(layers))
+        # Of few lengths, so that texts of different lengths share a program.
+        length = max(_SHORTEST_TABLE, 1 << (values.shape[1] - 1).bit_length())
+        padding = [(0, 0)] * values.ndim
+        padding[1] = (0, length - values.shape[1])
+        return _Table(slots, np.pad(values, padding))
+
+    def _check_tokens(self, what: str, found: int, num_tokens: int) -> None:
+        if self.positions is None and found != num_tokens:
+            raise self._error(
+                f"{what} are of {found} tokens and the text has {num_tokens}; take them from a "
+                "text of the same length, or name positions="
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AblateExperts(Intervention):
+    """Takes experts out.
+
+    By default the output of a chosen expert that is ablated is left out: its weight becomes 0, and
+    the other experts keep theirs (zero ablation). With `reroute` the router cannot choose it: its
+    logit is taken out of the softmax, and the next best expert takes its place (expert pruning).
+
+    Attributes:
+      experts: One, or several; none changes nothing.
+      reroute: Choose others in their place.
+    """
+
+    experts: int | Sequence[int]
+    reroute: bool = False
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """As `Intervention.prepare`."""
+        experts = np.zeros(config.num_experts, bool)
+        experts[self._numbers("experts", self.experts, config.num_experts)] = True
+        if not self.reroute:
+            return [_Ablate(self._where(config), experts)]
+        if experts.all():
+            raise self._error("reroute leaves no expert to choose; ablate fewer")
+        return [_Reroute(self._where(config), experts, config.renormalize_gates)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForceExperts(Intervention):
+    """Sends tokens to given experts, whatever the router would choose.
+
+    Attributes:
+      experts: One for every token, or several; or `[P, T, A]`, those of each token of a text in
+        each of the P `layers`, or in all layers, of which `layers` picks, as
+        `trace.expert_indices`; -1 stands for no expert.
+      weights: Their weights, in the shape of `experts`; None for the router's own probabilities of
+        them, renormalised where the model renormalises.
+    """
+
+    experts: Any
+    weights: Any = None
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """As `Intervention.prepare`."""
+        experts, weights = np.asarray(self.experts), None
+        if not np.issubdtype(experts.dtype, np.integer):
+            raise self._error(f"experts must be whole numbers, found {experts.dtype}")
+        if experts.ndim not in (0, 1, 3) or not experts.size:
+            raise self._error(
+                "experts must be one, several, or an array [layers, tokens, experts], found shape "
+                f"{list(experts.shape)}"
+            )
+        of_tokens = experts.ndim == 3
+        outside = experts[(experts < -of_tokens) | (experts >= config.num_experts)]
+        if outside.size:
+            raise self._error(
+                f"experts must be from 0 to {config.num_experts - 1}, found {outside.flat[0]}"
+            )
+        ordered = np.sort(np.atleast_1d(experts), axis=-1)
+        if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+            raise self._error("the experts of a token must differ, found one twice")
+        if self.weights is not None:
+            weights = self._floats("weights", self.weights)
+            if weights.shape != experts.shape:
+                raise self._error(
+                    f"weights must have the shape of experts, {list(experts.shape)}, found "
+                    f"{list(weights.shape)}"
+                )
+        experts = np.where(experts < 0, config.num_experts, experts).astype(np.int32)
+
+        def table(what, values):
+            if values is None or of_tokens:
+                return None if values is None else self._table(what, values, config)
+            return _everywhere(values.reshape(-1), config)
+
+        return [
+            _Force(
+                self._where(config, experts.shape[1] if of_tokens else None),
+                table("experts", experts),
+                table("weights", weights),
+                config.renormalize_gates,
+            )
+        ]
+
+    def check_length(self, num_tokens: int) -> None:
+        """As `Intervention.check_length`."""
+        shape = np.shape(self.experts)
+        if len(shape) == 3:
+            self._check_tokens("experts", shape[1], num_tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SelectExperts(Intervention):
+    """Changes how many experts the router picks for a token; their weights stay probabilities.
+
+    Attributes:
+      count: How many, from 1 to E.
+    """
+
+    count: int
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """As `Intervention.prepare`."""
+        count = self.count
+        whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
+        if not whole or not 1 <= count <= config.num_experts:
+            raise self._error(f"count must be from 1 to {config.num_experts}, found {count!r}")
+        return [_Select(self._where(config), int(count), config.renormalize_gates)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CapLayers(Intervention):
+    """Ends the model early: what layers from `num_layers` on would add is left out.
+
+    The program keeps its shape, and computes those layers, so that one serves every cap; the
+    residual stream passes them unchanged into the final norm.
+
+    Attributes:
+      num_layers: Layers that still add to the residual stream, from 0 to L. `layers` stays None.
+    """
+
+    num_layers: int
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """As `Intervention.prepare`."""
+        (first,) = self._numbers("num_layers", self.num_layers, config.num_layers + 1)
+        if self.layers is not None:
+            raise self._error("layers= has no meaning here; num_layers says which are left out")
+        left_out = dataclasses.replace(self, layers=range(first, config.num_layers))
+        where = left_out._where(config)
+        return [_Zero(where, point) for point in ("attention_out", "moe_out")]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AddToResidual(Intervention):
+    """Adds a vector to the residual stream.
+
+    Attributes:
+      vector: `[D]`; or `[P, D]`, one for each of `layers`, or for every layer.
+      point: "residual" after the layer, "residual_in" before it, "residual_mid" between its
+        branches.
+    """
+
+    vector: Any
+    point: str = "residual"
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """As `Intervention.prepare`."""
+        points = [point for point in STREAM_POINTS if point.startswith("residual")]
+        if self.point not in points:
+            raise self._error(f"point must be one of {', '.join(points)}, found {self.point!r}")
+        vector = self._floats("vector", self.vector)
+        if vector.ndim not in (1, 2) or vector.shape[-1] != config.emb_size:
+            raise self._error(
+                f"vector must have shape [{config.emb_size}] or [layers, {config.emb_size}], "
+                f"found {list(vector.shape)}"
+            )
+        if vector.ndim == 1:
+            table = _everywhere(vector, config)
+        else:
+            table = self._table("vectors", vector[:, None], config)
+            table = _Table(table.slots, table.values[:, :1])
+        return [_Add(self._where(config), table, self.point)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patch(Intervention):
+    """Puts activations recorded from another run in the place of this one's.
+
+    Position t takes the value of the recorded text's token t. Without `positions` the two texts
+    have the same length, and what is generated afterwards is not patched.
+
+    Attributes:
+      point: One of `STREAM_POINTS`, or "router": the chosen experts and their weights.
+      values: A `Trace`, or another mapping with the point's array (for "router" `expert_indices`
+        and `expert_weights`); or the array itself, `[P, T, D]` with one entry for each of `layers`
+        or for every layer, or `[T, D]` for a single one.
+    """
+
+    point: str
+    values: Any
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """As `Intervention.prepare`."""
+        if self.point == "router":
+            return self._forced().prepare(config)
+        values = self._values()
+        if values.ndim != 3 or values.shape[-1] != config.emb_size or not values.size:
+            raise self._error(
+                f"values must have shape [layers, tokens, {config.emb_size}], found "
+                f"{list(values.shape)}"
+            )
+        where = self._where(config, values.shape[1])
+        return [_Replace(where, self._table("values", values, config), self.point)]
+
+    def check_length(self, num_tokens: int) -> None:
+        """As `Intervention.check_length`."""
+        if self.point == "router":
+            self._check_tokens("values", self._recorded("expert_indices").shape[1], num_tokens)
+        else:
+            self._check_tokens("values", self._values().shape[1], num_tokens)
+
+    def _forced(self) -> ForceExperts:
+        if not isinstance(self.values, Mapping):
+            raise self._error(
+                'at the point "router" values must be a Trace, or a mapping with expert_indices '
+                f"and expert_weights, found {type(self.values).__name__}"
+            )
+        indices, weights = map(self._recorded, ("expert_indices", "expert_weights"))
+        return ForceExperts(indices, weights, layers=self.layers, positions=self.positions)
+
+    def _values(self) -> np.ndarray:
+        if self.point not in STREAM_POINTS:
+            points = ", ".join((*STREAM_POINTS, "router"))
+            raise self._error(f"point must be one of {points}, found {self.point!r}")
+        given = self.values
+        if isinstance(given, Mapping):
+            given = self._recorded(self.point)
+        array = self._floats("values", given)
+        return array[None] if array.ndim == 2 else array
+
+    def _recorded(self, name: str) -> np.ndarray:
+        if name not in self.values:
+            raise self._error(
+                f"the trace has no {name}; it has {', '.join(self.values) or 'nothing'}"
+            )
+        return np.asarray(self.values[name])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScaleHeads(Intervention):
+    """Multiplies what attention heads mixed, before the output projection.
+
+    Attributes:
+      heads: Query heads, one or several, from 0 to N - 1.
+      factor: 0 ablates them, 1 changes nothing.
+    """
+
+    heads: int | Sequence[int]
+    factor: float = 0.0
+
+    def prepare(self, config: ModelConfig) -> list[Any]:
+        """As `Intervention.prepare`."""
+        factor = self._floats("factor", self.factor)
+        if factor.ndim:
+            raise self._error(f"factor must be one number, found shape {list(factor.shape)}")
+        factors = np.ones(config.num_q_heads, np.float32)
+        factors[self._numbers("heads", self.heads, config.num_q_heads)] = factor
+        return [_ScaleHeads(self._where(config), factors)]
+
+
+def prepare(interventions: Sequence[Intervention], config: ModelConfig) -> tuple[Any, ...]:
+    """Returns the form that `apply` and `redirect` take, in numpy arrays.
+
+    Raises:
+      TypeError: If one is no intervention.
+      ValueError: If one does not fit the model.
+    """
+    for one in interventions:
+        if not isinstance(one, Intervention):
+            raise TypeError(
+                f"intervene takes interventions such as AblateExperts(...), found "
+                f"{type(one).__name__}"
+            )
+    return tuple(form for one in interventions for form in one.prepare(config))
+
+
+def apply(
+    prepared: Sequence[Any],
+    point: str,
+    value: Float[Array, "B T ..."],
+    layer: Int[Array, ""] | int,
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T ..."]:
+    """The value at a point of a layer, after the interventions there.
+
+    Args:
+      prepared: As `prepare` returns them.
+      point: One of `STREAM_POINTS`, or "heads".
+      value: `[B, T, D]`, or at "heads" this device's `[B, T, heads, H]`.
+      layer: Which layer.
+      positions: Absolute position of each token.
+    """
+    for form in prepared:
+        if form.point == point:
+            value = form(value, layer, positions)
+    return value
+
+
+def redirect(
+    prepared: Sequence[Any],
+    logits: Float[Array, "M E"],
+    routing: Routing,
+    layer: Int[Array, ""] | int,
+    positions: Int[Array, " M"],
+) -> Routing:
+    """A layer's routing after the interventions at the point "router".
+
+    Args:
+      prepared: As `prepare` returns them.
+      logits: The router's, soft-capped where the model caps.
+      routing: What it chose.
+      layer: Which layer.
+      positions: Absolute position of each token.
+
+    Returns:
+      As many choices a token as any intervention needs; E stands for none, with weight 0.
+    """
+    for form in prepared:
+        if form.point == "router":
+            logits, routing = form(logits, routing, layer, positions)
+    return routing
+
+
+def _on_device(cls: type) -> Any:
+    """Makes a class a frozen pytree of its fields; `_static` ones are a part of its structure."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def _static(**options: Any) -> Any:
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@_on_device
+class _Where:
+    """Attributes: layers bool `[L]`; positions bool `[S]`, or None for all."""
+
+    layers: Any
+    positions: Any
+
+    def __call__(self, layer, positions) -> Array:
+        """True where it acts: of the shape of `positions`, or a scalar."""
+        here = jnp.asarray(self.layers)[layer]
+        if self.positions is None:
+            return here
+        return here & jnp.asarray(self.positions).at[positions].get(mode="fill", fill_value=False)
+
+
+@_on_device
+class _Table:
+    """Attributes: slots int32 `[L]`, where a layer's values are; values `[P, T or 1, ...]`."""
+
+    slots: Any
+    values: Any
+
+    def __call__(self, layer, positions) -> Array:
+        """Each token's values, of the shape of `positions` and then `[...]`."""
+        values = jnp.asarray(self.values)
+        tokens = jnp.minimum(positions, values.shape[1] - 1)
+        return values[jnp.asarray(self.slots)[layer], tokens]
+
+
+@_on_device
+class _Zero:
+    where: _Where
+    point: str = _static()
+
+    def __call__(self, value, layer, positions):
+        return _select(self.where(layer, positions), jnp.zeros_like(value), value)
+
+
+@_on_device
+class _Add:
+    where: _Where
+    vectors: _Table
+    point: str = _static()
+
+    def __call__(self, value, layer, positions):
+        more = self.vectors(layer, positions)
+        return _select(self.where(layer, positions), value + more, value)
+
+
+@_on_device
+class _Replace:
+    where: _Where
+    values: _Table
+    point: str = _static()
+
+    def __call__(self, value, layer, positions):
+        return _select(self.where(layer, positions), self.values(layer, positions), value)
+
+
+@_on_device
+class _ScaleHeads:
+    where: _Where
+    factors: Any
+    point: str = _static(default="heads")
+
+    def __call__(self, value, layer, positions):
+        heads_here = value.shape[2]
+        first = jax.lax.axis_index(MODEL_AXIS) * heads_here
+        factors = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.factors), first, heads_here)
+        return _select(self.where(layer, positions), value * factors[:, None], value)
+
+
+@_on_device
+class _Ablate:
+    where: _Where
+    experts: Any
+    point: str = _static(default="router")
+
+    def __call__(self, logits, routing, layer, positions):
+        ablated = jnp.asarray(self.experts)
+        hit = ablated.at[routing.expert_indices].get(mode="fill", fill_value=False)
+        weights = jnp.where(hit, 0, routing.expert_weights)
+        changed = routing._replace(expert_weights=weights)
+        return logits, _merged(self.where(layer, positions), changed, routing)
+
+
+@_on_device
+class _Reroute:
+    where: _Where
+    experts: Any
+    renormalize: bool = _static()
+    point: str = _static(default="router")
+
+    def __call__(self, logits, routing, layer, positions):
+        here = self.where(layer, positions)
+        # Finite, so that a softmax of nothing but these is a number, which the mask then drops.
+        least = jnp.finfo(logits.dtype).min
+        masked = jnp.where(self.experts, least, logits)
+        probs = jnp.where(masked == least, 0, jax.nn.softmax(masked, axis=-1))
+        counts = (routing.expert_indices < logits.shape[-1]).sum(axis=-1)
+        width = routing.expert_indices.shape[-1]
+        changed = _most_probable(probs, width, counts, self.renormalize)
+        return _select(here, masked, logits), _merged(here, changed, routing)
+
+
+@_on_device
+class _Force:
+    where: _Where
+    experts: _Table
+    weights: _Table | None
+    renormalize: bool = _static()
+    point: str = _static(default="router")
+
+    def __call__(self, logits, routing, layer, positions):
+        indices = self.experts(layer, positions)
+        if self.weights is None:
+            weights = jnp.take_along_axis(
+                routing.probs, indices, axis=-1, mode="fill", fill_value=0
+            )
+            weights = _renormalized(weights) if self.renormalize else weights
+        else:
+            weights = self.weights(layer, positions)
+        changed = Routing(routing.probs, indices, weights)
+        return logits, _merged(self.where(layer, positions), changed, routing)
+
+
+@_on_device
+class _Select:
+    where: _Where
+    count: int = _static()
+    renormalize: bool = _static()
+    point: str = _static(default="router")
+
+    def __call__(self, logits, routing, layer, positions):
+        changed = _most_probable(routing.probs, self.count, self.count, self.renormalize)
+        return logits, _merged(self.where(layer, positions), changed, routing)
+
+
+def _everywhere(values: np.ndarray, config: ModelConfig) -> _Table:
+    """The same values in every layer and at every position."""
+    return _Table(np.zeros(config.num_layers, np.int32), values[None, None])
+
+
+def _select(here: Array, changed: Array, value: Array) -> Array:
+    """`changed` where `here`, which has the leading axes of `value`, or none."""
+    return jnp.where(here.reshape(*here.shape, *(1,) * (value.ndim - here.ndim)), changed, value)
+
+
+def _most_probable(
+    probs: Float[Array, "M E"], width: int, counts: Int[Array, " M"] | int, renormalize: bool
+) -> Routing:
+    """Each token's `counts` most probable experts, in `width` places; none of probability 0."""
+    weights, indices = jax.lax.top_k(probs, width)
+    chosen = (jnp.arange(width) < jnp.reshape(counts, (-1, 1))) & (weights > 0)
+    weights = jnp.where(chosen, weights, 0)
+    weights = _renormalized(weights) if renormalize else weights
+    return Routing(probs, jnp.where(chosen, indices, probs.shape[-1]), weights)
+
+
+def _renormalized(weights: Float[Array, "M A"]) -> Float[Array, "M A"]:
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / jnp.where(total == 0, 1, total)
+
+
+def _merged(here: Array, changed: Routing, routing: Routing) -> Routing:
+    """`changed` where `here`, in as many places as the wider of the two."""
+    num_experts = routing.probs.shape[-1]
+    width = max(changed.expert_indices.shape[-1], routing.expert_indices.shape[-1])
+
+    def widened(array: Array, fill: int) -> Array:
+        missing = width - array.shape[-1]
+        return jnp.pad(array, ((0, 0), (0, missing)), constant_values=fill)
+
+    def merged(new: Array, old: Array, fill: int) -> Array:
+        return _select(here, widened(new, fill), widened(old, fill))
+
+    return Routing(
+        _select(here, changed.probs, routing.probs),
+        merged(changed.expert_indices, routing.expert_indices, num_experts),
+        merged(changed.expert_weights, routing.expert_weights, 0),
+    )
