@@ -7,6 +7,7 @@ colour-blind readers too.
 Dimension key: L layer, T position, E expert, A chosen expert, N head.
 """
 
+import functools
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -65,8 +66,7 @@ def expert_load(trace: Trace) -> Plot:
     Returns:
       A map of layers by experts; white is the even share, 1 / E of the choices in a layer.
     """
-    load_LE = np.asarray(trace.expert_load(), np.float64)
-    percent_LE = 100 * load_LE / load_LE.sum(axis=1, keepdims=True)
+    percent_LE = 100 * trace.expert_load()
     num_layers, num_experts = percent_LE.shape
     even = 100 / num_experts
     # Both arms of the palette have room even where the load is even.
@@ -98,9 +98,9 @@ def routing_ribbon(trace: Trace) -> Plot:
       A ribbon, wrapped like text. Each layer has a stripe for each of its A choices, the expert
       with the largest router probability uppermost.
     """
-    indices_LTA = np.asarray(trace.expert_indices)
+    indices_LTA = trace.expert_indices
     num_layers, length = indices_LTA.shape[:2]
-    num_experts = trace.router_probs.shape[-1]
+    num_experts = trace.num_experts
     # From the bottom up, so that a layer's first choice is its uppermost stripe.
     stripes = indices_LTA[:, :, ::-1].transpose(0, 2, 1).reshape(-1, length)
     few = num_layers <= _FEW_LAYERS
@@ -111,7 +111,7 @@ def routing_ribbon(trace: Trace) -> Plot:
         max(cell_width * columns, 3) + 1.8, (layer_height * num_layers + 1.1) * num_lines + 0.3
     )
     palette = _palette(num_experts)
-    labels = _labels(trace.pieces)
+    labels = _token_labels(trace)
     lines = figure.subplots(num_lines, 1, squeeze=False).ravel()
     for begin, axes in zip(range(0, length, columns), lines, strict=True):
         here = stripes[:, begin : begin + columns]
@@ -134,8 +134,8 @@ def routing_ribbon(trace: Trace) -> Plot:
     lines[0].set_title(f"Experts chosen for {length:,} tokens", loc="left")
     lines[-1].set_xlabel("token")
     keys = [Patch(color=palette(index), label=str(index)) for index in range(num_experts)]
-    if (stripes >= num_experts).any():
-        keys.append(Patch(color=palette.get_over(), label="none"))
+    if (stripes < 0).any():
+        keys.append(Patch(color=_NONE, label="none"))
     figure.legend(
         handles=keys,
         title="expert (upper\nstripe: first)",
@@ -156,16 +156,20 @@ def logit_lens(trace: Trace, positions: slice | None = None) -> Plot:
     Returns:
       A table of layers by positions: the most probable next token, coloured by its probability,
       and framed where the text goes on with it.
+
+    Raises:
+      ValueError: If there is no such position.
     """
     length = len(trace.tokens)
     drawn = range(length)[slice(-_LENS_POSITIONS, None) if positions is None else positions]
-    tokens_LT = np.asarray(trace.lens_tokens)[:, drawn, 0]
-    probs_LT = np.exp(np.asarray(trace.lens_logprobs, np.float64)[:, drawn, 0])
+    if not drawn:
+        raise ValueError(f"{positions} picks none of the {length} positions of this trace")
+    tokens_LT, probs_LT = trace.lens_tokens[:, drawn, 0], np.exp(trace.lens_logprobs[:, drawn, 0])
     num_layers = len(tokens_LT)
     figure = _figure(0.75 * len(drawn) + 2.4, 0.25 * num_layers + 1.9)
     axes = figure.subplots()
     image = axes.imshow(probs_LT, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-    words = _labels(trace.lens_pieces())
+    words = _spellings(trace, np.unique(tokens_LT))
     for (layer, column), token in np.ndenumerate(tokens_LT):
         dark = probs_LT[layer, column] > 0.55
         _write(axes, column, layer, words[token], "white" if dark else "black")
@@ -174,7 +178,7 @@ def logit_lens(trace: Trace, positions: slice | None = None) -> Plot:
             corner = (column - 0.47, layer - 0.45)
             axes.add_patch(Rectangle(corner, 0.94, 0.9, fill=False, edgecolor=_MARK, linewidth=1.5))
     _layer_axis(axes, num_layers)
-    labels = _labels(trace.pieces)
+    labels = _token_labels(trace)
     _token_axis(axes, [labels[position] for position in drawn])
     axes.set(
         xlabel=f"token read, positions {drawn[0]} to {drawn[-1]} of {length}",
@@ -206,7 +210,7 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
             f"this trace has the attention of layers {layers}, not of layer {layer}; trace again "
             f"with attention_layers=[{layer}]"
         )
-    probs_NTT = np.asarray(trace.attention_probs[layers.index(layer)])
+    probs_NTT = trace.attention_probs[layers.index(layer)]
     num_heads, length, _ = probs_NTT.shape
     if head is not None and not 0 <= head < num_heads:
         raise ValueError(f"head must be from 0 to {num_heads - 1}, found {head}")
@@ -232,7 +236,7 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
         figure.supxlabel("position attended to", size=10)
         figure.supylabel("position", size=10)
     else:
-        every, labels = math.ceil(length / 50), _labels(trace.pieces)
+        every, labels = math.ceil(length / 50), _token_labels(trace)
         _token_axis(panels[0], labels, every=every)
         panels[0].set_yticks(
             range(0, length, every), labels[::every], parse_math=False, size=_SMALL
@@ -267,8 +271,8 @@ def _palette(num_experts: int) -> ListedColormap:
         colors = list(_OKABE_ITO[:num_experts])
     else:
         colors = list(colormaps["viridis"](np.linspace(0, 1, num_experts)))
-    # Expert E stands for none, where an intervention took a choice away.
-    return ListedColormap(colors).with_extremes(over=_NONE)
+    # Expert -1 stands for none, where an intervention took a choice away.
+    return ListedColormap(colors).with_extremes(under=_NONE)
 
 
 def _layer_axis(axes: Axes, num_layers: int) -> None:
@@ -286,16 +290,25 @@ def _write(axes: Axes, column: int, row: int, text: str, color: str) -> None:
     axes.text(column, row, text, color=color, size=7, ha="center", va="center", parse_math=False)
 
 
-def _labels(pieces: Iterable[str]) -> list[str]:
-    """Pieces as they can be drawn: visible spaces, and codes for what the font does not have."""
-    drawable = get_font(findfont(FontProperties())).get_charmap()
+def _token_labels(trace: Trace) -> list[str]:
+    pieces = trace.tokens.tolist() if trace.pieces is None else trace.pieces
+    return [_drawable(str(piece)) for piece in pieces]
 
-    def label(piece: str) -> str:
-        text = html.readable(piece).replace("\n", "↵").replace(" ", "␣")
-        shown = (
-            char if ord(char) in drawable else char.encode("unicode_escape").decode()
-            for char in text
-        )
-        return "".join(shown)
 
-    return [label(piece) for piece in pieces]
+def _spellings(trace: Trace, tokens: Iterable[int]) -> dict[int, str]:
+    spell = str if trace.tokenizer is None else trace.tokenizer.piece
+    return {int(token): _drawable(spell(int(token))) for token in tokens}
+
+
+def _drawable(piece: str) -> str:
+    """A piece as it can be drawn: visible spaces, and codes for what the font does not have."""
+    known = _characters()
+    text = html.readable(piece).replace("\n", "↵").replace(" ", "␣")
+    return "".join(
+        char if ord(char) in known else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
