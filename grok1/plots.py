@@ -286,8 +286,11 @@ def _token_axis(axes: Axes, labels: Sequence[str], *, size: float = _SMALL, ever
     axes.set_xticks(ticks, labels[::every], rotation=90, size=size, parse_math=False)
 
 
-def _write(axes: Axes, column: int, row: int, text: str, color: str) -> None:
-    axes.text(column, row, text, color=color, size=7, ha="center", va="center", parse_math=False)
+def _write(axes: Axes, column: int, row: int, word: str, color: str) -> None:
+    text = axes.text(
+        column, row, word, color=color, size=7, ha="center", va="center", parse_math=False
+    )
+    text.set_in_layout(False)  # it lies within its cell; asking a thousand of them takes seconds
 
 
 def _token_labels(trace: Trace) -> list[str]:
