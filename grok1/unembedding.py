@@ -143,12 +143,14 @@ def token_statistics(
         )
         ranks = jax.lax.psum(before.sum(axis=-1, dtype=jnp.int32), MODEL_AXIS)
 
-        best, places = jax.lax.top_k(shifted, min(num_top, vocab_here))
-        # Devices hold ascending ids, so that equal logits stay in the order of their ids.
-        best = jax.lax.all_gather(best, MODEL_AXIS, axis=1, tiled=True)
-        best_ids = jax.lax.all_gather(places + first, MODEL_AXIS, axis=1, tiled=True)
-        best, places = jax.lax.top_k(best, num_top)
-        best_ids = jnp.take_along_axis(best_ids, places, axis=1).astype(jnp.int32)
+        best, best_ids = jnp.zeros((len(x), 0)), jnp.zeros((len(x), 0), jnp.int32)
+        if num_top > 0:
+            best, places = jax.lax.top_k(shifted, min(num_top, vocab_here))
+            # Devices hold ascending ids, so that equal logits stay in the order of their ids.
+            best = jax.lax.all_gather(best, MODEL_AXIS, axis=1, tiled=True)
+            best_ids = jax.lax.all_gather(places + first, MODEL_AXIS, axis=1, tiled=True)
+            best, places = jax.lax.top_k(best, num_top)
+            best_ids = jnp.take_along_axis(best_ids, places, axis=1).astype(jnp.int32)
         return TokenStatistics(
             chosen - log_total,
             ranks,
