@@ -10,28 +10,46 @@ from grok1.completion import Completion
 from grok1.config import GROK_1, TOY, ModelConfig
 from grok1.distributed import OtherProcessError, initialize_distributed
 from grok1.factory import load, random_model, save
+from grok1.intervention import (
+    AblateExperts,
+    AddToResidual,
+    CapLayers,
+    ForceExperts,
+    Patch,
+    ScaleHeads,
+    SelectExperts,
+)
 from grok1.model import Model
 from grok1.options import GenerationOptions
 from grok1.planning import Plan, plan
 from grok1.scoring import Choice, Score
 from grok1.tensor_file import CheckpointError
 from grok1.tokenizer import Tokenizer
+from grok1.tracing import Trace
 from grok1.version import __version__
 
 __all__ = [
     "GROK_1",
     "TOY",
+    "AblateExperts",
+    "AddToResidual",
+    "CapLayers",
     "CheckpointError",
     "Choice",
     "Comparison",
     "Completion",
+    "ForceExperts",
     "GenerationOptions",
     "Model",
     "ModelConfig",
     "OtherProcessError",
+    "Patch",
     "Plan",
+    "ScaleHeads",
     "Score",
+    "SelectExperts",
     "Tokenizer",
+    "Trace",
     "__version__",
     "compare",
     "initialize_distributed",

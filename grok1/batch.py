@@ -53,7 +53,17 @@ class Batch:
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
         for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
-            tokens = encode(prompt, tokenizer, config.vocab_size, options)
+            tokens = encode_prompt(
+                prompt,
+                tokenizer,
+                config.vocab_size,
+                add_bos=options.add_bos,
+                allow_control=options.allow_control,
+            )
+            if not tokens:
+                raise ValueError(
+                    "the prompt is empty; give at least one token, or use add_bos=True"
+                )
             engine.check_length(len(tokens))
             room = config.sequence_len - len(tokens)
             if room < 1:
@@ -89,26 +99,6 @@ class Batch:
             piece = self.builders[i].push(sampled)
             self._requests[i].finished = self.builders[i].stop_reason is not None
             yield i, piece
-
-
-def encode(
-    prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, options: GenerationOptions
-) -> list[int]:
-    """Returns the token ids of a prompt: at least one, each in the vocabulary.
-
-    Raises:
-      ValueError: If it has no token or other ids, or is text and there is no tokenizer.
-    """
-    tokens = encode_prompt(
-        prompt,
-        tokenizer,
-        vocab_size,
-        add_bos=options.add_bos,
-        allow_control=options.allow_control,
-    )
-    if not tokens:
-        raise ValueError("the prompt is empty; give at least one token, or use add_bos=True")
-    return tokens
 
 
 def encode_prompt(

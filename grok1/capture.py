@@ -71,6 +71,10 @@ class Capture:
         return 4 * total
 
 
+NOTHING = Capture()
+"""What a program captures that is not traced."""
+
+
 def as_capture(capture: Capture | Collection[str]) -> Capture:
     """Returns a `Capture` of these names of arrays that need no other choice, or as it is."""
     return capture if isinstance(capture, Capture) else Capture(tuple(sorted(capture)))

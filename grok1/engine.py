@@ -10,7 +10,7 @@ Dimension key: B batch row, T position in a chunk, S cache capacity, V vocabular
 import copy
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt32
 
 from grok1 import native
-from grok1.capture import Capture, as_capture
+from grok1.capture import NOTHING, Capture, as_capture
 from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward
@@ -55,18 +55,30 @@ Observer = Callable[[np.ndarray, Captures], None]
 """Takes what a step captured: (tokens it ran in each row, int32 `[B]`; values on the devices)."""
 
 
+class Intervened(NamedTuple):
+    """A model and what intervenes in it.
+
+    Attributes:
+      params: The model.
+      interventions: As `intervention.prepare` returns them, on every device.
+    """
+
+    params: Params
+    interventions: tuple[Any, ...]
+
+
 class Engine:
     """Runs one model on its mesh.
 
     Attributes:
-      params: The model as it lies on the devices (or abstractly, to compile without weights).
+      params: The model as it lies on the devices (or abstractly, to compile without weights); with
+        interventions, the first argument of every step: `Intervened`.
       config: The model's architecture.
       mesh: Axes (data, model).
       dtype: Type of the products with weights, float32 or bfloat16.
       cache_dtype: Type of the keys and values, float32, float16 or int8. By default float32, or,
         where products are bfloat16, float16: it takes the same memory with three more bits, and
         normed inputs keep within its range.
-      interventions: What changes the forward pass, on the devices; see `intervened`.
       capture: What prefill and decode steps capture; see `observed`.
     """
 
@@ -78,18 +90,21 @@ class Engine:
         dtype: Any,
         cache_dtype: Any = None,
     ):
-        self.params, self.config, self.dtype = params, config, jnp.dtype(dtype)
+        self.params: Any = params
+        self.config, self.dtype = config, jnp.dtype(dtype)
         # Without devices there are shapes, but no programs.
         self.mesh = cast(Mesh, mesh)
         if cache_dtype is None:
             cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
         self.cache_dtype = jnp.dtype(cache_dtype)
-        self._param_specs = specs_of(params)
+        self._param_specs: Any = specs_of(params)
         self._programs: dict[tuple, Program] = {}
-        self.interventions: tuple[Any, ...] = ()
-        self.capture = Capture()
-        self._base: Engine | None = None
-        self._given: tuple[Intervention, ...] = ()
+        # Other forms of this engine keep programs of their own, which forms of one kind share.
+        self._root = self
+        self._form = ""
+        self._programs_of_form = {self._form: self._programs}
+        self.capture = NOTHING
+        self._interventions: tuple[Intervention, ...] = ()
         self._observer: Observer | None = None
         self._captured_bytes_per_token = 0
 
@@ -99,13 +114,18 @@ class Engine:
         Raises:
           TypeError, ValueError: As `intervention.prepare`.
         """
-        view = self._view()
-        view._given = (*self._given, *interventions)
+        view = copy.copy(self)
+        view._interventions = (*self._interventions, *interventions)
         everywhere = NamedSharding(self.mesh, P())
-        view.interventions = jax.tree.map(
-            lambda leaf: put(np.asarray(leaf), everywhere), prepare(view._given, self.config)
+        on_device = jax.tree.map(
+            lambda leaf: put(np.asarray(leaf), everywhere),
+            prepare(view._interventions, self.config),
         )
-        return view
+        if on_device:
+            root = self._root
+            view.params = Intervened(root.params, on_device)
+            view._param_specs = Intervened(root._param_specs, P())
+        return view._in_form_of_its_own()
 
     def observed(self, capture: Capture, capacity: int, observer: Observer) -> "Engine":
         """Returns an engine of the same weights and programs whose steps are captured.
@@ -115,15 +135,21 @@ class Engine:
           capacity: That of the states to come, which bounds the length of chunks.
           observer: Called after each of these steps.
         """
-        view = self._view()
+        view = copy.copy(self)
         view.capture, view._observer = capture, observer
         view._captured_bytes_per_token = capture.bytes_per_token(self.config, capacity)
-        return view
+        return view._in_form_of_its_own()
 
-    def _view(self) -> "Engine":
-        view = copy.copy(self)
-        view._base = self
-        return view
+    def _in_form_of_its_own(self) -> "Engine":
+        # All that a program is compiled for beside its key: the interventions' arrays are not.
+        structure = jax.tree.structure(self.params[1]) if self._is_intervened else None
+        self._form = f"{self.capture} {structure}" if self.capture or structure else ""
+        self._programs = self._programs_of_form.setdefault(self._form, {})
+        return self
+
+    @property
+    def _is_intervened(self) -> bool:
+        return isinstance(self.params, Intervened)
 
     def check_length(self, num_tokens: int) -> None:
         """Checks that the interventions fit a text of this many tokens.
@@ -131,7 +157,7 @@ class Engine:
         Raises:
           ValueError: If one holds the values of a text of another length.
         """
-        for intervention in self._given:
+        for intervention in self._interventions:
             intervention.check_length(num_tokens)
 
     def capacity_for(self, num_tokens: int) -> int:
@@ -177,7 +203,7 @@ class Engine:
     def new_state(self, tokens: Int[np.ndarray, "B S"]) -> DecodeState:
         """Returns a state with these tokens, padded on the right, and nothing run."""
         abstract = self.abstract_state(*tokens.shape)
-        cache = self._program(
+        cache = self._root._program(
             ("empty cache", tokens.shape),
             lambda: jax.jit(
                 lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract.cache),
@@ -196,7 +222,7 @@ class Engine:
             return jax.random.key_data(fold(seeds, streams))
 
         everywhere = NamedSharding(self.mesh, P())
-        program = self._program(
+        program = self._root._program(
             ("request keys",),
             lambda: jax.jit(keys, in_shardings=everywhere, out_shardings=everywhere),
         )
@@ -218,8 +244,8 @@ class Engine:
     @functools.cached_property
     def screening_table(self) -> ScreeningTable | None:
         """What `decode_greedily` reads instead of the whole embedding; None where it cannot."""
-        if self._base is not None:
-            return self._base.screening_table
+        if self._root is not self:
+            return self._root.screening_table
         if self.mesh.devices.flat[0].platform != "cpu" or not native.is_available():
             return None
         spec = self._param_specs.embedding
@@ -283,21 +309,7 @@ class Engine:
           capture: As in `decoder.forward`.
         """
         program = self.score_program(chunk, capture)
-        return program(self.params, state, self._rows(num_valid), *self._interventions())
-
-    def _run(
-        self, program: Program, state: DecodeState, count: np.ndarray, *arguments: Any
-    ) -> tuple[DecodeState, Any]:
-        state, outputs, captured = program(
-            self.params, state, self._rows(count), *arguments, *self._interventions()
-        )
-        if self._observer is not None:
-            self._observer(count.astype(np.int32), captured)
-        return state, outputs
-
-    def _interventions(self) -> tuple[Any, ...]:
-        """The last argument of every step, where there are any."""
-        return (self.interventions,) if self.interventions else ()
+        return program(self.params, state, self._rows(num_valid))
 
     def score_tokens(
         self,
@@ -318,7 +330,17 @@ class Engine:
           The state, and statistics `[B, chunk]`, meaningless past `num_valid`.
         """
         program = self.token_score_program(tokens.shape[1], num_top)
-        return self._run(program, state, num_valid, self._rows(tokens))
+        arguments = self._rows(num_valid), self._rows(tokens)
+        state, statistics, _ = program(self.params, state, *arguments)
+        return state, statistics
+
+    def _run(
+        self, program: Program, state: DecodeState, count: np.ndarray, *arguments: Any
+    ) -> tuple[DecodeState, Any]:
+        state, outputs, captured = program(self.params, state, self._rows(count), *arguments)
+        if self._observer is not None:
+            self._observer(count.astype(np.int32), captured)
+        return state, outputs
 
     def prefill_program(self, chunk: int):
         """The program behind `prefill`."""
@@ -326,9 +348,9 @@ class Engine:
 
     def score_program(self, chunk: int, capture: Capture | Collection[str]):
         """The program behind `score`."""
-        return self._step_program(
-            ("score", chunk), chunk, logits_head, (), _ROWS, as_capture(capture)
-        )
+        capture = as_capture(capture)
+        key = ("score", chunk, capture)
+        return self._step_program(key, chunk, logits_head, (), _ROWS, capture)
 
     def token_score_program(self, chunk: int, num_top: int):
         """The program behind `score_tokens`."""
@@ -338,7 +360,6 @@ class Engine:
             scoring_head(num_top),
             (_ROWS,),
             TokenStatistics(*(_ROWS,) * len(TokenStatistics._fields)),
-            self.capture,
         )
 
     def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
@@ -370,24 +391,16 @@ class Engine:
         head: Head,
         argument_specs: tuple,
         output_specs: Any,
-        capture: Capture,
+        capture: Capture = NOTHING,
     ) -> Program:
         """The program (params, state, count, *arguments) -> (state, outputs, captured).
 
-        `count` says how many of the next `length` tokens each row runs. Where there are
-        interventions they are the last argument, and their structure is a part of the key.
+        `count` says how many of the next `length` tokens each row runs.
         """
-        intervening = bool(self.interventions)
-        if capture:
-            key = (*key, capture)
-        if intervening:
-            key = (*key, str(jax.tree.structure(self.interventions)))
-            argument_specs = (*argument_specs, P())
+        is_intervened = self._is_intervened
 
         def step(params, state, count, *arguments):
-            interventions = ()
-            if intervening:
-                *arguments, interventions = arguments
+            params, interventions = params if is_intervened else (params, ())
             tokens = next_tokens(state, length)
             num_valid = count.astype(jnp.int32)
             hidden, cache, captured = forward(
@@ -426,7 +439,7 @@ class Engine:
             self._programs[key] = Program(
                 build(),
                 self.mesh.devices.flatten().tolist(),
-                f"{key} {self.config} {self.dtype} {self.mesh}" if stored else None,
+                f"{key} {self._form} {self.config} {self.dtype} {self.mesh}" if stored else None,
                 lambda *args: _in_words(key, *args),
             )
         return self._programs[key]

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from grok1 import html
-from grok1.batch import Batch, Prompt, encode, is_batch
+from grok1.batch import Batch, Prompt, encode_prompt, is_batch
 from grok1.capture import AXES, GROUPS, Capture
 from grok1.completion import Completion
 from grok1.config import ModelConfig
@@ -159,8 +159,7 @@ def trace(
         longer than the context, or the attention maps would exceed `ATTENTION_BYTES`.
     """
     config = engine.config
-    options = GenerationOptions(add_bos=add_bos, allow_control=allow_control)
-    tokens = _encode_one(text, tokenizer, config, options)
+    tokens = _encode_one(text, tokenizer, config, add_bos, allow_control)
     if len(tokens) > config.sequence_len:
         raise ValueError(
             f"{len(tokens)} tokens are {len(tokens) - config.sequence_len} more than the context "
@@ -230,7 +229,7 @@ def trace_generation(
             "logits are not kept during a generation; trace the finished text, or give logprobs="
         )
     parsed = GenerationOptions(**options)
-    tokens = _encode_one(prompt, tokenizer, config, parsed)
+    tokens = _encode_one(prompt, tokenizer, config, parsed.add_bos, parsed.allow_control)
     longest = min(len(tokens) + parsed.max_new_tokens, config.sequence_len)
     wanted = _capture(config, capture, attention_layers, lens_top, longest)
     recorder = _Recorder()
@@ -310,11 +309,20 @@ def _of_first_row(name: str, value: np.ndarray, count: int) -> np.ndarray:
 
 
 def _encode_one(
-    text: Prompt, tokenizer: Tokenizer | None, config: ModelConfig, options: GenerationOptions
+    text: Prompt,
+    tokenizer: Tokenizer | None,
+    config: ModelConfig,
+    add_bos: bool,
+    allow_control: bool,
 ) -> list[int]:
     if is_batch(text):
         raise TypeError("a trace is of one text; trace the texts of a batch one by one")
-    return encode(text, tokenizer, config.vocab_size, options)
+    tokens = encode_prompt(
+        text, tokenizer, config.vocab_size, add_bos=add_bos, allow_control=allow_control
+    )
+    if not tokens:
+        raise ValueError("the text is empty; give at least one token, or use add_bos=True")
+    return tokens
 
 
 def _capture(

@@ -1,0 +1,400 @@
+"""Interventions: what changes nothing, what must change how much, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok1
+from grok1.engine import Engine
+from grok1.intervention import (
+    STREAM_POINTS,
+    AblateExperts,
+    AddToResidual,
+    CapLayers,
+    ForceExperts,
+    Patch,
+    ScaleHeads,
+    SelectExperts,
+)
+from grok1.moe import Routing, experts_dense
+from grok1.quantization import QuantizedArray
+from grok1.transformer import forward, naming
+from tests.helpers import named_params, relative_error
+
+MESHES = [(1, 1), (2, 4)]
+ALL = ("router", "residual", "branches")
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=["1x1", "2x4"])
+def model(request, nano, nano_path) -> grok1.Model:
+    if request.param == (1, 1):
+        return nano
+    return grok1.load(nano_path, mesh=request.param, dtype="float32", progress=False)
+
+
+@pytest.fixture(scope="module")
+def tokens(nano_reference) -> np.ndarray:
+    return nano_reference["tokens"]
+
+
+def logits_with(model: grok1.Model, tokens, *interventions) -> np.ndarray:
+    with model.intervene(*interventions) as changed:
+        return changed.logits(tokens)
+
+
+def test_what_changes_nothing(model, tokens):
+    expected = model.logits(tokens)
+    trace = model.trace(tokens, ALL)
+    everywhere = {point: Patch(point, trace) for point in (*STREAM_POINTS, "router")}
+    for name, intervention in {
+        "ablate none": AblateExperts(()),
+        "exclude none": AblateExperts((), reroute=True),
+        "force the chosen": ForceExperts(trace.expert_indices),
+        "force the chosen with their weights": ForceExperts(
+            trace.expert_indices, trace.expert_weights
+        ),
+        "force the chosen in two layers": ForceExperts(trace.expert_indices, layers=(3, 7)),
+        "select as many": SelectExperts(2),
+        "cap above": CapLayers(12),
+        "add nothing": AddToResidual(np.zeros(64)),
+        "scale by 1": ScaleHeads(range(16), 1.0),
+        "ablate at no layer": AblateExperts(2, layers=()),
+        "patch one layer": Patch("residual", trace, layers=4),
+        "patch some positions": Patch("moe_out", trace, layers=(2, 9), positions=(0, 5, 6)),
+        "patch an array": Patch("residual_mid", trace.residual_mid[5], layers=5),
+        **everywhere,
+    }.items():
+        assert relative_error(logits_with(model, tokens, intervention), expected) <= 2e-5, name
+
+
+@pytest.mark.parametrize("layer", [0, 4, 11])
+def test_a_patched_residual_makes_the_other_run_from_there_on(model, tokens, layer):
+    other = tokens[::-1].copy()
+    recorded = model.trace(other, (*ALL, "logits"))
+    unpatched = model.trace(tokens, ALL)
+    with model.intervene(Patch("residual", recorded, layers=layer)) as changed:
+        trace = changed.trace(tokens, (*ALL, "logits"))
+        assert relative_error(changed.logits(tokens), recorded.logits) <= 2e-5
+    assert relative_error(trace.logits, recorded.logits) <= 2e-5
+    assert relative_error(trace.residual[layer:], recorded.residual[layer:]) <= 2e-5
+    np.testing.assert_array_equal(
+        trace.residual_mid[: layer + 1], unpatched.residual_mid[: layer + 1]
+    )
+
+
+def readable(model: grok1.Model, tokens, change) -> np.ndarray:
+    """Logits of the readable form, with `change` applied to every layer's routing."""
+    params = naming(model.config).apply(named_params(model), None)
+
+    def experts(x, weights, index, routing):
+        return experts_dense(x, weights, index, change(routing))
+
+    return np.asarray(forward(params, model.config, jnp.asarray(tokens)[None], experts)[0][0])
+
+
+def pick(probs, count, without=()):
+    probs = jnp.where(jnp.isin(jnp.arange(probs.shape[-1]), jnp.array(without)), 0, probs)
+    probs /= probs.sum(axis=-1, keepdims=True)
+    return Routing(probs, *jax.lax.top_k(probs, count)[::-1])
+
+
+def test_expert_interventions_against_the_readable_form(nano, tokens):
+    def ablated(routing):
+        hit = jnp.isin(routing.expert_indices, jnp.array([1, 6]))
+        return routing._replace(expert_weights=jnp.where(hit, 0, routing.expert_weights))
+
+    def forced(routing):
+        indices = jnp.broadcast_to(jnp.array([5, 0, 3]), (len(routing.probs), 3))
+        return Routing(routing.probs, indices, jnp.take_along_axis(routing.probs, indices, -1))
+
+    def weighted(routing):
+        indices = jnp.broadcast_to(jnp.array([5, 0]), (len(routing.probs), 2))
+        return Routing(routing.probs, indices, jnp.full(indices.shape, 0.5))
+
+    released = nano.logits(tokens)
+    for intervention, change in (
+        (AblateExperts((1, 6)), ablated),
+        (AblateExperts((1, 6), reroute=True), lambda routing: pick(routing.probs, 2, (1, 6))),
+        (ForceExperts((5, 0, 3)), forced),
+        (ForceExperts((5, 0), (0.5, 0.5)), weighted),
+        (SelectExperts(1), lambda routing: pick(routing.probs, 1)),
+        (SelectExperts(3), lambda routing: pick(routing.probs, 3)),
+    ):
+        found = logits_with(nano, tokens, intervention)
+        assert relative_error(found, readable(nano, tokens, change)) <= 2e-5, intervention
+        assert relative_error(found, released) >= 1e-3, intervention
+
+
+def test_expert_interventions_keep_renormalising_where_the_model_does(tokens):
+    config = dataclasses.replace(grok1.TOY, num_layers=2, renormalize_gates=True)
+    model = grok1.random_model(config, mesh=(1, 1), dtype="float32", seed=5)
+    for intervention in (
+        SelectExperts(3),
+        ForceExperts((1, 2, 3)),
+        AblateExperts((1, 2), reroute=True),
+    ):
+        with model.intervene(intervention) as changed:
+            trace = changed.trace(tokens, ("router",))
+        np.testing.assert_allclose(trace.expert_weights.sum(axis=-1), 1, rtol=1e-6)
+    with model.intervene(AblateExperts((1, 2), reroute=True)) as changed:
+        trace = changed.trace(tokens, ("router",))
+    assert not np.isin(trace.expert_indices, (1, 2)).any()
+    np.testing.assert_array_equal(trace.router_probs[..., 1:3], 0)
+
+
+def test_layers_and_positions_bound_what_is_changed(model, tokens):
+    before = model.trace(tokens, ALL)
+    with model.intervene(SelectExperts(4, layers=(2, 5), positions=(7, 20))) as changed:
+        after = changed.trace(tokens, ALL)
+    assert after.expert_indices.shape == (12, len(tokens), 4)
+    ran = (after.expert_indices >= 0).sum(axis=-1)
+    expected = np.full(ran.shape, 2)
+    expected[np.ix_((2, 5), (7, 20))] = 4
+    np.testing.assert_array_equal(ran, expected)
+    np.testing.assert_array_equal(after.expert_weights[after.expert_indices < 0], 0)
+    # Nothing changes before the first of these layers, nor at the tokens before.
+    np.testing.assert_array_equal(after.residual[:2], before.residual[:2])
+    np.testing.assert_array_equal(after.residual[2, :7], before.residual[2, :7])
+    assert relative_error(after.residual[:, :7], before.residual[:, :7]) <= 2e-5
+    assert relative_error(after.residual[2, 7], before.residual[2, 7]) >= 1e-3
+
+
+@pytest.mark.parametrize("point", ["residual_in", "residual_mid", "residual"])
+def test_a_vector_is_added_where_it_is_asked_for(model, tokens, point):
+    vector = np.linspace(-1, 1, 64, dtype=np.float32)
+    before = model.trace(tokens, ALL)
+    with model.intervene(AddToResidual(vector, point, layers=3, positions=9)) as changed:
+        after = changed.trace(tokens, ALL)
+    expected = before[point][3].copy()
+    expected[9] += vector
+    assert relative_error(after[point][3], expected) <= 2e-6
+    # One vector a layer, in two layers.
+    vectors = np.stack([vector, 2 * vector])
+    with model.intervene(AddToResidual(vectors, point, layers=(3, 1))) as changed:
+        after = changed.trace(tokens, ALL)
+    assert relative_error(after[point][1], before[point][1] + 2 * vector) <= 2e-6
+
+
+def test_capped_layers_equal_a_model_of_fewer(model, nano_path, tokens):
+    short = grok1.load(nano_path, mesh=(1, 1), dtype="float32", layers=5, progress=False)
+    found = logits_with(model, tokens, CapLayers(5))
+    assert relative_error(found, short.logits(tokens)) <= 2e-5
+
+
+def test_a_scaled_head_equals_scaled_rows_of_the_output_projection(model, tokens):
+    config, layer, heads = model.config, 4, (2, 9)
+    weight = model.params.layers.attention_out
+    assert isinstance(weight, QuantizedArray)
+    rows = np.isin(np.arange(config.num_q_heads * config.key_size) // config.key_size, heads)
+    values = np.array(weight.values)
+    values[layer, rows] = 0
+    zeroed = QuantizedArray(jax.device_put(values, weight.values.sharding), weight.scales)
+    layers = model.params.layers._replace(attention_out=zeroed)
+    other = grok1.Model(
+        model.params._replace(layers=layers), config, model.mesh, "float32", model.tensors
+    )
+    found = logits_with(model, tokens, ScaleHeads(heads, layers=layer))
+    assert relative_error(found, other.logits(tokens)) <= 2e-5
+    # Scaling twice by a half is scaling by a quarter.
+    twice = logits_with(model, tokens, ScaleHeads(3, 0.5), ScaleHeads(3, 0.5))
+    assert relative_error(twice, logits_with(model, tokens, ScaleHeads(3, 0.25))) <= 2e-5
+
+
+def test_interventions_compose_in_order_and_nest(nano, tokens):
+    vector = np.ones(64, np.float32)
+    trace = nano.trace(tokens, ALL)
+    patch, add = Patch("residual", trace, layers=5), AddToResidual(vector, layers=5)
+    before = nano.logits(tokens)
+    added = logits_with(nano, tokens, add)
+    assert relative_error(logits_with(nano, tokens, add, patch), before) <= 2e-5
+    assert relative_error(logits_with(nano, tokens, patch, add), added) <= 2e-5
+    with nano.intervene(patch) as outer, outer.intervene(add) as inner:
+        assert relative_error(inner.logits(tokens), added) <= 2e-5
+        assert relative_error(outer.logits(tokens), before) <= 2e-5
+    with nano.intervene(SelectExperts(3), AblateExperts(2, reroute=True)) as changed:
+        routed = changed.trace(tokens, ("router",))
+    assert not (routed.expert_indices == 2).any()
+    assert routed.expert_indices.shape[-1] == 3
+    assert nano.engine.params is nano.params
+    np.testing.assert_array_equal(nano.logits(tokens), before)
+
+
+def test_two_ablations_that_leave_no_expert_leave_zeros(nano, tokens):
+    halves = (AblateExperts(range(4), reroute=True), AblateExperts(range(4, 8), reroute=True))
+    with nano.intervene(*halves) as changed:
+        trace = changed.trace(tokens, ALL)
+    assert (trace.expert_indices == -1).all()
+    assert not trace.router_probs.any()
+    np.testing.assert_array_equal(trace.moe_out, 0)
+    np.testing.assert_array_equal(trace.expert_load(), 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"logprobs": 1}], ids=["greedy", "with logprobs"])
+def test_generation_is_changed_in_prefill_and_in_every_step(model, tokens, options):
+    interventions = (
+        AblateExperts(3, reroute=True),
+        ScaleHeads((0, 5), layers=range(6)),
+        # From the 10th token on, new ones included.
+        AddToResidual(np.linspace(-1, 2, 64), layers=7, positions=range(10, 96)),
+    )
+    prompt = tokens[:20]
+    options = options | {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    released = model.generate(prompt, **options)
+    with model.intervene(*interventions) as changed:
+        completion = changed.generate(prompt, **options)
+        logits = changed.logits([*prompt, *completion.tokens[:-1]])
+        again, trace = changed.trace_generation(prompt, ("router",), **options)
+    assert completion.tokens == logits[len(prompt) - 1 :].argmax(axis=-1).tolist()
+    assert again == completion
+    assert not (trace.expert_indices == 3).any()
+    assert completion.tokens != released.tokens
+    assert model.generate(prompt, **options) == released
+
+
+def test_a_patched_prompt_leaves_the_new_tokens_alone(nano, tokens):
+    prompt, other = tokens[:20], tokens[20:40]
+    options = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+    recorded = nano.trace(other, ALL)
+    with nano.intervene(*(Patch("residual_in", recorded, layers=0),)) as changed:
+        # The first layer's input is all that a token is.
+        assert changed.generate(prompt, **options) == nano.generate(other, **options)
+
+
+def test_a_sweep_compiles_once(nano, tokens):
+    def executables():
+        programs = nano.engine._programs_of_form.values()
+        return sum(len(one.executables) for form in programs for one in form.values())
+
+    trace = nano.trace(tokens, ALL)
+
+    def sweep(layer):
+        vector = np.full(64, layer, np.float32)
+        return (
+            AddToResidual(vector, layers=layer, positions=layer),
+            Patch("residual_mid", trace, layers=layer),
+            AblateExperts(layer % 8, layers=layer),
+            ForceExperts((layer % 8, (layer + 1) % 8), layers=layer),
+            ScaleHeads(layer, layers=layer),
+            CapLayers(layer),
+        )
+
+    logits_with(nano, tokens, *sweep(0))
+    compiled = executables()
+    found = [logits_with(nano, tokens, *sweep(layer)) for layer in (3, 8)]
+    assert executables() == compiled
+    assert relative_error(found[0], found[1]) >= 1e-2
+
+
+def test_what_is_compiled_is_a_part_of_the_identity(nano):
+    identities = set()
+    vector = np.ones(64, np.float32)
+    for interventions in (
+        (),
+        (AddToResidual(vector),),
+        (AddToResidual(vector, "residual_in"),),
+        (AddToResidual(vector, positions=3),),
+        (SelectExperts(1),),
+        (SelectExperts(2),),
+        (AblateExperts(1),),
+        (AblateExperts(1, reroute=True),),
+    ):
+        engine: Engine = nano.engine.intervened(interventions)
+        identities.add(engine.prefill_program(16)._identity)
+        identities.add(engine.score_program(16, ("residual",))._identity)
+    assert len(identities) == 16
+
+
+@pytest.mark.parametrize(
+    ("intervention", "message"),
+    [
+        (AblateExperts(8), "^AblateExperts: experts must be from 0 to 7, found 8$"),
+        (AblateExperts(-1), "^AblateExperts: experts must be from 0 to 7, found -1$"),
+        (AblateExperts(1.5), "^AblateExperts: experts must be whole numbers, found 1.5$"),
+        (AblateExperts("12"), "^AblateExperts: experts must be whole numbers, found '12'$"),
+        (AblateExperts(range(8), reroute=True), "^AblateExperts: reroute leaves no expert"),
+        (AblateExperts(1, layers=12), "^AblateExperts: layers must be from 0 to 11, found 12$"),
+        (
+            AblateExperts(1, layers=(0, -1)),
+            "^AblateExperts: layers must be from 0 to 11, found -1$",
+        ),
+        (
+            AblateExperts(1, positions=96),
+            "^AblateExperts: positions must be from 0 to 95, found 96",
+        ),
+        (ForceExperts((1, 1)), "^ForceExperts: the experts of a token must differ"),
+        (ForceExperts((1, 8)), "^ForceExperts: experts must be from 0 to 7, found 8$"),
+        (ForceExperts((1, -1)), "^ForceExperts: experts must be from 0 to 7, found -1$"),
+        (ForceExperts(0.5), "^ForceExperts: experts must be whole numbers, found float64$"),
+        (ForceExperts([[1, 2]]), r"^ForceExperts: .*array \[layers, tokens, experts\].*\[1, 2\]$"),
+        (
+            ForceExperts((1, 2), (0.5,)),
+            r"^ForceExperts: weights must have the shape of experts, \[2\], found \[1\]$",
+        ),
+        (
+            ForceExperts(np.zeros((3, 5, 1), int), layers=(1, 2)),
+            "^ForceExperts: experts are of 3 layers; give those of the 2 that layers= names, or of "
+            "all 12$",
+        ),
+        (SelectExperts(0), "^SelectExperts: count must be from 1 to 8, found 0$"),
+        (SelectExperts(9), "^SelectExperts: count must be from 1 to 8, found 9$"),
+        (CapLayers(13), "^CapLayers: num_layers must be from 0 to 12, found 13$"),
+        (CapLayers(3, layers=2), "^CapLayers: layers= has no meaning here"),
+        (
+            AddToResidual(np.zeros(63)),
+            r"^AddToResidual: vector must have shape \[64\] or \[layers, 64\], found \[63\]$",
+        ),
+        (AddToResidual(np.full(64, np.nan)), "^AddToResidual: vector must be finite numbers$"),
+        (AddToResidual(["a"]), "^AddToResidual: vector must be numbers, found"),
+        (
+            AddToResidual(np.zeros(64), "moe_out"),
+            "^AddToResidual: point must be one of residual_in, residual_mid, residual, found",
+        ),
+        (AddToResidual(np.zeros((3, 64))), "^AddToResidual: vectors are of 3 layers"),
+        (Patch("heads", np.zeros((12, 3, 64))), "^Patch: point must be one of .*, router, found"),
+        (Patch("router", np.zeros((12, 3, 2))), '^Patch: at the point "router" values must be a'),
+        (Patch("residual", {}), "^Patch: the trace has no residual; it has nothing$"),
+        (
+            Patch("residual", np.zeros((12, 3, 63))),
+            r"^Patch: values must have shape \[layers, tokens, 64\], found \[12, 3, 63\]$",
+        ),
+        (Patch("residual", np.zeros((12, 97, 64))), "^Patch: values are of 97 tokens, and the con"),
+        (
+            Patch("residual", np.zeros((12, 3, 64)), positions=3),
+            "^Patch: positions must be from 0 to 2, found 3$",
+        ),
+        (ScaleHeads(16), "^ScaleHeads: heads must be from 0 to 15, found 16$"),
+        (ScaleHeads(1, float("inf")), "^ScaleHeads: factor must be finite numbers$"),
+        (ScaleHeads(1, (1.0, 2.0)), r"^ScaleHeads: factor must be one number, found shape \[2\]$"),
+    ],
+)
+def test_bad_input(nano, intervention, message):
+    with pytest.raises(ValueError, match=message), nano.intervene(intervention):
+        pass
+
+
+def test_only_interventions_intervene(nano):
+    message = r"^intervene takes interventions .* found int$"
+    with pytest.raises(TypeError, match=message), nano.intervene(3):
+        pass
+
+
+def test_a_patch_of_another_length_is_refused(nano, tokens):
+    message = "^{}: {} are of 10 tokens and the text has 12; take them from a text of the same"
+    trace = nano.trace(tokens[:10], ALL)
+    for intervention, what in (
+        (Patch("residual", trace, layers=3), "values"),
+        (Patch("router", trace), "values"),
+        (ForceExperts(trace.expert_indices), "experts"),
+    ):
+        expected = message.format(type(intervention).__name__, what)
+        with nano.intervene(intervention) as changed:
+            for call in (changed.logits, changed.trace, changed.generate, changed.trace_generation):
+                with pytest.raises(ValueError, match=expected):
+                    call(tokens[:12])
+    # Named positions say what is meant.
+    with nano.intervene(Patch("residual", trace, layers=11, positions=range(10))) as changed:
+        found = changed.trace(tokens[:12], ALL)
+    np.testing.assert_array_equal(found.residual[11, :10], trace.residual[11])

@@ -1,0 +1,301 @@
+"""Traces against golden numbers and against each other, and what an untraced program is."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok1
+from grok1 import engine as engine_module
+from grok1 import tracing
+from grok1.attention import SOFT_CAP
+from grok1.engine import Engine
+from grok1.intervention import AblateExperts, CapLayers
+from grok1.layers import apply_rope, rms_norm
+from grok1.quantization import QuantizedArray, dequantize
+from grok1.sampling import SamplingState
+from tests.helpers import relative_error
+
+ALL = ("router", "residual", "branches", "attention", "logit_lens", "logits")
+TEXT = "The sun rises in the east — and sets in the west."
+
+
+@pytest.fixture(scope="module")
+def nano_on_mesh(nano_path, nano):
+    """Nano by mesh sizes and type of its products, each loaded once."""
+    models = {((1, 1), "float32"): nano}
+
+    def get(mesh, dtype="float32") -> grok1.Model:
+        if (mesh, dtype) not in models:
+            models[mesh, dtype] = grok1.load(nano_path, mesh=mesh, dtype=dtype, progress=False)
+        return models[mesh, dtype]
+
+    return get
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (1, 16)], ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+def test_golden_numbers(mesh, nano_on_mesh, nano_reference):
+    model = nano_on_mesh(mesh)
+    trace = model.trace(nano_reference["tokens"], ALL)
+    for layer in range(model.config.num_layers):
+        for name in ("router_probs", "residual"):
+            error = relative_error(trace[name][layer], nano_reference[name][layer])
+            assert error <= 2e-5, (name, layer)
+    np.testing.assert_array_equal(
+        np.sort(trace.expert_indices), np.sort(nano_reference["selected_experts"])
+    )
+    assert relative_error(trace.logits, nano_reference["logits_f64"]) <= 2e-5
+    np.testing.assert_array_equal(
+        trace.expert_weights, np.take_along_axis(trace.router_probs, trace.expert_indices, -1)
+    )
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
+def test_arrays_fit_together(mesh, nano_on_mesh, nano_reference):
+    model = nano_on_mesh(mesh)
+    trace = model.trace(nano_reference["tokens"], ALL)
+    np.testing.assert_array_equal(trace.residual_in[1:], trace.residual[:-1])
+    # To the last bit but one: the compiler may fuse a sum with the product before it.
+    assert relative_error(trace.residual_mid, trace.residual_in + trace.attention_out) <= 1e-6
+    assert relative_error(trace.residual, trace.residual_mid + trace.moe_out) <= 1e-6
+    # The lens of the last layer is the model itself.
+    logprobs = np.asarray(jax.nn.log_softmax(trace.logits))
+    np.testing.assert_array_equal(trace.lens_tokens[-1, :, 0], trace.logits.argmax(axis=-1))
+    np.testing.assert_allclose(
+        trace.lens_logprobs[-1],
+        np.take_along_axis(logprobs, trace.lens_tokens[-1], axis=-1),
+        atol=1e-5,
+    )
+    count = len(trace.tokens)
+    assert trace.attention_probs.shape == (12, 16, count, count)
+    np.testing.assert_allclose(trace.attention_probs.sum(axis=-1), 1, rtol=1e-5)
+    assert not np.triu(trace.attention_probs, 1).any()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (1, 16)], ids=lambda mesh: f"{mesh[0]}x{mesh[1]}")
+def test_attention_maps_by_hand(mesh, nano, nano_on_mesh, nano_reference):
+    config, layer = nano.config, 5
+    trace = nano_on_mesh(mesh).trace(
+        nano_reference["tokens"], ("attention", "residual"), attention_layers=(7, layer)
+    )
+    assert trace.attention_layers == (7, layer)
+    params = jax.tree.map(lambda leaf: leaf[layer], nano.params.layers)
+    normed = rms_norm(trace.residual_in[layer], params.attention_pre_norm)
+
+    def heads(weight):
+        weight = dequantize(weight) if isinstance(weight, QuantizedArray) else weight
+        flat = jnp.matmul(normed, weight, precision="highest")
+        rotated = apply_rope(
+            flat.reshape(1, len(normed), -1, config.key_size), jnp.arange(len(normed))[None]
+        )
+        return np.asarray(rotated[0], np.float64)
+
+    query, key = heads(params.query), heads(params.key)
+    key = np.repeat(key, config.queries_per_kv_head, axis=1)
+    scores = np.einsum("tnh,snh->nts", query, key) * config.attn_output_multiplier
+    weights = np.tril(np.exp(SOFT_CAP * np.tanh(scores / SOFT_CAP)))
+    expected = weights / weights.sum(axis=-1, keepdims=True)
+    assert relative_error(trace.attention_probs[1], expected) <= 2e-5
+
+
+def test_chunks_change_nothing(nano, nano_reference, monkeypatch):
+    tokens = nano_reference["tokens"]
+    whole = nano.trace(tokens, ALL)
+    monkeypatch.setattr(engine_module, "_CAPTURED_BYTES", 1)
+    in_chunks = nano.trace(tokens, ALL)
+    without_logits = nano.trace(tokens, ALL[:-1])
+    assert set(whole) - set(without_logits) == {"logits"}
+    for name in whole:
+        assert in_chunks[name].shape == whole[name].shape
+        assert relative_error(in_chunks[name], whole[name]) <= 2e-5
+        if name != "logits":
+            assert relative_error(without_logits[name], whole[name]) <= 2e-5
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"seed": 3}, {"temperature": 0, "logprobs": 2}]
+)
+def test_generation_is_traced_as_it_goes(mesh, options, nano_on_mesh, nano_reference):
+    model = nano_on_mesh(mesh)
+    prompt = nano_reference["greedy_prompt"]
+    options = options | {"max_new_tokens": 9, "ignore_eos": True}
+    completion, trace = model.trace_generation(prompt, ALL[:-1], **options)
+    assert completion == model.generate(prompt, **options)
+    assert trace.num_prompt_tokens == len(prompt)
+    np.testing.assert_array_equal(trace.tokens, [*prompt, *completion.tokens[:-1]])
+    again = model.trace(trace.tokens, ALL)
+    assert again.num_prompt_tokens == len(trace.tokens)
+    for name in trace:
+        assert trace[name].shape == again[name].shape
+        assert relative_error(trace[name], again[name]) <= 2e-5, name
+    drawn = again.logits[trace.num_prompt_tokens - 1 :].argmax(axis=-1)
+    if "seed" not in options:
+        assert drawn.tolist() == completion.tokens
+
+
+def test_a_generation_that_stops_is_traced_up_to_there(toy):
+    whole = toy.generate("The ", max_new_tokens=20, temperature=0)
+    stop = whole.tokens[4]
+    completion, trace = toy.trace_generation("The ", max_new_tokens=20, temperature=0, stop=stop)
+    assert completion.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
+    assert trace.residual.shape[1] == trace.num_prompt_tokens + len(completion.tokens) - 1
+    assert "".join(trace.pieces[: trace.num_prompt_tokens]).startswith("The")
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
+def test_bfloat16(mesh, nano_on_mesh, nano_reference):
+    model = nano_on_mesh(mesh, "bfloat16")
+    tokens = nano_reference["tokens"]
+    trace = model.trace(tokens, ALL)
+    np.testing.assert_array_equal(trace.logits, model.logits(tokens))
+    assert all(trace[name].dtype in (np.float32, np.int32) for name in trace)
+    np.testing.assert_allclose(trace.attention_probs.sum(axis=-1), 1, rtol=1e-4)
+    # The first layer has seen no rounding but its own.
+    assert relative_error(trace.router_probs[0], nano_reference["router_probs"][0]) <= 1e-2
+
+
+def test_a_trace_is_a_mapping_with_attributes_and_axes(toy):
+    trace = toy.trace(TEXT)
+    names = ["router_probs", "expert_indices", "expert_weights"]
+    names += ["residual_in", "residual_mid", "residual"]
+    assert list(trace) == names
+    assert len(trace) == 6
+    assert trace.axes["router_probs"] == ("layer", "token", "expert")
+    assert trace.router_probs is trace["router_probs"]
+    assert "residual" in dir(trace)
+    count = len(trace.tokens)
+    assert repr(trace).startswith(
+        f"Trace({count} tokens: router_probs [layer 6, token {count}, expert 8], "
+    )
+    for same in (copy.deepcopy(trace), pickle.loads(pickle.dumps(trace))):
+        np.testing.assert_array_equal(same.residual, trace.residual)
+    with pytest.raises(AttributeError, match=r"no lens_tokens.*capture=\('logit_lens',\)"):
+        _ = trace.lens_tokens
+    with pytest.raises(KeyError, match=r"no attention_out.*capture=\('branches',\)"):
+        _ = trace["attention_out"]
+    with pytest.raises(AttributeError, match="a Trace has no router"):
+        _ = trace.router
+
+
+def test_expert_load_and_pieces(toy):
+    trace = toy.trace(TEXT, ("router",))
+    load = trace.expert_load()
+    assert load.shape == (6, 8)
+    np.testing.assert_allclose(load.sum(axis=1), 1)
+    expected = np.bincount(trace.expert_indices[2].ravel(), minlength=8)
+    np.testing.assert_allclose(load[2], expected / expected.sum())
+    assert trace.tokens.tolist() == toy.tokenizer.encode(TEXT)
+    assert len(trace.pieces) == len(trace.tokens)
+    assert all(trace.pieces)
+    # A dash of three bytes comes with the last, and the other two are spelled.
+    assert [piece for piece in trace.pieces if piece[:3] == "<0x"] in ([], ["<0xE2>", "<0x80>"])
+    assert "".join(p for p in trace.pieces if p[:3] != "<0x").lstrip() == TEXT
+
+
+def test_nothing_captured(nano):
+    trace = nano.trace([1, 2, 3], ())
+    assert dict(trace) == {}
+    assert trace.pieces is None
+    assert repr(trace) == "Trace(3 tokens: nothing captured)"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capture": ("routers",)}, "^capture takes any of router, residual, .* found 'routers'$"),
+        ({"capture": "router"}, r"^capture takes a sequence.*give \('router',\)$"),
+        (
+            {"capture": ("attention",), "attention_layers": (3, 6)},
+            "^attention_layers must be from 0 to 5, found 6$",
+        ),
+        (
+            {"capture": ("attention",), "attention_layers": ()},
+            r"^attention_layers must name different layers, found \(\)$",
+        ),
+        ({"capture": ("logit_lens",), "lens_top": 0}, "^lens_top must be from 1 to 1280, found 0$"),
+        ({"text": []}, "^the text is empty"),
+        ({"text": [5] * 1025}, "^1025 tokens are 1 more than the context of 1024; give fewer$"),
+        ({"text": [1280]}, "must be token ids from 0 to 1279, found 1280"),
+    ],
+)
+def test_bad_input(toy, options, message):
+    with pytest.raises(ValueError, match=message):
+        toy.trace(**({"text": TEXT} | options))
+
+
+def test_attention_maps_that_are_too_large_are_refused(toy, monkeypatch):
+    monkeypatch.setattr(tracing, "ATTENTION_BYTES", 10_000)
+    message = "^attention maps of 6 layers, 8 heads and 20 tokens take 76,800 bytes, more than .*"
+    with pytest.raises(ValueError, match=message + "attention_layers="):
+        toy.trace([5] * 20, ("attention",))
+    assert toy.trace([5] * 10, ("attention",), attention_layers=2).attention_probs.shape[0] == 1
+
+
+def test_one_text_at_a_time_and_no_logits_of_a_generation(toy):
+    with pytest.raises(TypeError, match=r"^a trace is of one text"):
+        toy.trace([TEXT, TEXT])
+    with pytest.raises(ValueError, match=r"^logits are not kept during a generation"):
+        toy.trace_generation(TEXT, ("logits",))
+
+
+def lowered(engine: Engine) -> dict[str, str]:
+    """Programs as text, of two rows and the smallest cache."""
+    state = engine.abstract_state(2, 256)
+
+    def rows(dtype, *shape):
+        return jax.ShapeDtypeStruct((2, *shape), dtype)
+
+    sampling = SamplingState(
+        rows(jnp.float32),
+        rows(jnp.float32),
+        rows(jnp.int32),
+        rows(jnp.float32),
+        rows(jnp.uint32, 2),
+    )
+    allowed = jax.ShapeDtypeStruct((engine.config.vocab_size,), bool)
+    programs = {
+        "decode": (engine.decode_program(None, None), rows(bool), allowed, sampling),
+        "prefill": (engine.prefill_program(64), rows(jnp.int32)),
+        "score": (engine.score_program(64, ()), rows(jnp.int32)),
+    }
+    return {
+        name: program.lower(engine.params, state, *arguments).as_text()
+        for name, (program, *arguments) in programs.items()
+    }
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
+def test_what_is_off_costs_nothing(mesh, nano_on_mesh, nano_path):
+    model = nano_on_mesh(mesh)
+    model.trace([1, 2, 3], ALL)
+    with model.intervene(AblateExperts(1), CapLayers(3)) as changed:
+        changed.trace_generation([1, 2, 3], max_new_tokens=2)
+        intervened = lowered_prefill(changed.engine)
+    fresh = grok1.load(nano_path, mesh=mesh, dtype="float32", progress=False)
+    after, before = lowered(model.engine), lowered(fresh.engine)
+    assert after == before
+    # A program with captures, and one with interventions, are others.
+    observed = model.engine.observed(tracing._capture(model.config, ALL, None, 5, 8), 256, print)
+    assert (
+        observed.prefill_program(64)
+        .lower(
+            observed.params, observed.abstract_state(2, 256), jax.ShapeDtypeStruct((2,), jnp.int32)
+        )
+        .as_text()
+        != before["prefill"]
+    )
+    assert intervened != before["prefill"]
+    # Its results are the grown cache and the tokens, and nothing else.
+    assert before["prefill"].count("jax.result_info") == len(
+        jax.tree.leaves(model.engine.abstract_state(2, 256))
+    )
+
+
+def lowered_prefill(engine: Engine) -> str:
+    program = engine.prefill_program(64)
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return program.lower(engine.params, engine.abstract_state(2, 256), rows).as_text()
