@@ -109,7 +109,7 @@ class Score:
         return html.surprisal_text(pieces[:_TOKENS_SHOWN], bits.tolist(), hints, summary)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Choice:
     """How probable each of some continuations of one context is; logarithms are natural.
 
@@ -144,6 +144,10 @@ class Choice:
     def best_per_byte(self) -> int | None:
         """Index of the option that is most probable for each byte; None without `per_byte`."""
         return None if self.per_byte is None else int(self.per_byte.argmax())
+
+    def __repr__(self) -> str:
+        logprobs = ", ".join(f"{logprob:.2f}" for logprob in self.logprobs)
+        return f"Choice(best={self.options[self.best]!r}, logprobs=[{logprobs}])"
 
     def _repr_html_(self) -> str:
         rows = [
