@@ -18,6 +18,8 @@ _STRONGEST = 0.65  # opacity at which black and white text both keep a contrast 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece spells it
 _ASCII_BYTE = re.compile("<0x(0A|[2-7][0-9A-F])>")
 _CELL = "text-align: left; vertical-align: top; padding: 0.15em 1em 0.15em 0; border: none;"
+# Browsers do not let old pages' tables inherit.
+_TABLE = "border-collapse: collapse; margin: 0.3em 0; color: inherit; font-size: inherit;"
 _TEXT = (
     "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; max-width: 60em; "
     "font-family: ui-monospace, monospace;"
@@ -42,8 +44,7 @@ def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
         for name, value in rows
     )
     return (
-        f"<div><strong>{html.escape(title)}</strong>"
-        f'<table style="border-collapse: collapse; margin: 0.3em 0;">{lines}</table></div>'
+        f'<div><strong>{html.escape(title)}</strong><table style="{_TABLE}">{lines}</table></div>'
     )
 
 
