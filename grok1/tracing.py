@@ -118,7 +118,7 @@ class Trace(Mapping[str, np.ndarray]):
         for name, array in self.arrays.items():
             sizes = zip(self.axes[name], array.shape, strict=True)
             axes = " x ".join(f"{size:,} {axis}" for axis, size in sizes)
-            rows.append((name, f"{axes}, {array.dtype}, {array.nbytes / 1e6:,.2f} MB"))
+            rows.append((name, f"{axes}, {array.dtype}, {array.nbytes / 1e3:,.1f} kB"))
         if self.attention_layers:
             rows.append(("attention of layers", ", ".join(map(str, self.attention_layers))))
         return html.table("Trace", rows)

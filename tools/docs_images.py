@@ -52,7 +52,8 @@ def photograph(name: str, fragments: list[str], height: int, browser: str) -> No
     with tempfile.TemporaryDirectory() as private:
         page = pathlib.Path(private) / "page.html"
         page.write_text(
-            '<!DOCTYPE html><meta charset="utf-8"><body style="margin: 0; font: 13px sans-serif; display: flex;">'
+            '<!DOCTYPE html><meta charset="utf-8">'
+            '<body style="margin: 0; font: 13px sans-serif; display: flex;">'
             f"{pages}</body>",
             encoding="utf-8",
         )
@@ -81,7 +82,7 @@ def main() -> None:
         print("no Chromium: surprisal.png, reprs.png and config.png stay as they are")
         return
     score = model.score(SCORED)
-    photograph("surprisal", [plots.surprisal(score)], 110, browser)
+    photograph("surprisal", [plots.surprisal(score)], 190, browser)
     completion = model.generate(
         "The first argument is", max_new_tokens=40, temperature=0, logprobs=0
     )
