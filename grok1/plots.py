@@ -21,7 +21,7 @@ from grok1.tracing import Trace
 try:
     from matplotlib import colormaps
     from matplotlib.axes import Axes
-    from matplotlib.colors import ListedColormap, PowerNorm, TwoSlopeNorm
+    from matplotlib.colors import Colormap, ListedColormap, PowerNorm, TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.patches import Patch, Rectangle
@@ -226,7 +226,7 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for index, axes in zip(heads, panels, strict=False):
         probs_TT = np.ma.masked_array(probs_NTT[index], future_TT)
-        image = axes.imshow(probs_TT, cmap="cividis", norm=norm, interpolation="nearest")
+        axes.imshow(probs_TT, cmap="cividis", norm=norm, interpolation="nearest")
         axes.set_facecolor(_NONE)
         axes.set_title(f"head {index}", size=_SMALL)
     for axes in panels[len(heads) :]:
@@ -244,7 +244,10 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
         panels[0].set(xlabel="token attended to", ylabel="token")
         panels[0].set_title(f"Attention in layer {layer}, head {head}")
     figure.colorbar(
-        image, ax=panels, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], label="attention probability"
+        panels[0].images[0],
+        ax=panels,
+        ticks=[0, 0.01, 0.1, 0.25, 0.5, 1],
+        label="attention probability",
     )
     return figure
 
@@ -266,7 +269,7 @@ def _figure(width: float, height: float) -> Plot:
     return Plot(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _palette(num_experts: int) -> ListedColormap:
+def _palette(num_experts: int) -> Colormap:
     if num_experts <= len(_OKABE_ITO):
         colors = list(_OKABE_ITO[:num_experts])
     else:

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 import grok1
 from grok1 import html, plots
@@ -41,8 +42,8 @@ def draw_plots(model: grok1.Model) -> None:
         figure.savefig(IMAGES / f"{name}.png", dpi=90)
 
 
-def photograph(name: str, fragments: list[str], height: int, browser: str) -> None:
-    """Saves HTML as a picture: the same fragments on a light page and on a dark one."""
+def photograph(name: str, fragments: Sequence[str], height: int, browser: str) -> None:
+    """Saves HTML as a picture: the same fragments on a light page and on a dark one beside it."""
     themes = {"#ffffff": "#111111", "#111111": "#e0e0e0"}
     pages = "".join(
         f'<div style="background: {background}; color: {text}; padding: 12px; flex: 1;">'
