@@ -121,3 +121,29 @@ def test_completion_shows_its_text_and_perplexity():
         "perplexity": "7.39",
     }
     assert repr(completion) == "Completion(text=' <b>&\\n  x', 2 tokens, stop_reason='length')"
+
+
+def test_score_shows_its_text_and_numbers(toy):
+    score = toy.score("The file <b>")
+    checked = Checker(score._repr_html_())
+    assert checked.text.startswith(" The file <b>")
+    assert f"perplexity {score.perplexity:.4g}" in checked.text
+    assert (
+        f"{-score.logprobs[1] / math.log(2):.2f} bits, rank {score.ranks[1]}" in checked.titles[1]
+    )
+
+
+def test_choice_shows_every_option(toy):
+    choice = toy.choose("The file", [" is", " <b>"])
+    shown = cells(choice._repr_html_())
+    assert list(shown) == [" is", " <b>"]
+    assert shown[" is"].startswith(f"{choice.logprobs[0]:.2f} nats")
+    assert repr(choice).startswith("Choice(best=' is', logprobs=[")
+
+
+def test_trace_shows_its_arrays(toy):
+    trace = toy.trace("The file", ("router", "attention"), attention_layers=[4])
+    shown = cells(trace._repr_html_())
+    assert shown["tokens"] == "2"
+    assert shown["router_probs"] == "6 layer x 2 token x 8 expert, float32, 0.4 kB"
+    assert shown["attention of layers"] == "4"
