@@ -1,9 +1,11 @@
 """What a request becomes: tokens to text, stop strings, and the finished completion."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from typing import Literal
 
+from grok1 import html
 from grok1.generation import Sampled
 from grok1.tokenizer import Tokenizer
 
@@ -31,6 +33,24 @@ class Completion:
     logprobs: list[float] | None
     top_logprobs: list[dict[int, float]] | None
     stop_reason: StopReason
+
+    def __repr__(self) -> str:
+        return (
+            f"Completion(text={self.text!r}, {len(self.tokens)} tokens, "
+            f"stop_reason={self.stop_reason!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("tokens", len(self.tokens)),
+            ("ended by", self.stop_reason),
+        ]
+        if self.logprobs is not None:
+            mean = sum(self.logprobs) / len(self.logprobs)
+            rows.append(("mean log-probability", f"{mean:.3f} nats a token"))
+            rows.append(("perplexity", f"{math.exp(-mean):.2f}"))
+        text = "" if self.text is None else html.text_block(self.text)
+        return text + html.table("Completion", rows)
 
 
 class CompletionBuilder:

@@ -10,7 +10,22 @@ import math
 import pathlib
 from typing import Any
 
+from grok1 import html
+
 _DERIVED = math.nan  # stands for a multiplier that was not given
+
+_LETTERS = {
+    "vocab_size": "V",
+    "emb_size": "D",
+    "ffn_size": "F",
+    "key_size": "H",
+    "num_q_heads": "N",
+    "num_kv_heads": "K",
+    "num_layers": "L",
+    "num_experts": "E",
+    "num_selected_experts": "A",
+    "sequence_len": "S",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +113,14 @@ class ModelConfig:
                 f"found {self.num_selected_experts}"
             )
 
+    def _repr_html_(self) -> str:
+        values = {**dataclasses.asdict(self), "ffn_size": self.ffn_size}
+        rows = [
+            (f"{name} ({_LETTERS[name]})" if name in _LETTERS else name, _for_people(value))
+            for name, value in values.items()
+        ]
+        return html.table("ModelConfig", rows)
+
     @property
     def ffn_size(self) -> int:
         """F, hidden width of one expert: two thirds of the widened D, up to a multiple of 8.
@@ -166,6 +189,12 @@ class ModelConfig:
         if missing:
             raise ValueError(f"configuration field {missing[0]!r} is missing")
         return cls(**fields)
+
+
+def _for_people(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.10g}"
 
 
 GROK_1 = ModelConfig(

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import scoring
+from grok1 import html, scoring
 from grok1.batch import Batch, Prompt, is_batch
 from grok1.completion import Completion
 from grok1.config import ModelConfig
@@ -73,6 +74,35 @@ class Model:
     def offload_stats(self) -> OffloadStats | None:
         """What streaming experts from their files has cost so far; None for a resident model."""
         return self.engine.stats if isinstance(self.engine, OffloadedEngine) else None
+
+    def _repr_html_(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        num_parameters = sum(math.prod(spec.shape) for spec in self.tensors)
+        total = sum(leaf.nbytes for leaf in leaves)
+        on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        data, model = self.mesh.devices.shape
+        config, device = self.config, self.mesh.devices.flat[0]
+        devices = f"{data * model} {device.platform.upper()} device{'s' * (data * model > 1)}"
+        if device.device_kind != device.platform:
+            devices += f" ({device.device_kind})"
+        rows = [
+            ("parameters", f"{num_parameters:,}"),
+            ("weights", f"{_bytes(total)}, {_bytes(on_one)} on each device"),
+            ("mesh", f"{data}x{model} (data x model), {devices}"),
+            ("products with weights", self.dtype),
+            ("key/value cache", self.engine.cache_dtype),
+            ("layers", config.num_layers),
+            ("experts", f"{config.num_experts}, {config.num_selected_experts} for a token"),
+            (
+                "attention heads",
+                f"{config.num_q_heads} query, {config.num_kv_heads} key/value, "
+                f"{config.key_size} wide",
+            ),
+            ("residual stream", f"{config.emb_size:,} wide"),
+            ("vocabulary", f"{config.vocab_size:,}" + ("" if self.tokenizer else ", no tokenizer")),
+            ("context", f"{config.sequence_len:,} tokens"),
+        ]
+        return html.table("Grok-1 model", rows)
 
     def logits(self, tokens) -> np.ndarray:
         """Computes the next-token logits after every position.
@@ -269,6 +299,11 @@ class Model:
         changed = copy.copy(self)
         changed.engine = self.engine.intervened(interventions)
         yield changed
+
+
+def _bytes(count: int) -> str:
+    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count / scale:.2f} {unit}"
 
 
 class TextStream(Iterator[str]):

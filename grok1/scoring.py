@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from grok1 import html
 from grok1.batch import Prompt, encode_prompt, is_batch
 from grok1.engine import CHUNK_LENGTHS, Engine
 from grok1.sharding import DATA_AXIS
@@ -23,6 +24,8 @@ from grok1.unembedding import TokenStatistics
 
 _TOKENS_AT_ONCE = CHUNK_LENGTHS[-1]
 """Tokens that one group of devices runs at a time, over all rows."""
+
+_TOKENS_SHOWN = 2000  # of a score in a notebook; a page of 100,000 coloured tokens does not scroll
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,8 +92,24 @@ class Score:
             f"{self.perplexity:.4g}{bits})"
         )
 
+    def _repr_html_(self) -> str:
+        bits = -self.logprobs[:_TOKENS_SHOWN] / math.log(2)
+        pieces = self.pieces or [f"[{token}]" for token in self.tokens[:_TOKENS_SHOWN]]
+        hints = [
+            f"{token}: {surprisal:.2f} bits, rank {rank}, entropy {entropy / math.log(2):.2f} bits"
+            for token, surprisal, rank, entropy in zip(
+                self.tokens, bits, self.ranks, self.entropies, strict=False
+            )
+        ]
+        summary = f"{self.num_scored:,} tokens scored, perplexity {self.perplexity:.4g}"
+        if self.num_bytes:
+            summary += f", {self.bits_per_byte:.4g} bits a byte"
+        if len(self.tokens) > _TOKENS_SHOWN:
+            summary += f"; the first {_TOKENS_SHOWN:,} are shown"
+        return html.surprisal_text(pieces[:_TOKENS_SHOWN], bits.tolist(), hints, summary)
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Choice:
     """How probable each of some continuations of one context is; logarithms are natural.
 
@@ -125,6 +144,17 @@ class Choice:
     def best_per_byte(self) -> int | None:
         """Index of the option that is most probable for each byte; None without `per_byte`."""
         return None if self.per_byte is None else int(self.per_byte.argmax())
+
+    def __repr__(self) -> str:
+        logprobs = ", ".join(f"{logprob:.2f}" for logprob in self.logprobs)
+        return f"Choice(best={self.options[self.best]!r}, logprobs=[{logprobs}])"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (str(option), f"{total:.2f} nats in all, {each:.2f} a token")
+            for option, total, each in zip(self.options, self.logprobs, self.per_token, strict=True)
+        ]
+        return html.table(f"Most probable: {self.options[self.best]}", rows)
 
 
 class Window(NamedTuple):

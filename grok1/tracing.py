@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grok1 import html
 from grok1.batch import Batch, Prompt, encode_prompt, is_batch
 from grok1.capture import AXES, GROUPS, Capture
 from grok1.completion import Completion
@@ -51,6 +52,7 @@ class Trace(Mapping[str, np.ndarray]):
       num_prompt_tokens: Where the new tokens begin; T if nothing was generated.
       attention_layers: The layers of `attention_probs`, in its order.
       num_experts: E.
+      tokenizer: The model's, which spells `lens_tokens`; None for a model without.
     """
 
     tokens: np.ndarray
@@ -59,6 +61,7 @@ class Trace(Mapping[str, np.ndarray]):
     num_prompt_tokens: int
     attention_layers: tuple[int, ...]
     num_experts: int
+    tokenizer: Tokenizer | None
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -111,6 +114,18 @@ class Trace(Mapping[str, np.ndarray]):
             sizes = zip(self.axes[name], array.shape, strict=True)
             held.append(f"{name} [{', '.join(f'{axis} {size}' for axis, size in sizes)}]")
         return f"Trace({len(self.tokens)} tokens: {', '.join(held) or 'nothing captured'})"
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [("tokens", f"{len(self.tokens):,}")]
+        if self.num_prompt_tokens < len(self.tokens):
+            rows.append(("of the prompt", f"{self.num_prompt_tokens:,}"))
+        for name, array in self.arrays.items():
+            sizes = zip(self.axes[name], array.shape, strict=True)
+            axes = " x ".join(f"{size:,} {axis}" for axis, size in sizes)
+            rows.append((name, f"{axes}, {array.dtype}, {array.nbytes / 1e3:,.1f} kB"))
+        if self.attention_layers:
+            rows.append(("attention of layers", ", ".join(map(str, self.attention_layers))))
+        return html.table("Trace", rows)
 
     def _missing(self, name: str) -> str:
         groups = [group for group, names in GROUPS.items() if name in names]
@@ -372,6 +387,7 @@ def _trace(
         num_prompt_tokens=num_prompt_tokens,
         attention_layers=capture.attention_layers,
         num_experts=config.num_experts,
+        tokenizer=tokenizer,
     )
 
 

@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(grok1.__file__).parent
 
 # Every module imports only from lines above its own; this is the diagram of the package.
 LAYERS = [
+    {"html"},
     {
         "announcement",
         "cache_directory",
@@ -47,7 +48,7 @@ LAYERS = [
     {"scoring", "tracing"},
     {"model"},
     {"factory"},
-    {"comparison", "lm_eval"},
+    {"comparison", "lm_eval", "plots"},
     {"__init__", "__main__"},
 ]
 
@@ -79,6 +80,8 @@ def test_importing_starts_no_device_and_says_nothing():
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was initialised'\n"
         "assert not logging.getLogger('grok1').handlers\n"
+        "import sys\n"
+        "assert 'matplotlib' not in sys.modules, 'an optional extra was imported'\n"
     )
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True
