@@ -208,6 +208,7 @@ def score(
     windows, places = [], []
     for number, tokens in enumerate(ids):
         for start, begin, end in window_bounds(len(tokens), window, stride):
+            engine.check_length(end - start)
             windows.append(Window(tokens[start:end], begin - start))
             places.append((number, begin, end))
     found = [_empty_statistics(len(tokens), top_k) for tokens in ids]

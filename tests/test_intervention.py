@@ -411,6 +411,16 @@ def test_only_interventions_intervene(nano):
         pass
 
 
+def test_scores_are_those_of_the_changed_model(nano, tokens):
+    with nano.intervene(AblateExperts(0), ScaleHeads(1, 0.5, layers=2)) as changed:
+        logits = changed.logits(tokens).astype(np.float64)
+        score = changed.score(tokens)
+    logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    expected = np.take_along_axis(logprobs[:-1], np.asarray(tokens)[1:, None], axis=-1)[:, 0]
+    np.testing.assert_allclose(score.logprobs[1:], expected, rtol=0, atol=1e-5)
+    assert np.abs(nano.score(tokens).logprobs[1:] - expected).max() > 0.01
+
+
 def test_a_patch_of_another_length_is_refused(nano, tokens):
     message = "^{}: {} are of 10 tokens and the text has 12; take them from a text of the same"
     trace = nano.trace(tokens[:10], ALL)
@@ -421,7 +431,13 @@ def test_a_patch_of_another_length_is_refused(nano, tokens):
     ):
         expected = message.format(type(intervention).__name__, what)
         with nano.intervene(intervention) as changed:
-            for call in (changed.logits, changed.trace, changed.generate, changed.trace_generation):
+            for call in (
+                changed.logits,
+                changed.trace,
+                changed.score,
+                changed.generate,
+                changed.trace_generation,
+            ):
                 with pytest.raises(ValueError, match=expected):
                     call(tokens[:12])
     # Named positions say what is meant.
