@@ -17,10 +17,6 @@ NO_CHECKPOINT = (
 )
 
 
-def sizes(mesh: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in mesh.split("x"))
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue a prompt with a Grok-1 model.")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="directory that holds ckpt-0/")
@@ -35,15 +31,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--stop", action="append", help=r"text that ends it; \n is a new line")
-    parser.add_argument("--mesh", type=sizes, help="DATAxMODEL devices, as 1x8; default: all")
+    parser.add_argument("--mesh", help="DATAxMODEL devices, as 1x8; default: all")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
-    parser.add_argument(
-        "--offload",
-        choices=["auto", "none", "host", "disk"],
-        default="auto",
-        help="where the experts stay; default: on disk if the model does not fit",
-    )
+    parser.add_argument("--offload", choices=["auto", "none", "host", "disk"], default="auto")
     parser.add_argument("--memory", metavar="16GB", help="for the process, with experts on disk")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -87,15 +78,14 @@ def main() -> None:
         checkpoint = CHECKPOINTS / "toy"
     names = ("mesh", "dtype", "cache_dtype", "tokenizer", "offload", "memory")
     model = grok1.load(checkpoint, **{name: getattr(arguments, name) for name in names})
-    prompts = [arguments.prompt]
-    if arguments.prompt_file:
-        prompts = [arguments.prompt_file.read_text(encoding="utf-8")]
-    if arguments.interactive:
-        prompts = iter(lambda: input("> " if sys.stdin.isatty() else ""), "")
+    file, prompts = arguments.prompt_file, [arguments.prompt]
+    if file or arguments.interactive:
+        lines = iter(lambda: input("> " if sys.stdin.isatty() else ""), "")
+        prompts = [file.read_text(encoding="utf-8")] if file else lines
     for prompt in prompts:
         complete(model, prompt, arguments)
-        if model.offload_stats is not None:
-            print(f"run.py: {model.offload_stats}", file=sys.stderr, flush=True)
+        if stats := model.offload_stats:
+            print(f"run.py: {stats}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

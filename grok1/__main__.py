@@ -80,10 +80,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sizes(mesh: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in mesh.split("x"))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m grok1", description="Tools for checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -136,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     for side in "ab":
         which = f"of {side.upper()}"
         compare.add_argument(f"--dtype-{side}", choices=["float32", "bfloat16"], help=which)
-        compare.add_argument(f"--mesh-{side}", type=_sizes, help=f"{which}, as 1x8; default: all")
+        compare.add_argument(f"--mesh-{side}", help=f"{which}, as 1x8; default: all")
         compare.add_argument(
             f"--cache-dtype-{side}", choices=["float32", "float16", "int8"], help=which
         )
@@ -155,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--devices", type=int, metavar="N", help="default: those present")
     plan.add_argument("--memory", type=float, metavar="GB", help="of each; of a CPU, all of it")
     plan.add_argument("--device", choices=[*planning.DEVICE_KINDS, "cpu"], help="what they are")
-    plan.add_argument("--mesh", type=_sizes, help="DATAxMODEL devices, as 1x8; default: all")
+    plan.add_argument("--mesh", help="DATAxMODEL devices, as 1x8; default: all")
     plan.add_argument("--batch", type=int, default=1, help="prompts side by side; default: 1")
     plan.add_argument("--context", type=int, metavar="TOKENS", help="default: the model's")
     plan.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")

@@ -22,8 +22,8 @@ from grok1.sharding import make_mesh
 from grok1.stacking import random_params, unstack
 from grok1.tokenizer import Tokenizer
 
-MeshLike = Mesh | Sequence[int] | None
-"""A mesh with axes (data, model), its two sizes, or None for every device."""
+MeshLike = Mesh | Sequence[int] | str | None
+"""A mesh with axes (data, model), its two sizes as (1, 8) or "1x8", or None for every device."""
 
 
 @together()
@@ -46,7 +46,8 @@ def load(
       path: A directory with `ckpt-0/`, or with the files that `python -m grok1 convert --to
         safetensors` makes, and, where they differ from Grok-1's, `config.json` and
         `tokenizer.model`.
-      mesh: Sizes (data, model), a `jax.sharding.Mesh` with these axes, or None for every device.
+      mesh: Sizes (data, model), as (1, 8) or "1x8", a `jax.sharding.Mesh` with these axes, or None
+        for every device.
       dtype: "float32" or "bfloat16", the type of products with weights; None for float32 on a CPU
         and bfloat16 elsewhere.
       cache_dtype: "float32", "float16" or "int8", the type of cached keys and values; None for

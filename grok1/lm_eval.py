@@ -68,11 +68,6 @@ class Grok1LM(LM):
         device: Any = None,
     ):
         super().__init__()
-        if isinstance(mesh, str):
-            try:
-                mesh = tuple(int(size) for size in mesh.split("x"))
-            except ValueError:
-                raise ValueError(f"mesh must be DATAxMODEL, as 1x8, found {mesh!r}") from None
         if isinstance(path, Model):
             self.model = path
         else:

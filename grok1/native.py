@@ -239,11 +239,14 @@ def fetched_values(
     starts = (ctypes.c_size_t * 3)()
     if _FETCH(address)(int(layer), int(expert), int(following), starts):
         raise RuntimeError("the experts' weights cannot be had")
-    return tuple(
-        np.frombuffer((ctypes.c_int8 * math.prod(shape)).from_address(start), np.int8)
-        .reshape(1, *shape)
+    blocks = (
+        (ctypes.c_int8 * math.prod(shape)).from_address(start)
         for shape, start in zip(shapes, starts, strict=True)
-    )  # fmt: skip
+    )
+    return tuple(
+        np.frombuffer(memoryview(held), np.int8).reshape(1, *shape)
+        for shape, held in zip(shapes, blocks, strict=True)
+    )
 
 
 def attention(

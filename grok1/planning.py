@@ -310,7 +310,7 @@ def plan(
     devices: int | Sequence[Any] | None = None,
     memory: float | None = None,
     device: str | None = None,
-    mesh: Sequence[int] | None = None,
+    mesh: Sequence[int] | str | None = None,
     batch: int = 1,
     context: int | None = None,
     dtype: Any = None,
@@ -331,7 +331,7 @@ def plan(
         `device`, or for what is there.
       device: A name in `DEVICE_KINDS`, or "cpu"; None for the devices present, or, with a number in
         `devices`, for GPUs.
-      mesh: Sizes (data, model); None for all devices, as `load`.
+      mesh: Sizes (data, model), as (1, 8) or "1x8"; None for all devices, as `load`.
       batch: Prompts side by side, up to 32.
       context: Positions, prompt and generated tokens together; None for the model's context.
       dtype: As for `load`.

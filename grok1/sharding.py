@@ -68,15 +68,15 @@ CACHE_AXES = ("layers", "batch", "heads", "positions", "head_dim")
 
 def make_mesh(
     config: ModelConfig,
-    mesh: Mesh | Sequence[int] | None = None,
+    mesh: Mesh | Sequence[int] | str | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Returns a mesh of axes (data, model) that the model divides over.
 
     Args:
       config: The model.
-      mesh: Sizes (data, model); or a mesh that has these two axes; or None for every device, as
-        many on `model` as the model divides by and the rest on `data`.
+      mesh: Sizes (data, model), as (1, 8) or "1x8"; or a mesh that has these two axes; or None for
+        every device, as many on `model` as the model divides by and the rest on `data`.
       devices: The devices to use, all of JAX's default platform when not given.
 
     Raises:
@@ -109,13 +109,14 @@ def abstract_mesh(sizes: tuple[int, int]) -> AbstractMesh:
 
 
 def mesh_sizes(
-    config: ModelConfig, sizes: Sequence[int] | None, num_devices: int, platform: str
+    config: ModelConfig, sizes: Sequence[int] | str | None, num_devices: int, platform: str
 ) -> tuple[int, int]:
     """Returns the sizes (data, model) of a mesh that the model divides over.
 
     Args:
       config: The model.
-      sizes: What is asked for; None for all devices, as many on `model` as the model divides by.
+      sizes: What is asked for, as (1, 8) or "1x8"; None for all devices, as many on `model` as the
+        model divides by.
       num_devices: How many devices there are.
       platform: What they are, for the message.
 
@@ -129,9 +130,11 @@ def mesh_sizes(
             if num_devices % size == 0 and not _indivisible(config, size)
         )
         return num_devices // model_size, model_size
-    found = tuple(sizes)
+    found: tuple[Any, ...] = tuple(sizes)
+    if isinstance(sizes, str):
+        found = tuple(int(size) for size in sizes.split("x") if size.isdecimal())
     if len(found) != 2 or any(not isinstance(n, int) or n < 1 for n in found):
-        raise ValueError(f"mesh must be two sizes above 0, (data, model), found {sizes!r}")
+        raise ValueError(f"mesh must be two sizes above 0, (data, model), as 1x8, found {sizes!r}")
     if found[0] * found[1] > num_devices:
         raise ValueError(
             f"mesh {found[0]}x{found[1]} needs {found[0] * found[1]} devices, "

@@ -86,7 +86,7 @@ def test_prompt_file_and_logprobs_table(tmp_path):
         (("--checkpoint", "absent"), r"absent/ckpt-0: there is no such directory"),
         (("--temperature", "-1"), "temperature must be 0"),
         (("--mesh", "1x99"), "mesh 1x99 needs 99 devices"),
-        (("--mesh", "8"), "mesh must be two sizes above 0, (data, model), found (8,)"),
+        (("--mesh", "8"), "mesh must be two sizes above 0, (data, model), as 1x8, found '8'"),
         (("--prompt", ""), "the prompt is empty"),
         (("--prompt-file", "absent.txt"), "absent.txt"),
         (("--tokenizer", "absent.model"), "absent.model: no such file"),

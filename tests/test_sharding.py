@@ -38,8 +38,10 @@ def test_a_given_mesh_keeps_its_devices_and_gets_automatic_axes():
         ((1, 32), r"mesh 1x32 needs 32 devices, found 16 \(cpu\); give a smaller mesh"),
         ((1, 5), r"mesh 1x5 does not divide the model: num_q_heads 48 is no multiple of the mod"),
         ((1, 12), r"ffn_size 32768 is no multiple of the model axis 12"),
-        ((0, 1), r"mesh must be two sizes above 0, \(data, model\), found \(0, 1\)"),
+        ((0, 1), r"mesh must be two sizes above 0, \(data, model\), as 1x8, found \(0, 1\)"),
         ((8,), r"mesh must be two sizes above 0"),
+        ("2x", r"mesh must be two sizes above 0, \(data, model\), as 1x8, found '2x'"),
+        ("all", r"as 1x8, found 'all'"),
         (
             Mesh(np.array(jax.devices()[:2]), ("x",)),
             r"the mesh must have the axes \('data', 'model'\), found \('x',\)",
