@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 import grok1
 from grok1.attention import attend
-from grok1.layers import apply_rope, rms_norm
+from grok1.layers import apply_rope, exact_einsum, rms_norm
 from grok1.moe import route
 from grok1.quantization import Weight, dequantize
 from grok1.transformer import Params
@@ -70,7 +70,7 @@ def _step(
 
     def dot(x, weight: Weight, *index):
         matrix = dequantize(jax.tree.map(operator.itemgetter(index), weight)).astype(dtype)
-        return _dot(x.astype(dtype), matrix)
+        return exact_einsum("D,DN->N", x.astype(dtype), matrix)
 
     def heads(x_D, weight, layer):
         return dot(x_D, weight, layer).reshape(1, 1, -1, config.key_size)
@@ -112,9 +112,7 @@ def _step(
 
     carry = (x_D, keys, values)
     (x_D, keys, values), _ = jax.lax.scan(run_layer, carry, jnp.arange(config.num_layers))
-    logits_V = _dot(params.embedding.astype(jnp.float32), rms_norm(x_D, params.final_norm))
+    logits_V = exact_einsum(
+        "VD,D->V", params.embedding.astype(jnp.float32), rms_norm(x_D, params.final_norm)
+    )
     return jnp.argmax(logits_V), keys, values
-
-
-def _dot(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grok1 import native
+from grok1.layers import exact_einsum
 
 SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
 
@@ -63,11 +64,11 @@ def attend(
     Returns:
       float32.
     """
-    products_BCGTS = _dot("BTCGH,BCSH->BCGTS", query, key)
+    products_BCGTS = exact_einsum("BTCGH,BCSH->BCGTS", query, key)
     logits_BCGTS = SOFT_CAP * jnp.tanh(products_BCGTS * (scale / SOFT_CAP))
     logits_BCGTS = jnp.where(mask[:, None, None], logits_BCGTS, -jnp.inf)
     probs_BCGTS = jax.nn.softmax(logits_BCGTS, axis=-1).astype(value.dtype)
-    return _dot("BCGTS,BCSH->BTCGH", probs_BCGTS, value)
+    return exact_einsum("BCGTS,BCSH->BTCGH", probs_BCGTS, value)
 
 
 def attend_cache(
@@ -157,7 +158,7 @@ def attend_blocked(
         key_positions = start + jnp.arange(block)
         allowed_BMS = (key_positions <= positions_BM[..., None]) & (key_positions >= i * block)
         allowed_BCMS = allowed_BMS[:, None]
-        products_BCMS = _dot("BCMH,BCSH->BCMS", query_BCMH, key)
+        products_BCMS = exact_einsum("BCMH,BCSH->BCMS", query_BCMH, key)
         if cache.k_scales is not None:
             products_BCMS *= take(cache.k_scales)[:, :, None]
         # The cap is monotone, so that the maximum is taken of what the product wrote, and capped.
@@ -170,7 +171,7 @@ def attend_blocked(
         if cache.v_scales is not None:
             weights_BCMS *= take(cache.v_scales)[:, :, None]
         mixed_BCMH *= shrink_BCM[..., None]
-        mixed_BCMH += _dot("BCMS,BCSH->BCMH", weights_BCMS.astype(value.dtype), value)
+        mixed_BCMH += exact_einsum("BCMS,BCSH->BCMH", weights_BCMS.astype(value.dtype), value)
         return new_top_BCM, total_BCM, mixed_BCMH
 
     # The least a capped logit can be.
@@ -196,7 +197,7 @@ def attention_map(
       float32; each query's sum to 1, and those of positions after its own are 0.
     """
     batch, length, heads, group, _ = query.shape
-    products_BCGTS = _dot("BTCGH,BCSH->BCGTS", query, cache.k[layer].astype(query.dtype))
+    products_BCGTS = exact_einsum("BTCGH,BCSH->BCGTS", query, cache.k[layer].astype(query.dtype))
     if cache.k_scales is not None:
         products_BCGTS *= cache.k_scales[layer][:, :, None, None]
     logits_BCGTS = SOFT_CAP * jnp.tanh(products_BCGTS * (scale / SOFT_CAP))
@@ -245,14 +246,3 @@ def _to_int8(x: Float[Array, "B T C H"]) -> tuple[Array, Array]:
     values = jnp.round(x / jnp.where(scales == 0, 1, scales)[..., None])
     # A scale too small for a normal number is coarse, or 0.
     return jnp.clip(values, -127, 127).astype(jnp.int8), scales
-
-
-def _dot(subscripts: str, x: Array, y: Array) -> Array:
-    """Float32 sums, of true float32 products where the inputs are float32."""
-    return jnp.einsum(
-        subscripts,
-        x,
-        y,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )

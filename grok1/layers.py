@@ -3,11 +3,31 @@
 Dimension key: B batch row, T query position, D model dim, H head dim.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 RMS_NORM_EPSILON = 1e-5  # as trained
 ROPE_BASE = 10_000.0  # Su et al., RoFormer (arXiv 2104.09864), and as trained
+
+
+def exact_einsum(subscripts: str, x: Array, y: Array) -> Array:
+    """`jnp.einsum` of two arrays of one type: products as they are, sums in float32.
+
+    Args:
+      subscripts: As for `jnp.einsum`.
+      x: float32, float16 or bfloat16.
+      y: Of the same type.
+
+    Returns:
+      float32.
+    """
+    # By default float32 is rounded on accelerators, and float16 on TPUs; products of bfloat16 are
+    # exact everywhere. To ask for more would keep XLA on NVIDIA from fusing an int8 operand's
+    # conversion into them: it compiles such products for the default precision alone.
+    is_exact = x.dtype == y.dtype == jnp.bfloat16
+    precision = jax.lax.Precision.DEFAULT if is_exact else jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: Float[Array, "*M D"], scale: Float[Array, " D"]) -> Float[Array, "*M D"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from grok1 import native
+from grok1.layers import exact_einsum
 from grok1.quantization import Index, QuantizedArray, dequantize, matmul
 
 # Most rows of one expert that are multiplied at once; also what the last rows are padded to.
@@ -87,7 +88,7 @@ def router_logits(
     x: Float[Array, "M D"], router: Float[Array, "D E"], softcap: float | None = None
 ) -> Float[Array, "M E"]:
     """What the router's softmax is taken of; arguments as for `route`."""
-    logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    logits = exact_einsum("MD,DE->ME", x.astype(jnp.float32), router)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -162,12 +163,12 @@ def experts_dense(
     gate, up, down = (dequantize(weight)[index] for weight in weights)
     num_experts = routing.probs.shape[-1]
     chosen_MAE = jax.nn.one_hot(routing.expert_indices, num_experts, dtype=jnp.float32)
-    weights_ME = _einsum("MA,MAE->ME", routing.expert_weights, chosen_MAE)
+    weights_ME = exact_einsum("MA,MAE->ME", routing.expert_weights, chosen_MAE)
     x_MD = x.astype(jnp.float32)
-    hidden_MEF = jax.nn.gelu(_einsum("MD,EDF->MEF", x_MD, gate), approximate=True)
-    hidden_MEF *= _einsum("MD,EDF->MEF", x_MD, up)
-    out_MED = _einsum("MEF,EFD->MED", hidden_MEF.astype(x.dtype).astype(jnp.float32), down)
-    return _einsum("MED,ME->MD", out_MED, weights_ME)
+    hidden_MEF = jax.nn.gelu(exact_einsum("MD,EDF->MEF", x_MD, gate), approximate=True)
+    hidden_MEF *= exact_einsum("MD,EDF->MEF", x_MD, up)
+    out_MED = exact_einsum("MEF,EFD->MED", hidden_MEF.astype(x.dtype).astype(jnp.float32), down)
+    return exact_einsum("MED,ME->MD", out_MED, weights_ME)
 
 
 def experts_sparse(
@@ -314,7 +315,3 @@ def expert_ffn(
     hidden = jax.nn.gelu(matmul(x, weights.gate, index, num_valid), approximate=True)
     hidden *= matmul(x, weights.up, index, num_valid)
     return matmul(hidden.astype(x.dtype), weights.down, index, num_valid)
-
-
-def _einsum(subscripts: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST)

@@ -13,7 +13,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -174,6 +174,10 @@ class _StreamedProgram(Program):
                 result = running.result()
             except BaseException:
                 self._store.cancel()
+                # Until the program has ended it computes from what it was given.
+                while not running.done():
+                    with contextlib.suppress(KeyboardInterrupt):
+                        wait([running])
                 raise
         self._traffic.steps += 1
         self._traffic.seconds += time.perf_counter() - start

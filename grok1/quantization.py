@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grok1 import native
+from grok1.layers import exact_einsum
 
 # A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
 # fuse the conversion into the product: as float32 it is 1 MiB and stays in the second-level cache.
@@ -218,8 +219,7 @@ def matmul_native(
 
 
 def _dot(x: Array, y: Array) -> Array:
-    """`x @ y` with float32 accumulation, and true float32 products where the inputs are float32."""
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return exact_einsum("...MK,...KN->...MN", x, y)
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

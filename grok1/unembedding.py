@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grok1 import native
 from grok1.config import ModelConfig
-from grok1.layers import rms_norm
+from grok1.layers import exact_einsum, rms_norm
 from grok1.sharding import MODEL_AXIS
 
 _TABLE_BLOCK = 512  # rows copied at a time
@@ -226,15 +226,6 @@ def _products(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[A
         # Two terms, so that 16 bits of the input's mantissa count, in one pass over the table.
         high = x.astype(embedding.dtype)
         low = (x - high.astype(x.dtype)).astype(embedding.dtype)
-        return _dot(embedding, jnp.concatenate([high, low])).reshape(2, len(x), -1).sum(axis=0)
-    return _dot(embedding, x)
-
-
-def _dot(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[Array, "M V"]:
-    return jnp.einsum(
-        "MD,VD->MV",
-        x,
-        embedding,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+        terms = jnp.concatenate([high, low])
+        return exact_einsum("MD,VD->MV", terms, embedding).reshape(2, len(x), -1).sum(axis=0)
+    return exact_einsum("MD,VD->MV", x, embedding)

@@ -241,6 +241,23 @@ def test_native_experts_of_few_and_of_many_rows(num_tokens):
     np.testing.assert_array_equal(output[~valid], 0)
 
 
+@pytest.mark.parametrize(
+    # A panel of hidden columns, or the whole width, narrower than the parts that work is cut into.
+    ("model_dim", "hidden_dim"),
+    [(3, 16), (16, 1), (16, 4098)],
+)
+def test_native_experts_with_next_to_no_columns(model_dim, hidden_dim):
+    skip_unless_it_runs_here("native")
+    weights = ExpertWeights(*map(quantize_compiled, random_weights(4, (), model_dim, hidden_dim)))
+    x, routing = random_inputs(2, 4, 2, model_dim)
+    valid = np.ones(2, bool)
+    # The kernel's memory keeps what a call has left there.
+    in_form(1e6 * x, weights, (), routing, valid, "native")
+    output = in_form(x, weights, (), routing, valid, "native")
+    exact = [dequantize(weight) for weight in weights]
+    assert_close(output, float64_experts(x, exact, routing), 2e-6)
+
+
 def test_a_row_does_not_depend_on_its_batch_mates():
     weights = random_weights(8)
     x, routing = random_inputs(300, 8, 2)

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -294,13 +295,17 @@ def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkey
     prompt = list(range(20))
     before = model.generate(prompt, **GREEDY)
     store, prepare = model.engine.store, expert_store.ExpertStore._prepare
-    asked = []
+    asked, still_held = [], []
 
     def interrupt(self, key, in_use):
         asked.append(key)
         if key[0] == 5:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             assert self._cancelled.wait(timeout=10)
+            # An impatient user's second one must not take from the program what it computes with.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)
+            still_held.append(self.lock.locked() and bool(self._pools))
         return prepare(self, key, in_use)
 
     # A shell may have started this process with the signal ignored.
@@ -313,6 +318,8 @@ def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkey
         signal.signal(signal.SIGINT, handler)
         monkeypatch.undo()
     assert max(asked)[0] == 5
+    assert still_held
+    assert all(still_held)
     assert threads() == []
     assert mapped_files(str(copied)) == []
     monkeypatch.setattr(offloading, "WORKING_BYTES", 0)

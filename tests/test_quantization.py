@@ -232,6 +232,15 @@ def test_matmul_of_a_float_weight_takes_the_type_of_the_input(dtype):
     assert relative_error(output, float64(x) @ rounded) <= 2e-6
 
 
+@pytest.mark.parametrize(("dtype", "asks"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_what_a_product_asks_of_an_nvidia_gpu(dtype, asks):
+    # XLA fuses the conversion of int8 only into products of the default precision.
+    weight = quantize(normal(0, 3, 16, 8), 2)
+    product = jax.jit(lambda x: matmul(x, weight, (1,)))
+    lowered = product.trace(jnp.ones((4, 16), dtype)).lower(lowering_platforms=("cuda",))
+    assert ("HIGHEST" in lowered.as_text()) == asks
+
+
 def test_matmul_split_keeps_the_mantissa_that_bfloat16_would_round_off():
     weight, x = random_weight((3,)), normal(1, 2, 3, K)
 

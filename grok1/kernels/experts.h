@@ -73,7 +73,7 @@ struct Slice {
 
   void run_down(int64_t part) {
     // Every part of `up` was taken before this one, and is being worked on.
-    while (parts_done.load(std::memory_order_acquire) <= kParts) pause();
+    wait_until([this] { return parts_done.load(std::memory_order_acquire) > kParts; });
     int64_t depth = expert->down.columns;
     int64_t first = width * part / kParts, last = width * (part + 1) / kParts;
     kMultiplyFew[num_rows()](expert->down, begin + first, begin + last, 0, depth,

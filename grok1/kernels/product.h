@@ -106,6 +106,9 @@ template <int kRows>
 void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64_t column, int64_t width,
                   const float* x, bool add, float* out, int64_t out_stride) {
   constexpr int64_t kPanel = panel_for(kRows);
+  if (begin == end && !add) {
+    for (int m = 0; m < kRows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
+  }
   alignas(kCacheLine) float sums[kRows * kPanel];
   for (int64_t first = 0; first < width; first += kPanel) {
     int64_t panel = std::min(kPanel, width - first), walked = walked_for(panel);

@@ -32,7 +32,17 @@ constexpr auto kLinger = std::chrono::microseconds(50);
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
+}
+
+// Waits for what another thread is doing. Only a thread that was descheduled takes long.
+template <typename Condition>
+void wait_until(Condition is_met) {
+  for (int spins = 0; !is_met(); ++spins) {
+    spins > 10000 ? std::this_thread::yield() : pause();
+  }
 }
 
 // Threads of the process: GROK1_NUM_THREADS, or the cores it may run on.
@@ -66,10 +76,7 @@ struct Job {
   bool has_units() const { return next_unit.load(std::memory_order_relaxed) < num_units; }
 
   void wait() {
-    for (int spins = 0; num_done.load(std::memory_order_acquire) < num_units; ++spins) {
-      // Only a thread that was descheduled takes long.
-      spins > 10000 ? std::this_thread::yield() : pause();
-    }
+    wait_until([this] { return num_done.load(std::memory_order_acquire) == num_units; });
   }
 };
 
