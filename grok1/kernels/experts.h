@@ -12,7 +12,7 @@
 namespace grok1 {
 
 // Parts that the work on a slice of hidden columns is cut into, before and after the activation.
-constexpr int64_t kParts = 4;
+constexpr int64_t kParts = 8;
 
 struct Expert {
   Matrix gate, up, down;

@@ -23,7 +23,7 @@ constexpr int64_t kTileDepth = 128;  // as float32 32 KiB with 64 columns
 // Columns whose sums stay in the first-level cache while weight rows are walked; the processor
 // fetches past the end of a run of memory, so the longer the runs the better.
 constexpr int64_t panel_for(int64_t num_rows) {
-  return num_rows <= 2 ? 4096 : num_rows == 3 ? 2048 : 1024;
+  return num_rows <= 2 ? 8192 : num_rows <= 4 ? 4096 : 2048;
 }
 
 // Weight rows walked side by side, 16 KiB of them with the widest panel.
@@ -77,8 +77,9 @@ void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t widt
     }
     const int8_t* row = values + column;
     for (int64_t k = 0; k < count; ++k, row += stride) {
-      // An address past the weight's end is harmless: a prefetch does not fault.
-      __builtin_prefetch(row + walked_for(width) * stride);
+      // To the second-level cache, which waits for more lines at a time than the first. An address
+      // past the weight's end is harmless: a prefetch does not fault.
+      __builtin_prefetch(row + walked_for(width) * stride, 0, 2);
       Floats weight[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) weight[v] = load(row + v * kLanes);
       for (int m = 0; m < kRows; ++m) {
