@@ -17,6 +17,10 @@ NO_CHECKPOINT = (
 )
 
 
+def device_ids(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue a prompt with a Grok-1 model.")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="directory that holds ckpt-0/")
@@ -41,6 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, if no launcher says it")
     for option in ("--num-processes", "--process-id"):
         parser.add_argument(option, type=int, help="with --coordinator; see docs/many-hosts.md")
+    parser.add_argument(
+        "--local-devices", type=device_ids, metavar="0,1,...", help="GPUs of the host to take"
+    )
     return parser.parse_args()
 
 
@@ -69,8 +76,8 @@ def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> 
 
 def main() -> None:
     arguments = parse_arguments()
-    places = arguments.coordinator, arguments.num_processes, arguments.process_id
-    if grok1.initialize_distributed(*places) > 0:
+    names = ("coordinator", "num_processes", "process_id", "local_devices")
+    if grok1.initialize_distributed(*(getattr(arguments, name) for name in names)) > 0:
         sys.stdout = io.StringIO()  # one process prints
     checkpoint = arguments.checkpoint or CHECKPOINTS
     if not arguments.checkpoint and not (CHECKPOINTS / "ckpt-0").exists():
