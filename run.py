@@ -38,6 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mesh", help="DATAxMODEL devices, as 1x8; default: all")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first ones; default: all")
+    parser.add_argument("--embedding-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--offload", choices=["auto", "none", "host", "disk"], default="auto")
     parser.add_argument("--memory", metavar="16GB", help="for the process, with experts on disk")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
@@ -83,7 +85,8 @@ def main() -> None:
     if not arguments.checkpoint and not (CHECKPOINTS / "ckpt-0").exists():
         print(NO_CHECKPOINT, file=sys.stderr)
         checkpoint = CHECKPOINTS / "toy"
-    names = ("mesh", "dtype", "cache_dtype", "tokenizer", "offload", "memory")
+    names = ("mesh", "dtype", "cache_dtype", "tokenizer", "layers", "embedding_dtype", "offload",
+             "memory")  # fmt: skip
     model = grok1.load(checkpoint, **{name: getattr(arguments, name) for name in names})
     file, prompts = arguments.prompt_file, [arguments.prompt]
     if file or arguments.interactive:

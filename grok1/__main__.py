@@ -70,7 +70,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.directory}: there is no such directory")
         config = load_config(arguments.directory)
     names = ("devices", "memory", "device", "mesh", "batch", "context", "dtype", "cache_dtype",
-             "bandwidth", "disk")  # fmt: skip
+             "bandwidth", "disk", "layers", "embedding_dtype")  # fmt: skip
     found = planning.plan(
         config,
         **{name: getattr(arguments, name) for name in names},
@@ -158,8 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
     plan.add_argument("--bandwidth", type=float, metavar="GB/s", help="of their memory")
     plan.add_argument(
-        "--disk", type=float, default=2.0, metavar="GB/s", help="what it delivers; default: 2"
+        "--disk", type=float, metavar="GB/s", help="what it delivers; default: 2, or as measured"
     )
+    plan.add_argument("--layers", type=int, metavar="N", help="only the first; default: all")
+    plan.add_argument("--embedding-dtype", choices=["float32", "bfloat16"], default="float32")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
