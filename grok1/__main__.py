@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 
@@ -10,6 +11,8 @@ import jax
 from grok1 import comparison, conversion, gguf_file, inspection, planning, verification
 from grok1.config import GROK_1
 from grok1.directory import load_config
+
+_BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -173,7 +176,13 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.run not in (_compare, _plan):
         jax.config.update("jax_platforms", "cpu")
     try:
-        return parsed.run(parsed)
+        status = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads on, as behind `| head`; Python would say so once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except KeyboardInterrupt:
         print("\ngrok1: interrupted; the same command starts or continues it", file=sys.stderr)
         return 130
