@@ -5,35 +5,35 @@ people who have 318 GB to repair and want one list, and the command that fetches
 """
 
 import collections
-import contextlib
 import errno
-import hashlib
-import math
 import os
 import pathlib
 import re
 import shlex
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from grok1.checkpoint import LAYER, check_tensor, describe_storage
 from grok1.config import GROK_1, ModelConfig
+from grok1.contents import (
+    CheckedFile,
+    Journal,
+    check_writable,
+    read_contents,
+    read_sums,
+    write_sums,
+)
 from grok1.directory import is_safetensors, load_config
 from grok1.manifest import TensorSpec, file_name, manifest
 from grok1.safetensors_file import INDEX_NAME, examine_safetensors
 from grok1.tensor_file import (
-    DTYPES,
-    ArraySpan,
     CheckpointError,
     HostileFileError,
     TensorHeader,
-    open_unchanged,
-    read_at,
     read_header,
     tensor_file_size,
 )
@@ -41,10 +41,7 @@ from grok1.tensor_file import (
 SUMS_NAME = "SHA256SUMS"
 
 _NUM_THREADS = 8
-_READ_BYTES = 1 << 24  # A thread holds as much.
-_HOLE_BYTES = 1 << 18  # As many zeros in a row are no weights: eight rows of an expert.
 _MANY = 64  # Files, from which on fetching the directory again is the shorter command.
-_SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 class Fault(NamedTuple):
@@ -138,25 +135,9 @@ def verify(
     )
 
 
-class _File(NamedTuple):
-    """A file that is good by its header.
-
-    Attributes:
-      name: Its path, relative to the checkpoint.
-      path: Where it is.
-      file_size: Its length in bytes.
-      arrays: What it holds, each with what to call it.
-    """
-
-    name: str
-    path: pathlib.Path
-    file_size: int
-    arrays: list[tuple[str, ArraySpan]]
-
-
 def _safetensors_files(
     directory: pathlib.Path, specs: list[TensorSpec]
-) -> tuple[list[_File], list[Fault]]:
+) -> tuple[list[CheckedFile], list[Fault]]:
     index = directory / INDEX_NAME
     try:
         found = examine_safetensors(directory, specs)
@@ -177,7 +158,7 @@ def _safetensors_files(
                 Fault(name, "foreign, expected no such file by the index", "move it away", False)
             )
     files = [
-        _File(
+        CheckedFile(
             shard.path.name,
             shard.path,
             shard.file_size,
@@ -188,13 +169,13 @@ def _safetensors_files(
         )
         for shard in found.shards
     ]
-    files.append(_File(INDEX_NAME, index, index.stat().st_size, []))
+    files.append(CheckedFile(INDEX_NAME, index, index.stat().st_size, []))
     return [file for file in files if file.name not in bad], faults
 
 
 def _tensor_files(
     directory: pathlib.Path, specs: list[TensorSpec]
-) -> tuple[list[_File], list[Fault]]:
+) -> tuple[list[CheckedFile], list[Fault]]:
     """Checks names and headers of `ckpt-0`."""
     place = directory / "ckpt-0"
     try:
@@ -236,10 +217,10 @@ def _tensor_files(
     return [file for file in files if file.name not in bad], faults
 
 
-def _file(header: TensorHeader) -> _File:
+def _file(header: TensorHeader) -> CheckedFile:
     spans = [("values", header.values), ("scales", header.scales)]
     arrays = [(what, span) for what, span in spans if span is not None]
-    return _File(f"ckpt-0/{header.path.name}", header.path, header.file_size, arrays)
+    return CheckedFile(f"ckpt-0/{header.path.name}", header.path, header.file_size, arrays)
 
 
 def _header_fault(path: pathlib.Path, spec: TensorSpec, error: CheckpointError) -> Fault:
@@ -314,14 +295,14 @@ def _extra_faults(place: pathlib.Path, names: set[str], specs) -> Iterator[Fault
 
 
 def _read_all(
-    directory: pathlib.Path, files: list[_File], sums_path: pathlib.Path, progress: bool
+    directory: pathlib.Path, files: list[CheckedFile], sums_path: pathlib.Path, progress: bool
 ) -> tuple[list[Fault], list[str]]:
     """Reads the files side by side; `known` and what was read before an interruption count."""
-    known = _read_sums(sums_path)
+    known = read_sums(sums_path)
     if any(file.name not in known for file in files):
-        _check_writable(sums_path)
+        check_writable(sums_path)
     faults, notes, sums = [], [], dict(known)
-    journal, stopped, lock = _Journal(sums_path), threading.Event(), threading.Lock()
+    journal, stopped, lock = Journal(sums_path), threading.Event(), threading.Lock()
     # disable=None is quiet when stderr is no terminal.
     with (
         tqdm(
@@ -340,11 +321,11 @@ def _read_all(
             with lock:
                 bar.update(num_bytes)
 
-        readings = [(file, pool.submit(_read, file, journal, advance)) for file in files]
+        readings = [(file, pool.submit(read_contents, file, journal, advance)) for file in files]
         try:
             for file, reading in readings:
                 try:
-                    digest, modified, found = reading.result()
+                    digest, stamp, found = reading.result()
                     if known.get(file.name, digest) != digest:
                         raise CheckpointError(
                             f"SHA-256 is {digest}, expected {known[file.name]} as in {sums_path}; "
@@ -356,14 +337,14 @@ def _read_all(
                 sums[file.name] = digest
                 notes += found
                 if not found:
-                    journal.add(file, modified, digest)
+                    journal.add(file, stamp, digest)
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     added = sums.keys() - known.keys()
     if added:
-        _write_sums(sums_path, sums)
+        write_sums(sums_path, sums)
     journal.remove()
     checked = len({file.name for file in files} & known.keys())
     relative = shlex.quote(os.path.relpath(sums_path, directory))
@@ -372,176 +353,6 @@ def _read_all(
         f"(cd {shlex.quote(str(directory))} && sha256sum -c {relative})"
     )
     return faults, notes
-
-
-class _Reading(NamedTuple):
-    digest: str
-    modified: int
-    notes: list[str]
-
-
-class _Journal:
-    """The good files of a run, so that the one after an interruption need not read them again.
-
-    Where it cannot be written, as on a read-only disk whose checksums are complete, there is none.
-    """
-
-    def __init__(self, sums_path: pathlib.Path):
-        self._path = sums_path.with_name(f".{sums_path.name}.journal")
-        self._done: dict[tuple[str, int, int], str] = {}
-        with contextlib.suppress(OSError):
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                digest, size, modified, name = line.split(" ", 3)
-                self._done[name, int(size), int(modified)] = digest
-
-    def digest(self, file: _File, modified: int) -> str | None:
-        return self._done.get((file.name, file.file_size, modified))
-
-    def add(self, file: _File, modified: int, digest: str) -> None:
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as lines:
-            lines.write(f"{digest} {file.file_size} {modified} {file.name}\n")
-
-    def remove(self) -> None:
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
-
-
-def _read(file: _File, journal: _Journal, advance: Callable[[int], None]) -> _Reading:
-    """Reads a file once, for its checksum and for what its elements are."""
-    with open_unchanged(file) as descriptor:
-        modified = os.fstat(descriptor).st_mtime_ns
-        known = journal.digest(file, modified)
-        if known is not None:
-            advance(file.file_size)
-            return _Reading(known, modified, [])
-        digest, buffer = hashlib.sha256(), np.empty(_READ_BYTES, np.uint8)
-        checks = [_ArrayCheck(file, *array) for array in file.arrays]
-        for check, start, stop in _blocks(file, checks):
-            data = buffer[: stop - start]
-            read_at(file, descriptor, start, data.data)
-            digest.update(data.data)
-            if check is not None:
-                check.look(data, start)
-            advance(len(data))
-    notes = [note for check in checks for note in check.notes()]
-    return _Reading(digest.hexdigest(), modified, notes)
-
-
-def _blocks(
-    file: _File, checks: list["_ArrayCheck"]
-) -> Iterator[tuple["_ArrayCheck | None", int, int]]:
-    """Cuts a file into blocks of one array, or of what lies between two."""
-    ends: list[tuple[_ArrayCheck | None, int]] = []
-    for check in sorted(checks, key=lambda check: check.span.offset):
-        ends.append((None, check.span.offset))
-        ends.append((check, check.span.offset + check.span.nbytes))
-    ends.append((None, file.file_size))
-    start = 0
-    for check, end in ends:
-        while start < end:
-            stop = min(start + _READ_BYTES, end)
-            yield check, start, stop
-            start = stop
-
-
-class _ArrayCheck:
-    """What the elements of one array are, seen a block at a time."""
-
-    def __init__(self, file: _File, what: str, span: ArraySpan):
-        self.span = span
-        self._path, self._what = file.path, what
-        self._not_finite, self._first = 0, ""
-        self._lowest, self._zeros = 0, 0
-
-    def look(self, data: np.ndarray, start: int) -> None:
-        """Takes in the bytes of the file from `start` on."""
-        dtype = DTYPES[self.span.dtype]
-        values = data.view(dtype)
-        if self.span.dtype != "int8":
-            self._look_for_faults(values, (start - self.span.offset) // dtype.itemsize)
-        step = _HOLE_BYTES // dtype.itemsize
-        for first in range(0, len(values), step):
-            block = values[first : first + step]
-            lowest = block.min() if self.span.dtype == "int8" else block[0]
-            if lowest == -128 and self.span.dtype == "int8":
-                self._lowest += int(np.count_nonzero(block == -128))
-            elif lowest == 0 and len(block) == step and not block.any():
-                self._zeros += 1
-
-    def notes(self) -> list[str]:
-        """Returns what is unusual.
-
-        Raises:
-          CheckpointError: If it is wrong.
-        """
-        if self._not_finite:
-            raise CheckpointError(
-                f"{self._path}: {self._not_finite} of {math.prod(self.span.shape)} {self._what} "
-                f"are not finite, the first is {self._first}; the file is damaged: fetch it again"
-            )
-        holes = f"{self._zeros * _HOLE_BYTES:,} bytes of the {self._what} in whole blocks are zero"
-        if self._zeros and self.span.dtype == "int8":
-            raise CheckpointError(
-                f"{self._path}: {holes}, expected weights; the download left a hole: fetch it again"
-            )
-        notes = [f"{self._path}: {holes}"] if self._zeros else []
-        if self._lowest:
-            notes.append(
-                f"{self._path}: {self._lowest} of the {self._what} are -128, which symmetric "
-                "rounding never makes"
-            )
-        return notes
-
-    def _look_for_faults(self, values: np.ndarray, start: int) -> None:
-        if self.span.dtype == "bfloat16":
-            # All bits of the exponent are set in what is infinite or not a number.
-            finite = (values.view(np.uint16) & 0x7F80) != 0x7F80
-        else:
-            finite = np.isfinite(values)
-        if finite.all():
-            return
-        if not self._not_finite:
-            first = int(np.argmin(finite))
-            place = [int(n) for n in np.unravel_index(start + first, self.span.shape)]
-            self._first = f"{values[first]} at {place}"
-        self._not_finite += finite.size - int(np.count_nonzero(finite))
-
-
-def _read_sums(path: pathlib.Path) -> dict[str, str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    known = {}
-    for number, line in enumerate(lines, 1):
-        match = _SUMS_LINE.fullmatch(line)
-        if match is None:
-            raise CheckpointError(
-                f"{path}: line {number} is {line!r:.80}, expected a SHA-256, two spaces and a file "
-                "name, as sha256sum writes them"
-            )
-        known[os.path.normpath(match[2])] = match[1].lower()
-    return known
-
-
-def _check_writable(path: pathlib.Path) -> None:
-    """Hours of reading should not end with a directory that cannot be written."""
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise CheckpointError(
-            f"{path}: cannot be written; give a place for the checksums with --manifest FILE"
-        )
-
-
-def _write_sums(path: pathlib.Path, sums: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(
-            "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())),
-            encoding="utf-8",
-        )
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _hf_command(directory: pathlib.Path, what: str = "--include 'ckpt-0/*'") -> str:

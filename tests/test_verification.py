@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1 import __main__, tensor_file, verification
+from grok1 import __main__, contents, tensor_file, verification
 from grok1.config import GROK_1, ModelConfig
 from grok1.conversion import convert
 from grok1.manifest import file_name, manifest
@@ -241,8 +241,8 @@ def test_deep_finds_values_that_are_not_finite_and_holes(nano_copy, tmp_path):
 
 def read_one(path: pathlib.Path) -> list[str]:
     file = verification._file(read_header(path))
-    journal = verification._Journal(path.parent / "SHA256SUMS")
-    return verification._read(file, journal, lambda num_bytes: None).notes
+    journal = contents.Journal(path.parent / "SHA256SUMS")
+    return contents.read_contents(file, journal, lambda num_bytes: None).notes
 
 
 def test_deep_finds_a_hole(tmp_path):
@@ -262,7 +262,7 @@ def test_deep_finds_a_hole(tmp_path):
 
 
 def test_an_array_is_checked_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "_READ_BYTES", 1 << 12)
+    monkeypatch.setattr(contents, "_READ_BYTES", 1 << 12)
     values = np.ones((64, 100), np.float32)
     values[50, 7] = values[60, 1] = np.inf
     write_tensor(tmp_path / "tensor00000_000", values)
@@ -273,7 +273,7 @@ def test_an_array_is_checked_across_blocks(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_reading_is_continued(nano_copy, monkeypatch):
-    whole, read = verification._read, []
+    whole, read = verification.read_contents, []
 
     def counted(file, *arguments):
         read.append(file.name)
@@ -282,37 +282,46 @@ def test_an_interrupted_reading_is_continued(nano_copy, monkeypatch):
         return whole(file, *arguments)
 
     monkeypatch.setattr(verification, "_NUM_THREADS", 1)
-    monkeypatch.setattr(verification, "_read", counted)
+    monkeypatch.setattr(verification, "read_contents", counted)
     with pytest.raises(KeyboardInterrupt):
         verification.verify(nano_copy, deep=True)
     assert not (nano_copy / "SHA256SUMS").exists()
-    monkeypatch.setattr(verification, "_read", whole)
+    monkeypatch.setattr(verification, "read_contents", whole)
     hashed = []
 
     def read_at(file, *arguments):
         hashed.append(file.name)
         tensor_file.read_at(file, *arguments)
 
-    monkeypatch.setattr(verification, "read_at", read_at)
+    monkeypatch.setattr(contents, "read_at", read_at)
     assert "0 checksums compared, 146 added" in verification.verify(nano_copy, deep=True).notes[-1]
     assert not set(read[:49]) & set(hashed)
     assert len(set(hashed)) == 146 - 49
     assert not list(nano_copy.glob(".SHA256SUMS*"))
 
 
-def test_what_changed_since_an_interruption_is_read_again(nano_copy):
+@pytest.mark.parametrize("change", ["nothing", "its time", "a copy"])
+def test_what_changed_since_an_interruption_is_read_again(change, nano_copy):
     path = nano_copy / "ckpt-0" / file_name(6)
     file = verification._file(read_header(path))
-    journal = verification._Journal(nano_copy / "SHA256SUMS")
-    journal.add(file, path.stat().st_mtime_ns, "0" * 64)
-    os.utime(path, ns=(1, 1))
-    verification.verify(nano_copy, deep=True)
-    assert f"{'0' * 64}  {file.name}" not in (nano_copy / "SHA256SUMS").read_text()
+    journal = contents.Journal(nano_copy / "SHA256SUMS")
+    journal.add(file, contents.file_stamp(path.stat()), "0" * 64)
+    with open(nano_copy / ".SHA256SUMS.journal", "a") as lines:
+        lines.write("123")  # cut off
+    if change == "its time":
+        os.utime(path, ns=(1, 1))
+    elif change == "a copy":
+        shutil.copy2(path, path.with_name(".copy"))
+        path.with_name(".copy").replace(path)
+    reading = contents.read_contents(
+        file, contents.Journal(nano_copy / "SHA256SUMS"), lambda num_bytes: None
+    )
+    assert (reading.digest == "0" * 64) == (change == "nothing")
 
 
 def test_complete_sums_need_no_place_to_write(nano_copy, tmp_path, monkeypatch):
     verification.verify(nano_copy, deep=True)
-    monkeypatch.setattr(verification.os, "access", lambda *arguments: False)
+    monkeypatch.setattr(contents.os, "access", lambda *arguments: False)
     assert verification.verify(nano_copy, deep=True).is_good
     (nano_copy / "SHA256SUMS").write_text("")
     with pytest.raises(CheckpointError, match="SHA256SUMS: cannot be written; give a place"):
