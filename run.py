@@ -17,6 +17,10 @@ NO_CHECKPOINT = (
 )
 
 
+def device_ids(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue a prompt with a Grok-1 model.")
     parser.add_argument("--checkpoint", type=pathlib.Path, help="directory that holds ckpt-0/")
@@ -34,6 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mesh", help="DATAxMODEL devices, as 1x8; default: all")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first ones; default: all")
+    parser.add_argument("--embedding-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--offload", choices=["auto", "none", "host", "disk"], default="auto")
     parser.add_argument("--memory", metavar="16GB", help="for the process, with experts on disk")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with N alternatives a token")
@@ -41,6 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, if no launcher says it")
     for option in ("--num-processes", "--process-id"):
         parser.add_argument(option, type=int, help="with --coordinator; see docs/many-hosts.md")
+    parser.add_argument(
+        "--local-devices", type=device_ids, metavar="0,1,...", help="GPUs of the host to take"
+    )
     return parser.parse_args()
 
 
@@ -69,14 +78,15 @@ def complete(model: grok1.Model, prompt: str, arguments: argparse.Namespace) -> 
 
 def main() -> None:
     arguments = parse_arguments()
-    places = arguments.coordinator, arguments.num_processes, arguments.process_id
-    if grok1.initialize_distributed(*places) > 0:
+    names = ("coordinator", "num_processes", "process_id", "local_devices")
+    if grok1.initialize_distributed(*(getattr(arguments, name) for name in names)) > 0:
         sys.stdout = io.StringIO()  # one process prints
     checkpoint = arguments.checkpoint or CHECKPOINTS
     if not arguments.checkpoint and not (CHECKPOINTS / "ckpt-0").exists():
         print(NO_CHECKPOINT, file=sys.stderr)
         checkpoint = CHECKPOINTS / "toy"
-    names = ("mesh", "dtype", "cache_dtype", "tokenizer", "offload", "memory")
+    names = ("mesh", "dtype", "cache_dtype", "tokenizer", "layers", "embedding_dtype", "offload",
+             "memory")  # fmt: skip
     model = grok1.load(checkpoint, **{name: getattr(arguments, name) for name in names})
     file, prompts = arguments.prompt_file, [arguments.prompt]
     if file or arguments.interactive:

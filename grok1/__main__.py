@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 
@@ -10,6 +11,8 @@ import jax
 from grok1 import comparison, conversion, gguf_file, inspection, planning, verification
 from grok1.config import GROK_1
 from grok1.directory import load_config
+
+_BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -70,7 +73,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{arguments.directory}: there is no such directory")
         config = load_config(arguments.directory)
     names = ("devices", "memory", "device", "mesh", "batch", "context", "dtype", "cache_dtype",
-             "bandwidth", "disk")  # fmt: skip
+             "bandwidth", "disk", "layers", "embedding_dtype")  # fmt: skip
     found = planning.plan(
         config,
         **{name: getattr(arguments, name) for name in names},
@@ -158,8 +161,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--cache-dtype", choices=["float32", "float16", "int8"])
     plan.add_argument("--bandwidth", type=float, metavar="GB/s", help="of their memory")
     plan.add_argument(
-        "--disk", type=float, default=2.0, metavar="GB/s", help="what it delivers; default: 2"
+        "--disk", type=float, metavar="GB/s", help="what it delivers; default: 2, or as measured"
     )
+    plan.add_argument("--layers", type=int, metavar="N", help="only the first; default: all")
+    plan.add_argument("--embedding-dtype", choices=["float32", "bfloat16"], default="float32")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -171,7 +176,13 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.run not in (_compare, _plan):
         jax.config.update("jax_platforms", "cpu")
     try:
-        return parsed.run(parsed)
+        status = parsed.run(parsed)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads on, as behind `| head`; Python would say so once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except KeyboardInterrupt:
         print("\ngrok1: interrupted; the same command starts or continues it", file=sys.stderr)
         return 130

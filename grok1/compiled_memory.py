@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from grok1.config import ModelConfig
 from grok1.engine import Engine
 from grok1.generation import MAX_ROWS
+from grok1.manifest import TensorSpec
 from grok1.memory import abstract_engine, released_weights, state_bytes
 from grok1.sampling import SamplingState
 from grok1.sharding import DATA_AXIS, make_mesh
@@ -63,7 +64,8 @@ def answer(request: dict[str, Any]) -> dict[str, int]:
     """Compiles what a request asks for.
 
     Args:
-      request: "config", the model's fields; "mesh", sizes; "dtype" and "cache_dtype"; "batch" and
+      request: "config", the model's fields; "tensors", those of one layer and outside of layers, as
+        they lie in memory; "mesh", sizes; "dtype" and "cache_dtype"; "batch" and
         "capacity"; "rooms", the bytes on a device that weights leave, usually and at most.
 
     Returns:
@@ -73,7 +75,11 @@ def answer(request: dict[str, Any]) -> dict[str, int]:
     """
     config = ModelConfig(**request["config"])
     mesh = make_mesh(config, request["mesh"])
-    weights = released_weights(config)
+    tensors = [
+        TensorSpec(name, tuple(shape), dtype, scales_shape and tuple(scales_shape))
+        for name, shape, dtype, scales_shape in request["tensors"]
+    ]
+    weights = released_weights(config, tensors)
     engine = abstract_engine(weights, config, mesh, request["dtype"], request["cache_dtype"])
     batch, capacity = request["batch"], request["capacity"]
     working = functools.cache(functools.partial(working_bytes, engine))

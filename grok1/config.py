@@ -136,6 +136,18 @@ class ModelConfig:
         """G, query heads that share one key/value head."""
         return self.num_q_heads // self.num_kv_heads
 
+    def first_layers(self, layers: int | None) -> "ModelConfig":
+        """Returns the configuration of the first layers alone; of all for None.
+
+        Raises:
+          ValueError: If there are fewer.
+        """
+        if layers is None:
+            return self
+        if not 1 <= layers <= self.num_layers:
+            raise ValueError(f"layers must be from 1 to {self.num_layers}, found {layers}")
+        return dataclasses.replace(self, num_layers=layers)
+
     def to_json(self) -> str:
         """Returns the configuration as JSON text that `from_json` reads back unchanged.
 

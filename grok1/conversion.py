@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from grok1.storage import (
 )
 from grok1.tensor_file import DTYPES, CheckpointError, tensor_file_pieces
 from grok1.tokenizer import Tokenizer
+from grok1.version import __version__
 
 FORMATS = ("grok1", "safetensors", "gguf")
 
@@ -78,7 +80,7 @@ def convert(
     tensors, specs = open_tensors(source, config)
     if dtype == "int8" and all(spec.scales_shape is None for spec in specs):
         raise CheckpointError(
-            f"{source}: its weights are {specs[-1].dtype}, and int8 was asked for; convert the "
+            f"{source}: its weights are {_weight_type(specs)}, and int8 was asked for; convert the "
             "released files instead"
         )
     if to == "grok1":
@@ -87,16 +89,22 @@ def convert(
         plan = _safetensors_plan(config, tensors, specs, dtype)
     else:
         plan = _gguf_plan(source, config, tensors, specs, dtype, embedding or "f32")
+    config_json = config.to_json().encode()
+    tokenizer_path = source / "tokenizer.model"
+    tokenizer = tokenizer_path.read_bytes() if tokenizer_path.exists() else b""
     if to != "gguf":
-        plan.files.append(content("config.json", config.to_json().encode()))
-        if (source / "tokenizer.model").exists():
-            plan.files.append(content("tokenizer.model", (source / "tokenizer.model").read_bytes()))
+        plan.files.append(content("config.json", config_json))
+        if tokenizer:
+            plan.files.append(content("tokenizer.model", tokenizer))
     identity = {
         "source": os.path.abspath(source),
-        "source files": _digest(tensors),
         "to": to,
         "dtype": dtype,
         "embedding": embedding,
+        "config": hashlib.sha256(config_json).hexdigest(),
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "source files": _digest(tensors),
+        "versions": _versions(to),
     }
     write_files(target, plan.files, identity, plan.check, progress)
     return plan.notes
@@ -123,6 +131,19 @@ def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:
             raise ModuleNotFoundError(
                 f"converting to {to} needs the package {to}: pip install 'grok1[convert]'"
             ) from error
+
+
+def _weight_type(specs) -> str:
+    """The type of the experts, which are nearly all of the weights; norms are always float32."""
+    return next(spec.dtype for spec in specs if len(spec.shape) == 3)
+
+
+def _versions(to: str) -> dict[str, str]:
+    """What writes the files: another version may write other bytes."""
+    versions = {"grok1": __version__}
+    if to != "grok1":
+        versions[to] = importlib.metadata.version(to)
+    return versions
 
 
 def _grok1_plan(config: ModelConfig, tensors: list[StoredTensor], specs) -> _Plan:

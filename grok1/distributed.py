@@ -8,9 +8,10 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax._src import distributed as jax_distributed
@@ -18,6 +19,8 @@ from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
 _HEARTBEAT_SECONDS = 20  # A process that was silent for so long is taken for dead.
 _SHUTDOWN_SECONDS = 20
+_START_SECONDS = 300  # In which process 0 must answer the others.
+_RETRY_SECONDS = 0.2
 _CHECK_SECONDS = 1.0
 _FAILURE_MILLISECONDS = 30 * 1000
 _BARRIER_MILLISECONDS = 24 * 3600 * 1000  # Dead processes end it earlier.
@@ -34,6 +37,7 @@ def initialize_distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    local_device_ids: Sequence[int] | None = None,
 ) -> int:
     """Joins the processes that run this program, before anything else uses JAX.
 
@@ -43,27 +47,40 @@ def initialize_distributed(
     the process is alone. On CPUs the processes speak through Gloo.
 
     Args:
-      coordinator: "host:port" of process 0, free there and reachable from all.
+      coordinator: "host:port" of process 0, free there and reachable from all; None for that of
+        JAX_COORDINATOR_ADDRESS or of the launcher.
       num_processes: How many processes there are.
       process_id: Which one this is, from 0.
+      local_device_ids: Numbers of the host's GPUs that this process takes. None for those of
+        JAX_LOCAL_DEVICE_IDS; otherwise, under Slurm and Open MPI, for the one of the process's own
+        number on the host, and elsewhere for all.
 
     Returns:
       The number of this process; 0 is the one that should print.
 
     Raises:
-      ValueError: If only some of the arguments are given and no launcher knows the others.
-      RuntimeError: If JAX has started already, or the others do not come within five minutes.
+      ValueError: If only some of the first three are given and no launcher knows the others, or
+        they are impossible.
+      RuntimeError: If JAX has started already, or the coordinator that is given does not answer
+        within five minutes. Where it answers and another process does not come, JAX ends the
+        process itself.
     """
     if jax.distributed.is_initialized():
         return jax.process_index()
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     given = (coordinator, num_processes, process_id)
     if given == (None, None, None) and not _is_launched():
+        _show_devices(local_device_ids)
         return 0
+    _check(*given)
+    if coordinator is not None and process_id:
+        _wait_for(coordinator)
     # Where only some are given, a launcher may know the rest, such as a process's local devices.
     method = "deactivate" if None not in given and not _is_launched() else None
     try:
         jax.distributed.initialize(
             *given,
+            local_device_ids,
             cluster_detection_method=method,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
@@ -76,6 +93,48 @@ def initialize_distributed(
     if jax.default_backend() == "cpu" and jax.process_count() > 1:
         _keep_stdout_for_python()
     return jax.process_index()
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+            raise ValueError(
+                "coordinator must be HOST:PORT, with a free port of process 0's host, as "
+                f"host0:12345, found {coordinator!r}"
+            )
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"num_processes must be 1 or more, found {num_processes}")
+    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
+        raise ValueError(
+            f"process_id must be from 0 to num_processes - 1, found {process_id} with "
+            f"num_processes {num_processes}"
+        )
+
+
+def _wait_for(coordinator: str) -> None:
+    """Waits until process 0 listens: JAX would abort this process where it does not."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _CHECK_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"coordinator {coordinator}: does not answer after {_START_SECONDS} s: "
+                    f"{error}; start process 0 on that host, and see that the port is open"
+                ) from error
+        time.sleep(_RETRY_SECONDS)
+
+
+def _show_devices(local_device_ids: Sequence[int] | None) -> None:
+    """A process that is alone takes the GPUs that it is told as well."""
+    if local_device_ids is not None:
+        for platform in ("cuda", "rocm"):
+            numbers = ",".join(map(str, local_device_ids))
+            jax.config.update(f"jax_{platform}_visible_devices", numbers)
 
 
 @contextlib.contextmanager

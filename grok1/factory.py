@@ -1,6 +1,5 @@
 """The ways a model comes to be, and back to disk."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from grok1.config import ModelConfig
 from grok1.directory import load_config, open_tensors
 from grok1.distributed import together
 from grok1.loading import load_params
-from grok1.manifest import EMBEDDING, manifest
+from grok1.manifest import in_memory, manifest
 from grok1.memory import abstract_engine, abstract_weights
 from grok1.model import Model
 from grok1.offloading import Offload, is_offloaded, load_offloaded
@@ -75,11 +74,8 @@ def load(
       OtherProcessError: If this is one of several processes and another one failed.
     """
     path = pathlib.Path(path)
-    whole = config = load_config(path)
-    if layers is not None:
-        if not 1 <= layers <= whole.num_layers:
-            raise ValueError(f"layers must be from 1 to {whole.num_layers}, found {layers}")
-        config = dataclasses.replace(whole, num_layers=layers)
+    whole = load_config(path)
+    config = whole.first_layers(layers)
     device_mesh = make_mesh(config, mesh)
     dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
     cache_dtype = precision.cache_dtype(cache_dtype)
@@ -92,12 +88,7 @@ def load(
     names = {spec.name for spec in manifest(config)}
     kept = [number for number, spec in enumerate(tensors) if spec.name in names]
     stored, tensors = [stored[number] for number in kept], [tensors[number] for number in kept]
-    # In memory a weight without scales is float32, whatever it is in the file.
-    tensors = [spec if spec.scales_shape else spec._replace(dtype="float32") for spec in tensors]
-    tensors = [
-        spec._replace(dtype=embedding_type.name) if spec.name == EMBEDDING else spec
-        for spec in tensors
-    ]
+    tensors = in_memory(tensors, embedding_type)
     weights = abstract_weights(tensors, config)
     whole_engine = abstract_engine(weights, config, device_mesh, dtype, cache_dtype)
     if not is_offloaded(whole_engine, offload, memory):

@@ -44,24 +44,59 @@ class TensorReport(NamedTuple):
     largest_scale: float | None
 
 
+class LayerReport(NamedTuple):
+    """The weights of one layer together.
+
+    Attributes:
+      layer: Its number.
+      attention_rms: Root of the mean square of the four projections of attention.
+      smallest_expert_rms: Of gate, up and down projections the smallest, all experts of each taken
+        together.
+      largest_expert_rms: The largest.
+      router_rms: Root of the mean square of the router's weight.
+      smallest_scale: Smallest of all scales of the layer, None without.
+      largest_scale: Largest of all scales of the layer, None without.
+    """
+
+    layer: int
+    attention_rms: float
+    smallest_expert_rms: float
+    largest_expert_rms: float
+    router_rms: float
+    smallest_scale: float | None
+    largest_scale: float | None
+
+    def line(self) -> str:
+        """The same as a line of a table."""
+        experts = f"{self.smallest_expert_rms:.5f} to {self.largest_expert_rms:.5f}"
+        return (
+            f"{self.layer:5} {self.attention_rms:11.5f} {experts:>20} {self.router_rms:9.5f}  "
+            f"{_range(self.smallest_scale, self.largest_scale)}"
+        ).rstrip()
+
+
 class Inspection(NamedTuple):
     """A checkpoint.
 
     Attributes:
       tensors: The tensors asked for, in file order.
+      layers: The layers asked for, in their order.
       num_weights: Weights in them.
       num_bytes: Bytes by type of the elements.
       is_sample: Whether `rms` is that of some rows only.
     """
 
     tensors: list[TensorReport]
+    layers: list[LayerReport]
     num_weights: int
     num_bytes: dict[str, int]
     is_sample: bool
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""
-        return {**self._asdict(), "tensors": [tensor._asdict() for tensor in self.tensors]}
+        tensors = [tensor._asdict() for tensor in self.tensors]
+        layers = [layer._asdict() for layer in self.layers]
+        return {**self._asdict(), "tensors": tensors, "layers": layers}
 
     def lines(self) -> list[str]:
         """The same as a table."""
@@ -72,17 +107,15 @@ class Inspection(NamedTuple):
         for tensor in self.tensors:
             shape = f"{tensor.dtype}[{','.join(map(str, tensor.shape))}]"
             scales = f"[{','.join(map(str, tensor.scales_shape))}]" if tensor.scales_shape else ""
-            span = (
-                f"{tensor.smallest_scale:.2e} to {tensor.largest_scale:.2e}"
-                if tensor.scales_shape
-                else ""
-            )
+            span = _range(tensor.smallest_scale, tensor.largest_scale)
             lines.append(
                 f"{tensor.file:16} {tensor.name:{width}} {shape:30} {scales:20} "
                 f"{tensor.rms:9.5f}  {span}".rstrip()
             )
         totals = ", ".join(f"{name} {count:,} bytes" for name, count in self.num_bytes.items())
         lines.append(f"{len(self.tensors)} tensors, {self.num_weights:,} weights: {totals}")
+        lines.append(f"layer {'attention':>11} {'experts':>20} {'router':>9}  scale range")
+        lines += [layer.line() for layer in self.layers]
         if self.is_sample:
             lines.append(f"rms is that of {_SAMPLE_ROWS} rows of each matrix; --full reads all")
         return lines
@@ -132,7 +165,37 @@ def inspect(
             )
         )
     num_weights = sum(math.prod(report.shape) for report in reports)
-    return Inspection(reports, num_weights, dict(totals), not full)
+    return Inspection(reports, _layer_reports(reports), num_weights, dict(totals), not full)
+
+
+def _range(smallest: float | None, largest: float | None) -> str:
+    return "" if smallest is None else f"{smallest:.2e} to {largest:.2e}"
+
+
+def _layer_reports(tensors: list[TensorReport]) -> list[LayerReport]:
+    layers: dict[int, list[TensorReport]] = {}
+    for tensor in tensors:
+        match = _LAYER.search(tensor.name)
+        if match is not None:
+            layers.setdefault(int(match[1]), []).append(tensor)
+    return [_layer_report(number, layers[number]) for number in sorted(layers)]
+
+
+def _layer_report(number: int, tensors: list[TensorReport]) -> LayerReport:
+    attention = [tensor for tensor in tensors if "/multi_head_attention/" in tensor.name]
+    experts = [tensor.rms for tensor in tensors if "/moe/" in tensor.name]
+    squares = sum(tensor.rms**2 * math.prod(tensor.shape) for tensor in attention)
+    smallest = [t.smallest_scale for t in tensors if t.smallest_scale is not None]
+    largest = [t.largest_scale for t in tensors if t.largest_scale is not None]
+    return LayerReport(
+        layer=number,
+        attention_rms=math.sqrt(squares / sum(math.prod(tensor.shape) for tensor in attention)),
+        smallest_expert_rms=min(experts),
+        largest_expert_rms=max(experts),
+        router_rms=next(tensor.rms for tensor in tensors if "/router/" in tensor.name),
+        smallest_scale=min(smallest, default=None),
+        largest_scale=max(largest, default=None),
+    )
 
 
 def _rms(tensor: StoredTensor, scales: list[np.ndarray] | None, full: bool) -> float:

@@ -7,6 +7,7 @@ is in transfer. Beyond the model itself the host needs two such pieces a device 
 
 import itertools
 import math
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,6 +83,25 @@ def load_params(
       CheckpointError: If a file changes underneath, or a scale is not finite.
       OtherProcessError: If this is one of several processes and another one failed.
     """
+    try:
+        return _load_params(tensors, manifest, config, mesh, progress, select)
+    except BaseException as error:
+        # A notebook keeps the traceback of the last error, and its frames would keep the buffers.
+        failure: BaseException | None = error
+        while failure is not None:
+            traceback.clear_frames(failure.__traceback__)
+            failure = failure.__context__
+        raise
+
+
+def _load_params(
+    tensors: list[StoredTensor],
+    manifest: list[TensorSpec],
+    config: ModelConfig,
+    mesh: Mesh,
+    progress: bool,
+    select: Callable[[Params], Params],
+) -> Params:
     stored = naming(config).apply(_named_leaves(tensors, manifest), None)
     target = abstract_stack(stored, config, mesh)
     sources = Params(

@@ -7,6 +7,7 @@ layer 10 comes before layer 2.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from grok1.config import ModelConfig
 from grok1.quantization import QuantizedArray
@@ -46,6 +47,22 @@ def abstract_params(config: ModelConfig, *, quantized: bool = True) -> NamedPara
 def manifest(config: ModelConfig) -> list[TensorSpec]:
     """Returns the tensors of a checkpoint of `config`, in the order of its files."""
     return [_spec(name, leaf) for name, leaf in named_leaves(abstract_params(config))]
+
+
+def in_memory(specs: list[TensorSpec], embedding_dtype: Any) -> list[TensorSpec]:
+    """Returns the tensors as they lie in memory, whatever the types of a file.
+
+    Args:
+      specs: Tensors with the types of their files.
+      embedding_dtype: Type of the embedding.
+    """
+    embedding = str(jnp.dtype(embedding_dtype))
+    return [
+        spec
+        if spec.scales_shape
+        else spec._replace(dtype=embedding if spec.name == EMBEDDING else "float32")
+        for spec in specs
+    ]
 
 
 def named_leaves(named: NamedParams) -> list[tuple[str, Any]]:

@@ -1,6 +1,5 @@
 """What a model takes of each device's memory, and what there is, before any of it is taken."""
 
-import dataclasses
 import gc
 import math
 import os
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 
 from grok1 import native
-from grok1.config import ModelConfig
+from grok1.config import GROK_1, ModelConfig
 from grok1.engine import Engine
 from grok1.manifest import TensorSpec, manifest
 from grok1.quantization import QuantizedArray
@@ -32,6 +31,9 @@ RAISE_FRACTION = f"set XLA_PYTHON_CLIENT_MEM_FRACTION={MOST_PREALLOCATED:.2g}".r
 GPU_PLATFORMS = ("gpu", "cuda", "rocm")
 """JAX's names for GPUs, whose memory it takes in advance."""
 
+WORKING_BYTES = 1_000_000_000
+"""What Python, JAX and the working memory of the programs take, at the released model's sizes."""
+
 _MOST_DEVICES = 64  # that are suggested
 
 
@@ -48,12 +50,22 @@ def abstract_weights(tensors: list[TensorSpec], config: ModelConfig) -> Params:
     return naming(config).apply(stored, None)
 
 
-def released_weights(config: ModelConfig) -> Params:
-    """Returns the `abstract_weights` of a checkpoint of a configuration."""
+def released_weights(config: ModelConfig, tensors: list[TensorSpec] | None = None) -> Params:
+    """Returns the `abstract_weights` of a checkpoint of a configuration.
+
+    Args:
+      config: The model.
+      tensors: The tensors outside of layers and in the first layer, with their types; None for
+        those of a release.
+    """
     # Layers are alike, and naming 64 of them takes a second.
-    one_layer = dataclasses.replace(config, num_layers=1)
-    weights = abstract_weights(manifest(one_layer), one_layer)
+    weights = abstract_weights(tensors or one_layer(config), config.first_layers(1))
     return weights._replace(layers=list(weights.layers) * config.num_layers)
+
+
+def one_layer(config: ModelConfig) -> list[TensorSpec]:
+    """Returns the tensors of a release that lie outside of layers and in the first layer."""
+    return manifest(config.first_layers(1))
 
 
 def abstract_engine(
@@ -90,6 +102,17 @@ def screening_table_bytes(engine: Engine) -> int:
         return 0
     rows = engine.config.vocab_size // engine.mesh.shape[MODEL_AXIS]
     return rows * (engine.config.emb_size + 8)
+
+
+def working_bytes(engine: Engine) -> int:
+    """Returns what a device needs at least beside weights and cache, without compiling anything.
+
+    Programs need what the model's width asks for, and on a CPU there is the screening table.
+    """
+    config, width = engine.config, GROK_1.emb_size * GROK_1.ffn_size
+    share = min(1.0, config.emb_size * config.ffn_size / width)
+    table = screening_table_bytes(engine) if _is_on_cpu(engine) else 0
+    return table + int(share * WORKING_BYTES) // engine.mesh.shape[MODEL_AXIS]
 
 
 def least_bytes(engine: Engine) -> int:
@@ -139,7 +162,7 @@ def device_bytes_available(device: Any) -> int | None:
 
 
 def require_memory(engine: Engine) -> None:
-    """Checks that the weights and the smallest cache can fit, before they are read.
+    """Checks that weights, smallest cache and working memory can fit, before weights are read.
 
     Args:
       engine: The model, of which only the shapes exist, on a mesh of real devices.
@@ -149,8 +172,9 @@ def require_memory(engine: Engine) -> None:
     """
     mesh = engine.mesh
     local = mesh.local_devices
-    on_cpu = local[0].platform == "cpu"
-    needed = least_bytes(engine)
+    on_cpu = _is_on_cpu(engine)
+    working = working_bytes(engine)
+    needed = least_bytes(engine) + working
     # Devices of a CPU share one memory.
     needed_here = needed * len(local) if on_cpu else needed
     available = _bytes_available(local)
@@ -160,7 +184,10 @@ def require_memory(engine: Engine) -> None:
     if available is None or needed_here <= available:
         return
     state = _least_state_bytes(engine)
-    parts = f"{gigabytes(needed - state)} of weights and {gigabytes(state)} of cache"
+    parts = (
+        f"{gigabytes(needed - state - working)} of weights, {gigabytes(state)} of cache and "
+        f"{gigabytes(working)} of working memory"
+    )
     if on_cpu:
         shares = ""
         if len(local) > 1:
@@ -184,16 +211,35 @@ def require_memory(engine: Engine) -> None:
 
 
 def preallocated_share() -> float:
-    """Returns the share of a GPU's memory that JAX will take in this environment."""
+    """Returns the share of a GPU's memory that JAX will take in this environment.
+
+    Raises:
+      ValueError: If the environment asks for what is no share.
+    """
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        if os.environ.get(name):
-            return float(os.environ[name])
+        text = os.environ.get(name)
+        if not text:
+            continue
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"{name} must be a share of the memory above 0 and at most 1, as .95, found "
+                f"{text!r}; change it in the environment"
+            )
+        return share
     return PREALLOCATED
 
 
 def gigabytes(num_bytes: float) -> str:
     """Returns a number of bytes in words: "39.80 GB"."""
     return f"{num_bytes / 1e9:.2f} GB"
+
+
+def _is_on_cpu(engine: Engine) -> bool:
+    return engine.mesh.local_devices[0].platform == "cpu"
 
 
 def _bytes_available(devices: list[Any]) -> int | None:
@@ -212,19 +258,37 @@ def _group_limits(
     root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
     own: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
 ) -> Iterator[int]:
-    """Yields what each control group of this process that has a limit leaves it (cgroup v2)."""
+    """Yields what each control group of this process that has a limit leaves it."""
     try:
-        group = root / own.read_text().strip().rpartition("::/")[2]
+        lines = own.read_text().splitlines()
     except OSError:
         return
-    for directory in (group, *group.parents):
-        if not directory.is_relative_to(root):
-            return
-        try:
-            limit = int((directory / "memory.max").read_text())
-            pairs = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            used = {name: int(value) for name, value in pairs}
-            # Pages of files are not counted: the kernel drops them when memory is wanted.
-            yield limit - used["anon"] - used.get("shmem", 0) + swap
-        except (OSError, ValueError, KeyError):
-            continue  # no limit is the word "max"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # The second version has no names of controllers, the first has a tree for each.
+        if not controllers:
+            names, top = _GROUP_FILES, root
+        elif "memory" in controllers.split(","):
+            names, top = _FIRST_GROUP_FILES, root / "memory"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if not directory.is_relative_to(top):
+                break
+            try:
+                yield _left_by_group(directory, *names) + swap
+            except (OSError, ValueError, KeyError):
+                continue  # no limit is the word "max"
+
+
+_GROUP_FILES = "memory.max", ("anon", "shmem")
+_FIRST_GROUP_FILES = "memory.limit_in_bytes", ("total_rss", "total_shmem")
+
+
+def _left_by_group(directory: pathlib.Path, limit_name: str, counts: tuple[str, str]) -> int:
+    limit = int((directory / limit_name).read_text())
+    pairs = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
+    used = {name: int(value) for name, value in pairs}
+    # Pages of files are not counted: the kernel drops them when memory is wanted.
+    return limit - used[counts[0]] - used.get(counts[1], 0)

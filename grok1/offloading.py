@@ -29,6 +29,7 @@ from grok1.expert_store import ExpertStore, Traffic
 from grok1.loading import expert_arrays, load_params
 from grok1.manifest import TensorSpec
 from grok1.memory import (
+    WORKING_BYTES,
     gigabytes,
     host_bytes_available,
     least_bytes,
@@ -45,9 +46,6 @@ from grok1.transformer import Params
 
 Offload = Literal["auto", "none", "host", "disk"]
 """Where experts' weights are: see `factory.load`."""
-
-WORKING_BYTES = 1_000_000_000
-"""What Python, JAX and the working memory of the programs take, at the released model's sizes."""
 
 SHARE = 0.8
 """Of the memory that is available, for the budget when none is given."""

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from grok1 import precision
 from grok1.bandwidth import file_bandwidth, memory_bandwidth
 from grok1.config import GROK_1, ModelConfig
-from grok1.directory import open_tensors
+from grok1.directory import load_config, open_tensors
 from grok1.engine import Engine
 from grok1.generation import MAX_ROWS
 from grok1.loading import expert_arrays
+from grok1.manifest import TensorSpec, in_memory
 from grok1.memory import (
     GPU_PLATFORMS,
     MOST_PREALLOCATED,
@@ -32,6 +32,7 @@ from grok1.memory import (
     fewest_devices,
     gigabytes,
     host_bytes_available,
+    one_layer,
     preallocated_share,
     released_weights,
     screening_table_bytes,
@@ -39,10 +40,12 @@ from grok1.memory import (
     state_bytes,
 )
 from grok1.offloading import SHARE, resident_bytes, without_experts
+from grok1.quantization import QuantizedArray
 from grok1.sharding import DATA_AXIS, MODEL_AXIS, abstract_mesh, mesh_sizes
 from grok1.tensor_file import CheckpointError
 from grok1.transformer import Params
 
+_DISK = 2.0  # GB/s
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -104,8 +107,10 @@ class Streaming(NamedTuple):
       least_bytes: The least it can take.
       num_held: Experts that fit beside everything else.
       read_bytes: Read from files for a token, with experts chosen evenly.
-      files: GB/s at which the files can be had: measured if there are any, otherwise the disk's.
-      memory: GB/s of memory, measured.
+      files: GB/s at which the files can be had: the disk's if it was given or there are no files,
+        otherwise measured.
+      memory: GB/s of memory: those given, otherwise measured.
+      measured: Which of the two were measured here, "files" and "memory".
       seconds: For a token.
     """
 
@@ -115,7 +120,12 @@ class Streaming(NamedTuple):
     read_bytes: int
     files: float
     memory: float
+    measured: tuple[str, ...]
     seconds: float
+
+    def note(self, rate: str) -> str:
+        """Returns where a rate is from, if it was found out here."""
+        return " (measured here)" if rate in self.measured else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +157,7 @@ class Plan:
       largest_context: Most positions that fit at this batch, up to the model's context; 0 for none.
       fewest_devices: Devices of this memory that hold the weights and the smallest cache; None for
         more than 64.
-      checkpoint_bytes: The whole checkpoint on disk.
+      checkpoint_bytes: The layers' share of the checkpoint on disk, embedding and norm included.
       disk: GB/s that the disk is taken to deliver.
       load_seconds: Time to read all of it once at that rate.
       decode_bytes: What a device reads for one token of every row: attention, the experts chosen,
@@ -253,8 +263,8 @@ class Plan:
         return [
             f"With its experts on disk (--offload, --memory {found.budget_bytes / 1e9:.0f}GB) it "
             f"runs: {found.seconds:.3g} s a token,",
-            f"with {gigabytes(found.read_bytes)} from files at {found.files:.3g} GB/s, and memory "
-            f"at {found.memory:.3g} GB/s.",
+            f"with {gigabytes(found.read_bytes)} from files at {found.files:.3g} GB/s"
+            f"{found.note('files')}, and memory at {found.memory:.3g} GB/s{found.note('memory')}.",
         ]
 
     def _advice(self) -> str:
@@ -305,7 +315,7 @@ class _Devices(NamedTuple):
 
 
 def plan(
-    config: ModelConfig = GROK_1,
+    config: ModelConfig | None = None,
     *,
     devices: int | Sequence[Any] | None = None,
     memory: float | None = None,
@@ -316,15 +326,17 @@ def plan(
     dtype: Any = None,
     cache_dtype: Any = None,
     bandwidth: float | None = None,
-    disk: float = 2.0,
+    disk: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    layers: int | None = None,
+    embedding_dtype: Any = "float32",
 ) -> Plan:
     """Says how a model would lie on some devices, what fits there and how fast it can be at most.
 
     Takes some seconds: the programs are compiled, in a child process with as many virtual devices.
 
     Args:
-      config: The model.
+      config: The model; None for that of `checkpoint`, or Grok-1.
       devices: How many, or JAX's devices; None for those present, or, with `device`, for 8 of an
         accelerator and one CPU.
       memory: GB (1e9 bytes) of each device; on a CPU those of the machine. None for those of
@@ -336,17 +348,24 @@ def plan(
       context: Positions, prompt and generated tokens together; None for the model's context.
       dtype: As for `load`.
       cache_dtype: As for `load`.
-      bandwidth: GB/s of a device's memory; on a CPU those of the machine. None for the names' own.
-      disk: GB/s that the disk delivers. The default is that of one NVMe drive in the cloud.
-      checkpoint: A directory with the weights; where they do not fit, the rate at which these
-        files can be had is measured, for a second.
+      bandwidth: GB/s of a device's memory; on a CPU those of the machine. None for the names' own,
+        or, for a model that a CPU reads from disk, for what is measured here.
+      disk: GB/s that the disk delivers. None for 2, those of one NVMe drive in the cloud, or, for a
+        model that is read from disk token by token, for what is measured of `checkpoint`.
+      checkpoint: A directory with the weights, whose types then count: weights without scales are
+        float32 in memory. Part of a download is taken for a release.
+      layers: As for `load`.
+      embedding_dtype: As for `load`.
 
     Raises:
       ValueError: If a number is out of range, the model does not divide over the mesh, or the
         memory of a device is unknown.
       RuntimeError: If the programs could not be compiled.
     """
-    _check(config, devices, memory, device, batch, context, bandwidth, disk)
+    whole = config or (GROK_1 if checkpoint is None else load_config(checkpoint))
+    _check(whole, devices, memory, device, batch, context, bandwidth, disk)
+    config = whole.first_layers(layers)
+    embedding_type = precision.embedding_dtype(embedding_dtype)
     found = _devices(devices, memory, device)
     sizes = mesh_sizes(config, mesh, found.number, found.platform)
     num_devices = sizes[0] * sizes[1]
@@ -355,7 +374,9 @@ def plan(
         memory_bytes = found.memory_bytes * found.number / num_devices
         found = found._replace(memory_bytes=memory_bytes)
     product = precision.product_dtype(dtype, found.platform)
-    weights = released_weights(config)
+    stored = _stored_tensors(whole, checkpoint)
+    tensors = in_memory(stored, embedding_type)
+    weights = released_weights(config, tensors)
     engine = abstract_engine(
         weights, config, abstract_mesh(sizes), product, precision.cache_dtype(cache_dtype)
     )
@@ -370,17 +391,21 @@ def plan(
 
     taken = weights_bytes + table_bytes
     rooms = [int(usable - taken), int(most - taken)]
-    answer = _compile(engine, sizes, rows, capacity, rooms)
+    answer = _compile(engine, tensors, sizes, rows, capacity, rooms)
     needed = taken + cache_bytes + answer["working"]
-    leaves = jax.tree.leaves(weights)
-    checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    on_disk = jax.tree.leaves(released_weights(config, stored))
+    checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in on_disk)
+    disk_rate = _DISK if disk is None else disk
     decode_bytes = _decode_bytes(engine, rows, capacity, found.platform)
     fits = needed <= usable
     streaming = None
-    if not fits and found.platform == "cpu" and num_devices == rows == 1:
-        streaming = _streaming(engine, weights, found, decode_bytes, disk, checkpoint)
+    is_quantized = isinstance(weights.layers[0].experts[0], QuantizedArray)
+    if not fits and is_quantized and found.platform == "cpu" and num_devices == rows == 1:
+        streaming = _streaming(
+            engine, weights, found, decode_bytes, disk, bandwidth, checkpoint, whole
+        )
     return Plan(
-        num_weights=sum(leaf.size for leaf in leaves if leaf.dtype != jnp.bfloat16),
+        num_weights=_num_weights(weights),
         num_devices=num_devices,
         mesh=sizes,
         platform=found.platform,
@@ -400,12 +425,32 @@ def plan(
         largest_context=answer["largest_context"],
         fewest_devices=fewest_devices(weights, engine, found.platform, most),
         checkpoint_bytes=checkpoint_bytes,
-        disk=disk,
-        load_seconds=checkpoint_bytes / (disk * 1e9),
+        disk=disk_rate,
+        load_seconds=checkpoint_bytes / (disk_rate * 1e9),
         decode_bytes=decode_bytes,
         estimates=_estimates(found, num_devices, needed, rows, decode_bytes, bandwidth),
         streaming=streaming,
     )
+
+
+def _stored_tensors(
+    config: ModelConfig, checkpoint: str | os.PathLike[str] | None
+) -> list[TensorSpec]:
+    """The tensors of one layer and outside of layers, with the types that the files have."""
+    expected = one_layer(config)
+    if checkpoint is None:
+        return expected
+    # Of a directory with the configuration alone, or part of a download, the sizes are enough.
+    with contextlib.suppress(CheckpointError):
+        _, specs = open_tensors(checkpoint, config)
+        found = {spec.name: spec for spec in specs}
+        return [found[spec.name] for spec in expected]
+    return expected
+
+
+def _num_weights(weights: Params) -> int:
+    leaves = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, QuantizedArray))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def _check(config, devices, memory, device, batch, context, bandwidth, disk) -> None:
@@ -415,6 +460,8 @@ def _check(config, devices, memory, device, batch, context, bandwidth, disk) -> 
         )
     if isinstance(devices, int) and devices < 1:
         raise ValueError(f"devices must be a whole number above 0, found {devices}")
+    if isinstance(devices, Sequence) and not devices:
+        raise ValueError("devices must be at least one of JAX's devices, found none")
     for name, value in (("memory", memory), ("bandwidth", bandwidth), ("disk", disk)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a number above 0, found {value}")
@@ -461,11 +508,17 @@ def _devices(
 
 
 def _compile(
-    engine: Engine, mesh: tuple[int, int], batch: int, capacity: int, rooms: list[int]
+    engine: Engine,
+    tensors: list[TensorSpec],
+    mesh: tuple[int, int],
+    batch: int,
+    capacity: int,
+    rooms: list[int],
 ) -> dict[str, int]:
     """Asks a child process with as many virtual devices; see `compiled_memory.answer`."""
     request = {
         "config": dataclasses.asdict(engine.config),
+        "tensors": tensors,
         "mesh": mesh,
         "dtype": engine.dtype.name,
         "cache_dtype": engine.cache_dtype.name,
@@ -510,8 +563,10 @@ def _streaming(
     weights: Params,
     found: _Devices,
     decode_bytes: int,
-    disk: float,
+    disk: float | None,
+    bandwidth: float | None,
     checkpoint: str | os.PathLike[str] | None,
+    whole: ModelConfig,
 ) -> Streaming:
     """Predicts how the model would run as `offloading` does it."""
     config = engine.config
@@ -525,14 +580,18 @@ def _streaming(
     num_held = min(max(0, budget_bytes - least) // num_bytes, num_all)
     chosen = config.num_layers * config.num_selected_experts
     read_bytes = int(chosen * num_bytes * (1 - num_held / num_all))
-    files = disk * 1e9
-    if checkpoint is not None:
-        # Of a directory with the configuration alone, or part of a download, the sizes are enough.
+    measured = []
+    files = 1e9 * (_DISK if disk is None else disk)
+    if checkpoint is not None and disk is None:
         with contextlib.suppress(CheckpointError):
-            tensors, specs = open_tensors(checkpoint, config)
-            layers = expert_arrays(tensors, specs, config)
+            layers = expert_arrays(*open_tensors(checkpoint, whole), whole)[: config.num_layers]
             files = file_bandwidth([array for layer in layers for array in layer])
-    memory = memory_bandwidth()
+            measured.append("files")
+    if bandwidth is None:
+        memory = memory_bandwidth()
+        measured.append("memory")
+    else:
+        memory = 1e9 * bandwidth
     return Streaming(
         budget_bytes=budget_bytes,
         least_bytes=least,
@@ -540,6 +599,7 @@ def _streaming(
         read_bytes=read_bytes,
         files=files / 1e9,
         memory=memory / 1e9,
+        measured=tuple(measured),
         seconds=read_bytes / files + decode_bytes / memory,
     )
 

@@ -25,10 +25,13 @@ Format: https://huggingface.co/docs/safetensors. Names: those of vLLM's Grok1For
 those of the conversions on Hugging Face.
 """
 
+import collections
+import itertools
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 from grok1.manifest import TensorSpec
@@ -93,6 +96,13 @@ class NamedMatrix(NamedTuple):
     is_scales: bool
     shape: tuple[int, ...]
     dtype: str
+
+
+Problem = tuple[pathlib.Path, str]
+"""A file and what is wrong with it."""
+
+Found = dict[str, tuple[ShardHeader, ArraySpan]]
+"""The tensors of all shards by name, with the shard that each is in."""
 
 
 def is_transposed(spec: TensorSpec) -> bool:
@@ -213,6 +223,20 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
     return ShardHeader(path, size, spans)
 
 
+class Examination(NamedTuple):
+    """What a safetensors checkpoint holds, and everything that is wrong with it.
+
+    Attributes:
+      shards: The files that could be read, of those that the index names.
+      tensors: The tensors in manifest order; None for one that is not whole.
+      faults: The file and the error of each fault.
+    """
+
+    shards: list[ShardHeader]
+    tensors: list[StoredTensor | None]
+    faults: list[tuple[pathlib.Path, CheckpointError]]
+
+
 def open_safetensors(
     directory: str | os.PathLike[str], manifest: list[TensorSpec]
 ) -> list[StoredTensor]:
@@ -230,45 +254,149 @@ def open_safetensors(
       CheckpointError: If a file or tensor is missing or left over, damaged, or of another type or
         shape than the manifest says; the message names it.
     """
+    found = examine_safetensors(directory, manifest)
+    for _, error in found.faults:
+        raise error
+    return [tensor for tensor in found.tensors if tensor is not None]
+
+
+def examine_safetensors(
+    directory: str | os.PathLike[str], manifest: list[TensorSpec]
+) -> Examination:
+    """Checks a safetensors checkpoint as `open_safetensors` does, and goes on after a fault.
+
+    Args:
+      directory: As for `open_safetensors`.
+      manifest: Likewise.
+
+    Raises:
+      CheckpointError: If the index cannot be read.
+    """
     directory = pathlib.Path(directory)
-    found = _indexed_spans(directory)
-    wanted: dict[str, NamedMatrix] = {
-        tensor.name: tensor
-        for shard in shards([spec._replace(scales_shape=None) for spec in manifest])
-        for tensor in shard
+    weight_map = _read_index(directory / INDEX_NAME)
+    headers: dict[str, ShardHeader] = {}
+    faults: list[tuple[pathlib.Path, CheckpointError]] = []
+    for name in sorted(set(weight_map.values())):
+        try:
+            headers[name] = read_shard_header(directory / name)
+        except CheckpointError as error:
+            faults.append((directory / name, error))
+    found = {
+        tensor: (header, span)
+        for header in headers.values()
+        for tensor, span in header.spans.items()
     }
+    # What the index promises and no file has is a fault of the file, said once.
+    absent = weight_map.keys() - found.keys()
+    tensors: list[StoredTensor | None] = [None] * len(manifest)
+    for path, problem in itertools.chain(
+        _misplaced(directory, weight_map, headers),
+        _left_over(directory, manifest, found, absent),
+        _stored_tensors(manifest, found, absent, tensors),
+        _unlike(manifest, tensors),
+    ):
+        faults.append((path, CheckpointError(f"{path}: {problem}")))
+    return Examination(list(headers.values()), tensors, faults)
+
+
+def _misplaced(directory, weight_map, headers) -> Iterator[Problem]:
+    for tensor, name in weight_map.items():
+        if name in headers and tensor not in headers[name].spans:
+            yield (
+                directory / name,
+                f"lacks {tensor}, which {INDEX_NAME} says is there; these files are of different "
+                "checkpoints",
+            )
+
+
+def _wanted(manifest: list[TensorSpec]) -> dict[str, NamedMatrix]:
+    """The matrices that the model needs, whatever types and scales they have."""
+    plain = [spec._replace(scales_shape=None) for spec in manifest]
+    return {tensor.name: tensor for shard in shards(plain) for tensor in shard}
+
+
+def _left_over(directory, manifest, found: Found, absent: Set[str]) -> Iterator[Problem]:
+    wanted = _wanted(manifest)
     allowed = {f"{name}_scale" for name, t in wanted.items() if manifest[t.tensor].scales_shape}
-    missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys() - allowed
-    if missing or extra:
-        what, names = ("lacks", missing) if missing else ("has the unexpected", extra)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise CheckpointError(
-            f"{directory / INDEX_NAME}: {what} {min(names)}{more}; is its config.json the one it "
-            "was converted with, and is it a conversion by grok1?"
+    missing = wanted.keys() - found.keys() - absent
+    names = {directory / INDEX_NAME: ("lacks", sorted(missing))} if missing else {}
+    for name in sorted(found.keys() - wanted.keys() - allowed):
+        names.setdefault(found[name][0].path, ("has the unexpected", []))[1].append(name)
+    for path, (what, tensors) in names.items():
+        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        yield (
+            path,
+            f"{what} {tensors[0]}{more}; is its config.json the one it was converted with, and is "
+            "it a conversion by grok1?",
         )
+
+
+def _stored_tensors(
+    manifest: list[TensorSpec],
+    found: Found,
+    absent: Set[str],
+    tensors: list[StoredTensor | None],
+) -> Iterator[Problem]:
+    """Fills in the tensors that are whole and yields what is wrong with the others."""
     parts: list[list[Any]] = [[] for _ in manifest]
     scale_parts: list[list[Any]] = [[] for _ in manifest]
-    for name, tensor in wanted.items():
-        spec, (file, span) = manifest[tensor.tensor], found[name]
-        types = {spec.dtype, "float32", "bfloat16"} if spec.scales_shape else {"float32"}
-        if span.shape != tensor.shape or span.dtype not in types:
-            raise CheckpointError(
-                f"{file.path}: {name} is {_text(span)}, expected "
-                f"{_text(ArraySpan(0, tensor.shape, spec.dtype))}; is it a conversion by grok1?"
-            )
-        parts[tensor.tensor].append((file, span))
-        if span.dtype == "int8":
-            scale_parts[tensor.tensor].append(_scales_of(name, file, span, found))
-        elif f"{name}_scale" in found:
-            raise CheckpointError(
-                f"{file.path}: {name} is {span.dtype} and has scales, expected int8 for a weight "
-                "with scales; is it a conversion by grok1?"
-            )
-    tensors = [
-        _stored(spec, *both) for spec, *both in zip(manifest, parts, scale_parts, strict=True)
-    ]
-    _check_alike(manifest, tensors)
-    return tensors
+    broken = set()
+    for name, tensor in _wanted(manifest).items():
+        problem = _problem(name, tensor, manifest[tensor.tensor], found, absent)
+        if problem is not None or name not in found or _lacks_scales(name, found):
+            broken.add(tensor.tensor)
+            if problem is not None:
+                yield problem
+            continue
+        parts[tensor.tensor].append(found[name])
+        if found[name][1].dtype == "int8":
+            scale_parts[tensor.tensor].append(found[f"{name}_scale"])
+    for number, spec in enumerate(manifest):
+        if number not in broken:
+            tensors[number] = _stored(spec, parts[number], scale_parts[number])
+
+
+def _lacks_scales(name: str, found: Found) -> bool:
+    return found[name][1].dtype == "int8" and f"{name}_scale" not in found
+
+
+def _problem(
+    name: str, tensor: NamedMatrix, spec: TensorSpec, found: Found, absent: Set[str]
+) -> Problem | None:
+    """What is wrong with one matrix and its scales; an absent one is no fault of its own."""
+    if name not in found:
+        return None
+    file, span = found[name]
+    scale_name = f"{name}_scale"
+    types = {spec.dtype, "float32", "bfloat16"} if spec.scales_shape else {"float32"}
+    if span.shape != tensor.shape or span.dtype not in types:
+        expected = _text(ArraySpan(0, tensor.shape, spec.dtype))
+        problem = f"{name} is {_text(span)}, expected {expected}; is it a conversion by grok1?"
+        return file.path, problem
+    if span.dtype != "int8":
+        if scale_name not in found:
+            return None
+        return file.path, (
+            f"{name} is {span.dtype} and has scales, expected int8 for a weight with scales; is it "
+            "a conversion by grok1?"
+        )
+    if scale_name not in found:
+        if scale_name in absent:
+            return None
+        return file.path, f"{name} is int8 and has no {scale_name}; copy it again"
+    columns, rows = span.shape
+    scale_file, scales = found[scale_name]
+    if (
+        scales.dtype != "bfloat16"
+        or len(scales.shape) != 2
+        or scales.shape[0] != columns
+        or rows % scales.shape[1]
+    ):
+        return scale_file.path, (
+            f"{scale_name} is {_text(scales)}, expected bfloat16[{columns},G] with a G that "
+            f"divides {rows}; is it a conversion by grok1?"
+        )
+    return None
 
 
 def _shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -296,56 +424,23 @@ def _json_object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
     return found
 
 
-def _indexed_spans(directory: pathlib.Path) -> dict[str, tuple[ShardHeader, ArraySpan]]:
-    """Returns every tensor of the shards that the index names, by name."""
-    index_path = directory / INDEX_NAME
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """Returns which file holds which tensor."""
     try:
-        text = index_path.read_bytes()
+        text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{index_path}: cannot be read: {error.strerror}; the conversion or the copy is not "
-            "complete"
+            f"{path}: cannot be read: {error.strerror}; the conversion or the copy is not complete"
         ) from error
-    weight_map = _json_object(index_path, text).get("weight_map")
+    weight_map = _json_object(path, text).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and name == os.path.basename(name) for name in weight_map.values()
     ):
         raise CheckpointError(
-            f"{index_path}: expected a weight_map from tensors to files beside it; the file is "
-            "damaged: copy it again"
+            f"{path}: expected a weight_map from tensors to files beside it; the file is damaged: "
+            "copy it again"
         )
-    names = sorted(set(weight_map.values()))
-    headers = {name: read_shard_header(directory / name) for name in names}
-    found = {
-        tensor: (header, span)
-        for header in headers.values()
-        for tensor, span in header.spans.items()
-    }
-    for tensor, name in weight_map.items():
-        if tensor not in headers[name].spans:
-            raise CheckpointError(
-                f"{directory / name}: lacks {tensor}, which {INDEX_NAME} says is there; these "
-                "files are of different checkpoints"
-            )
-    return found
-
-
-def _scales_of(name, file, span, found) -> tuple[ShardHeader, ArraySpan]:
-    columns, rows = span.shape
-    if f"{name}_scale" not in found:
-        raise CheckpointError(f"{file.path}: {name} is int8 and has no {name}_scale; copy it again")
-    scale_file, scales = found[f"{name}_scale"]
-    if (
-        scales.dtype != "bfloat16"
-        or len(scales.shape) != 2
-        or scales.shape[0] != columns
-        or rows % scales.shape[1]
-    ):
-        raise CheckpointError(
-            f"{scale_file.path}: {name}_scale is {_text(scales)}, expected bfloat16[{columns},G] "
-            f"with a G that divides {rows}; is it a conversion by grok1?"
-        )
-    return scale_file, scales
+    return weight_map
 
 
 def _stored(spec: TensorSpec, parts: list, scale_parts: list) -> StoredTensor:
@@ -358,17 +453,27 @@ def _stored(spec: TensorSpec, parts: list, scale_parts: list) -> StoredTensor:
     return StoredTensor(values, StoredArray(shape, "bfloat16", tuple(scale_parts), transposed))
 
 
-def _check_alike(manifest: list[TensorSpec], tensors: list[StoredTensor]) -> None:
+def _unlike(manifest: list[TensorSpec], tensors: list[StoredTensor | None]) -> Iterator[Problem]:
     """Every matrix of a kind, in all layers and experts, must be stored alike, to be stacked."""
-    first: dict[str, tuple] = {}
+    kinds: dict[str, list[tuple[str, pathlib.Path, str]]] = {}
     for spec, tensor in zip(manifest, tensors, strict=True):
+        if tensor is None:
+            continue
         match = _LAYER.match(spec.name)
-        kind = match[2] if match else spec.name
+        of_kind = kinds.setdefault(match[2] if match else spec.name, [])
         for number, (file, span) in enumerate(tensor.values.parts):
-            scales = tensor.scales and tensor.scales.parts[number : number + 1]
-            storage = (span.dtype, scales and scales[0][1].shape)
-            if storage != first.setdefault(kind, storage):
-                raise CheckpointError(
-                    f"{file.path}: {spec.name} is stored as {storage}, elsewhere as {first[kind]}; "
-                    "these files are of different checkpoints"
+            storage = span.dtype
+            if tensor.scales is not None:
+                groups = tensor.scales.parts[number][1].shape[1]
+                storage += f" with {groups} scales a column"
+            of_kind.append((spec.name, file.path, storage))
+    for members in kinds.values():
+        usual = collections.Counter(storage for *_, storage in members).most_common(1)[0][0]
+        # A tensor's experts are stored alike as a rule; it is named once.
+        for name, path, storage in dict.fromkeys(members):
+            if storage != usual:
+                yield (
+                    path,
+                    f"{name} is stored as {storage}, elsewhere as {usual}; these files are of "
+                    "different checkpoints",
                 )

@@ -110,7 +110,9 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
     try:
         # Opening a pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: not a regular file, expected a Grok-1 tensor file")
+            raise CheckpointError(
+                f"{path}: not a regular file, expected a Grok-1 tensor file; move it away"
+            )
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return _header(path, size, read_notes(file, size, _ALLOWED))

@@ -5,38 +5,43 @@ people who have 318 GB to repair and want one list, and the command that fetches
 """
 
 import collections
-import hashlib
+import errno
 import os
 import pathlib
 import re
 import shlex
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from grok1.checkpoint import LAYER, check_scales, check_tensor, describe_storage
+from grok1.checkpoint import LAYER, check_tensor, describe_storage
 from grok1.config import GROK_1, ModelConfig
+from grok1.contents import (
+    CheckedFile,
+    Journal,
+    check_writable,
+    read_contents,
+    read_sums,
+    write_sums,
+)
 from grok1.directory import is_safetensors, load_config
 from grok1.manifest import TensorSpec, file_name, manifest
-from grok1.safetensors_file import INDEX_NAME, open_safetensors
+from grok1.safetensors_file import INDEX_NAME, examine_safetensors
 from grok1.tensor_file import (
     CheckpointError,
-    DataFile,
     HostileFileError,
     TensorHeader,
     read_header,
-    read_span,
     tensor_file_size,
 )
 
 SUMS_NAME = "SHA256SUMS"
 
-_READ_BYTES = 1 << 24
-_HOLE_BYTES = 1 << 18  # As many zeros in a row are no weights: eight rows of an expert.
+_NUM_THREADS = 8
 _MANY = 64  # Files, from which on fetching the directory again is the shorter command.
-_SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 class Fault(NamedTuple):
@@ -103,7 +108,8 @@ def verify(
       directory: A directory that `grok1.load` reads.
       deep: Also read every weight: scales and float weights must be finite, int8 weights without
         holes, and files have the SHA-256 that `sums_file` says. Files that it does not name are
-        added to it once they are good, so that a later run, or `sha256sum -c`, sees any change.
+        taken as they are: their checksums are added once the weights are good, so that a later run,
+        or `sha256sum -c`, sees any change. An interrupted run is continued by the next.
       sums_file: Checksums in the form of `sha256sum`, with names relative to `directory`; None for
         `SHA256SUMS` in `directory`.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
@@ -115,50 +121,61 @@ def verify(
     directory = pathlib.Path(directory)
     config = load_config(directory)
     specs = manifest(config)
-    if is_safetensors(directory):
-        headers, faults = _safetensors_headers(directory, specs)
-    else:
-        headers, faults = _tensor_headers(directory, specs, config)
+    find = _safetensors_files if is_safetensors(directory) else _tensor_files
+    files, faults = find(directory, specs)
     notes: list[str] = []
     if deep:
-        found, notes = _read_all(
-            directory,
-            headers,
-            pathlib.Path(sums_file if sums_file is not None else directory / SUMS_NAME),
-            progress,
-        )
+        sums_path = pathlib.Path(sums_file if sums_file is not None else directory / SUMS_NAME)
+        found, notes = _read_all(directory, files, sums_path, progress)
         faults += found
     bad = {fault.path for fault in faults}
-    num_bytes = sum(size for name, size, _ in headers if name not in bad)
+    num_bytes = sum(file.file_size for file in files if file.name not in bad)
     return Report(
         directory, len(specs), num_bytes, faults, notes, _advice(directory, config, faults)
     )
 
 
-class _Header(NamedTuple):
-    """A file that is good by its header, with the tensor that it holds, if it is a tensor file."""
-
-    name: str
-    size: int
-    file: TensorHeader | None
-
-
-def _safetensors_headers(directory, specs) -> tuple[list[_Header], list[Fault]]:
+def _safetensors_files(
+    directory: pathlib.Path, specs: list[TensorSpec]
+) -> tuple[list[CheckedFile], list[Fault]]:
+    index = directory / INDEX_NAME
     try:
-        tensors = open_safetensors(directory, specs)
+        found = examine_safetensors(directory, specs)
     except CheckpointError as error:
-        path, _, problem = str(error).partition(": ")
-        problem, _, remedy = problem.rpartition("; ")
-        return [], [Fault(os.path.relpath(path, directory), problem, remedy)]
-    files: dict[str, DataFile] = {
-        file.path.name: file for tensor in tensors for file, _ in tensor.values.parts
-    }
-    sizes = {name: file.file_size for name, file in files.items()}
-    sizes[INDEX_NAME] = (directory / INDEX_NAME).stat().st_size
-    return [_Header(name, size, None) for name, size in sorted(sizes.items())], []
+        return [], [_fault(INDEX_NAME, index, error)]
+    faults = []
+    for path, error in found.faults:
+        name = path.name
+        if isinstance(error.__cause__, FileNotFoundError):
+            faults.append(Fault(name, "missing, expected as the index names it", "copy it again"))
+        else:
+            faults.append(_fault(name, path, error))
+    bad = {fault.path for fault in faults}
+    known = {shard.path.name for shard in found.shards} | bad
+    for name in sorted(os.listdir(directory)):
+        if name.endswith(".safetensors") and name not in known:
+            faults.append(
+                Fault(name, "foreign, expected no such file by the index", "move it away", False)
+            )
+    files = [
+        CheckedFile(
+            shard.path.name,
+            shard.path,
+            shard.file_size,
+            [
+                (f"{'scales' if name.endswith('_scale') else 'values'} of {name}", span)
+                for name, span in shard.spans.items()
+            ],
+        )
+        for shard in found.shards
+    ]
+    files.append(CheckedFile(INDEX_NAME, index, index.stat().st_size, []))
+    return [file for file in files if file.name not in bad], faults
 
 
-def _tensor_headers(directory, specs, config) -> tuple[list[_Header], list[Fault]]:
+def _tensor_files(
+    directory: pathlib.Path, specs: list[TensorSpec]
+) -> tuple[list[CheckedFile], list[Fault]]:
     """Checks names and headers of `ckpt-0`."""
     place = directory / "ckpt-0"
     try:
@@ -192,19 +209,25 @@ def _tensor_headers(directory, specs, config) -> tuple[list[_Header], list[Fault
             check_tensor(header, spec)
             headers[index] = header
         except CheckpointError as error:
-            faults.append(Fault(f"ckpt-0/{name}", *_parts(place / name, error)))
+            faults.append(_fault(f"ckpt-0/{name}", place / name, error))
     faults += _unlike_faults(headers, specs)
     faults += _extra_faults(place, names, specs)
     bad = {fault.path for fault in faults}
-    good = [_Header(f"ckpt-0/{h.path.name}", h.file_size, h) for h in headers.values()]
-    return [header for header in good if header.name not in bad], faults
+    files = [_file(header) for header in headers.values()]
+    return [file for file in files if file.name not in bad], faults
+
+
+def _file(header: TensorHeader) -> CheckedFile:
+    spans = [("values", header.values), ("scales", header.scales)]
+    arrays = [(what, span) for what, span in spans if span is not None]
+    return CheckedFile(f"ckpt-0/{header.path.name}", header.path, header.file_size, arrays)
 
 
 def _header_fault(path: pathlib.Path, spec: TensorSpec, error: CheckpointError) -> Fault:
     name = f"ckpt-0/{path.name}"
-    problem, remedy = _parts(path, error)
+    fault = _fault(name, path, error)
     if isinstance(error, HostileFileError):
-        return Fault(name, f"hostile: {problem}", remedy)
+        return fault._replace(problem=f"hostile: {fault.problem}")
     expected = tensor_file_size(spec)
     try:
         found = path.stat().st_size if path.is_file() else expected
@@ -214,15 +237,20 @@ def _header_fault(path: pathlib.Path, spec: TensorSpec, error: CheckpointError) 
         share = f"{100 * found / expected:.0f} %" if found else "nothing of it"
         problem = f"short, {found:,} bytes, expected {expected:,} ({share} is there)"
         return Fault(name, problem, "fetch it again")
-    if found > expected and "byte" in problem:
+    if found > expected and "byte" in fault.problem:
         return Fault(name, f"long, {found:,} bytes, expected {expected:,}", "fetch it again")
-    return Fault(name, problem, remedy, fetch="permission" not in remedy)
+    return fault
 
 
-def _parts(path: pathlib.Path, error: CheckpointError) -> tuple[str, str]:
+def _fault(name: str, path: pathlib.Path, error: CheckpointError) -> Fault:
     """Takes an error about a file apart into the problem and the remedy."""
-    problem, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
-    return problem, remedy
+    text = str(error).removeprefix(f"{path}: ")
+    problem, found, remedy = text.rpartition("; ")
+    if not found:
+        problem, remedy = text, "fetch it again"
+    cause = error.__cause__
+    is_closed = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM)
+    return Fault(name, problem, remedy, fetch=not is_closed)
 
 
 def _unlike_faults(headers: dict[int, TensorHeader], specs: list[TensorSpec]) -> Iterator[Fault]:
@@ -266,32 +294,59 @@ def _extra_faults(place: pathlib.Path, names: set[str], specs) -> Iterator[Fault
         yield Fault(f"ckpt-0/{name}", f"misnamed, expected {right}", remedy, False)
 
 
-def _read_all(directory, headers: list[_Header], sums_path, progress):
-    known = _read_sums(sums_path)
-    _check_writable(sums_path)
+def _read_all(
+    directory: pathlib.Path, files: list[CheckedFile], sums_path: pathlib.Path, progress: bool
+) -> tuple[list[Fault], list[str]]:
+    """Reads the files side by side; `known` and what was read before an interruption count."""
+    known = read_sums(sums_path)
+    if any(file.name not in known for file in files):
+        check_writable(sums_path)
     faults, notes, sums = [], [], dict(known)
-    total = sum(header.size for header in headers)
+    journal, stopped, lock = Journal(sums_path), threading.Event(), threading.Lock()
     # disable=None is quiet when stderr is no terminal.
-    with tqdm(
-        total=total, desc="reading", unit="B", unit_scale=True, disable=None if progress else True
-    ) as bar:
-        for name, _, file in headers:
-            try:
-                digest = _digest(directory / name, bar)
-                if name in known and digest != known[name]:
-                    raise CheckpointError(
-                        f"SHA-256 is {digest}, expected {known[name]} as in {sums_path}; the "
-                        "contents have changed: fetch it again"
-                    )
-                if file is not None:
-                    notes += _check_payload(file)
-                sums[name] = digest
-            except CheckpointError as error:
-                faults.append(Fault(name, *_parts(directory / name, error)))
+    with (
+        tqdm(
+            total=sum(file.file_size for file in files),
+            desc="reading",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar,
+        ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1)) as pool,
+    ):
+
+        def advance(num_bytes):
+            if stopped.is_set():
+                raise CheckpointError("stopped")
+            with lock:
+                bar.update(num_bytes)
+
+        readings = [(file, pool.submit(read_contents, file, journal, advance)) for file in files]
+        try:
+            for file, reading in readings:
+                try:
+                    digest, stamp, found = reading.result()
+                    if known.get(file.name, digest) != digest:
+                        raise CheckpointError(
+                            f"SHA-256 is {digest}, expected {known[file.name]} as in {sums_path}; "
+                            "the contents have changed: fetch it again"
+                        )
+                except CheckpointError as error:
+                    faults.append(_fault(file.name, file.path, error))
+                    continue
+                sums[file.name] = digest
+                notes += found
+                if not found:
+                    journal.add(file, stamp, digest)
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     added = sums.keys() - known.keys()
     if added:
-        _write_sums(sums_path, sums)
-    checked = len({name for name, _, _ in headers} & known.keys())
+        write_sums(sums_path, sums)
+    journal.remove()
+    checked = len({file.name for file in files} & known.keys())
     relative = shlex.quote(os.path.relpath(sums_path, directory))
     notes.append(
         f"{sums_path}: {checked} checksums compared, {len(added)} added; check again with "
@@ -300,112 +355,27 @@ def _read_all(directory, headers: list[_Header], sums_path, progress):
     return faults, notes
 
 
-def _digest(path: pathlib.Path, bar: tqdm) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
-                bar.update(len(data))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; fetch it again"
-        ) from error
-    return digest.hexdigest()
-
-
-def _check_payload(file: TensorHeader) -> list[str]:
-    """Looks at every element, some rows at a time; they are in the page cache from `_digest`."""
-    if file.scales is not None:
-        check_scales(file, read_span(file, file.scales))
-    row_bytes = file.values.nbytes // file.values.shape[0]
-    step = max(1, _READ_BYTES // row_bytes)
-    lowest, zeros = 0, 0
-    for start in range(0, file.values.shape[0], step):
-        values = read_span(file, file.values, start, min(start + step, file.values.shape[0]))
-        if values.dtype == np.int8:
-            lowest += int(np.count_nonzero(values == -128))
-        elif not np.isfinite(values).all():
-            bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-            raise CheckpointError(
-                f"{file.path}: {bad} of {values.size} values are not finite, near row {start}; the "
-                "file is damaged: fetch it again"
-            )
-        zeros += _zero_blocks(values)
-    if zeros and file.values.dtype == "int8":
-        raise CheckpointError(
-            f"{file.path}: {zeros * _HOLE_BYTES:,} bytes in whole blocks are zero, expected "
-            "weights; the download left a hole: fetch it again"
-        )
-    notes = (
-        [f"{file.path}: {zeros * _HOLE_BYTES:,} bytes in whole blocks are zero"] if zeros else []
-    )
-    if lowest:
-        notes.append(
-            f"{file.path}: {lowest} weights are -128, which symmetric rounding never makes"
-        )
-    return notes
-
-
-def _zero_blocks(values: np.ndarray) -> int:
-    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    whole = len(data) // _HOLE_BYTES
-    blocks = data[: whole * _HOLE_BYTES].reshape(whole, _HOLE_BYTES)
-    return int(np.count_nonzero(~blocks.any(axis=1)))
-
-
-def _read_sums(path: pathlib.Path) -> dict[str, str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    known = {}
-    for number, line in enumerate(lines, 1):
-        match = _SUMS_LINE.fullmatch(line)
-        if match is None:
-            raise CheckpointError(
-                f"{path}: line {number} is {line!r:.80}, expected a SHA-256, two spaces and a file "
-                "name, as sha256sum writes them"
-            )
-        known[os.path.normpath(match[2])] = match[1].lower()
-    return known
-
-
-def _check_writable(path: pathlib.Path) -> None:
-    """Hours of reading should not end with a directory that cannot be written."""
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise CheckpointError(
-            f"{path}: cannot be written; give a place for the checksums with --manifest FILE"
-        )
-
-
-def _write_sums(path: pathlib.Path, sums: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(
-            "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())),
-            encoding="utf-8",
-        )
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _hf_command(directory: pathlib.Path, names: list[str] | None = None) -> str:
-    """The command that fetches the whole of Grok-1, or just these files even if they are there."""
-    where = f"--local-dir {shlex.quote(str(directory))}"
-    if names is None:
-        return f"`hf download xai-org/grok-1 --include 'ckpt-0/*' {where}`"
-    return f"`hf download xai-org/grok-1 {' '.join(names)} --force-download {where}`"
+def _hf_command(directory: pathlib.Path, what: str = "--include 'ckpt-0/*'") -> str:
+    """The command that fetches Grok-1, or some of its files."""
+    return f"`hf download xai-org/grok-1 {what} --local-dir {shlex.quote(str(directory))}`"
 
 
 def _advice(directory: pathlib.Path, config: ModelConfig, faults: list[Fault]) -> list[str]:
-    bad = sorted({fault.path for fault in faults if fault.fetch})
-    if not bad:
+    to_fetch = [fault for fault in faults if fault.fetch]
+    missing = sorted({fault.path for fault in to_fetch if fault.problem.startswith("missing")})
+    bad = sorted({fault.path for fault in to_fetch} - set(missing))
+    if not to_fetch:
         return []
     if config != GROK_1 or is_safetensors(directory):
-        return [f"copy {len(bad)} files again from where they came: {' '.join(bad)}"]
-    absent = all("missing" in fault.problem for fault in faults if fault.fetch)
-    if absent and len(bad) > _MANY:
-        return [f"to resume the download: {_hf_command(directory)}"]
-    return [f"to fetch only the bad files: {_hf_command(directory, bad)}"]
+        names = sorted([*missing, *bad])
+        return [f"copy {len(names)} files again from where they came: {' '.join(names)}"]
+    advice = []
+    if len(missing) > _MANY:
+        advice = [f"to resume the download: {_hf_command(directory)}"]
+    elif missing:
+        advice = [f"to fetch what is missing: {_hf_command(directory, ' '.join(missing))}"]
+    if bad:
+        # Files that are there are left as they are, unless they are to be replaced.
+        command = _hf_command(directory, f"{' '.join(bad)} --force-download")
+        advice.append(f"to fetch the bad files again: {command}")
+    return advice

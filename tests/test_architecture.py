@@ -30,7 +30,7 @@ LAYERS = [
     {"manifest", "sharding"},
     {"tensor_file", "stacking", "capture", "intervention", "unembedding"},
     {"decoder"},
-    {"checkpoint", "steps", "storage", "staging"},
+    {"checkpoint", "contents", "steps", "storage", "staging"},
     {"engine"},
     {"mapping", "reading"},
     {

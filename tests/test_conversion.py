@@ -1,5 +1,6 @@
 """Conversions: exact, resumable from any point, atomic, by one process, and clear when refused."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import __main__, staging
+from grok1 import __main__, conversion, staging
 from grok1.conversion import convert
 from grok1.directory import open_tensors
 from grok1.quantization import dequantize
@@ -204,6 +205,28 @@ def test_an_unfinished_conversion_of_something_else_is_refused(tmp_path, monkeyp
         ):
             convert(source, tmp_path / "out", to=to, progress=False)
     convert(TOY, tmp_path / "out", to="grok1", progress=False)
+
+
+@pytest.mark.parametrize("changed", ["config.json", "tokenizer.model", "version"])
+def test_what_is_resumed_depends_on_all_that_is_written(changed, tmp_path, monkeypatch):
+    source = tmp_path / "toy"
+    source.mkdir()
+    (source / "ckpt-0").symlink_to(TOY / "ckpt-0")
+    for name in ("config.json", "tokenizer.model"):
+        (source / name).write_bytes((TOY / name).read_bytes())
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", to="safetensors", progress=False)
+    monkeypatch.undo()
+    if changed == "version":
+        monkeypatch.setattr(conversion, "__version__", "0")
+    elif changed == "config.json":
+        config = dataclasses.replace(grok1.TOY, sequence_len=512)
+        (source / changed).write_text(config.to_json())
+    else:
+        (source / changed).unlink()
+    with pytest.raises(CheckpointError, match=r"\.out\.partial: holds an unfinished conversion"):
+        convert(source, tmp_path / "out", to="safetensors", progress=False)
 
 
 def interrupt_after(monkeypatch, num_pieces: int, error: BaseException | None = None):
@@ -399,3 +422,5 @@ def test_a_float_source_cannot_be_int8(tmp_path):
     assert read_header(source / "ckpt-0" / "tensor00002_000").scales is None
     with pytest.raises(CheckpointError, match="int8 was asked for; convert the released files"):
         convert(source, tmp_path / "out", to="safetensors", dtype="int8", progress=False)
+    with pytest.raises(CheckpointError, match="its weights are bfloat16, and int8 was asked for"):
+        convert(tmp_path / "bf", tmp_path / "out", to="safetensors", dtype="int8", progress=False)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -156,7 +157,19 @@ def test_an_error_in_one_process_is_an_error_in_all(start, tmp_path):
     assert f"run.py: {cause}" in other_errors
 
 
-def test_the_death_of_one_process_ends_all(start, nano_path):
+@pytest.mark.parametrize(
+    "victim",
+    [
+        2,
+        pytest.param(
+            0,
+            marks=pytest.mark.skipif(
+                "GROK1_SLOW_TESTS" not in os.environ, reason="slow; set GROK1_SLOW_TESTS=1"
+            ),
+        ),
+    ],
+)
+def test_the_death_of_one_process_ends_all(victim, start, nano_path):
     slow = (
         "import os, time, sys; preadv = os.preadv\n"
         "def slow(*arguments):\n"
@@ -178,12 +191,14 @@ def test_the_death_of_one_process_ends_all(start, nano_path):
     for process in processes:
         while process.stdout.readline() != "loading\n":
             assert process.poll() is None
-    processes[2].send_signal(signal.SIGKILL)
+    processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    for rank in (0, 1, 3):
+    # The service that notices who is silent is process 0's own.
+    said = r"unhealthy \(stopped sending heartbeats\):\n2\n|task:2" if victim else "leader task"
+    for rank in {0, 1, 2, 3} - {victim}:
         _, errors = processes[rank].communicate(timeout=60)
         assert processes[rank].returncode != 0
-        assert re.search(r"unhealthy \(stopped sending heartbeats\):\n2\n|task:2", errors)
+        assert re.search(said, errors), errors
     assert time.monotonic() - killed < 60
 
 
@@ -195,6 +210,16 @@ def test_a_lone_process_needs_no_others(monkeypatch):
         check()
 
 
+@pytest.fixture
+def joined(monkeypatch) -> list[tuple]:
+    """Stands in for JAX's own joining; holds the arguments it was called with."""
+    given = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: given.append(a))
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    return given
+
+
 @pytest.mark.parametrize(
     "environment",
     [
@@ -203,13 +228,67 @@ def test_a_lone_process_needs_no_others(monkeypatch):
     ],
     ids=["slurm", "open mpi"],
 )
-def test_a_launcher_is_noticed(environment, monkeypatch):
-    given = []
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: given.append(a))
+def test_a_launcher_is_noticed(environment, joined, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     grok1.initialize_distributed()
-    assert given == [(None, None, None)]
+    grok1.initialize_distributed(local_device_ids=[0, 1])
+    assert joined == [(None, None, None, None), (None, None, None, [0, 1])]
+
+
+def test_the_address_in_the_environment_counts(joined, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host0:12345")
+    grok1.initialize_distributed()
+    assert joined == [("host0:12345", None, None, None)]
+
+
+def test_a_lone_process_takes_the_gpus_it_is_told(joined, monkeypatch):
+    found = {}
+    monkeypatch.setattr(distributed.jax.config, "update", found.__setitem__)
+    assert grok1.initialize_distributed(local_device_ids=[2, 3]) == 0
+    assert found == {"jax_cuda_visible_devices": "2,3", "jax_rocm_visible_devices": "2,3"}
+    assert not joined
+
+
+def test_run_passes_on_how_processes_meet(monkeypatch):
+    given = []
+    monkeypatch.setattr(grok1, "initialize_distributed", lambda *a: given.append(a) or sys.exit())
+    arguments = ["run.py", "--coordinator", "h:1", "--process-id", "1", "--local-devices", "0,3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+    assert given == [("h:1", None, 1, [0, 3])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host0", 2, 0), "coordinator must be HOST:PORT, .*, as host0:12345, found 'host0'"),
+        (("host0:99999", 2, 0), "coordinator must be HOST:PORT"),
+        (("host0:1", 0, 0), "num_processes must be 1 or more, found 0"),
+        (("host0:1", 2, 2), "process_id must be from 0 to num_processes - 1, found 2 with num_pr"),
+        (("host0:1", 2, -1), "process_id must be from 0 to num_processes - 1, found -1"),
+    ],
+    ids=str,
+)
+def test_impossible_arguments_are_refused(arguments, message, joined):
+    with pytest.raises(ValueError, match=message):
+        grok1.initialize_distributed(*arguments)
+    assert not joined
+
+
+def test_a_coordinator_that_does_not_answer_is_an_error(joined, monkeypatch):
+    monkeypatch.setattr(distributed, "_START_SECONDS", 0.1)
+    monkeypatch.setattr(distributed, "_RETRY_SECONDS", 0.01)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+        with pytest.raises(RuntimeError, match=rf"{coordinator}: does not answer after 0.1 s: "):
+            grok1.initialize_distributed(coordinator, 2, 1)
+        assert not joined
+        probe.listen()
+        grok1.initialize_distributed(coordinator, 2, 1)
+        assert joined == [(coordinator, 2, 1, None)]
 
 
 def test_half_of_the_arguments_is_an_error():

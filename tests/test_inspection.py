@@ -1,13 +1,15 @@
 """Inspection: the table, its totals and its statistics."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from grok1 import __main__, inspection
 from grok1.conversion import convert
-from grok1.quantization import dequantize
+from grok1.quantization import QuantizedArray, dequantize
 from tests.helpers import named_params
 
 
@@ -40,10 +42,55 @@ def test_a_sample_is_near_and_the_same_for_both_formats(nano_path, tmp_path):
 def test_the_command_shows_one_layer(nano_path, capsys):
     assert __main__.main(["inspect", str(nano_path), "--layer", "10", "--full"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 12 + 1
+    assert len(lines) == 1 + 12 + 1 + 2
     assert "tensor00026_000  transformer/decoder_layer_10/moe/linear/w" in lines[1]
     assert "int8[8,64,128]" in lines[1]
-    assert lines[-1].startswith("12 tensors, ")
+    assert lines[13].startswith("12 tensors, ")
+    assert lines[14].split() == ["layer", "attention", "experts", "router", "scale", "range"]
+    assert lines[15].split()[0] == "10"
+
+
+def test_layers_have_a_line_each_in_their_order(nano_path, nano):
+    report = inspection.inspect(nano_path, full=True)
+    lines = report.lines()[-12:]
+    assert [int(line.split()[0]) for line in lines] == list(range(12))
+    assert [layer["layer"] for layer in report.to_dict()["layers"]] == list(range(12))
+    named, layer = named_params(nano), report.layers[11]
+    attention = named_params_of(named, "transformer/decoder_layer_11/multi_head_attention/")
+    joined = np.concatenate([np.ravel(dequantize(leaf)) for leaf in attention]).astype(np.float64)
+    assert layer.attention_rms == pytest.approx(np.sqrt(np.mean(joined**2)), rel=1e-6)
+    scales = [
+        np.asarray(leaf.scales, np.float32)
+        for leaf in named_params_of(named, "transformer/decoder_layer_11/")
+        if isinstance(leaf, QuantizedArray)
+    ]
+    assert layer.smallest_scale == min(part.min() for part in scales)
+    assert layer.largest_scale == max(part.max() for part in scales)
+    experts = [t.rms for t in report.tensors if "decoder_layer_11/moe/" in t.name]
+    assert (layer.smallest_expert_rms, layer.largest_expert_rms) == (min(experts), max(experts))
+    (router,) = named_params_of(named, "transformer/decoder_layer_11/router")
+    assert layer.router_rms == pytest.approx(float(np.sqrt(np.mean(np.square(router)))), rel=1e-6)
+
+
+def named_params_of(named: dict, prefix: str) -> list:
+    return [
+        leaf
+        for module, leaves in named.items()
+        if module.startswith(prefix)
+        for leaf in leaves.values()
+    ]
+
+
+def test_a_reader_that_goes_away_is_no_error(nano_path):
+    command = [sys.executable, "-m", "grok1", "inspect", str(nano_path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert errors == ""
+    assert process.returncode == 141
 
 
 def test_json_is_the_same(nano_path, capsys):

@@ -1,9 +1,12 @@
 """Checkpoints to devices and back: every shard its slice, every byte returned."""
 
+import gc
 import io
+import os
 import re
 import shutil
 import sys
+import weakref
 
 import jax
 import ml_dtypes
@@ -82,6 +85,30 @@ def test_a_file_that_vanishes_while_loading_is_an_error(nano_path, tmp_path, mon
     monkeypatch.setattr(loading, "_fill_host", remove_and_fill)
     with pytest.raises(grok1.CheckpointError, match="tensor00050_000: cannot be read: No such"):
         grok1.load(tmp_path / "nano", mesh=(1, 2), progress=False)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_load_that_fails_leaves_no_buffers_to_its_traceback(error, nano_path, monkeypatch):
+    aligned, preadv, held = loading._aligned, os.preadv, []
+
+    def watched(*arguments):
+        buffer = aligned(*arguments)
+        held.append(weakref.ref(buffer.base))
+        return buffer
+
+    def fail(*arguments):
+        if len(held) > 5:
+            raise error(5, "failed")
+        return preadv(*arguments)
+
+    monkeypatch.setattr(loading, "_aligned", watched)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises((grok1.CheckpointError, KeyboardInterrupt)) as caught:
+        grok1.load(nano_path, mesh=(1, 2), progress=False)
+    gc.collect()
+    assert caught.tb is not None
+    assert held
+    assert [reference for reference in held if reference() is not None] == []
 
 
 def test_saving_returns_every_file_byte_for_byte(nano_path, nano_config, tmp_path):

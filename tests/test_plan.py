@@ -10,13 +10,16 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import grok1
 from grok1 import compiled_memory, memory, planning
 from grok1.__main__ import main
 from grok1.config import GROK_1, TOY
-from grok1.manifest import manifest
+from grok1.conversion import convert
+from grok1.directory import open_tensors
+from grok1.manifest import in_memory, manifest
 from grok1.memory import (
     abstract_engine,
     fewest_devices,
@@ -50,7 +53,7 @@ def compiled(monkeypatch):
     """Stands in for the child process; holds the rooms that it was asked about."""
     asked = []
 
-    def compile_nothing(engine, mesh, batch, capacity, rooms):
+    def compile_nothing(engine, tensors, mesh, batch, capacity, rooms):
         asked.append(rooms)
         return ROOM
 
@@ -132,7 +135,13 @@ def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
     # Room for 8 rows of 512, with their working memory; or for 2 rows of all 1,024 with theirs.
     room = state_bytes(engine, 8, 512) + 8000
     request = {"config": dataclasses.asdict(TOY), "mesh": [1, 2], "dtype": "float32"}
-    request |= {"cache_dtype": None, "batch": 4, "capacity": 512, "rooms": [room, 2 * room]}
+    request |= {
+        "tensors": memory.one_layer(TOY),
+        "cache_dtype": None,
+        "batch": 4,
+        "capacity": 512,
+        "rooms": [room, 2 * room],
+    }
     found = compiled_memory.answer(request)
     assert found == {"working": 4000, "largest_batch": 8, "largest_context": 1024}
     # Nothing is compiled of which the cache alone is too large, and nothing twice.
@@ -223,6 +232,8 @@ def test_beyond_one_device_a_head_only_its_own_key_columns_are_read():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"devices": []}, "devices must be at least one of JAX's devices, found none"),
+        ({"layers": 0}, "layers must be from 1 to 6, found 0"),
         ({"devices": 0}, "devices must be a whole number above 0, found 0"),
         ({"memory": -1, "devices": 8}, "memory must be a number above 0, found -1"),
         ({"disk": 0, "devices": 8}, "disk must be a number above 0, found 0"),
@@ -278,9 +289,77 @@ def test_weights_are_counted_as_they_lie_in_memory(toy):
     assert shard_bytes(engine.params) == sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params))
 
 
+def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path):
+    path = tmp_path / "bf"
+    convert(TOY_PATH, path, to="safetensors", dtype="bfloat16", progress=False)
+    for options in {}, {"layers": 2, "embedding_dtype": "bfloat16"}:
+        found = grok1.plan(checkpoint=path, device="cpu", memory=1, mesh=(1, 1), **options)
+        model = grok1.load(path, mesh=(1, 1), progress=False, **options)
+        assert found.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+        assert found.num_weights == sum(np.prod(spec.shape) for spec in model.tensors)
+    whole = grok1.plan(checkpoint=path, device="cpu", memory=1)
+    stored, _ = open_tensors(path, TOY)
+    assert whole.checkpoint_bytes == sum(tensor.values.nbytes for tensor in stored)
+    assert grok1.plan(checkpoint=path, device="cpu", memory=0.001).streaming is None
+
+
+def test_the_types_in_memory_are_compiled(monkeypatch):
+    asked = []
+
+    def run(command, **options):
+        asked.append(json.loads(command[-1]))
+        return types.SimpleNamespace(returncode=0, stdout=json.dumps(ROOM), stderr="")
+
+    monkeypatch.setattr(planning.subprocess, "run", run)
+    grok1.plan(TOY, devices=1, memory=1, layers=3, embedding_dtype="bfloat16")
+    assert asked[0]["config"]["num_layers"] == 3
+    kinds = {name: (dtype, scales) for name, _, dtype, scales in asked[0]["tensors"]}
+    assert kinds["language_model/in_out_embed/embeddings"] == ("bfloat16", None)
+
+
+def test_the_child_lays_out_the_tensors_that_it_is_given(monkeypatch):
+    def working_bytes(engine, batch, capacity):
+        return shard_bytes(engine.params)
+
+    monkeypatch.setattr(compiled_memory, "working_bytes", working_bytes)
+    tensors = in_memory(memory.one_layer(TOY), "bfloat16")
+    request = {"config": dataclasses.asdict(TOY), "tensors": tensors, "mesh": [1, 1]}
+    request |= {"dtype": "float32", "cache_dtype": None, "batch": 1, "capacity": 256}
+    found = compiled_memory.answer(json.loads(json.dumps(request | {"rooms": [0, 0]})))
+    whole = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 1)), "float32")
+    halved = TOY.vocab_size * TOY.emb_size * 2
+    assert found["working"] == shard_bytes(whole.params) - halved
+
+
+def test_the_first_layers_of_the_real_model_fit_where_all_do_not(compiled):
+    assert not grok1.plan(devices=1, device="h100").fits
+    found = grok1.plan(devices=1, device="h100", layers=8)
+    assert found.fits
+    assert found.checkpoint_bytes == pytest.approx(8 / 64 * 315e9 + 3.2e9, rel=0.01)
+    with pytest.raises(ValueError, match="layers must be from 1 to 64, found 65"):
+        grok1.plan(devices=1, device="h100", layers=65)
+
+
+def test_the_output_heads_table_and_working_memory_are_needed_too(monkeypatch):
+    monkeypatch.setattr(memory.native, "is_available", lambda: True)
+    mesh = make_mesh(GROK_1, (1, 1))
+    engine = abstract_engine(released_weights(GROK_1), GROK_1, mesh, "float32")
+    assert memory.working_bytes(engine) == 131072 * (6144 + 8) + 10**9
+    toy = abstract_engine(released_weights(TOY), TOY, mesh, "float32")
+    assert memory.working_bytes(toy) < 2e6
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+@pytest.mark.parametrize("text", ["90%", "1.5", "0", "nan"])
+def test_a_share_that_is_none_names_its_variable(name, text, monkeypatch):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=f"{name} must be a share .* found '{text}'"):
+        memory.preallocated_share()
+
+
 def test_load_refuses_what_cannot_fit_before_it_reads(monkeypatch):
     engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
-    needed = 2 * least_bytes(engine)
+    needed = 2 * (least_bytes(engine) + memory.working_bytes(engine))
 
     def read(*arguments):
         raise AssertionError("weights were read")
@@ -288,9 +367,10 @@ def test_load_refuses_what_cannot_fit_before_it_reads(monkeypatch):
     monkeypatch.setattr(grok1.factory, "load_params", read)
     monkeypatch.setattr(memory, "host_bytes_available", lambda: needed - 1)
     message = (
-        r"the model does not fit: it takes 0\.00 GB of weights and 0\.00 GB of cache on each of 2 "
-        r"CPU devices, 0\.01 GB together, and 0\.01 GB of memory are available; use a machine with "
-        r"more memory, or more machines\. `python -m grok1 plan` says what fits"
+        r"the model does not fit: it takes 0\.00 GB of weights, 0\.00 GB of cache and 0\.00 GB of "
+        r"working memory on each of 2 CPU devices, 0\.01 GB together, and 0\.01 GB of memory are "
+        r"available; use a machine with more memory, or more machines\. `python -m grok1 plan` "
+        r"says what fits"
     )
     with pytest.raises(ValueError, match=message):
         grok1.load(TOY_PATH, mesh=(1, 2), progress=False)
@@ -301,8 +381,9 @@ def test_load_refuses_what_cannot_fit_before_it_reads(monkeypatch):
 
 
 def test_accelerators_are_asked_one_by_one(monkeypatch):
-    needed = 3 * 10**9
-    monkeypatch.setattr(memory, "least_bytes", lambda engine: needed)
+    needed = 4 * 10**9
+    monkeypatch.setattr(memory, "least_bytes", lambda engine: needed - 10**9)
+    monkeypatch.setattr(memory, "working_bytes", lambda engine: 10**9)
     monkeypatch.setattr(memory, "_least_state_bytes", lambda engine: 10**9)
 
     def gpu(limit):
@@ -318,8 +399,8 @@ def test_accelerators_are_asked_one_by_one(monkeypatch):
     require(needed + 1000, needed + 1000)
     require(None, None)  # an allocator that does not say
     message = (
-        r"takes 2\.00 GB of weights and 1\.00 GB of cache on each of 4 devices, and 3\.00 GB are "
-        r"available on NVIDIA A100; JAX takes 75% of a GPU's memory: "
+        r"takes 2\.00 GB of weights, 1\.00 GB of cache and 1\.00 GB of working memory on each of 4 "
+        r"devices, and 4\.00 GB are available on NVIDIA A100; JAX takes 75% of a GPU's memory: "
         r"set XLA_PYTHON_CLIENT_MEM_FRACTION=\.95 if that is enough; otherwise use more devices"
     )
     with pytest.raises(ValueError, match=message):
@@ -348,11 +429,28 @@ def test_a_control_group_leaves_its_limit_less_what_is_no_file(monkeypatch, tmp_
     own = tmp_path / "own"
     own.write_text("1:name=systemd:/\n0::/job\n")
     assert list(memory._group_limits(7, tmp_path, own)) == [1000 - 350 + 7]
+    own.write_text("9:cpu,cpuacct:/job\n8:memory:/job\n")
+    first = tmp_path / "memory" / "job"
+    first.mkdir(parents=True)
+    (first / "memory.limit_in_bytes").write_text("2000\n")
+    (first / "memory.stat").write_text("cache 900\ntotal_rss 400\ntotal_shmem 60\n")
+    assert list(memory._group_limits(7, tmp_path, own)) == [2000 - 460 + 7]
     own.unlink()
     assert not list(memory._group_limits(7, tmp_path, own))
 
 
-def test_a_cpu_too_small_is_told_how_it_would_run_from_disk():
+def test_what_is_measured_is_said_and_what_is_given_is_not_measured(compiled, monkeypatch):
+    monkeypatch.setattr(planning, "file_bandwidth", lambda arrays: 3e9)
+    monkeypatch.setattr(planning, "memory_bandwidth", lambda: 20e9)
+    options = {"checkpoint": TOY_PATH, "device": "cpu", "memory": 0.001}
+    streaming = grok1.plan(**options).streaming
+    assert (streaming.files, streaming.memory) == (3, 20)
+    assert streaming.note("files") == streaming.note("memory") == " (measured here)"
+    streaming = grok1.plan(**options, disk=5, bandwidth=50).streaming
+    assert (streaming.files, streaming.memory, streaming.measured) == (5, 50, ())
+
+
+def test_a_cpu_too_small_is_told_how_it_would_run_from_disk(compiled):
     found = grok1.plan(device="cpu", memory=24, context=256, disk=2.0)
     streaming = found.streaming
     assert not found.fits
@@ -366,6 +464,12 @@ def test_a_cpu_too_small_is_told_how_it_would_run_from_disk():
     )
     assert f"runs: {streaming.seconds:.3g} s a token" in "\n".join(found.lines())
     assert found.to_dict()["streaming"]["num_held"] == 13
+    assert streaming.measured == ("memory",)
+    assert "from files at 2 GB/s, and memory at" in "\n".join(found.lines())
+    given = grok1.plan(device="cpu", memory=24, context=256, bandwidth=100)
+    assert (given.streaming.files, given.streaming.memory) == (2, 100)
+    assert given.streaming.measured == ()
+    assert "from files at 2 GB/s, and memory at 100 GB/s." in "\n".join(given.lines())
     small = grok1.plan(device="cpu", memory=8, context=256)
     assert "With its experts on disk it takes 10.94 GB at least" in "\n".join(small.lines())
     assert grok1.plan(device="cpu", memory=400, context=256).streaming is None

@@ -1,5 +1,6 @@
 """Verification: every fault in one run, in seconds, on the real sizes; and by the weights."""
 
+import errno
 import json
 import os
 import pathlib
@@ -11,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1 import __main__, verification
+from grok1 import __main__, contents, tensor_file, verification
 from grok1.config import GROK_1, ModelConfig
 from grok1.conversion import convert
 from grok1.manifest import file_name, manifest
+from grok1.safetensors_file import read_shard_header
 from grok1.tensor_file import CheckpointError, read_header, read_span, write_tensor
 from tests.conftest import GOLDEN
 
@@ -123,17 +125,20 @@ def test_twelve_faults_are_named_in_one_run(released, capsys):
     status = __main__.main(["verify", str(released)])
     assert time.process_time() - start < 10
     assert status == 1
-    *lines, verdict, advice = capsys.readouterr().out.splitlines()
+    *lines, verdict, to_fetch, to_replace = capsys.readouterr().out.splitlines()
     found = dict(line.removeprefix("ckpt-0/").split(": ", 1) for line in lines)
     assert found.keys() == expected.keys()
     for name, text in expected.items():
         assert text in found[name], name
     assert verdict.startswith(f"{released}: 13 faults; 770 tensors expected, ")
-    fetched = {name for name in expected if not found[name].split("; ")[1].startswith("move")}
-    fetched -= {"tensor00030_001"}
-    assert advice == (
-        "to fetch only the bad files: `hf download xai-org/grok-1 "
-        f"{' '.join(f'ckpt-0/{name}' for name in sorted(fetched))} --force-download "
+    missing = f"ckpt-0/{file_name(10)} ckpt-0/{file_name(30)}"
+    assert to_fetch == (
+        f"to fetch what is missing: `hf download xai-org/grok-1 {missing} --local-dir {released}`"
+    )
+    kept = {file_name(10), file_name(30), "tensor00770_000", "notes.txt", "tensor00030_001"}
+    bad = " ".join(f"ckpt-0/{name}" for name in sorted(expected.keys() - kept))
+    assert to_replace == (
+        f"to fetch the bad files again: `hf download xai-org/grok-1 {bad} --force-download "
         f"--local-dir {released}`"
     )
 
@@ -158,11 +163,36 @@ def test_a_missing_directory_says_what_to_give(nano_copy):
         verification.verify(nano_copy / "ckpt-0")
 
 
-def test_an_unreadable_file_is_not_fetched_but_opened(nano_copy):
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    (nano_copy / "ckpt-0" / file_name(3)).chmod(0)
-    assert "check the path and its permissions" in faults_of(nano_copy)["ckpt-0/tensor00003_000"]
+def test_an_unreadable_file_is_not_fetched_but_opened(nano_copy, monkeypatch):
+    path, whole = nano_copy / "ckpt-0" / file_name(3), pathlib.Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    report = verification.verify(nano_copy)
+    (fault,) = report.faults
+    assert fault.path == "ckpt-0/tensor00003_000"
+    assert fault.problem == "cannot be read: Permission denied"
+    assert fault.remedy == "check the path and its permissions"
+    assert not report.advice
+
+
+def test_a_directory_in_a_files_place_is_described(nano_copy):
+    path = nano_copy / "ckpt-0" / file_name(3)
+    path.unlink()
+    path.mkdir()
+    assert faults_of(nano_copy) == {
+        "ckpt-0/tensor00003_000": "not a regular file, expected a Grok-1 tensor file; move it away"
+    }
+
+
+def test_an_error_without_a_remedy_keeps_its_text():
+    path = pathlib.Path("a/b")
+    fault = verification._fault("b", path, CheckpointError("a/b: ends at byte 7"))
+    assert fault[1:3] == ("ends at byte 7", "fetch it again")
 
 
 def test_deep_writes_sums_that_sha256sum_reads(nano_copy):
@@ -203,10 +233,16 @@ def test_deep_finds_values_that_are_not_finite_and_holes(nano_copy, tmp_path):
     sums = tmp_path / "sums"
     found = faults_of(nano_copy, deep=True, sums_file=sums)
     assert "1 of " in found["ckpt-0/tensor00000_000"]
-    assert "values are not finite, near row 0" in found["ckpt-0/tensor00000_000"]
+    assert "values are not finite, the first is nan at [3, 5]" in found["ckpt-0/tensor00000_000"]
     assert "scales are not finite, the first is inf at [0, 1]" in found["ckpt-0/tensor00005_000"]
     # The checksums of bad files are not kept.
     assert len(sums.read_text().splitlines()) == 144
+
+
+def read_one(path: pathlib.Path) -> list[str]:
+    file = verification._file(read_header(path))
+    journal = contents.Journal(path.parent / "SHA256SUMS")
+    return contents.read_contents(file, journal, lambda num_bytes: None).notes
 
 
 def test_deep_finds_a_hole(tmp_path):
@@ -216,13 +252,80 @@ def test_deep_finds_a_hole(tmp_path):
     write_tensor(path, values, np.ones((1, 1024), ml_dtypes.bfloat16))
     with pytest.raises(
         CheckpointError,
-        match="1,048,576 bytes in whole blocks are zero, expected weights; the download",
+        match="1,048,576 bytes of the values in whole blocks are zero, expected weights; the down",
     ):
-        verification._check_payload(read_header(path))
+        read_one(path)
     values[values == 0] = -128
     write_tensor(path, values, np.ones((1, 1024), ml_dtypes.bfloat16))
-    (note,) = verification._check_payload(read_header(path))
-    assert f"{1200 * 1024} weights are -128" in note
+    (note,) = read_one(path)
+    assert f"{1200 * 1024} of the values are -128" in note
+
+
+def test_an_array_is_checked_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "_READ_BYTES", 1 << 12)
+    values = np.ones((64, 100), np.float32)
+    values[50, 7] = values[60, 1] = np.inf
+    write_tensor(tmp_path / "tensor00000_000", values)
+    with pytest.raises(
+        CheckpointError, match=r"2 of 6400 values are not finite, the first is inf at \[50, 7\]"
+    ):
+        read_one(tmp_path / "tensor00000_000")
+
+
+def test_an_interrupted_reading_is_continued(nano_copy, monkeypatch):
+    whole, read = verification.read_contents, []
+
+    def counted(file, *arguments):
+        read.append(file.name)
+        if len(read) == 50:
+            raise KeyboardInterrupt
+        return whole(file, *arguments)
+
+    monkeypatch.setattr(verification, "_NUM_THREADS", 1)
+    monkeypatch.setattr(verification, "read_contents", counted)
+    with pytest.raises(KeyboardInterrupt):
+        verification.verify(nano_copy, deep=True)
+    assert not (nano_copy / "SHA256SUMS").exists()
+    monkeypatch.setattr(verification, "read_contents", whole)
+    hashed = []
+
+    def read_at(file, *arguments):
+        hashed.append(file.name)
+        tensor_file.read_at(file, *arguments)
+
+    monkeypatch.setattr(contents, "read_at", read_at)
+    assert "0 checksums compared, 146 added" in verification.verify(nano_copy, deep=True).notes[-1]
+    assert not set(read[:49]) & set(hashed)
+    assert len(set(hashed)) == 146 - 49
+    assert not list(nano_copy.glob(".SHA256SUMS*"))
+
+
+@pytest.mark.parametrize("change", ["nothing", "its time", "a copy"])
+def test_what_changed_since_an_interruption_is_read_again(change, nano_copy):
+    path = nano_copy / "ckpt-0" / file_name(6)
+    file = verification._file(read_header(path))
+    journal = contents.Journal(nano_copy / "SHA256SUMS")
+    journal.add(file, contents.file_stamp(path.stat()), "0" * 64)
+    with open(nano_copy / ".SHA256SUMS.journal", "a") as lines:
+        lines.write("123")  # cut off
+    if change == "its time":
+        os.utime(path, ns=(1, 1))
+    elif change == "a copy":
+        shutil.copy2(path, path.with_name(".copy"))
+        path.with_name(".copy").replace(path)
+    reading = contents.read_contents(
+        file, contents.Journal(nano_copy / "SHA256SUMS"), lambda num_bytes: None
+    )
+    assert (reading.digest == "0" * 64) == (change == "nothing")
+
+
+def test_complete_sums_need_no_place_to_write(nano_copy, tmp_path, monkeypatch):
+    verification.verify(nano_copy, deep=True)
+    monkeypatch.setattr(contents.os, "access", lambda *arguments: False)
+    assert verification.verify(nano_copy, deep=True).is_good
+    (nano_copy / "SHA256SUMS").write_text("")
+    with pytest.raises(CheckpointError, match="SHA256SUMS: cannot be written; give a place"):
+        verification.verify(nano_copy, deep=True)
 
 
 def test_sums_that_are_none_are_refused(nano_copy):
@@ -246,3 +349,71 @@ def test_a_safetensors_conversion_is_verified_too(nano_copy, tmp_path, nano_conf
     shard = tmp_path / "st" / "model-00004-of-00013.safetensors"
     os.truncate(shard, shard.stat().st_size - 1)
     assert "is damaged" in faults_of(tmp_path / "st")[shard.name]
+
+
+@pytest.fixture(scope="module")
+def nano_safetensors(nano_path, tmp_path_factory) -> pathlib.Path:
+    target = tmp_path_factory.mktemp("safetensors") / "nano"
+    convert(nano_path, target, to="safetensors", progress=False)
+    return target
+
+
+@pytest.fixture
+def safetensors_copy(nano_safetensors, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(nano_safetensors, tmp_path / "st"))
+
+
+def change(path: pathlib.Path, old: bytes, new: bytes) -> None:
+    assert len(old) == len(new)
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def test_every_fault_of_safetensors_is_named_in_one_run(safetensors_copy):
+    shards = sorted(safetensors_copy.glob("model-*"))
+    os.truncate(shards[2], shards[2].stat().st_size - 1)
+    shards[4].unlink()
+    (safetensors_copy / "other.safetensors").write_bytes(b"")
+    change(shards[5], b"attn.q_proj", b"attn.x_proj")
+    change(shards[6], b"[128,64]", b"[64,128]")
+    found = [(path, problem) for path, problem, *_ in verification.verify(safetensors_copy).faults]
+    for (path, problem), (expected_path, text) in zip(
+        found,
+        [
+            (shards[2].name, "bytes long, expected "),
+            (shards[4].name, "missing, expected as the index names it"),
+            (shards[5].name, "lacks model.layers.4.attn.q_proj.weight, which"),
+            (shards[5].name, "has the unexpected model.layers.4.attn.x_proj.weight"),
+            (shards[6].name, "is int8[64,128], expected int8[128,64]"),
+            ("other.safetensors", "foreign, expected no such file"),
+        ],
+        strict=True,
+    ):
+        assert path == expected_path
+        assert text in problem
+
+
+def test_deep_reads_the_weights_of_safetensors(safetensors_copy):
+    first, second = sorted(safetensors_copy.glob("model-*"))[:2]
+    for path, name, offset in (
+        (first, "model.embed_tokens.weight", 4 * 71),
+        (second, "model.layers.0.attn.q_proj.weight_scale", 6),
+    ):
+        span = read_shard_header(path).spans[name]
+        data = bytearray(path.read_bytes())
+        data[span.offset + offset : span.offset + offset + 4] = b"\xc0\x7f\xc0\x7f"
+        path.write_bytes(data)
+    assert verification.verify(safetensors_copy).is_good
+    found = faults_of(safetensors_copy, deep=True)
+    assert (
+        "values of model.embed_tokens.weight are not finite, the first is nan at"
+        in (found[first.name])
+    )
+    assert (
+        "2 of 128 scales of model.layers.0.attn.q_proj.weight_scale are not finite"
+        in (found[second.name])
+    )
+    sums = (safetensors_copy / "SHA256SUMS").read_text()
+    assert len(sums.splitlines()) == 12
+    assert first.name not in sums
