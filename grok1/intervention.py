@@ -477,8 +477,8 @@ def _check_not_forced(one: Intervention, form: Any, before: Intervention, forced
     if shared.size and (not places or np.logical_and.reduce(places).any()):
         raise one._error(
             f"it lets the router of layer {shared[0]} choose anew where {type(before).__name__}, "
-            f"which comes before it, says which experts run; put {type(one).__name__} first, or name "
-            "other layers= or positions="
+            f"which comes before it, says which experts run; put {type(one).__name__} first, or "
+            "name other layers= or positions="
         )
 
 
