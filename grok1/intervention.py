@@ -453,7 +453,7 @@ def prepare(interventions: Sequence[Any], config: ModelConfig) -> tuple[Any, ...
 
     Raises:
       TypeError: If one is no intervention.
-      ValueError: If one does not fit the model.
+      ValueError: If one does not fit the model, or chooses anew what one before it has forced.
     """
     for one in interventions:
         if not isinstance(one, Intervention):

@@ -203,8 +203,9 @@ class Model:
           A `Score`, or for a list of texts a list of them.
 
         Raises:
-          ValueError: If a text has fewer than two tokens or ids out of range, or an option is out
-            of range.
+          ValueError: If a text has fewer than two tokens or ids out of range, an option is out of
+            range, or an intervention is of another length, or of positions where the text is cut
+            into windows.
           TypeError: If the text is of another type.
         """
         return scoring.score(self.engine, self.tokenizer, text, **options)
@@ -321,8 +322,8 @@ class Model:
 
         Raises:
           TypeError: If one is no intervention.
-          ValueError: If one does not fit the model; a patch of another length says so when a text
-            is run.
+          ValueError: If one does not fit the model, or lets the router choose anew what one before
+            it has forced; a patch of another length says so when a text is run.
         """
         changed = copy.copy(self)
         changed.engine = self.engine.intervened(interventions)
