@@ -48,7 +48,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     loads = [
         {
             option: value
-            for option in ("dtype", "mesh", "cache_dtype")
+            for option in ("dtype", "mesh", "cache_dtype", "router_softcap", "renormalize_gates")
             if (value := getattr(arguments, f"{option}_{side}")) is not None
         }
         for side in "ab"
@@ -138,6 +138,17 @@ def _parser() -> argparse.ArgumentParser:
         compare.add_argument(f"--mesh-{side}", help=f"{which}, as 1x8; default: all")
         compare.add_argument(
             f"--cache-dtype-{side}", choices=["float32", "float16", "int8"], help=which
+        )
+        compare.add_argument(
+            f"--router-softcap-{side}",
+            type=float,
+            metavar="CAP",
+            help=f"cap the router's logits {which}; default: as its configuration says",
+        )
+        compare.add_argument(
+            f"--renormalize-gates-{side}",
+            action=argparse.BooleanOptionalAction,
+            help=f"divide expert weights {which} by their sum; default: likewise",
         )
     compare.add_argument("--top-k", type=int, default=5, metavar="K", help="default: 5")
     compare.add_argument(

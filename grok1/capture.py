@@ -70,6 +70,27 @@ class Capture:
             total += (len(self.attention_layers) + 2) * config.num_q_heads * capacity
         return 4 * total
 
+    def bytes_on_host(self, config: ModelConfig, num_tokens: int) -> int:
+        """Memory that the values of a text take on the host.
+
+        Args:
+          config: The model.
+          num_tokens: T.
+        """
+        per_token = {
+            "expert": config.num_experts,
+            "choice": config.num_selected_experts,
+            "model_dim": config.emb_size,
+            "rank": self.lens_top,
+        }
+        total = 0
+        for name in self.names:
+            if name == "attention_probs":
+                total += len(self.attention_layers) * config.num_q_heads * num_tokens**2
+            else:
+                total += config.num_layers * num_tokens * per_token[AXES[name][-1]]
+        return 4 * total
+
 
 NOTHING = Capture()
 """What a program captures that is not traced."""

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
+from grok1 import html
 from grok1.batch import Prompt, encode_prompt
+from grok1.directory import load_config
 from grok1.engine import CHUNK_LENGTHS
 from grok1.factory import load
 from grok1.model import Model
@@ -58,7 +60,7 @@ class LayerDifference(NamedTuple):
 
     Attributes:
       residual: Norm of the difference of the residual streams after the layer, over A's norm.
-      same_experts: Fraction of the experts that A chose and B did too.
+      same_experts: Fraction of A's experts that B ran too; 1 where A ran none.
     """
 
     residual: float
@@ -110,7 +112,7 @@ class Comparison(NamedTuple):
 
     @property
     def expert_agreement(self) -> float | None:
-        """Fraction of the experts that A chose and B did too, over all layers."""
+        """Fraction of A's experts that B ran too, over all layers."""
         if self.layers is None:
             return None
         return float(np.mean([layer.same_experts for layer in self.layers]))
@@ -126,6 +128,44 @@ class Comparison(NamedTuple):
             "worst": [one._asdict() for one in self.worst],
             "layers": self.layers and [layer._asdict() for layer in self.layers],
         }
+
+    def __repr__(self) -> str:
+        agreement = self.expert_agreement
+        experts = "" if agreement is None else f", same experts {agreement:.2%}"
+        return (
+            f"Comparison({len(self.tokens)} tokens, KL mean {self.mean_divergence:.3e}, largest "
+            f"{self.largest_divergence:.3e}, same most probable token {self.top_1_agreement:.2%}"
+            f"{experts})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("A", self.a),
+            ("B", self.b),
+            ("tokens", f"{len(self.tokens):,}"),
+            ("KL(A || B), mean", f"{self.mean_divergence:.3e} nats"),
+            (
+                "KL(A || B), largest",
+                f"{self.largest_divergence:.3e} nats, at position {self.worst[0].position}",
+            ),
+            ("same most probable token", f"{self.top_1_agreement:.2%}"),
+            (f"same {self.top_k} most probable", f"{self.top_k_agreement:.2%}"),
+            ("logits differ by", f"{self.logits_difference:.3e} of A's norm"),
+        ]
+        if self.perplexity_a is not None:
+            rows.append(("perplexity", f"A {self.perplexity_a:.4f}, B {self.perplexity_b:.4f}"))
+        if self.layers is not None:
+            residuals = [layer.residual for layer in self.layers]
+            largest = int(np.argmax(residuals))
+            rows += [
+                ("same experts", f"{self.expert_agreement:.2%}"),
+                (
+                    "residual streams differ by",
+                    f"{residuals[largest]:.3e} of A's norm at most, after layer {largest}",
+                ),
+            ]
+        rows += [("note", note) for note in self.notes]
+        return html.table("Comparison", rows)
 
     def lines(self) -> list[str]:
         """The same as tables."""
@@ -196,7 +236,9 @@ def compare(
 
     Raises:
       ValueError: If the two have different vocabularies, tokenizers or lengths, there is no text or
-        no model to run, or an option is out of range.
+        no model to run, an option is out of range, or an intervention does not fit the text.
+      FileNotFoundError, FileExistsError: If a source, or the directory of `save_logits`, is
+        missing; if there is a file of this name.
       CheckpointError: As `load`.
     """
     sources: dict[str, _Opened] = {
@@ -208,25 +250,32 @@ def compare(
         _check_source(source, side, options[side])
     if text is not None and all(_names_tokens(source) for source in sources.values()):
         raise ValueError("both files hold their tokens; leave out the text")
-    if save_logits is not None and pathlib.Path(save_logits).suffix != ".npz":
-        raise ValueError(f"saved logits are a .npz file, found {os.fspath(save_logits)!r}")
+    if save_logits is not None:
+        _check_new_file(pathlib.Path(save_logits))
     with tempfile.TemporaryDirectory(prefix="grok1-compare-") as directory:
         runs: dict[str, _Run] = {}
+        sizes: dict[str, int] = {}
+        files = {side: pathlib.Path(directory, side) for side in sources}
         # Files first: they may hold the tokens that the models are to run.
-        for side in sorted(sources, key=lambda side: not _is_saved(sources[side])):
-            files = pathlib.Path(directory, side)
-            files.mkdir()
-            source = sources[side]
+        for side, source in sources.items():
+            files[side].mkdir()
             if _is_saved(source):
-                runs[side] = _open_saved(source, files)
+                runs[side] = _open_saved(source, files[side])
+                sizes[side] = runs[side].logits.shape[1]
+            else:
+                config = source.config if isinstance(source, Model) else load_config(source)
+                sizes[side] = config.vocab_size
+        _check_vocabularies(sizes, top_k)
+        if text is None:
+            text = next((run.tokens for run in runs.values() if run.tokens is not None), None)
+        for side, source in sources.items():
+            if _is_saved(source):
                 continue
-            if text is None:
-                text = next((run.tokens for run in runs.values() if run.tokens is not None), None)
             if text is None:
                 raise ValueError(
                     "compare needs a text; give one, or logits saved with their tokens"
                 )
-            runs[side] = _run(source, options[side], text, files)
+            runs[side] = _run(source, options[side], text, files[side])
         runs = _with_tokens(runs, text)
         _check_same_text(runs)
         if save_logits is not None:
@@ -244,7 +293,7 @@ class _Run(NamedTuple):
       pieces: Spelling of each token; None without a tokenizer.
       logits: float `[T, V]`.
       residual: float32 `[L, T, D]`; None for saved logits.
-      experts: int32 `[L, T, A]`; None for saved logits.
+      experts: int32 `[L, T, A]`, those that ran, -1 for none; None for saved logits.
     """
 
     name: str
@@ -279,6 +328,25 @@ def _check_source(source: _Opened, side: str, options: dict[str, Any]) -> None:
             f"{source} is no directory and no .npz or .npy file; {side} is a model's directory, or "
             "saved logits"
         )
+
+
+def _check_new_file(path: pathlib.Path) -> None:
+    if path.suffix != ".npz":
+        raise ValueError(f"saved logits are a .npz file, found {os.fspath(path)!r}")
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; remove it, or name a new file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no directory {path.parent}; make it first")
+
+
+def _check_vocabularies(sizes: dict[str, int], top_k: int) -> None:
+    if sizes["A"] != sizes["B"]:
+        raise ValueError(
+            f"the vocabularies differ: A has {sizes['A']} tokens, B {sizes['B']}; only models of "
+            "one vocabulary can be compared"
+        )
+    if not 1 <= top_k <= sizes["A"]:
+        raise ValueError(f"top_k must be from 1 to the vocabulary of {sizes['A']}, found {top_k}")
 
 
 def _open_saved(path: pathlib.Path, files: pathlib.Path) -> _Run:
@@ -330,13 +398,14 @@ def _run_model(model: Model, name: str, text: Prompt, files: pathlib.Path) -> _R
     if not tokens:
         raise ValueError("the text is empty; give at least one token")
     num_tokens = len(tokens)
+    engine.check_length(num_tokens, is_whole=num_tokens <= config.sequence_len)
 
     def array(name, dtype, *shape):
         return np.lib.format.open_memmap(files / f"{name}.npy", "w+", dtype, shape)
 
     logits = array("logits", np.float32, num_tokens, config.vocab_size)
     residual = array("residual", np.float32, config.num_layers, num_tokens, config.emb_size)
-    experts = array("experts", np.int32, config.num_layers, num_tokens, config.num_selected_experts)
+    experts = None
     token_bytes = 4 * (config.vocab_size + config.num_layers * config.emb_size)
     fitting = [n for n in CHUNK_LENGTHS if n * token_bytes <= _CHUNK_BYTES]
     longest = max(fitting, default=CHUNK_LENGTHS[0])
@@ -358,7 +427,11 @@ def _run_model(model: Model, name: str, text: Prompt, files: pathlib.Path) -> _R
             logits[here] = np.asarray(found)[0, :count]
             residual[:, here] = np.asarray(captured["residual"])[:, 0, :count]
             chosen = np.asarray(captured["expert_indices"])
-            experts[:, here] = chosen.reshape(len(chosen), batch, chunk, -1)[:, 0, :count]
+            chosen = chosen.reshape(len(chosen), batch, chunk, -1)[:, 0, :count]
+            if experts is None:
+                # Interventions change how many there are.
+                experts = array("experts", np.int32, len(chosen), num_tokens, chosen.shape[-1])
+            experts[:, here] = np.where(chosen < config.num_experts, chosen, -1)
             start += count
     pieces = None
     if model.tokenizer is not None:
@@ -388,11 +461,6 @@ def _check_same_text(runs: dict[str, _Run]) -> None:
     # `_with_tokens` gave them.
     assert a.tokens is not None
     assert b.tokens is not None
-    if a.logits.shape[1] != b.logits.shape[1]:
-        raise ValueError(
-            f"the vocabularies differ: A has {a.logits.shape[1]} tokens, B {b.logits.shape[1]}; "
-            "only models of one vocabulary can be compared"
-        )
     for place, (token_a, token_b) in enumerate(zip(a.tokens, b.tokens, strict=False)):
         if token_a != token_b:
             raise ValueError(
@@ -412,8 +480,6 @@ def _check_same_text(runs: dict[str, _Run]) -> None:
 def _compare_runs(a: _Run, b: _Run, top_k: int) -> Comparison:
     assert a.tokens is not None  # `_check_same_text` has seen them
     num_tokens, vocab_size = a.logits.shape
-    if not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k must be from 1 to the vocabulary of {vocab_size}, found {top_k}")
     divergences = np.empty(num_tokens)
     best = np.empty((2, num_tokens), np.int64)
     logprobs = np.zeros(2)
@@ -483,8 +549,10 @@ def _compare_layers(a: _Run, b: _Run) -> tuple[list[LayerDifference] | None, lis
             difference += float(np.sum((of_a - b.residual[layer, here]) ** 2))
             norm += float(np.sum(of_a**2))
         chosen_a, chosen_b = a.experts[layer], b.experts[layer]
-        same = (chosen_a[:, :, None] == chosen_b[:, None, :]).any(axis=-1).mean()
-        layers.append(LayerDifference((difference / norm) ** 0.5 if norm else 0.0, float(same)))
+        ran = chosen_a >= 0
+        same = ran & (chosen_a[:, :, None] == chosen_b[:, None, :]).any(axis=-1)
+        share = float(same.sum() / ran.sum()) if ran.any() else 1.0
+        layers.append(LayerDifference((difference / norm) ** 0.5 if norm else 0.0, share))
     return layers, []
 
 

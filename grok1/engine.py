@@ -25,6 +25,7 @@ from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.decoder import Captures, forward
 from grok1.intervention import Intervention, prepare
+from grok1.precision import default_cache_dtype
 from grok1.sampling import SamplingState
 from grok1.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, abstract_cache, put, specs_of
 from grok1.steps import (
@@ -77,10 +78,10 @@ class Engine:
       mesh: Axes (data, model).
       dtype: Type of the products with weights, float32 or bfloat16.
       runs_ahead: Whether a step may be started before the tokens of the one before are read.
-      cache_dtype: Type of the keys and values, float32, float16 or int8. By default float32, or,
-        where products are bfloat16, float16: it takes the same memory with three more bits, and
-        normed inputs keep within its range.
+      cache_dtype: Type of the keys and values, float32, float16 or int8; by default that of
+        `precision.default_cache_dtype`.
       capture: What prefill and decode steps capture; see `observed`.
+      interventions: What changes the forward pass, in this order; see `intervened`.
     """
 
     runs_ahead = True
@@ -98,7 +99,7 @@ class Engine:
         # Without devices there are shapes, but no programs.
         self.mesh = cast(Mesh, mesh)
         if cache_dtype is None:
-            cache_dtype = jnp.float32 if self.dtype == jnp.float32 else jnp.float16
+            cache_dtype = default_cache_dtype(self.dtype)
         self.cache_dtype = jnp.dtype(cache_dtype)
         self._param_specs: Any = specs_of(params)
         self._programs: dict[tuple, Program] = {}
@@ -108,7 +109,7 @@ class Engine:
         self._form = ""
         self._programs_of_form = {self._form: self._programs}
         self.capture = NOTHING
-        self._interventions: tuple[Intervention, ...] = ()
+        self.interventions: tuple[Intervention, ...] = ()
         self._observer: Observer | None = None
         self._captured_bytes_per_token = 0
 
@@ -122,11 +123,11 @@ class Engine:
           TypeError, ValueError: As `intervention.prepare`.
         """
         view = copy.copy(self)
-        view._interventions = (*self._interventions, *interventions)
+        view.interventions = (*self.interventions, *interventions)
         everywhere = NamedSharding(self.mesh, P())
         on_device = jax.tree.map(
             lambda leaf: put(np.asarray(leaf), everywhere),
-            prepare(view._interventions, self.config),
+            prepare(view.interventions, self.config),
         )
         if on_device:
             root = self._root
@@ -158,14 +159,19 @@ class Engine:
     def _is_intervened(self) -> bool:
         return isinstance(self.params, Intervened)
 
-    def check_length(self, num_tokens: int) -> None:
+    def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
         """Checks that the interventions fit a text of this many tokens.
 
+        Args:
+          num_tokens: T.
+          is_whole: False for a text that is cut into pieces, or loses its beginning.
+
         Raises:
-          ValueError: If one holds the values of a text of another length.
+          ValueError: If one holds the values of a text of another length, or tells the positions of
+            a text that is cut apart.
         """
-        for intervention in self._interventions:
-            intervention.check_length(num_tokens)
+        for intervention in self.interventions:
+            intervention.check_length(num_tokens, is_whole)
 
     def capacity_for(self, num_tokens: int) -> int:
         """Cache capacity for rows of up to `num_tokens` tokens: a power of two or the context."""

@@ -38,6 +38,8 @@ def load(
     embedding_dtype: Any = "float32",
     offload: Offload = "auto",
     memory: float | str | None = None,
+    router_softcap: float | None = None,
+    renormalize_gates: bool | None = None,
 ) -> Model:
     """Loads a checkpoint in Grok-1's on-disk format or our safetensors, sharded over devices.
 
@@ -64,6 +66,11 @@ def load(
       memory: GB (1e9 bytes), a number or as "16GB", that this process may take of the host's
         memory when experts are read from disk; None for most of what is available.
 
+      router_softcap: Caps the router's logits to (-router_softcap, router_softcap), as some ports
+        of Grok-1 do; None for what the configuration says, which as released is no cap.
+      renormalize_gates: Whether the weights of a token's experts are divided by their sum, as some
+        ports do; None for what the configuration says, as released not.
+
     Raises:
       CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
         file is ever executed.
@@ -75,7 +82,9 @@ def load(
     """
     path = pathlib.Path(path)
     whole = load_config(path)
-    config = whole.first_layers(layers)
+    departures = {"router_softcap": router_softcap, "renormalize_gates": renormalize_gates}
+    given = {name: value for name, value in departures.items() if value is not None}
+    config = dataclasses.replace(whole.first_layers(layers), **given)
     device_mesh = make_mesh(config, mesh)
     dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
     cache_dtype = precision.cache_dtype(cache_dtype)

@@ -16,6 +16,7 @@ two texts can be compared."""
 _HEAT = "213, 94, 0"  # vermilion of Okabe and Ito, which colour-blind readers tell from grey
 _STRONGEST = 0.65  # opacity at which black and white text both keep a contrast above 4.5 to 1
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece spells it
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what has neither a shape nor a width
 _ASCII_BYTE = re.compile("<0x(0A|[2-7][0-9A-F])>")
 _CELL = "text-align: left; vertical-align: top; padding: 0.15em 1em 0.15em 0; border: none;"
 # Browsers do not let old pages' tables inherit.
@@ -68,7 +69,7 @@ def surprisal_text(
     """Returns text coloured by surprisal, with a legend.
 
     Args:
-      pieces: The tokens' spellings.
+      pieces: The tokens' texts.
       bits: Surprisal of each, -log2 of its probability; nan for a token that was not scored.
       hints: What a pointer resting on each token shows.
       summary: The line below the text.
@@ -100,4 +101,8 @@ def _heat(bits: float) -> str:
 
 def _visible(piece: str) -> str:
     # A line break has no width to colour, so a sign stands before it.
-    return html.escape(readable(piece)).replace("\n", "↵\n")
+    return html.escape(_CONTROL.sub(_spelt, piece)).replace("\n", "↵\n")
+
+
+def _spelt(control: re.Match[str]) -> str:
+    return f"<0x{ord(control[0]):02X}>"

@@ -7,7 +7,9 @@ the same shape runs the same program. `apply` and `redirect` are called by the d
 Points, in the order in which a layer passes them: "residual_in" before the attention branch,
 "heads" (what each query head mixed), "attention_out" what the branch adds, "residual_mid" between
 the branches, "router", "moe_out" what the experts add, "residual" after the layer. Interventions at
-one point are applied in the order in which they are given.
+one point are applied in the order in which they are given. At the router none undoes another in
+silence: an expert that is ablated stays so when others choose anew, until `ForceExperts` asks for
+it; and what is forced cannot be chosen anew.
 
 Dimension key: B batch row, T token, M = B*T, L layer, S context, D model dim, E expert, A selected
 experts a token, N query heads, P layers that have values of their own.
@@ -15,12 +17,12 @@ experts a token, N query heads, P layers that have values of their own.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from grok1.config import ModelConfig
 from grok1.moe import Routing
@@ -33,9 +35,10 @@ Places = int | Iterable[int] | None
 """Layers or positions: one, several, or all."""
 
 _SHORTEST_TABLE = 16  # tokens that a table of values is padded to, or a power of two above
+_PLACES = ("layers", "positions", "experts", "heads")  # fields that name one or several
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Intervention:
     """A change to the forward pass; the base of all.
 
@@ -48,6 +51,25 @@ class Intervention:
     layers: Places = None
     positions: Places = None
 
+    def __post_init__(self):
+        for name in _PLACES:
+            value = getattr(self, name, None)
+            as_it_is = isinstance(value, (str, range)) or hasattr(value, "__array__")
+            if isinstance(value, Iterable) and not as_it_is:
+                # An iterator ends with its first use, and an intervention has many.
+                object.__setattr__(self, name, tuple(value))
+
+    def __repr__(self) -> str:
+        # What it is comes before where it acts.
+        fields = sorted(dataclasses.fields(self), key=lambda field: field.kw_only is True)
+        given = [(field.name, getattr(self, field.name)) for field in fields]
+        shown = [
+            f"{name}={_in_brief(value)}"
+            for name, value in given
+            if value is not None and value is not False
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def prepare(self, config: ModelConfig) -> list[Any]:
         """Returns the form that `apply` and `redirect` take, in numpy arrays.
 
@@ -56,12 +78,28 @@ class Intervention:
         """
         raise NotImplementedError
 
-    def check_length(self, num_tokens: int) -> None:
+    def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
         """Checks that it fits a text of this many tokens.
 
+        Args:
+          num_tokens: T.
+          is_whole: False for a text that is cut, so that positions in what is run do not count from
+            its beginning.
+
         Raises:
-          ValueError: If it holds the values of a text of another length.
+          ValueError: If it holds the values of a text of another length, or tells the positions of
+            a text that is cut apart.
         """
+        if not is_whole and self._tells_positions:
+            raise self._error(
+                "it acts at positions counted from the beginning of the text, and this one of "
+                f"{num_tokens} tokens is cut into pieces that begin elsewhere; give a shorter text "
+                "or a larger window, or act at every position"
+            )
+
+    @property
+    def _tells_positions(self) -> bool:
+        return self.positions is not None
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{type(self).__name__}: {message}")
@@ -136,13 +174,16 @@ class Intervention:
             )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AblateExperts(Intervention):
     """Takes experts out.
 
-    By default the output of a chosen expert that is ablated is left out: its weight becomes 0, and
-    the other experts keep theirs (zero ablation). With `reroute` the router cannot choose it: its
+    By default a chosen expert that is ablated does not run, nothing takes its place, and the other
+    experts keep their weights (zero ablation); it does not run either where a later intervention
+    chooses it again, unless that is `ForceExperts`. With `reroute` the router cannot choose it: its
     logit is taken out of the softmax, and the next best expert takes its place (expert pruning).
+    What `ForceExperts` or `Patch("router", ...)` has set before is no choice of the router's, and
+    to reroute there is an error.
 
     Attributes:
       experts: One, or several; none changes nothing.
@@ -156,16 +197,23 @@ class AblateExperts(Intervention):
         """As `Intervention.prepare`."""
         experts = np.zeros(config.num_experts, bool)
         experts[self._numbers("experts", self.experts, config.num_experts)] = True
+        where = self._where(config)
         if not self.reroute:
-            return [_Ablate(self._where(config), experts)]
+            return [_Ablate(where, experts)]
+        if not experts.any():
+            return []
         if experts.all():
             raise self._error("reroute leaves no expert to choose; ablate fewer")
-        return [_Reroute(self._where(config), experts, config.renormalize_gates)]
+        return [_Reroute(where, experts, config.renormalize_gates)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ForceExperts(Intervention):
     """Sends tokens to given experts, whatever the router would choose.
+
+    It overrides what came before it: an expert that was ablated runs if it is forced, and one that
+    was ablated with `reroute` has probability 0, unless `weights` are given. After it, experts can
+    be ablated or forced, but not chosen anew in the same places.
 
     Attributes:
       experts: One for every token, or several; or `[P, T, A]`, those of each token of a text in
@@ -220,16 +268,24 @@ class ForceExperts(Intervention):
             )
         ]
 
-    def check_length(self, num_tokens: int) -> None:
+    def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
         """As `Intervention.check_length`."""
+        super().check_length(num_tokens, is_whole)
         shape = np.shape(self.experts)
         if len(shape) == 3:
             self._check_tokens("experts", shape[1], num_tokens)
 
+    @property
+    def _tells_positions(self) -> bool:
+        return self.positions is not None or np.ndim(self.experts) == 3
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SelectExperts(Intervention):
     """Changes how many experts the router picks for a token; their weights stay probabilities.
+
+    An expert that `AblateExperts` took out before is picked and does not run, or with `reroute` is
+    not picked. To pick anew what `ForceExperts` or `Patch("router", ...)` has set is an error.
 
     Attributes:
       count: How many, from 1 to E.
@@ -246,7 +302,7 @@ class SelectExperts(Intervention):
         return [_Select(self._where(config), int(count), config.renormalize_gates)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CapLayers(Intervention):
     """Ends the model early: what layers from `num_layers` on would add is left out.
 
@@ -269,7 +325,7 @@ class CapLayers(Intervention):
         return [_Zero(where, point) for point in ("attention_out", "moe_out")]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AddToResidual(Intervention):
     """Adds a vector to the residual stream.
 
@@ -301,7 +357,7 @@ class AddToResidual(Intervention):
         return [_Add(self._where(config), table, self.point)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Patch(Intervention):
     """Puts activations recorded from another run in the place of this one's.
 
@@ -331,12 +387,17 @@ class Patch(Intervention):
         where = self._where(config, values.shape[1])
         return [_Replace(where, self._table("values", values, config), self.point)]
 
-    def check_length(self, num_tokens: int) -> None:
+    def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
         """As `Intervention.check_length`."""
+        super().check_length(num_tokens, is_whole)
         if self.point == "router":
             self._check_tokens("values", self._recorded("expert_indices").shape[1], num_tokens)
         else:
             self._check_tokens("values", self._values().shape[1], num_tokens)
+
+    @property
+    def _tells_positions(self) -> bool:
+        return True
 
     def _forced(self) -> ForceExperts:
         if not isinstance(self.values, Mapping):
@@ -365,7 +426,7 @@ class Patch(Intervention):
         return np.asarray(self.values[name])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ScaleHeads(Intervention):
     """Multiplies what attention heads mixed, before the output projection.
 
@@ -392,7 +453,7 @@ def prepare(interventions: Sequence[Any], config: ModelConfig) -> tuple[Any, ...
 
     Raises:
       TypeError: If one is no intervention.
-      ValueError: If one does not fit the model.
+      ValueError: If one does not fit the model, or chooses anew what one before it has forced.
     """
     for one in interventions:
         if not isinstance(one, Intervention):
@@ -400,7 +461,25 @@ def prepare(interventions: Sequence[Any], config: ModelConfig) -> tuple[Any, ...
                 f"intervene takes interventions such as AblateExperts(...), found "
                 f"{type(one).__name__}"
             )
-    return tuple(form for one in interventions for form in one.prepare(config))
+    forms = [(one, form) for one in interventions for form in one.prepare(config)]
+    for later, (one, form) in enumerate(forms):
+        for before, forced in forms[:later]:
+            if isinstance(form, (_Reroute, _Select)) and isinstance(forced, _Force):
+                _check_not_forced(one, form, before, forced)
+    return tuple(form for _, form in forms)
+
+
+def _check_not_forced(one: Intervention, form: Any, before: Intervention, forced: Any) -> None:
+    shared = np.flatnonzero(form.where.layers & forced.where.layers)
+    places = [
+        where.positions for where in (form.where, forced.where) if where.positions is not None
+    ]
+    if shared.size and (not places or np.logical_and.reduce(places).any()):
+        raise one._error(
+            f"it lets the router of layer {shared[0]} choose anew where {type(before).__name__}, "
+            f"which comes before it, says which experts run; put {type(one).__name__} first, or "
+            "name other layers= or positions="
+        )
 
 
 def apply(
@@ -442,12 +521,34 @@ def redirect(
       positions: Absolute position of each token.
 
     Returns:
-      As many choices a token as any intervention needs; E stands for none, with weight 0.
+      As many choices a token as any intervention needs; E stands for none, with weight 0. An expert
+      of weight 0 is none.
     """
-    for form in prepared:
-        if form.point == "router":
-            logits, routing = form(logits, routing, layer, positions)
-    return routing
+    forms = [form for form in prepared if form.point == "router"]
+    if not forms:
+        return routing
+    routed = _Routed(logits, routing, jnp.zeros(logits.shape, bool))
+    for form in forms:
+        routed = form(routed, layer, positions)
+    indices, weights = routed.routing.expert_indices, routed.routing.expert_weights
+    ablated = jnp.take_along_axis(routed.ablated, indices, axis=-1, mode="fill", fill_value=False)
+    weights = jnp.where(ablated, 0, weights)
+    indices = jnp.where(weights == 0, logits.shape[-1], indices)
+    return Routing(routed.routing.probs, indices, weights)
+
+
+class _Routed(NamedTuple):
+    """A layer's routing between two interventions.
+
+    Attributes:
+      logits: float32 `[M, E]`, with those of experts that cannot be chosen at their least.
+      routing: What is chosen, ablated experts included, so that their places stay taken.
+      ablated: bool `[M, E]`, experts that do not run where they are chosen.
+    """
+
+    logits: Float[Array, "M E"]
+    routing: Routing
+    ablated: Bool[Array, "M E"]
 
 
 def _on_device(cls: type) -> Any:
@@ -537,12 +638,11 @@ class _Ablate:
     experts: Any
     point: str = _static(default="router")
 
-    def __call__(self, logits, routing, layer, positions):
-        ablated = jnp.asarray(self.experts)
-        hit = ablated.at[routing.expert_indices].get(mode="fill", fill_value=False)
-        weights = jnp.where(hit, 0, routing.expert_weights)
-        changed = routing._replace(expert_weights=weights)
-        return logits, _merged(self.where(layer, positions), changed, routing)
+    def __call__(self, routed, layer, positions):
+        ablated = routed.ablated | jnp.asarray(self.experts)
+        return routed._replace(
+            ablated=_select(self.where(layer, positions), ablated, routed.ablated)
+        )
 
 
 @_on_device
@@ -552,7 +652,8 @@ class _Reroute:
     renormalize: bool = _static()
     point: str = _static(default="router")
 
-    def __call__(self, logits, routing, layer, positions):
+    def __call__(self, routed, layer, positions):
+        logits, routing, _ = routed
         here = self.where(layer, positions)
         # Finite, so that a softmax of nothing but these is a number, which the mask then drops.
         least = jnp.finfo(logits.dtype).min
@@ -561,7 +662,9 @@ class _Reroute:
         counts = (routing.expert_indices < logits.shape[-1]).sum(axis=-1)
         width = routing.expert_indices.shape[-1]
         changed = _most_probable(probs, width, counts, self.renormalize)
-        return _select(here, masked, logits), _merged(here, changed, routing)
+        return routed._replace(
+            logits=_select(here, masked, logits), routing=_merged(here, changed, routing)
+        )
 
 
 @_on_device
@@ -572,17 +675,18 @@ class _Force:
     renormalize: bool = _static()
     point: str = _static(default="router")
 
-    def __call__(self, logits, routing, layer, positions):
+    def __call__(self, routed, layer, positions):
+        here, probs = self.where(layer, positions), routed.routing.probs
         indices = self.experts(layer, positions)
         if self.weights is None:
-            weights = jnp.take_along_axis(
-                routing.probs, indices, axis=-1, mode="fill", fill_value=0
-            )
+            weights = jnp.take_along_axis(probs, indices, axis=-1, mode="fill", fill_value=0)
             weights = _renormalized(weights) if self.renormalize else weights
         else:
             weights = self.weights(layer, positions)
-        changed = Routing(routing.probs, indices, weights)
-        return logits, _merged(self.where(layer, positions), changed, routing)
+        return routed._replace(
+            routing=_merged(here, Routing(probs, indices, weights), routed.routing),
+            ablated=_select(here, jnp.zeros_like(routed.ablated), routed.ablated),
+        )
 
 
 @_on_device
@@ -592,9 +696,11 @@ class _Select:
     renormalize: bool = _static()
     point: str = _static(default="router")
 
-    def __call__(self, logits, routing, layer, positions):
-        changed = _most_probable(routing.probs, self.count, self.count, self.renormalize)
-        return logits, _merged(self.where(layer, positions), changed, routing)
+    def __call__(self, routed, layer, positions):
+        probs = routed.routing.probs
+        changed = _most_probable(probs, self.count, self.count, self.renormalize)
+        here = self.where(layer, positions)
+        return routed._replace(routing=_merged(here, changed, routed.routing))
 
 
 def _everywhere(values: np.ndarray, config: ModelConfig) -> _Table:
@@ -640,3 +746,11 @@ def _merged(here: Array, changed: Routing, routing: Routing) -> Routing:
         merged(changed.expert_indices, routing.expert_indices, num_experts),
         merged(changed.expert_weights, routing.expert_weights, 0),
     )
+
+
+def _in_brief(value: Any) -> str:
+    """A value in a line: an array as its type and shape, what holds arrays by its type alone."""
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return f"{array.dtype}{list(array.shape)}" if array.ndim else str(array)
+    return type(value).__name__ if isinstance(value, Mapping) else f"{value!r:.60}"

@@ -102,7 +102,10 @@ class Grok1LM(LM):
                     f"a continuation of {len(after)} tokens does not fit the context of "
                     f"{self.max_length}: {continuation!r:.80}"
                 )
-            pairs.append((before[-(self.max_length + 1 - len(after)) :], after))
+            kept = before[-(self.max_length + 1 - len(after)) :]
+            if len(kept) < len(before):
+                self.model.engine.check_length(len(before) + len(after), is_whole=False)
+            pairs.append((kept, after))
         found: list[Any] = [None] * len(pairs)
         # Similar lengths side by side, the longest first, so that the time left is overestimated.
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
@@ -151,7 +154,7 @@ class Grok1LM(LM):
                     )
                 for start in range(0, len(indices), _REQUESTS_AT_ONCE):
                     chosen = indices[start : start + _REQUESTS_AT_ONCE]
-                    prompts = [self._prompt(requests[i].args[0])[-room:] for i in chosen]
+                    prompts = [self._prompt(requests[i].args[0], room) for i in chosen]
                     # A request's draws are its own, wherever it stands among the others.
                     seeds = [(self._seed + i) % 2**32 for i in chosen]
                     for i, out in zip(
@@ -162,9 +165,11 @@ class Grok1LM(LM):
                     progress.update(len(chosen))
         return found
 
-    def _prompt(self, context: str) -> list[int]:
-        add_bos = self._add_bos or not context
-        return self._tokenizer.encode(context, add_bos=add_bos)
+    def _prompt(self, context: str, room: int) -> list[int]:
+        tokens = self._tokenizer.encode(context, add_bos=self._add_bos or not context)
+        if len(tokens) > room:
+            self.model.engine.check_length(len(tokens), is_whole=False)
+        return tokens[-room:]
 
 
 def _generation_options(given: dict[str, Any]) -> dict[str, Any]:

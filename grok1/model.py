@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import html, scoring
+from grok1 import html, precision, scoring
 from grok1.batch import Batch, Prompt, is_batch
 from grok1.completion import Completion
 from grok1.config import ModelConfig
@@ -65,10 +65,31 @@ class Model:
         leaves = jax.tree.leaves(self.params)
         gigabytes = sum(leaf.nbytes for leaf in leaves) / 1e9
         sizes = "x".join(str(size) for size in self.mesh.devices.shape)
-        return (
-            f"Model({self.config.num_layers} layers, {self.config.num_experts} experts, "
-            f"{gigabytes:.3g} GB, {self.dtype}, mesh {sizes} {self.mesh.devices.flat[0].platform})"
-        )
+        parts = [
+            f"{self.config.num_layers} layers",
+            f"{self.config.num_experts} experts",
+            f"{gigabytes:.3g} GB",
+            f"{self.dtype}",
+            f"mesh {sizes} {self.mesh.devices.flat[0].platform}",
+            *self._particulars(),
+        ]
+        return f"Model({', '.join(parts)})"
+
+    def _particulars(self) -> list[str]:
+        """What sets this model apart from the released one as it is loaded by default."""
+        config, engine = self.config, self.engine
+        parts = []
+        if self.offload_stats is not None:
+            parts.append("experts on disk")
+        if engine.cache_dtype != precision.default_cache_dtype(self.dtype):
+            parts.append(f"cache {engine.cache_dtype}")
+        if config.router_softcap is not None:
+            parts.append(f"router soft cap {config.router_softcap:g}")
+        if config.renormalize_gates:
+            parts.append("gates renormalised")
+        if engine.interventions:
+            parts.append(f"with {', '.join(map(repr, engine.interventions))}")
+        return parts
 
     @property
     def offload_stats(self) -> OffloadStats | None:
@@ -85,14 +106,21 @@ class Model:
         devices = f"{data * model} {device.platform.upper()} device{'s' * (data * model > 1)}"
         if device.device_kind != device.platform:
             devices += f" ({device.device_kind})"
+        weights = f"{_bytes(total)}, {_bytes(on_one)} on each device"
+        stats, of_experts = self.offload_stats, []
+        if stats is not None:
+            weights += ", without the experts"
+            slots = f"on disk, {stats.num_slots} slots in memory for {stats.num_experts} of them"
+            of_experts.append(("experts' weights", slots))
         rows = [
             ("parameters", f"{num_parameters:,}"),
-            ("weights", f"{_bytes(total)}, {_bytes(on_one)} on each device"),
+            ("weights", weights),
             ("mesh", f"{data}x{model} (data x model), {devices}"),
             ("products with weights", self.dtype),
             ("key/value cache", self.engine.cache_dtype),
             ("layers", config.num_layers),
             ("experts", f"{config.num_experts}, {config.num_selected_experts} for a token"),
+            *of_experts,
             (
                 "attention heads",
                 f"{config.num_q_heads} query, {config.num_kv_heads} key/value, "
@@ -175,8 +203,9 @@ class Model:
           A `Score`, or for a list of texts a list of them.
 
         Raises:
-          ValueError: If a text has fewer than two tokens or ids out of range, or an option is out
-            of range.
+          ValueError: If a text has fewer than two tokens or ids out of range, an option is out of
+            range, or an intervention is of another length, or of positions where the text is cut
+            into windows.
           TypeError: If the text is of another type.
         """
         return scoring.score(self.engine, self.tokenizer, text, **options)
@@ -293,8 +322,8 @@ class Model:
 
         Raises:
           TypeError: If one is no intervention.
-          ValueError: If one does not fit the model; a patch of another length says so when a text
-            is run.
+          ValueError: If one does not fit the model, or lets the router choose anew what one before
+            it has forced; a patch of another length says so when a text is run.
         """
         changed = copy.copy(self)
         changed.engine = self.engine.intervened(interventions)

@@ -60,6 +60,7 @@ class OffloadStats(NamedTuple):
       prompt: Of prompts, in chunks.
       decode: Of steps of decoding, each a token of every row.
       num_held: Experts in memory.
+      num_slots: Experts that memory has room for.
       num_experts: Experts of the model.
       budget_bytes: What the process may take.
     """
@@ -67,6 +68,7 @@ class OffloadStats(NamedTuple):
     prompt: Traffic
     decode: Traffic
     num_held: int
+    num_slots: int
     num_experts: int
     budget_bytes: int
 
@@ -121,6 +123,7 @@ class OffloadedEngine(Engine):
         return OffloadStats(
             **self._traffic,
             num_held=store.num_held,
+            num_slots=store.capacity,
             num_experts=store.num_all,
             budget_bytes=self.budget_bytes,
         )

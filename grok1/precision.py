@@ -43,6 +43,16 @@ def cache_dtype(dtype: Any) -> jnp.dtype | None:
     return jnp.dtype(name)
 
 
+def default_cache_dtype(products: Any) -> jnp.dtype:
+    """Returns the type of cached keys and values where none is asked for.
+
+    Args:
+      products: Type of the products with weights.
+    """
+    # float16 takes bfloat16's memory with three more bits; normed inputs keep within its range.
+    return jnp.dtype(jnp.float32 if jnp.dtype(products) == jnp.float32 else jnp.float16)
+
+
 def embedding_dtype(dtype: Any) -> jnp.dtype:
     """Returns the type that the embedding is kept in.
 

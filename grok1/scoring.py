@@ -37,7 +37,8 @@ class Score:
 
     Attributes:
       tokens: int32 `[T]`, with [BOS] if `add_bos` put it first.
-      pieces: The tokens' spellings in the vocabulary, such as "▁the"; None without a tokenizer.
+      pieces: The text of each token, such as " the", or its spelling in the vocabulary where it has
+        none of its own; None without a tokenizer.
       logprobs: float32 `[T]`.
       ranks: int32 `[T]`, 0 where the token was the most probable one; among equally probable tokens
         the lower id comes first.
@@ -207,8 +208,8 @@ def score(
 
     windows, places = [], []
     for number, tokens in enumerate(ids):
+        engine.check_length(len(tokens), is_whole=len(tokens) <= window + 1)
         for start, begin, end in window_bounds(len(tokens), window, stride):
-            engine.check_length(end - start)
             windows.append(Window(tokens[start:end], begin - start))
             places.append((number, begin, end))
     found = [_empty_statistics(len(tokens), top_k) for tokens in ids]
@@ -217,7 +218,12 @@ def score(
         for whole, part in zip(found[number], statistics, strict=True):
             whole[begin:end] = part
     scores = [
-        Score(tokens, _pieces(tokenizer, tokens), *statistics, _num_bytes(tokenizer, tokens))
+        Score(
+            tokens,
+            None if tokenizer is None else tokenizer.token_texts(tokens),
+            *statistics,
+            _num_bytes(tokenizer, tokens),
+        )
         for tokens, statistics in zip(ids, found, strict=True)
     ]
     return scores if many else scores[0]
@@ -330,7 +336,12 @@ def continuation_logprobs(
 
     Returns:
       float64 `[O]` and bool `[O]`.
+
+    Raises:
+      ValueError: If an intervention does not fit one of the texts.
     """
+    for before, after in pairs:
+        engine.check_length(len(before) + len(after))
     logprobs, is_greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
     windows = [Window([*before, *after], len(before)) for before, after in pairs]
     for index, found in score_windows(engine, windows, 0):
@@ -422,10 +433,6 @@ def _empty_statistics(num_tokens: int, top_k: int) -> TokenStatistics:
         full(-1, np.int32, top_k),
         full(np.nan, np.float32, top_k),
     )
-
-
-def _pieces(tokenizer: Tokenizer | None, tokens: np.ndarray) -> list[str] | None:
-    return None if tokenizer is None else [tokenizer.piece(token) for token in tokens]
 
 
 def _num_bytes(tokenizer: Tokenizer | None, tokens: np.ndarray) -> int | None:

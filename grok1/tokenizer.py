@@ -127,6 +127,21 @@ class Tokenizer:
         """
         return self._processor.id_to_piece(_token_id(token, self.vocab_size))
 
+    def token_texts(self, tokens: Iterable[SupportsIndex]) -> list[str]:
+        """Returns what each token of a text adds to it, to be read one by one.
+
+        A character spread over several byte pieces is the text of the last one; the others, and
+        control pieces, which have no text, are as `piece` spells them.
+
+        Args:
+          tokens: The whole text's, so that a first piece "▁word" is "word" as in `decode`.
+
+        Raises:
+          ValueError: If a token is not an integer or is out of range.
+        """
+        decoder = self.stream_decoder(continuation=False)
+        return [decoder.push(token) or self.piece(token) for token in tokens]
+
     def token_bytes(self, token: SupportsIndex) -> bytes:
         """Returns the UTF-8 bytes that a token adds behind other text; none for a control piece.
 

@@ -21,6 +21,7 @@ from grok1.completion import Completion
 from grok1.config import ModelConfig
 from grok1.decoder import Captures
 from grok1.engine import Engine
+from grok1.memory import gigabytes, host_bytes_available
 from grok1.options import GenerationOptions
 from grok1.tokenizer import Tokenizer
 
@@ -36,13 +37,14 @@ class Trace(Mapping[str, np.ndarray]):
     """What was captured over a text; each array is an attribute, and an entry of the mapping.
 
     With "router": `router_probs` float32 `[L, T, E]`; `expert_indices` int32 `[L, T, A]`, the
-    experts that ran, the router's first choice first, -1 for none; `expert_weights` float32
-    `[L, T, A]`. With "residual": `residual_in`, `residual_mid` and `residual`, float32 `[L, T, D]`,
-    the stream before a layer, between its branches and after it. With "branches": `attention_out`
-    and `moe_out`, float32 `[L, T, D]`, what the branches add to the stream. With "attention":
-    `attention_probs` float32 `[layers, N, T, T]`, each query's weights over keys. With
-    "logit_lens": `lens_tokens` int32 and `lens_logprobs` float32 `[L, T, k]`, the most probable
-    next tokens if the layer were the last. With "logits": `logits` float32 `[T, V]`.
+    experts that ran, the router's first choice first, -1 for none, as in the place of one that is
+    ablated; `expert_weights` float32 `[L, T, A]`, 0 for none. With "residual": `residual_in`,
+    `residual_mid` and `residual`, float32 `[L, T, D]`, the stream before a layer, between its
+    branches and after it. With "branches": `attention_out` and `moe_out`, float32 `[L, T, D]`, what
+    the branches add to the stream. With "attention": `attention_probs` float32 `[layers, N, T, T]`,
+    each query's weights over keys. With "logit_lens": `lens_tokens` int32 and `lens_logprobs`
+    float32 `[L, T, k]`, the most probable next tokens if the layer were the last. With "logits":
+    `logits` float32 `[T, V]`.
 
     Attributes:
       tokens: int32 `[T]`, the tokens that were run.
@@ -72,8 +74,8 @@ class Trace(Mapping[str, np.ndarray]):
         """Returns how the tokens of each layer are shared out over its experts.
 
         Returns:
-          float64 `[L, E]`, fractions of the experts that ran; a layer's sum to 1, or to 0 where
-          none ran.
+          float64 `[L, E]`, fractions of the experts that ran, of which ablated ones are none; a
+          layer's sum to 1, or to 0 where none ran.
 
         Raises:
           KeyError: If the trace has no `expert_indices`.
@@ -160,7 +162,8 @@ def trace(
     Raises:
       TypeError: If the text is a batch, or of another type.
       ValueError: If a name or layer does not exist, the text is empty, has ids out of range or is
-        longer than the context, or the attention maps would exceed `ATTENTION_BYTES`.
+        longer than the context, the attention maps would exceed `ATTENTION_BYTES`, or all arrays
+        the memory that the host has.
     """
     config = engine.config
     tokens = _encode_one(text, tokenizer, config, add_bos, allow_control)
@@ -174,27 +177,30 @@ def trace(
     batch, capacity = engine.batch_for(1), engine.capacity_for(len(tokens))
     padded = np.zeros((batch, capacity), np.int32)
     padded[0, : len(tokens)] = tokens
-    recorder = _Recorder()
-    logits: list[np.ndarray] = []
+    recorder = _Recorder(config, wanted, len(tokens))
+    logits = None
+    if _LOGITS in capture:
+        logits = np.empty((len(tokens), config.vocab_size), np.float32)
     observed = engine.observed(wanted, capacity, recorder)
     state = observed.new_state(padded)
     done = 0
     while done < len(tokens):
         remaining = len(tokens) - done
-        choose = observed.scoring_chunk_for if _LOGITS in capture else observed.chunk_for
+        choose = observed.chunk_for if logits is None else observed.scoring_chunk_for
         chunk = choose(batch, remaining)
         num_valid = np.zeros(batch, np.int32)
         num_valid[0] = min(chunk, remaining)
-        if _LOGITS in capture:
+        count = int(num_valid[0])
+        if logits is None:
+            state = observed.prefill(state, num_valid, chunk)
+        else:
             state, found, captured = observed.score(state, num_valid, chunk, wanted)
             recorder(num_valid, captured)
-            logits.append(np.asarray(found)[0, : num_valid[0]])
-        else:
-            state = observed.prefill(state, num_valid, chunk)
-        done += int(num_valid[0])
-    arrays = recorder.arrays(config, wanted, len(tokens))
-    if logits:
-        arrays[_LOGITS] = np.concatenate(logits)
+            logits[done : done + count] = np.asarray(found)[0, :count]
+        done += count
+    arrays = recorder.arrays(len(tokens))
+    if logits is not None:
+        arrays[_LOGITS] = logits
     return _trace(config, tokenizer, tokens, arrays, len(tokens), wanted)
 
 
@@ -236,22 +242,28 @@ def trace_generation(
     tokens = _encode_one(prompt, tokenizer, config, parsed.add_bos, parsed.allow_control)
     longest = min(len(tokens) + parsed.max_new_tokens, config.sequence_len)
     wanted = _capture(config, capture, attention_layers, lens_top, longest)
-    recorder = _Recorder()
+    recorder = _Recorder(config, wanted, longest)
     observed = engine.observed(wanted, engine.capacity_for(longest), recorder)
     batch = Batch(observed, tokenizer, [tokens], parsed)
     for _ in batch.run():
         pass
     completion = batch.builders[0].build()
     run = [*tokens, *completion.tokens[:-1]]
-    arrays = recorder.arrays(config, wanted, len(run))
+    arrays = recorder.arrays(len(run))
     return completion, _trace(config, tokenizer, run, arrays, len(tokens), wanted)
 
 
 class _Recorder:
-    """Collects what steps captured of the first row; an `engine.Observer`."""
+    """Collects what steps captured of the first row; an `engine.Observer`.
 
-    def __init__(self):
-        self._parts: list[tuple[int, dict[str, np.ndarray]]] = []
+    Chunks are written where they belong: joined at the end, all of it would be there twice.
+    """
+
+    def __init__(self, config: ModelConfig, capture: Capture, num_tokens: int):
+        """Takes memory when the first values come, for as many tokens as may come."""
+        self._config, self._capture, self._num_tokens = config, capture, num_tokens
+        self._arrays: dict[str, np.ndarray] = {}
+        self._done = 0
         self._in_flight: tuple[int, Captures] | None = None
 
     def __call__(self, count: np.ndarray, captured: Captures) -> None:
@@ -260,56 +272,46 @@ class _Recorder:
         self._in_flight = int(count[0]), captured
 
     def _take(self) -> None:
-        if self._in_flight is not None:
-            count, captured = self._in_flight
-            on_host = {
-                name: _of_first_row(name, value, count)
-                for name, value in jax.device_get(captured).items()
-            }
-            self._parts.append((count, on_host))
-            self._in_flight = None
+        if self._in_flight is None:
+            return
+        count, captured = self._in_flight
+        here = slice(self._done, min(self._done + count, self._num_tokens))
+        for name, value in jax.device_get(captured).items():
+            self._write(name, here, _of_first_row(name, value)[..., : here.stop - here.start, :])
+        self._done, self._in_flight = here.stop, None
 
-    def arrays(
-        self, config: ModelConfig, capture: Capture, num_tokens: int
-    ) -> dict[str, np.ndarray]:
+    def _write(self, name: str, here: slice, part: np.ndarray) -> None:
+        """Puts `part`, whose last axes are the tokens `here` and another one, in its place."""
+        is_map = name == "attention_probs"
+        if name not in self._arrays:
+            last = self._num_tokens if is_map else part.shape[-1]
+            shape = (*part.shape[:-2], self._num_tokens, last)
+            # What a chunk has no keys for is 0.
+            self._arrays[name] = (np.zeros if is_map else np.empty)(shape, part.dtype)
+        array = self._arrays[name]
+        width = min(part.shape[-1], array.shape[-1])
+        array[..., here, :width] = part[..., :width]
+
+    def arrays(self, num_tokens: int) -> dict[str, np.ndarray]:
         """The first `num_tokens` tokens' values, by name, in the order of `AXES`."""
         self._take()
         arrays = {}
         for name in AXES:
-            if name not in capture:
-                continue
-            if name == "attention_probs":
-                array = self._maps(num_tokens)
-            else:
-                parts = [captured[name] for _, captured in self._parts]
-                array = np.concatenate(parts, axis=1)[:, :num_tokens]
-            if name == "expert_indices":
-                array = np.where(array < config.num_experts, array, -1)
-            arrays[name] = array
+            if name in self._capture:
+                array = self._arrays[name][..., :num_tokens, :]
+                arrays[name] = array[..., :num_tokens] if name == "attention_probs" else array
+        if "expert_indices" in arrays:
+            indices = arrays["expert_indices"]
+            indices[indices == self._config.num_experts] = -1
         return arrays
 
-    def _maps(self, num_tokens: int) -> np.ndarray:
-        layers, heads = self._parts[0][1]["attention_probs"].shape[:2]
-        maps = np.zeros((layers, heads, num_tokens, num_tokens), np.float32)
-        done = 0
-        for count, captured in self._parts:
-            stop = min(done + count, num_tokens)
-            part = captured["attention_probs"][:, :, : stop - done, :num_tokens]
-            maps[:, :, done:stop, : part.shape[-1]] = part
-            done = stop
-        return maps
 
-
-def _of_first_row(name: str, value: np.ndarray, count: int) -> np.ndarray:
-    """The first row's real tokens, without the axis of rows, in memory of their own."""
-    if name == "attention_probs":
-        value = value[:, 0, :, :count]
-    elif AXES[name][-1] == "model_dim":
-        value = value[:, 0, :count]
-    else:
-        # Tokens of all rows in one axis, the first row's first.
-        value = value[:, :count]
-    return value.copy()
+def _of_first_row(name: str, value: np.ndarray) -> np.ndarray:
+    """The first row's values, without the axis of rows; the last axis but one is of tokens."""
+    if name == "attention_probs" or AXES[name][-1] == "model_dim":
+        return value[:, 0]
+    # Tokens of all rows in one axis, the first row's first.
+    return value
 
 
 def _encode_one(
@@ -355,7 +357,18 @@ def _capture(
             )
     if "logit_lens" in names and not 1 <= lens_top <= config.vocab_size:
         raise ValueError(f"lens_top must be from 1 to {config.vocab_size}, found {lens_top!r}")
-    return Capture(arrays, layers, lens_top if "logit_lens" in names else 0)
+    capture = Capture(arrays, layers, lens_top if "logit_lens" in names else 0)
+    needed = capture.bytes_on_host(config, num_tokens)
+    if _LOGITS in names:
+        needed += 4 * num_tokens * config.vocab_size
+    available = host_bytes_available()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"a trace of {', '.join(names)} over {num_tokens} tokens takes {gigabytes(needed)} of "
+            f"the host's memory, which has {gigabytes(available)} left; name less in capture=, or "
+            "give a shorter text"
+        )
+    return capture
 
 
 def _attention_layers(config: ModelConfig, given: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -382,16 +395,10 @@ def _trace(
 ) -> Trace:
     return Trace(
         tokens=np.array(tokens, np.int32),
-        pieces=None if tokenizer is None else _pieces(tokenizer, tokens),
+        pieces=None if tokenizer is None else tokenizer.token_texts(tokens),
         arrays=arrays,
         num_prompt_tokens=num_prompt_tokens,
         attention_layers=capture.attention_layers,
         num_experts=config.num_experts,
         tokenizer=tokenizer,
     )
-
-
-def _pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """Each token's text; its spelling where the text comes with a later token, or never."""
-    decoder = tokenizer.stream_decoder(continuation=False)
-    return [decoder.push(token) or tokenizer.piece(token) for token in tokens]

@@ -102,6 +102,54 @@ def test_tables_for_people(capsys, tmp_path, toy):
     assert sum(line.endswith("100.00%") for line in lines) >= 6
 
 
+def test_models_with_other_routers_and_interventions(toy):
+    more, none = grok1.SelectExperts(3), grok1.AblateExperts(range(8), layers=1)
+    with toy.intervene(more) as three, toy.intervene(more, none) as less:
+        found = compare(toy, three, TEXT)
+        ablated, itself = compare(three, less, TEXT), compare(less, less, TEXT)
+    assert found.expert_agreement == 1
+    assert found.mean_divergence > 0
+    assert found.a == repr(toy)
+    assert found.b == f"{found.a[:-1]}, with SelectExperts(count=3))"
+    # Of no experts that run, none are the same; all are, where there is none to be so.
+    assert [layer.same_experts for layer in ablated.layers][:2] == [1, 0]
+    assert itself.expert_agreement == 1
+
+
+def test_other_ports_routers_on_the_command_line(capsys):
+    arguments = ["compare", str(TOY), str(TOY), "--prompt", TEXT, "--json"]
+    sides = ["--mesh-a", "1x1", "--mesh-b", "1x1", "--router-softcap-a", "30"]
+    assert main([*arguments, *sides, "--renormalize-gates-b"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["a"].endswith("mesh 1x1 cpu, router soft cap 30)")
+    assert found["b"].endswith("mesh 1x1 cpu, gates renormalised)")
+    assert 0 < found["mean_divergence"] < 0.1
+
+
+def test_a_comparison_in_a_notebook(toy, other):
+    found = compare(toy, other, TEXT)
+    assert repr(found).startswith(f"Comparison({len(found.tokens)} tokens, KL mean ")
+    assert "\n" not in repr(found)
+    shown = found._repr_html_()
+    for text in (
+        "A&#x27;s norm at most, after layer ",
+        f"{found.expert_agreement:.2%}",
+        "nats, at",
+    ):
+        assert text in shown
+
+
+def test_positions_and_values_must_fit_the_text(nano):
+    tokens = np.arange(100) % 128
+    patch = grok1.Patch("residual", np.zeros((12, 5, 64)))
+    for intervention, text, message in (
+        (grok1.ScaleHeads(1, positions=3), tokens, "of 100 tokens is cut into pieces that begin"),
+        (patch, tokens[:6], "values are of 5 tokens and the text has 6"),
+    ):
+        with nano.intervene(intervention) as changed, pytest.raises(ValueError, match=message):
+            compare(changed, nano, text)
+
+
 def test_saved_logits_stand_for_a_model(toy, other, tmp_path):
     file = tmp_path / "toy.npz"
     whole = compare(toy, other, TEXT, save_logits=file)
@@ -146,6 +194,18 @@ def test_it_refuses_what_it_cannot_compare(toy, nano, tmp_path):
         compare(toy, toy, "text", top_k=0)
     with pytest.raises(ValueError, match="A is a model that is loaded already, which takes no me"):
         compare(toy, toy, "text", load_a={"mesh": (1, 1)})
+    with pytest.raises(ValueError, match="top_k must be from 1 to the vocabulary of 1280, found 9"):
+        compare(TOY, TOY, "text", top_k=9999, load_a={"mesh": "none"})
+    with pytest.raises(ValueError, match="vocabularies differ: A has 1280 tokens, B 128; only"):
+        compare(TOY, nano, [5, 6], load_a={"mesh": "none"})
+    missing = tmp_path / "missing" / "a.npz"
+    with pytest.raises(FileNotFoundError, match=r"a.npz: there is no directory .*; make it first"):
+        compare(TOY, TOY, "text", save_logits=missing, load_a={"mesh": "none"})
+    kept = tmp_path / "kept.npz"
+    kept.write_bytes(b"results")
+    with pytest.raises(FileExistsError, match=r"kept.npz is there already; remove it, or name a"):
+        compare(TOY, TOY, "text", save_logits=kept, load_a={"mesh": "none"})
+    assert kept.read_bytes() == b"results"
     with pytest.raises(ValueError, match=r"saved logits are a .npz file, found 'a.bin'"):
         compare(toy, toy, "text", save_logits="a.bin")
     with pytest.raises(FileNotFoundError, match="there is no such file; B is a model's directory"):

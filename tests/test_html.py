@@ -1,8 +1,10 @@
 """What notebooks show: escaped, complete, the same numbers as the objects."""
 
+import dataclasses
 import html.parser
 import math
 
+import numpy as np
 import pytest
 
 import grok1
@@ -63,7 +65,7 @@ def test_readable(piece, text):
 
 
 def test_surprisal_text_escapes_and_scales():
-    pieces = ["▁<b>", "<0x0A>", '▁"x"', "y"]
+    pieces = [" <b>", "\n", ' "x"', "y"]
     markup = surprisal_text(pieces, [math.nan, 0.0, 5.0, 40.0], ['"', "<", "&", "y"], "a < b")
     checked = Checker(markup)
     assert checked.text.startswith(' <b>↵\n "x"y')
@@ -126,11 +128,34 @@ def test_completion_shows_its_text_and_perplexity():
 def test_score_shows_its_text_and_numbers(toy):
     score = toy.score("The file <b>")
     checked = Checker(score._repr_html_())
-    assert checked.text.startswith(" The file <b>")
+    assert checked.text.startswith("The file <b>")
     assert f"perplexity {score.perplexity:.4g}" in checked.text
     assert (
         f"{-score.logprobs[1] / math.log(2):.2f} bits, rank {score.ranks[1]}" in checked.titles[1]
     )
+
+
+def test_a_score_shows_whole_characters_and_spells_what_has_no_shape(toy):
+    score = toy.score("é \x07 a")
+    # The space that encoding puts before a text has no text of its own.
+    texts = [piece for piece in score.pieces if piece[:3] != "<0x"]
+    assert "".join(texts).removeprefix("▁") == "é \x07 a"
+    assert "é <0x07> a" in Checker(score._repr_html_()).text
+
+
+def test_model_says_what_sets_it_apart(toy):
+    assert repr(toy).endswith(", float32, mesh 1x1 cpu)")
+    config = dataclasses.replace(toy.config, router_softcap=30, renormalize_gates=True)
+    model = grok1.Model(toy.params, config, toy.mesh, "float32", [], cache_dtype="int8")
+    with model.intervene(
+        grok1.AblateExperts((3, 4), layers=iter((1, 2)), reroute=True),
+        grok1.AddToResidual(np.zeros(128, np.float32)),
+    ) as changed:
+        assert repr(changed).endswith(
+            ", mesh 1x1 cpu, cache int8, router soft cap 30, gates renormalised, with "
+            "AblateExperts(experts=(3, 4), reroute=True, layers=(1, 2)), "
+            "AddToResidual(vector=float32[128], point='residual'))"
+        )
 
 
 def test_choice_shows_every_option(toy):

@@ -1,6 +1,7 @@
 """Interventions: what changes nothing, what must change how much, and what is refused."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -19,8 +20,10 @@ from grok1.intervention import (
     Patch,
     ScaleHeads,
     SelectExperts,
+    prepare,
+    redirect,
 )
-from grok1.moe import Routing, experts_dense
+from grok1.moe import Routing, choose_experts, experts_dense
 from grok1.quantization import QuantizedArray
 from grok1.transformer import forward, naming
 from tests.helpers import named_params, relative_error
@@ -144,6 +147,85 @@ def test_expert_interventions_against_the_readable_form(tokens):
         found = logits_with(model, tokens, intervention)
         assert relative_error(found, readable(model, tokens, change)) <= 2e-5, intervention
         assert relative_error(found, released) >= 1e-3, intervention
+
+
+ON_EXPERTS = {
+    "ablate": AblateExperts((3, 1)),
+    "reroute": AblateExperts((4, 6), reroute=True),
+    "reroute none": AblateExperts((), reroute=True),
+    "select": SelectExperts(3),
+    "force": ForceExperts((1, 5)),
+    "force with weights": ForceExperts((3, 4, 0), (0.2, 0.3, 0.5)),
+}
+
+
+def routed_by_hand(probs, names) -> dict[int, float]:
+    """One token's experts and their weights, after interventions of `ON_EXPERTS` in turn."""
+    excluded: set[int] = set()
+    ablated: set[int] = set()
+    count = 2
+
+    def best():
+        left = {e: p for e, p in enumerate(probs) if e not in excluded}
+        chosen = sorted(left, key=lambda e: -left[e])[:count]
+        return {e: left[e] / sum(left.values()) for e in chosen}, left
+
+    chosen, left = best()
+    for name in names:
+        if name == "ablate":
+            ablated |= {3, 1}
+        elif name == "reroute":
+            excluded |= {4, 6}
+            chosen, left = best()
+        elif name == "select":
+            count = 3
+            chosen, left = best()
+        elif name == "force":
+            chosen = {e: left.get(e, 0) / sum(left.values()) for e in (1, 5)}
+            ablated = set()
+        elif name == "force with weights":
+            chosen, ablated = {3: 0.2, 4: 0.3, 0: 0.5}, set()
+    return {e: weight for e, weight in chosen.items() if e not in ablated and weight}
+
+
+@pytest.mark.parametrize(
+    "names", list(itertools.permutations(ON_EXPERTS, 2)), ids=lambda names: " then ".join(names)
+)
+def test_interventions_on_experts_do_not_undo_one_another(names):
+    config = dataclasses.replace(grok1.TOY, num_layers=1)
+    interventions = [ON_EXPERTS[name] for name in names]
+    if names[0].startswith("force") and names[1] in ("reroute", "select"):
+        message = (
+            r"^(AblateExperts|SelectExperts): .* layer 0 choose anew where ForceExperts, which"
+        )
+        with pytest.raises(ValueError, match=message):
+            prepare(interventions, config)
+        return
+    logits = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    routing = choose_experts(jnp.asarray(logits), 2)
+    found = redirect(prepare(interventions, config), logits, routing, 0, np.arange(40))
+    probs = np.asarray(routing.probs, np.float64)
+    for token in range(40):
+        indices, weights = found.expert_indices[token].tolist(), found.expert_weights[token]
+        ran = {e: float(w) for e, w in zip(indices, weights, strict=True) if e < 8}
+        assert ran == pytest.approx(routed_by_hand(probs[token], names), rel=1e-5)
+        assert all(w == 0 for e, w in zip(indices, weights, strict=True) if e == 8)
+
+
+def test_what_is_forced_may_be_chosen_anew_elsewhere(nano, tokens):
+    trace = nano.trace(tokens[:10], ("router",))
+    patch = Patch("router", trace, layers=(2, 3))
+    for later in (
+        SelectExperts(3, layers=(1, 4)),
+        SelectExperts(3, positions=range(10, 20)),
+        AblateExperts(2, reroute=True, positions=10),
+    ):
+        prepare([patch, later], nano.config)
+    message = "^SelectExperts: it lets the router of layer 3 choose anew where Patch, which comes"
+    later = SelectExperts(3, layers=3, positions=9)
+    with nano.intervene(patch) as changed, pytest.raises(ValueError, match=message):
+        changed.engine.intervened([later])
+    prepare([SelectExperts(3), patch], nano.config)
 
 
 def test_expert_interventions_keep_renormalising_where_the_model_does(tokens):
@@ -277,6 +359,44 @@ def test_a_patched_prompt_leaves_the_new_tokens_alone(nano, tokens):
     with nano.intervene(*(Patch("residual_in", recorded, layers=0),)) as changed:
         # The first layer's input is all that a token is.
         assert changed.generate(prompt, **options) == nano.generate(other, **options)
+
+
+def test_positions_are_refused_where_a_text_is_cut(nano, tokens):
+    text = np.resize(tokens, 64)
+    message = "^{}: it acts at positions counted from .* of 64 tokens is cut into pieces that begin"
+    trace = nano.trace(text, ALL)
+    for intervention in (
+        ScaleHeads(1, positions=3),
+        Patch("residual", trace, layers=3),
+        Patch("router", trace, positions=3),
+        ForceExperts(trace.expert_indices),
+    ):
+        expected = message.format(type(intervention).__name__)
+        with nano.intervene(intervention) as changed, pytest.raises(ValueError, match=expected):
+            changed.score(text, window=16)
+    with nano.intervene(ScaleHeads(1)) as changed:
+        changed.score(text, window=16)
+    # A window of all but the last token holds what is run.
+    with nano.intervene(ScaleHeads(1, positions=3)) as changed:
+        np.testing.assert_array_equal(
+            changed.score(text, window=63).logprobs, changed.score(text).logprobs
+        )
+
+
+def test_iterators_serve_more_than_once(nano, tokens):
+    def made(kind):
+        return (
+            AblateExperts(kind((1, 2)), layers=kind((0, 5))),
+            ForceExperts(kind((3, 4)), layers=kind((1,))),
+            ScaleHeads(kind((0, 7)), positions=kind((2, 3))),
+        )
+
+    with nano.intervene(*made(tuple)) as outer, outer.intervene(AblateExperts(0)) as inner:
+        expected = inner.logits(tokens)
+    for kind in (iter, lambda numbers: dict.fromkeys(numbers).keys()):
+        with nano.intervene(*made(kind)) as outer, outer.intervene(AblateExperts(0)) as inner:
+            np.testing.assert_array_equal(inner.logits(tokens), expected)
+    assert repr(ScaleHeads(iter((0, 7)))) == "ScaleHeads(heads=(0, 7), factor=0.0)"
 
 
 def test_a_sweep_compiles_once(nano, tokens):
@@ -437,6 +557,8 @@ def test_a_patch_of_another_length_is_refused(nano, tokens):
                 changed.score,
                 changed.generate,
                 changed.trace_generation,
+                lambda text: changed.choose(text[:7], [text[7:]]),
+                lambda text: changed.score(text, window=11),
             ):
                 with pytest.raises(ValueError, match=expected):
                     call(tokens[:12])

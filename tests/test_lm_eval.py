@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+import grok1
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 # The harness and the packages that it imports warn of their own affairs.
@@ -209,6 +211,25 @@ def test_long_contexts_lose_their_beginning(toy):
         lm.loglikelihood([request("a", " opened" * 40)])
     with pytest.raises(ValueError, match="max_gen_toks 256 leaves no room for a context in 16"):
         lm.generate_until([request("a", {"until": []})])
+
+
+def test_positions_and_values_must_fit_the_text(toy):
+    long, cut = "of the file is " * 40, "^ScaleHeads: .* is cut into pieces that begin elsewhere"
+    with toy.intervene(grok1.ScaleHeads(1, positions=3)) as changed:
+        lm = Grok1LM(changed, max_length=16)
+        assert len(lm.loglikelihood([request("The", " file")])) == 1
+        with pytest.raises(ValueError, match=cut):
+            lm.loglikelihood([request(long, " opened")])
+        with pytest.raises(ValueError, match=cut):
+            lm.loglikelihood_rolling([request(long)])
+        with pytest.raises(ValueError, match=cut):
+            lm.generate_until([request(long, {"until": [], "max_gen_toks": 4})])
+    message, patch = (
+        r"^Patch: values are of 5 tokens",
+        grok1.Patch("residual", np.zeros((6, 5, 128))),
+    )
+    with toy.intervene(patch) as changed, pytest.raises(ValueError, match=message):
+        Grok1LM(changed).loglikelihood([request("The", " file")])
 
 
 def test_results_come_back_in_the_order_of_the_requests(toy):

@@ -37,6 +37,8 @@ assert (layer_of_head, left.min() > 4) == (3, True)
 assert mapped.attention_probs[0, head_missed, -1].argmax() == 2
 with model.intervene(CapLayers(3)) as three, model.intervene(CapLayers(5)) as five:
     assert preference(three, double) < 0 < preference(five, double)
+assert all(after > before + 5 for before, after in steered_by.values())
+assert sorted(after > 0 for _, after in steered_by.values()) == [False, True, True]
 assert cost.max() < 0.06 and np.corrcoef(cost.ravel(), load.ravel())[0, 1] < 0.4
 """,
     "5-from-toy-to-314b": """

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -104,6 +105,18 @@ def test_nano_computes_what_the_resident_model_does(
     read = stats.decode.num_used - stats.decode.num_held
     assert stats.decode.bytes_read == read * offloaded.engine.store.num_bytes
     assert (stats.decode.hit_rate > 0.9) == (num_experts == 96)
+
+
+def test_it_says_where_the_experts_are(nano, offloaded):
+    with_room(offloaded, 7)
+    offloaded.logits([1, 2, 3])
+    assert ", experts on disk)" in repr(offloaded)
+    shown = offloaded._repr_html_()
+    assert "on disk, 7 slots in memory for 96 of them" in shown
+    assert "without the experts" in shown
+    parameters = r"parameters</th>.*?>([\d,]+)<"
+    assert re.findall(parameters, shown) == re.findall(parameters, nano._repr_html_())
+    assert "on disk" not in nano._repr_html_()
 
 
 def test_the_toy_computes_what_the_resident_model_does(toy):

@@ -49,7 +49,7 @@ def test_scores_are_those_of_a_float64_softmax(toy):
     assert score.tokens.tolist() == toy.tokenizer.encode(TEXT)
     assert_scored(score, toy.logits(score.tokens), 7)
     assert [score.logprobs.dtype, score.ranks.dtype] == [np.float32, np.int32]
-    assert score.pieces == [toy.tokenizer.piece(token) for token in score.tokens]
+    assert score.pieces == toy.trace(score.tokens, ()).pieces
     # Nothing stands before the first token.
     assert np.isnan([score.logprobs[0], score.entropies[0], *score.top_logprobs[0]]).all()
     assert [score.ranks[0], *score.top_tokens[0]] == [-1] * 8

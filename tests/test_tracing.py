@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import tracemalloc
 import weakref
 
 import jax
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 import grok1
+from grok1 import decoder, native, tracing
 from grok1 import engine as engine_module
-from grok1 import tracing
 from grok1.attention import SOFT_CAP
 from grok1.capture import Capture
 from grok1.engine import Engine
@@ -208,6 +209,16 @@ def test_expert_load_and_pieces(toy):
     assert "".join(p for p in trace.pieces if p[:3] != "<0x").lstrip() == TEXT
 
 
+def test_ablated_experts_are_no_load(toy):
+    with toy.intervene(AblateExperts(3)) as changed:
+        trace = changed.trace(TEXT, ("router",))
+    assert (trace.expert_indices != 3).all()
+    np.testing.assert_array_equal(trace.expert_indices == -1, trace.expert_weights == 0)
+    load = trace.expert_load()
+    assert not load[:, 3].any()
+    np.testing.assert_allclose(load.sum(axis=1), 1)
+
+
 def test_nothing_captured(nano):
     trace = nano.trace([1, 2, 3], ())
     assert dict(trace) == {}
@@ -247,6 +258,29 @@ def test_attention_maps_that_are_too_large_are_refused(toy, monkeypatch):
     assert toy.trace([5] * 10, ("attention",), attention_layers=2).attention_probs.shape[0] == 1
 
 
+def test_a_trace_that_the_host_cannot_hold_is_refused(toy, monkeypatch):
+    kept = toy.trace([5] * 20, ALL)
+    size = sum(array.nbytes for array in kept.values())
+    monkeypatch.setattr(tracing, "host_bytes_available", lambda: size)
+    toy.trace([5] * 20, ALL)
+    monkeypatch.setattr(tracing, "host_bytes_available", lambda: size - 1)
+    with pytest.raises(ValueError, match=r"^a trace of router, residual, .* over 20 tokens takes "):
+        toy.trace([5] * 20, ALL)
+
+
+def test_arrays_are_filled_in_place(toy, monkeypatch):
+    tokens = np.resize(toy.tokenizer.encode(TEXT), 1000)
+    toy.trace(tokens, ("residual",))
+    tracemalloc.start()
+    try:
+        trace = toy.trace(tokens, ("residual",))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = sum(array.nbytes for array in trace.values())
+    assert size <= peak < 1.3 * size
+
+
 def test_one_text_at_a_time_and_no_logits_of_a_generation(toy):
     with pytest.raises(TypeError, match=r"^a trace is of one text"):
         toy.trace([TEXT, TEXT])
@@ -270,6 +304,9 @@ def test_a_finished_trace_is_let_go(nano):
     assert reference() is None
 
 
+GREEDY = ["decode greedily"] if native.is_available() else []
+
+
 def lowered(engine: Engine) -> dict[str, str]:
     """Programs as text, of two rows and the smallest cache."""
     state = engine.abstract_state(2, 256)
@@ -289,7 +326,15 @@ def lowered(engine: Engine) -> dict[str, str]:
         "decode": (engine.decode_program(None, None), rows(bool), allowed, sampling),
         "prefill": (engine.prefill_program(64), rows(jnp.int32)),
         "score": (engine.score_program(64, ()), rows(jnp.int32)),
+        "score tokens": (
+            engine.token_score_program(64, 2),
+            rows(jnp.int32),
+            rows(jnp.int32, 64),
+        ),
     }
+    if engine.screening_table is not None:
+        greedy = engine.greedy_program()
+        programs["decode greedily"] = (greedy, rows(bool), engine.screening_table, allowed)
     return {
         name: program.lower(engine.params, state, *arguments).as_text()
         for name, (program, *arguments) in programs.items()
@@ -297,14 +342,20 @@ def lowered(engine: Engine) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
-def test_what_is_off_costs_nothing(mesh, nano_on_mesh, nano_path):
+def test_what_is_off_costs_nothing(mesh, nano_on_mesh, monkeypatch):
     model = nano_on_mesh(mesh)
     model.trace([1, 2, 3], ALL)
     with model.intervene(AblateExperts(1), CapLayers(3)) as changed:
         changed.trace_generation([1, 2, 3], max_new_tokens=2)
         intervened = lowered_prefill(changed.engine)
-    fresh = grok1.load(nano_path, mesh=mesh, dtype="float32", progress=False)
-    after, before = lowered(model.engine), lowered(fresh.engine)
+    after = lowered(model.engine)
+    assert list(after) == ["decode", "prefill", "score", "score tokens", *GREEDY]
+    # The same as if this code were not there.
+    with monkeypatch.context() as gone:
+        gone.setattr(decoder, "apply", lambda prepared, point, value, *_: value)
+        gone.setattr(decoder, "redirect", lambda prepared, logits, routing, *_: routing)
+        gone.setattr(decoder, "lens", lambda *_: {})
+        before = lowered(Engine(model.params, model.config, model.mesh, "float32"))
     assert after == before
     # A program with captures, and one with interventions, are others.
     observed = model.engine.observed(tracing._capture(model.config, ALL, None, 5, 8), 256, print)
