@@ -1,5 +1,6 @@
 """The ways a model comes to be, and back to disk."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
