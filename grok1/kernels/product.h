@@ -26,8 +26,11 @@ constexpr int64_t panel_for(int64_t num_rows) {
   return num_rows <= 2 ? 8192 : num_rows <= 4 ? 4096 : 2048;
 }
 
-// Weight rows walked side by side, 16 KiB of them with the widest panel.
-constexpr int64_t walked_for(int64_t width) { return width > 2048 ? 4 : 8; }
+// Weight rows walked side by side: the sums, which are more for more input rows, are loaded and
+// stored once for all of them.
+constexpr int64_t walked_for(int64_t num_rows) {
+  return num_rows <= 2 ? 8 : num_rows <= 4 ? 16 : 32;
+}
 
 struct Matrix {
   const int8_t* values;    // [depth, columns]
@@ -79,7 +82,7 @@ void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t widt
     for (int64_t k = 0; k < count; ++k, row += stride) {
       // To the second-level cache, which waits for more lines at a time than the first. An address
       // past the weight's end is harmless: a prefetch does not fault.
-      __builtin_prefetch(row + walked_for(width) * stride, 0, 2);
+      __builtin_prefetch(row + walked_for(kRows) * stride, 0, 2);
       Floats weight[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) weight[v] = load(row + v * kLanes);
       for (int m = 0; m < kRows; ++m) {
@@ -112,14 +115,15 @@ void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64_t colu
   }
   alignas(kCacheLine) float sums[kRows * kPanel];
   for (int64_t first = 0; first < width; first += kPanel) {
-    int64_t panel = std::min(kPanel, width - first), walked = walked_for(panel);
+    int64_t panel = std::min(kPanel, width - first);
     bool add_panel = add;
     for (int64_t group_begin = begin, group_end; group_begin < end; group_begin = group_end) {
       group_end = std::min(end, (group_begin / matrix.depth_of_group + 1) * matrix.depth_of_group);
       std::fill_n(sums, kRows * panel, 0.0f);
-      for (int64_t k = group_begin; k < group_end; k += walked) {
+      for (int64_t k = group_begin; k < group_end; k += walked_for(kRows)) {
         walk_rows<kRows>(matrix.values + k * matrix.columns + column + first, matrix.columns,
-                         std::min(walked, group_end - k), panel, x + (k - begin) * kRows, sums);
+                         std::min(walked_for(kRows), group_end - k), panel, x + (k - begin) * kRows,
+                         sums);
       }
       const uint16_t* scales = matrix.scales_at(group_begin) + column + first;
       for (int m = 0; m < kRows; ++m) {
