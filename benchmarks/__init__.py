@@ -22,4 +22,5 @@ of the ratio within each. The other sides are
     roofline   bytes, operations, and the machine's rates
     dense      the dense reference
     programs   what the compiled steps hold in memory
+    profile    what a device does in a step, kernel by kernel
 """

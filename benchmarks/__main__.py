@@ -19,6 +19,7 @@ from benchmarks.suite import (
     FULL,
     QUICK,
     SECTIONS,
+    Failure,
     Result,
     Suite,
 )
@@ -155,7 +156,23 @@ def main() -> None:
     effort = QUICK if arguments.quick else FULL
     if arguments.repeats is not None:
         effort = dataclasses.replace(effort, repeats=arguments.repeats)
+    output = arguments.output or (None if arguments.quick else ROOT / "benchmarks" / "results")
     results: list[Result] = []
+    failures: list[Failure] = []
+    written: pathlib.Path | None = None
+
+    def found():
+        date = datetime.date.today().isoformat()
+        how = {
+            "model": arguments.model,
+            "layers": arguments.layers,
+            "only": list(arguments.only),
+            "threads": arguments.threads,
+            "repeats": effort.repeats,
+            "quick": arguments.quick,
+        }
+        return report.document(device, date, how, results, failures)
+
     with directory_for_models(arguments.scratch) as directory:
         for model in chosen:
             path = None
@@ -167,26 +184,22 @@ def main() -> None:
                 peer = None
             suite = Suite(model, path, arguments.only, effort, arguments.threads, peer, say)
             for result in suite.run():
+                if isinstance(result, Failure):
+                    say(f"{result.model}: {result.measurement}: failed: {result.reason}")
+                    failures.append(result)
+                    continue
                 say(report.line(result))
                 results.append(result)
-    found = report.document(
-        device,
-        datetime.date.today().isoformat(),
-        {
-            "model": arguments.model,
-            "layers": arguments.layers,
-            "only": list(arguments.only),
-            "threads": arguments.threads,
-            "repeats": effort.repeats,
-            "quick": arguments.quick,
-        },
-        results,
-    )
-    output = arguments.output or (None if arguments.quick else ROOT / "benchmarks" / "results")
-    if output is not None:
-        say(f"written to {report.write(found, output)}")
-    print(report.table(found))
-    print(json.dumps(found))
+                # After each, so that what comes to an end halfway was not for nothing.
+                if output is not None:
+                    written = report.write(found(), output)
+    if written is not None:
+        say(f"written to {written}")
+    print(report.table(found()))
+    print(json.dumps(found()))
+    if failures:
+        names = ", ".join(f"{failure.model}: {failure.measurement}" for failure in failures)
+        raise BenchmarkError(f"could not be measured: {names}")
 
 
 if __name__ == "__main__":

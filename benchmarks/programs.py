@@ -1,8 +1,9 @@
 """What the compiled steps hold in memory, by XLA's own account.
 
 The question on an accelerator is whether XLA fuses the conversion of int8 weights into the
-products. Where it does not, the optimised program has an instruction, outside any fusion, whose
-result is a float array as large as a weight matrix; such instructions are listed.
+products, and reads a layer's matrix where it lies in the stack. Where it does not, the optimised
+program has an instruction, outside any fusion, whose result is an array as large as a weight
+matrix, of floats or of int8; such instructions are listed.
 """
 
 import math
@@ -21,7 +22,7 @@ from grok1.sampling import SamplingParams, sampling_state
 _FUSED = re.compile(r"\bfusion\(.*\bcalls=%?([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%?[\w.\-]+) = (.+?) ([\w\-]+)\(")
-_FLOAT_ARRAY = re.compile(r"\b(?:bf16|f16|f32)\[([\d,]+)\]")
+_ARRAY = re.compile(r"\b(?:bf16|f16|f32|s8)\[([\d,]+)\]")
 # These only pass on what another instruction has made.
 _NO_WORK = frozenset(
     {"bitcast", "call", "conditional", "get-tuple-element", "parameter", "tuple", "while"}
@@ -61,12 +62,12 @@ def _report(model: grok1.Model, compiled: Any) -> dict[str, Any]:
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "float_copies_of_weights": float_copies(compiled.as_text(), weights),
+        "copies_of_weights": copies_of(compiled.as_text(), weights),
     }
 
 
-def float_copies(program: str, weights: Iterable[tuple[int, int]]) -> list[str]:
-    """Lists the instructions whose result is a float array of a weight's shape.
+def copies_of(program: str, weights: Iterable[tuple[int, int]]) -> list[str]:
+    """Lists the instructions whose result is an array of a weight's shape, floats or int8.
 
     Args:
       program: Text of an optimised XLA program.
@@ -87,7 +88,7 @@ def float_copies(program: str, weights: Iterable[tuple[int, int]]) -> list[str]:
         match = _INSTRUCTION.match(line)
         if not match or computation in fused or match[3] in _NO_WORK:
             continue
-        for array in _FLOAT_ARRAY.finditer(match[2]):
+        for array in _ARRAY.finditer(match[2]):
             *lead, columns = map(int, array[1].split(","))
             rows = math.prod(lead)
             if any(columns == n and rows and rows % k == 0 for k, n in weights):

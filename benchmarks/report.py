@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from benchmarks.process import BenchmarkError
-from benchmarks.suite import Result
+from benchmarks.suite import Failure, Result
 
 _RATIOS = {"roofline": "of roofline", "dense": "x dense", "llama.cpp": "x llama.cpp"}
 _OTHER_RATIOS = {
@@ -18,7 +18,11 @@ _OTHER_RATIOS = {
 
 
 def document(
-    device: dict[str, Any], date: str, arguments: dict[str, Any], results: list[Result]
+    device: dict[str, Any],
+    date: str,
+    arguments: dict[str, Any],
+    results: list[Result],
+    failures: list[Failure],
 ) -> dict[str, Any]:
     """Returns everything as one JSON object.
 
@@ -27,12 +31,14 @@ def document(
       date: Day of the run, as 2026-01-31.
       arguments: How it was run.
       results: The figures.
+      failures: What could not be measured.
     """
     return {
         "date": date,
         "device": device,
         "arguments": arguments,
         "results": [dataclasses.asdict(result) for result in results],
+        "failures": [dataclasses.asdict(failure) for failure in failures],
     }
 
 
@@ -72,6 +78,9 @@ def line(result: Result) -> str:
 def write(found: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
     """Writes a document as `<device>-<date>.json` and returns the path.
 
+    Figures that the file has of other measurements of that day, on the device and with the versions
+    of this document, stay in it.
+
     Raises:
       BenchmarkError: If it cannot be written.
     """
@@ -80,10 +89,30 @@ def write(found: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
     path = directory / f"{slug}-{found['date']}.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            found = _added(json.loads(path.read_text(encoding="utf-8")), found)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from None
     return path
+
+
+def _added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    def key(result):
+        return result["model"], result["measurement"], result["threads"]
+
+    def without_peer(device):
+        # llama.cpp is not part of every run.
+        versions = {n: v for n, v in device["versions"].items() if n != "llama.cpp"}
+        return device | {"versions": versions}
+
+    if without_peer(before["device"]) != without_peer(found["device"]):
+        return found
+    versions = before["device"]["versions"] | found["device"]["versions"]
+    device = found["device"] | {"versions": versions}
+    new = {key(result) for result in found["results"]}
+    kept = [result for result in before["results"] if key(result) not in new]
+    return found | {"device": device, "results": kept + found["results"]}
 
 
 def _note(result: dict[str, Any]) -> str:
@@ -96,10 +125,13 @@ def _note(result: dict[str, Any]) -> str:
             f"{details['operations'] / 1e9:.3g} GFLOP, "
             f"{details['operations_per_second'] / 1e9:.3g} GFLOP/s"
         )
-    if "float_copies_of_weights" in details:
-        copies = details["float_copies_of_weights"]
-        what = f"{len(copies)} float copies of weights" if copies else "no float copy of a weight"
+    if "copies_of_weights" in details:
+        copies = details["copies_of_weights"]
+        what = f"{len(copies)} copies of weights" if copies else "no copy of a weight"
         return f"{details['argument_bytes'] / 1e9:.3g} GB arguments, {what}"
+    if "kernels" in details:
+        largest = list(details["kernels"].items())[:3]
+        return ", ".join(f"{kernel['share']:.0%} {name}" for name, kernel in largest)
     if "prompt" in details:
         return f"prompt of {details['prompt']}"
     return "; ".join(

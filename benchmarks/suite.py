@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import statistics
 import tempfile
@@ -12,11 +13,11 @@ from benchmarks import disk
 from benchmarks.measure import Rounds, interleave, ratio
 from benchmarks.models import BenchModel
 from benchmarks.peers import LlamaCpp
-from benchmarks.process import Worker
+from benchmarks.process import BenchmarkError, Worker
 
-SECTIONS = ("start", "load", "decode", "prefill", "context", "programs")
-CPU_SECTIONS = ("start", "load", "decode", "prefill", "context")
-ACCELERATOR_SECTIONS = ("decode", "prefill", "programs")
+SECTIONS = ("start", "load", "context", "programs", "profile", "decode", "prefill")
+CPU_SECTIONS = ("start", "load", "context", "decode", "prefill")
+ACCELERATOR_SECTIONS = ("programs", "profile", "decode", "prefill")
 """What is measured unless something else is asked; an accelerator's model then needs no files."""
 
 _NEEDS_FILES = {"start", "load", "context"}
@@ -73,6 +74,24 @@ class Result:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+Measure = Callable[..., Iterator[Result]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What could not be measured.
+
+    Attributes:
+      model: Name of the model.
+      measurement: What was to be measured.
+      reason: Why it could not.
+    """
+
+    model: str
+    measurement: str
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """The measurements of one model.
@@ -101,29 +120,73 @@ class Suite:
         """Whether these sections load a model rather than only run one."""
         return not _NEEDS_FILES.isdisjoint(sections)
 
-    def run(self) -> Iterator[Result]:
-        """Yields the results as they come."""
+    def run(self) -> Iterator[Result | Failure]:
+        """Yields the results as they come; one that fails does not keep others from being tried."""
         threads = self.threads[0] if self.threads else None
-        if "start" in self.sections:
-            yield from self._start(threads)
-        if "load" in self.sections:
-            yield from self._load(threads)
-        if "context" in self.sections:
-            yield from self._context(threads)
-        rest = {"decode", "prefill", "programs"} & set(self.sections)
-        if rest:
-            with self._worker(threads) as worker:
-                if "decode" in rest:
-                    for batch in self.effort.prompts:
-                        yield self._decode(worker, threads, batch)
-                if "prefill" in rest:
-                    yield from self._prefill(worker, threads)
-                if "programs" in rest:
-                    yield from self._programs(worker, threads)
-        if "decode" in rest:
+        alone = {"start": self._start, "load": self._load, "context": self._context}
+        for section, measure in alone.items():
+            if section in self.sections:
+                yield from self._attempt(section, measure, threads)
+        if "programs" in self.sections:
+            yield from self._attempt("programs", self._with_model(self._programs), threads)
+        if "profile" in self.sections:
+            yield from self._attempt("profile", self._with_model(self._profile), threads)
+        if "decode" in self.sections:
+            yield from self._with_one_model(
+                threads,
+                {
+                    f"decode, batch {batch}": functools.partial(self._decode, batch=batch)
+                    for batch in self.effort.prompts
+                },
+            )
+        if "prefill" in self.sections:
+            lengths = self.effort.prefills
+            yield from self._with_one_model(
+                threads,
+                {
+                    f"prefill, {length} tokens": functools.partial(self._prefill, length=length)
+                    for length in lengths
+                },
+            )
+        if "decode" in self.sections:
             for other in self.threads[1:] if self.threads else ():
-                with self._worker(other) as worker:
-                    yield self._decode(worker, other, 1)
+                yield from self._with_one_model(
+                    other, {"decode, batch 1": functools.partial(self._decode, batch=1)}
+                )
+
+    def _attempt(self, name: str, measure: Measure, *arguments: Any) -> Iterator[Result | Failure]:
+        try:
+            yield from measure(*arguments)
+        except BenchmarkError as error:
+            yield Failure(self.model.name, name, str(error))
+
+    def _with_model(self, measure: Callable[[Worker, int | None], Iterator[Result]]) -> Measure:
+        """The measurement in a child process of its own."""
+
+        def run(threads: int | None) -> Iterator[Result]:
+            with self._worker(threads) as worker:
+                yield from measure(worker, threads)
+
+        return run
+
+    def _with_one_model(
+        self,
+        threads: int | None,
+        measurements: dict[str, Callable[[Worker, int | None], Iterator[Result]]],
+    ) -> Iterator[Result | Failure]:
+        """Measurements in one child process, or after one that failed in another."""
+        remaining = dict(measurements)
+        while remaining:
+            name = next(iter(remaining))
+            try:
+                with self._worker(threads) as worker:
+                    while remaining:
+                        name = next(iter(remaining))
+                        yield from remaining[name](worker, threads)
+                        del remaining[name]
+            except BenchmarkError as error:
+                yield Failure(self.model.name, name, str(error))
+                del remaining[name]
 
     @contextlib.contextmanager
     def _worker(self, threads: int | None) -> Iterator[Worker]:
@@ -210,7 +273,7 @@ class Suite:
             details=details,
         )
 
-    def _decode(self, worker: Worker, threads: int | None, batch: int) -> Result:
+    def _decode(self, worker: Worker, threads: int | None, batch: int) -> Iterator[Result]:
         prompt, steps = self.effort.prompts[batch], self.effort.steps
         what = {"batch": batch, "prompt": prompt, "steps": steps}
         name = f"decode, batch {batch}"
@@ -236,20 +299,14 @@ class Suite:
         rounds = interleave(contestants, self.effort.repeats, say)
         bandwidth = statistics.median(rounds["roofline"]) * bytes_per_step / batch
         details = {**what, **needed, "bytes_per_second": bandwidth}
-        return self._rate(name, threads, rounds, details)
+        yield self._rate(worker, name, threads, rounds, details)
 
-    def _prefill(self, worker: Worker, threads: int | None) -> Iterator[Result]:
-        for length in self.effort.prefills:
-            name = f"prefill, {length} tokens"
-            if length + 2 > self.model.config.sequence_len:
-                self._say(f"{name}: left out, the context is {self.model.config.sequence_len}")
-                continue
-            operations = worker.call("prefill_operations", tokens=length)
-            yield self._prefill_of(worker, threads, length, name, operations)
-
-    def _prefill_of(
-        self, worker: Worker, threads: int | None, length: int, name: str, operations: float
-    ) -> Result:
+    def _prefill(self, worker: Worker, threads: int | None, length: int) -> Iterator[Result]:
+        name = f"prefill, {length} tokens"
+        if length + 2 > self.model.config.sequence_len:
+            self._say(f"{name}: left out, the context is {self.model.config.sequence_len}")
+            return
+        operations = worker.call("prefill_operations", tokens=length)
         self._say(f"{name}: compiling")
         worker.call("prefill", tokens=length)
         contestants: dict[str, Callable[[], float]] = {
@@ -264,7 +321,7 @@ class Suite:
         )
         rate = statistics.median(rounds["roofline"]) * operations / length
         details = {"tokens": length, "operations": operations, "operations_per_second": rate}
-        return self._rate(name, threads, rounds, details)
+        yield self._rate(worker, name, threads, rounds, details)
 
     def _programs(self, worker: Worker, threads: int | None) -> Iterator[Result]:
         self._say("compiling for XLA's account of memory")
@@ -278,11 +335,28 @@ class Suite:
                 threads,
                 details=report,
             )
-        if threads is None:
-            peak = worker.call("peak_memory") / 1e9
-            yield Result(self.model.name, "peak device memory of all this", peak, "GB", None)
 
-    def _rate(self, name: str, threads: int | None, rounds: Rounds, details: dict) -> Result:
+    def _profile(self, worker: Worker, threads: int | None) -> Iterator[Result]:
+        self._say("profiling")
+        prefill = min(self.effort.prefills[-1], self.model.config.sequence_len - 2)
+        profiles = worker.call("profiles", batches=list(self.effort.prompts), prefill=prefill)
+        for name, kernels in profiles.items():
+            total = sum(seconds for _, seconds in kernels.values())
+            details = {
+                "kernels": {
+                    kernel: {"times": times, "seconds": seconds, "share": seconds / total}
+                    for kernel, (times, seconds) in kernels.items()
+                }
+            }
+            yield Result(
+                self.model.name, f"device in {name}", 1e3 * total, "ms", threads, details=details
+            )
+
+    def _rate(
+        self, worker: Worker, name: str, threads: int | None, rounds: Rounds, details: dict
+    ) -> Result:
+        if threads is None:
+            details["peak_bytes_so_far"] = worker.call("peak_memory")
         ratios = {other: ratio(rounds, "grok1", other) for other in rounds if other != "grok1"}
         value = statistics.median(rounds["grok1"])
         return Result(self.model.name, name, value, "tokens/s", threads, ratios, rounds, details)

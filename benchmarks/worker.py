@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import grok1
-from benchmarks import programs, roofline, workload
+from benchmarks import profile, programs, roofline, workload
 from benchmarks.dense import DenseDecoder
 from grok1 import native
 
@@ -147,6 +147,20 @@ class Session:
         if self._matmul is None:
             self._matmul = roofline.MatmulRate(self.model.dtype, self._on_cpu)
         return self._matmul()
+
+    def profiles(self, batches: list[int], prefill: int) -> dict[str, Any]:
+        """Kernels of two decode steps for each batch, and of a prompt with its first token."""
+        found = {}
+        for batch in batches:
+            prompts = workload.random_prompts(self.model.config.vocab_size, batch, 1)
+            found[f"two decode steps, batch {batch}"] = self._profile(prompts, 2)
+        prompt = workload.random_prompts(self.model.config.vocab_size, 1, prefill)
+        found[f"prefill of {prefill - 1} tokens and a decode step"] = self._profile(prompt, 1)
+        return found
+
+    def _profile(self, prompts: np.ndarray, num_tokens: int) -> profile.Kernels:
+        workload.run(self.model, prompts, num_tokens)
+        return profile.profile(lambda: workload.run(self.model, prompts, num_tokens).sequences)
 
     def programs(self, batches: list[int]) -> dict[str, Any]:
         """What the compiled steps hold in memory."""

@@ -6,7 +6,6 @@ written to.
 
 import os
 import pathlib
-import platform
 import stat
 import tempfile
 
@@ -43,17 +42,3 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
         os.replace(unfinished, path)
     finally:
         pathlib.Path(unfinished).unlink(missing_ok=True)
-
-
-def processor() -> str:
-    """Returns what distinguishes processors that run different instructions.
-
-    A home directory can be shared by several computers, so the names of files depend on it.
-    """
-    lines = {platform.machine(), platform.processor()}
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines |= {line for line in file if line.lower().startswith(("flags", "features"))}
-    except OSError:
-        pass
-    return "\n".join(sorted(lines))

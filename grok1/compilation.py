@@ -29,7 +29,8 @@ from jax.experimental import serialize_executable
 
 from grok1 import native
 from grok1.announcement import announced
-from grok1.cache_directory import private_directory, processor, write_whole
+from grok1.cache_directory import private_directory, write_whole
+from grok1.processor import available_cores, instructions
 
 MAX_STORED = 256
 """Executables in the directory; the ones that were unused for the longest time give way."""
@@ -174,12 +175,14 @@ def _environment(devices: list[Any]) -> str:
         if name.startswith("GROK1_") or name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
     ]
     kinds = [(device.id, device.device_kind) for device in devices]
+    # XLA cuts its own loops on a CPU by the number of threads that it may have.
+    cores = available_cores() if client.platform == "cpu" else None
     return "\n".join(
         (
             _source_hash() or "",
             f"{jax.__version__} {version('jaxlib')} {np.__version__} {platform.python_version()}",
-            f"{client.platform} {client.platform_version} {client.device_count()} {kinds}",
-            processor(),
+            f"{client.platform} {client.platform_version} {client.device_count()} {kinds} {cores}",
+            instructions(),
             *settings,
             *variables,
         )

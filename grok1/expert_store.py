@@ -7,9 +7,9 @@ or the system is old, read into one of two buffers, of which one is filled while
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,6 +99,8 @@ class ExpertStore:
         self._spare: list[np.ndarray] = []
         self._cancelled = threading.Event()
         self._traffic = Traffic()
+        self._on_layer: Callable[[int], Any] = lambda _: None
+        self._layer = -1
         self._current: _Fetched | None = None
         self._upcoming: tuple[Key, Future[_Fetched]] | None = None
         self._pools: list[ThreadPoolExecutor] = []
@@ -122,11 +124,17 @@ class ExpertStore:
         """Holds this many experts from now on, and lets go of more; not while a program runs."""
         self._cache.shrink(min(capacity, self.num_all))
 
-    def begin(self, traffic: Traffic) -> None:
-        """Gets ready for a step of the model, and adds what it fetches to `traffic`."""
+    def begin(self, traffic: Traffic, on_layer: Callable[[int], Any] = lambda _: None) -> None:
+        """Gets ready for a step of the model.
+
+        Args:
+          traffic: What is fetched is added to it.
+          on_layer: Called, on a thread of XLA's, with each layer when its first expert is wanted.
+        """
         self.error = None
         self._cancelled.clear()
-        self._traffic = traffic
+        self._traffic, self._on_layer = traffic, on_layer
+        self._layer = -1
         self._cache.step()
         self._pools = [
             ThreadPoolExecutor(1, "grok1-fetch"),
@@ -160,6 +168,9 @@ class ExpertStore:
             if self._current is not None:
                 self._release(self._current)
                 self._current = None
+            if layer != self._layer:
+                self._layer = layer
+                self._on_layer(layer)
             key = layer, expert
             if self._upcoming is not None and self._upcoming[0] == key:
                 (_, future), self._upcoming = self._upcoming, None

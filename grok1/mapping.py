@@ -43,6 +43,12 @@ class Window:
                 self._map = mmap.mmap(
                     descriptor, self._size, access=mmap.ACCESS_READ, offset=self._start
                 )
+            except ValueError as error:  # it has been cut off since it was opened
+                raise CheckpointError(
+                    f"{file.path}: ends before byte {self._start + self._size}, expected the "
+                    f"{file.file_size} bytes it had when its header was read; do not change a "
+                    "checkpoint while it is read"
+                ) from error
             except OSError as error:
                 raise CheckpointError(
                     f"{file.path}: cannot be mapped: {error.strerror}; give less memory to other "

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -28,7 +29,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
 from grok1.announcement import announced
-from grok1.cache_directory import private_directory, processor
+from grok1.cache_directory import private_directory
+from grok1.processor import instructions
 
 _SOURCES = pathlib.Path(__file__).with_name("kernels")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -40,6 +42,7 @@ _EXPERTS = "grok1_experts"
 _FETCHED_EXPERTS = "grok1_fetched_experts"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
+_LOCK = threading.Lock()
 # Layer, expert, the next one, where to write the addresses; see kernels.cc.
 _FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
 
@@ -48,17 +51,22 @@ class _UnavailableError(Exception):
     """Why there is no library, and what would help."""
 
 
-@functools.cache
 def is_available() -> bool:
     """Whether the kernels can run; builds and registers the library when first asked.
 
     Says on stderr, once a process, why it cannot. False without a word when GROK1_NATIVE=0 or
     when the default backend of JAX is no CPU.
     """
+    with _LOCK:  # a second thread must not register what it has built itself
+        return _is_available()
+
+
+@functools.cache
+def _is_available() -> bool:
     if os.environ.get("GROK1_NATIVE") == "0" or jax.default_backend() != "cpu":
         return False
     try:
-        library = ctypes.CDLL(str(_built_library()))
+        library = _loaded_library()
         targets = (_MATMUL, _EXPERTS, _FETCHED_EXPERTS, _ATTENTION, _MOST_PROBABLE)
         handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
     except (_UnavailableError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
@@ -350,12 +358,21 @@ def _require():
         raise RuntimeError("the native kernels are not available here; use another implementation")
 
 
+def _loaded_library() -> ctypes.CDLL:
+    path = _built_library()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged, or made where another C++ library is
+        path.unlink()
+        return ctypes.CDLL(str(_built_library()))
+
+
 def _built_library() -> pathlib.Path:
     """The compiled library; compiles it if this source, jaxlib and processor are new."""
     if os.name != "posix":
         raise _UnavailableError("they are for Linux and macOS")
     sources = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
-    parts = (*sources, " ".join(_FLAGS), version("jaxlib"), processor())
+    parts = (*sources, " ".join(_FLAGS), version("jaxlib"), instructions())
     key = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode()

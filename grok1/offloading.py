@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
-from grok1 import native
+from grok1 import announcement, native
 from grok1.compilation import Program
 from grok1.config import ModelConfig
 from grok1.engine import Engine
@@ -144,7 +145,9 @@ class OffloadedEngine(Engine):
         if isinstance(program, _StreamedProgram):
             return program
         kind = "decode" if key[0].startswith("decode") else "prompt"
-        streamed = _StreamedProgram(program, self.store, self._traffic[kind])
+        # A token is its own progress, and a bar would get into the line that tokens are written to.
+        num_layers = self.config.num_layers if kind == "prompt" else None
+        streamed = _StreamedProgram(program, self.store, self._traffic[kind], num_layers)
         self._programs[key] = streamed
         return streamed
 
@@ -152,9 +155,11 @@ class OffloadedEngine(Engine):
 class _StreamedProgram(Program):
     """A step's program with the threads that fetch for it."""
 
-    def __init__(self, program: Program, store: ExpertStore, traffic: Traffic):
+    def __init__(
+        self, program: Program, store: ExpertStore, traffic: Traffic, num_layers: int | None
+    ):
         self.__dict__.update(program.__dict__)
-        self._store, self._traffic = store, traffic
+        self._store, self._traffic, self._num_layers = store, traffic, num_layers
 
     def __call__(self, *args):
         """Runs the program to its end.
@@ -186,7 +191,15 @@ class _StreamedProgram(Program):
 
     @contextlib.contextmanager
     def _fetching(self) -> Iterator[None]:
-        self._store.begin(self._traffic)
+        bar = tqdm(
+            total=self._num_layers,
+            desc="prompt",
+            unit="layer",
+            delay=announcement.PATIENCE,
+            leave=False,
+            disable=True if self._num_layers is None else None,
+        )
+        self._store.begin(self._traffic, lambda layer: bar.update(layer + 1 - bar.n))
         try:
             yield
         except Exception:
@@ -196,6 +209,7 @@ class _StreamedProgram(Program):
             raise
         finally:
             self._store.end()
+            bar.close()
 
 
 def is_offloaded(

@@ -113,8 +113,8 @@ def matmul(
     """Multiplies by one matrix of a weight: `x @ weight[index]`, accumulated in float32.
 
     Scales are applied to the partial product of each group, so that no float copy of a quantised
-    weight exists: the conversion to the type of `x` (exact, int8 fits bfloat16) is fused into the
-    product on accelerators. On a CPU it is done in registers for a few rows and tile by tile for
+    weight need exist: the conversion to the type of `x` (exact, int8 fits bfloat16) is XLA's to fuse
+    into the product on accelerators. On a CPU it is done in registers for a few rows and tile by tile for
     many, in float32 whatever `x` is.
 
     Args:
@@ -173,7 +173,7 @@ def matmul_split(
 
 
 def matmul_direct(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
-    """One product a group; the form whose conversion XLA fuses on accelerators."""
+    """One product a group; the form whose conversion XLA can fuse on accelerators."""
     values_KN = weight.values[index]
     scales_GN = weight.scales[index].astype(jnp.float32)
     num_groups, columns = scales_GN.shape

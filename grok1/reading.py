@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grok1.processor import available_cores
 from grok1.storage import StoredArray, transpose_into
 from grok1.tensor_file import DTYPES, CheckpointError, DataFile, open_unchanged, read_at
 
-_NUM_THREADS = 8
+_MOST_THREADS = 8
 _BLOCK_BYTES = 1 << 25
 _MAX_QUEUED = 64  # blocks; so that what is left to do takes no memory to speak of
 _LARGE_FILE = 1 << 26  # bytes; smaller ones may stay in the page cache
@@ -80,7 +81,7 @@ class Reader:
         """
         self.bytes_read = 0
         self._on_bytes, self._keep_pages = on_bytes, keep_pages
-        self._pool = ThreadPoolExecutor(_NUM_THREADS, "grok1-reader")
+        self._pool = ThreadPoolExecutor(_num_threads(), "grok1-reader")
         self._staging = threading.local()
         self._queue: collections.deque[Future[tuple[int, int]]] = collections.deque()
         self._num_submitted = self._num_collected = 0
@@ -175,6 +176,12 @@ class Reader:
         if memory is None or len(memory) < num_bytes:
             memory = self._staging.memory = np.empty(max(num_bytes, _BLOCK_BYTES), np.uint8)
         return memory[:num_bytes]
+
+
+def _num_threads() -> int:
+    # More than the cores can serve fight in the kernel for its page cache: on two cores eight read
+    # a third slower than three.
+    return min(_MOST_THREADS, available_cores() + 1)
 
 
 def _drop_pages(descriptor: int, end: int) -> None:

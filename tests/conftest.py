@@ -9,9 +9,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile what is in front of them, and leave the user's cache alone; the native kernels are
-# built once for all runs.
-os.environ["GROK1_COMPILATION_CACHE"] = "0"
+# The user's cache is left alone; the native kernels are built once for all runs.
 os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache")
 
 import jax
@@ -27,6 +25,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
+
+
+@pytest.fixture(autouse=True)
+def stored_programs(request):
+    """Lets tests share compiled programs, unless one patches what they are compiled from."""
+    is_patched = "monkeypatch" in request.fixturenames
+    os.environ["GROK1_COMPILATION_CACHE"] = "0" if is_patched else "1"
 
 
 @pytest.fixture(scope="session")

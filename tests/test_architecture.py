@@ -19,6 +19,7 @@ LAYERS = [
         "expert_cache",
         "layers",
         "precision",
+        "processor",
         "symbolic_pickle",
         "version",
     },

@@ -1,5 +1,6 @@
 """The benchmark command: what it counts, what it reports, and how it refuses. No time is judged."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 import grok1
-from benchmarks import models, peers, roofline, workload
+from benchmarks import models, peers, report, roofline, suite, workload
 from benchmarks.__main__ import parse_arguments, plan
 from benchmarks.dense import DenseDecoder
 from benchmarks.measure import interleave, ratio
 from benchmarks.process import BenchmarkError, Worker
-from benchmarks.programs import float_copies
+from benchmarks.profile import summed
+from benchmarks.programs import copies_of
 from benchmarks.suite import Suite
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,7 +41,8 @@ def test_quick_run_of_the_toy_reports_every_figure(tmp_path, monkeypatch):
     [written] = tmp_path.iterdir()
     assert json.loads(written.read_text()) == found
     assert written.name.endswith(f"-{found['date']}.json")
-    assert set(found) == {"date", "device", "arguments", "results"}
+    assert set(found) == {"date", "device", "arguments", "results", "failures"}
+    assert found["failures"] == []
     assert set(found["device"]) == {"platform", "name", "memory_bytes", "versions"}
     assert found["device"]["versions"]["jax"] == jax.__version__
     by_name = {figure["measurement"]: figure for figure in found["results"]}
@@ -75,6 +78,58 @@ def test_quick_run_of_the_toy_reports_every_figure(tmp_path, monkeypatch):
         assert figure["ratios"]["roofline"] == pytest.approx(
             figure["value"] / figure["rounds"]["roofline"][0]
         )
+
+
+def test_what_fails_keeps_nothing_else_from_being_measured(monkeypatch):
+    asked = []
+
+    class Worker:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            asked.append("new process")
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, command, **arguments):
+            if command == "prefill":
+                asked.append(arguments["tokens"])
+                if arguments["tokens"] == 512:
+                    raise BenchmarkError("out of memory")
+            return 1.0
+
+    monkeypatch.setattr(suite, "Worker", Worker)
+    model = models.model_named("bench", 1)
+    effort = dataclasses.replace(suite.FULL, repeats=1)
+    running = suite.Suite(model, None, ["prefill"], effort, None, None, lambda _: None).run()
+    found = [
+        result.reason if isinstance(result, suite.Failure) else result.measurement
+        for result in running
+    ]
+    assert found == ["prefill, 128 tokens", "out of memory", "prefill, 2048 tokens"]
+    assert asked == ["new process", 128, 128, 512, "new process", 2048, 2048]
+
+
+def test_figures_of_one_day_and_device_are_kept_together(tmp_path):
+    def document(measurement, value, **more):
+        result = suite.Result("toy", measurement, value, "s", 1)
+        device = {"name": "A CPU", "versions": {"jax": "1", **more}}
+        return report.document(device, "2026-01-31", {}, [result], [])
+
+    def values(path):
+        return {r["measurement"]: r["value"] for r in json.loads(path.read_text())["results"]}
+
+    report.write(document("load", 1.0, **{"llama.cpp": "b1"}), tmp_path)
+    report.write(document("decode", 2.0), tmp_path)
+    path = report.write(document("load", 3.0), tmp_path)
+    assert values(path) == {"decode": 2.0, "load": 3.0}
+    assert json.loads(path.read_text())["device"]["versions"] == {"jax": "1", "llama.cpp": "b1"}
+    other = document("load", 4.0)
+    other["device"]["versions"]["jax"] = "2"
+    assert values(report.write(other, tmp_path)) == {"load": 4.0}
 
 
 def test_errors_are_one_line():
@@ -197,15 +252,28 @@ def test_prefill_operations_are_those_of_the_products():
     assert roofline.prefill_operations(config, 3) == 3 * one + 2 * 6 * 2 * 128 * (0 + 1 + 2)
 
 
-def test_float_copies_are_found_in_a_compiled_program():
-    weight = jax.ShapeDtypeStruct((40, 24), jnp.int8)
-    copy = jax.jit(lambda w: w.astype(jnp.float32) * 2).lower(weight).compile().as_text()
-    [found] = float_copies(copy, [(40, 24)])
-    assert "f32[40,24]" in found
-    assert not float_copies(copy, [(24, 40), (80, 24)])
+def test_copies_of_weights_are_found_in_a_compiled_program():
+    stack = jax.ShapeDtypeStruct((3, 40, 24), jnp.int8)
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    for work, array in (
+        (lambda w, i: w[i].astype(jnp.float32) * 2, "f32[40,24]"),
+        (lambda w, i: w[i], "s8[40,24]"),
+    ):
+        program = jax.jit(work).lower(stack, layer).compile().as_text()
+        assert any(array in found for found in copies_of(program, [(40, 24)]))
+        assert not copies_of(program, [(24, 40), (240, 24)])
 
 
-def test_float_copies_inside_a_fusion_take_no_memory():
+def test_kernels_of_a_profile_are_summed_and_the_short_ones_are_one():
+    runs = [("short", 1.0), *((f"kernel {i}", 10.0 + i) for i in range(15)), ("kernel 3", 5.0)]
+    found = summed(runs)
+    assert next(iter(found.items())) == ("kernel 14", (1, 24.0))
+    assert found["kernel 3"] == (2, 18.0)
+    assert found["others"] == (1, 1.0)
+    assert sum(seconds for _, seconds in found.values()) == sum(seconds for _, seconds in runs)
+
+
+def test_copies_inside_a_fusion_take_no_memory():
     program = """HloModule step
 
 %fused_dot (param_0: s8[2,40,24]) -> bf16[24] {
@@ -222,7 +290,7 @@ ENTRY %main (w: s8[2,40,24], f: f32[40,24]) -> (bf16[24], bf16[8,10,24]) {
   ROOT %tuple.1 = (bf16[24]{0}, bf16[8,10,24]{2,1,0}) tuple(%fusion.1, %fusion.2)
 }
 """
-    assert float_copies(program, [(40, 24)]) == ["%fusion.2 = bf16[8,10,24] fusion"]
+    assert copies_of(program, [(40, 24)]) == ["%fusion.2 = bf16[8,10,24] fusion"]
 
 
 def test_checkpoint_is_made_once_and_nothing_else_is_touched(tmp_path, nano_config):

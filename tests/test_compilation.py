@@ -135,7 +135,8 @@ def test_what_the_machine_code_depends_on_is_told_apart(cache, monkeypatch):
     with jax.default_matmul_precision("float32"):
         twice()(x)
     for name, value in [
-        ("processor", lambda: "another"),
+        ("instructions", lambda: "another"),
+        ("available_cores", lambda: 1000),
         ("_source_hash", lambda: "another"),
         ("platform", type("", (), {"python_version": lambda: "2.7"})),
     ]:
@@ -148,7 +149,7 @@ def test_what_the_machine_code_depends_on_is_told_apart(cache, monkeypatch):
     twice()(x)
     on_another_device = Program(jax.jit(lambda x: x * 2), jax.devices()[1:2], "twice", str)
     on_another_device(jax.device_put(x, jax.devices()[1]))
-    assert len(stored(cache)) == 9
+    assert len(stored(cache)) == 10
 
 
 def with_digest(payload: bytes) -> bytes:

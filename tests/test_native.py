@@ -1,6 +1,7 @@
 """The native kernels: built once in a private place, refused in any other, never needed."""
 
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from grok1 import native
 
-ask_again = native.is_available.__wrapped__
+ask_again = native._is_available.__wrapped__
 
 
 @pytest.fixture
@@ -75,6 +76,22 @@ def test_a_link_to_a_directory_is_refused(cache, capfd):
     cache.symlink_to(cache.parent)
     assert not ask_again()
     assert "is not private" in capfd.readouterr().err
+
+
+def test_a_damaged_library_is_built_anew(monkeypatch, cache):
+    runs = pretend_to_compile(monkeypatch)
+    tried = []
+
+    def load(path):
+        tried.append(pathlib.Path(path).read_text())
+        if len(tried) == 1:
+            raise OSError("file too short")
+        return "library"
+
+    monkeypatch.setattr(native.ctypes, "CDLL", load)
+    assert native._loaded_library() == "library"
+    assert tried == ["1", "2"]
+    assert len(runs) == 2
 
 
 def test_the_library_is_built_once_and_again_for_other_inputs(monkeypatch, cache):

@@ -2,11 +2,13 @@
 
 import errno
 import gc
+import io
 import os
 import pathlib
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import conversion, expert_store, mapping, memory, native, offloading
+from grok1 import announcement, conversion, expert_store, mapping, memory, native, offloading
 from grok1.manifest import file_name
 from tests.conftest import TOY
 from tests.helpers import relative_error
@@ -342,6 +344,21 @@ def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkey
     del model, store
     gc.collect()
     assert [buffer() for buffer in buffers] == [None] * 3
+
+
+def test_a_long_prompt_shows_its_layers_on_a_terminal(offloaded, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(announcement, "PATIENCE", 0)
+    offloaded.generate(list(range(20)), **GREEDY)
+    shown = sys.stderr.getvalue()
+    assert re.search(r"prompt: .* 12/12 \[00:\d\d<00:\d\d, .*layer", shown)
+    # One bar for the one chunk, none for the tokens, and nothing left on the line.
+    assert len(re.findall("12/12", shown)) == 1
+    assert shown.split("\r")[-2].strip() == ""
 
 
 def test_between_steps_nothing_is_mapped_and_no_thread_runs(copied, offloaded):
