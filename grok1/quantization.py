@@ -113,9 +113,9 @@ def matmul(
     """Multiplies by one matrix of a weight: `x @ weight[index]`, accumulated in float32.
 
     Scales are applied to the partial product of each group, so that no float copy of a quantised
-    weight need exist: the conversion to the type of `x` (exact, int8 fits bfloat16) is XLA's to fuse
-    into the product on accelerators. On a CPU it is done in registers for a few rows and tile by tile for
-    many, in float32 whatever `x` is.
+    weight need exist: the conversion to the type of `x` (exact, int8 fits bfloat16) is XLA's to
+    fuse into the product on accelerators. On a CPU it is done in registers for a few rows and tile
+    by tile for many, in float32 whatever `x` is.
 
     Args:
       x: `[*M, K]`, float32 or bfloat16.
