@@ -453,7 +453,9 @@ class Engine:
             self._programs[key] = Program(
                 build(),
                 self.mesh.devices.flatten().tolist(),
-                f"{key} {self._form} {self.config} {self.dtype} {self.mesh}" if stored else None,
+                f"{key} {self._form} {self.config} {self.dtype} {self.cache_dtype} {self.mesh}"
+                if stored
+                else None,
                 lambda *args: _in_words(key, *args),
             )
         return self._programs[key]

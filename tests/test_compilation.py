@@ -1,5 +1,6 @@
 """Programs compiled once for all processes; nobody else's directory, no stale or damaged file."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grok1
 from grok1 import announcement, compilation, native
 from grok1.announcement import announced
 from grok1.compilation import Program
@@ -150,6 +152,14 @@ def test_what_the_machine_code_depends_on_is_told_apart(cache, monkeypatch):
     on_another_device = Program(jax.jit(lambda x: x * 2), jax.devices()[1:2], "twice", str)
     on_another_device(jax.device_put(x, jax.devices()[1]))
     assert len(stored(cache)) == 10
+
+
+def test_a_cache_of_another_type_is_another_program(cache):
+    config = dataclasses.replace(grok1.TOY, num_layers=1)
+    for dtype in ("float32", "float16", "int8"):
+        engine = grok1.random_model(config, mesh=(1, 1), cache_dtype=dtype).engine
+        state = engine.new_state(np.zeros((1, 256), np.int32))
+        assert state.cache.k.dtype == dtype
 
 
 def with_digest(payload: bytes) -> bytes:

@@ -100,7 +100,7 @@ def test_the_library_is_built_once_and_again_for_other_inputs(monkeypatch, cache
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert native._built_library() == first
     assert len(runs) == 1
-    changes = {"_FLAGS": ("-O0",), "processor": lambda: "another", "version": lambda name: "0"}
+    changes = {"_FLAGS": ("-O0",), "instructions": lambda: "another", "version": lambda name: "0"}
     for name, value in changes.items():
         monkeypatch.setattr(native, name, value)
         native._built_library()
