@@ -34,14 +34,14 @@ def expected_statistics(logits, tokens, top_k):
     return chosen, ranks, entropies, top, np.take_along_axis(logprobs, top, axis=-1)
 
 
-def assert_scored(score, logits, top_k):
+def assert_scored(score, logits, top_k, tolerance=1e-5):
     expected = expected_statistics(logits, score.tokens, top_k)
     logprobs, ranks, entropies, top_tokens, top_logprobs = expected
-    np.testing.assert_allclose(score.logprobs[1:], logprobs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(score.logprobs[1:], logprobs, rtol=0, atol=tolerance)
     np.testing.assert_array_equal(score.ranks[1:], ranks)
-    np.testing.assert_allclose(score.entropies[1:], entropies, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(score.entropies[1:], entropies, rtol=0, atol=tolerance)
     np.testing.assert_array_equal(score.top_tokens[1:], top_tokens)
-    np.testing.assert_allclose(score.top_logprobs[1:], top_logprobs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(score.top_logprobs[1:], top_logprobs, rtol=0, atol=tolerance)
 
 
 def test_scores_are_those_of_a_float64_softmax(toy):
@@ -61,13 +61,14 @@ def test_scores_on_a_mesh_with_several_texts(mesh):
     # Of 5 alternatives a device with few rows of the vocabulary could hold any number.
     texts = [TEXT, TEXT[:40], "Return the number of bytes."]
     scores = model.score(texts)
-    # Side by side too: in other shapes sums are rounded otherwise.
+    # Side by side too; but the programs run other numbers of tokens at a time, and the bar of what
+    # sums in another order may differ by is twice that of one program's own logits.
     padded = np.zeros((3, max(len(score.tokens) for score in scores)), np.int32)
     for row, score in zip(padded, scores, strict=True):
         row[: len(score.tokens)] = score.tokens
     for text, score, logits in zip(texts, scores, model.logits(padded), strict=True):
         assert score.tokens.tolist() == model.tokenizer.encode(text)
-        assert_scored(score, logits[: len(score.tokens)], 5)
+        assert_scored(score, logits[: len(score.tokens)], 5, tolerance=2e-5)
 
 
 def test_more_alternatives_than_a_device_has_tokens(nano_path):
