@@ -238,8 +238,10 @@ class Suite:
         shares = []
 
         def load():
-            disk.forget(files)
             with Worker(threads) as worker:
+                worker.call("describe")  # it has started
+                disk.forget(files)
+                disk.use_memory(files)
                 found = worker.call("load", path=str(self.path))
                 shares.append(worker.call("peak_memory") / found["kept_bytes"])
             return found["file_bytes"] / found["seconds"]

@@ -23,10 +23,12 @@ from grok1.storage import StoredArray, transpose_into
 from grok1.tensor_file import DTYPES, CheckpointError, DataFile, open_unchanged, read_at
 
 _MOST_THREADS = 8
-_BLOCK_BYTES = 1 << 25
+_BLOCK_BYTES = 1 << 25  # that go through staging memory
+# The kernel begins anew to read ahead at every block: of four times the size they come a fifth
+# faster, of half the size a fifth slower.
+_DIRECT_BYTES = 1 << 27
 _MAX_QUEUED = 64  # blocks; so that what is left to do takes no memory to speak of
 _LARGE_FILE = 1 << 26  # bytes; smaller ones may stay in the page cache
-_DROPPED_AT_ONCE = 1 << 28  # bytes; more than the threads read at a time
 
 Bounds = tuple[int, int]
 """First index, and the one behind the last."""
@@ -62,6 +64,7 @@ class _Block(NamedTuple):
     row_stride: int
     dtype: np.dtype
     transposed: bool
+    is_direct: bool
     pieces: list[tuple[int, np.ndarray]]  # first column in the block; [num_rows, some columns]
 
 
@@ -95,7 +98,7 @@ class Reader:
         # A file that has changed or gone has had its error, if it was still to be read.
         for file in self._to_drop.values():
             with contextlib.suppress(CheckpointError), open_unchanged(file) as descriptor:
-                _drop_pages(descriptor, file.file_size)
+                _drop_pages(descriptor, 0, file.file_size)
 
     def submit(self, array: StoredArray, targets: Sequence[Target]) -> int:
         """Asks for slices of an array; waits while too much is asked for.
@@ -137,14 +140,10 @@ class Reader:
     def _read(self, block: _Block) -> tuple[int, int]:
         """Returns the bytes read, and the bytes that came to a place."""
         num_bytes = block.num_rows * block.row_bytes
-        first, out = block.pieces[0]
-        is_direct = (
-            len(block.pieces) == 1
-            and not block.transposed
-            and out.dtype == block.dtype
-            and out.flags.c_contiguous
-        )
-        raw = out.reshape(-1).view(np.uint8) if is_direct else self._staged(num_bytes)
+        if block.is_direct:
+            raw = block.pieces[0][1].reshape(-1).view(np.uint8)
+        else:
+            raw = self._staged(num_bytes)
         buffer = raw.data
         with open_unchanged(block.file) as descriptor:
             # Rows that follow one another are one.
@@ -155,12 +154,10 @@ class Reader:
                 read_at(block.file, descriptor, place, buffer[start : start + size])
             if block.file.file_size >= _LARGE_FILE and not self._keep_pages:
                 self._to_drop[block.file.path] = block.file
-                # Far behind the reading: what the kernel has read ahead would be dropped as well.
+                # At once: memory just used is cheap to use again.
                 end = block.offset + block.num_rows * block.row_stride
-                number = end // _DROPPED_AT_ONCE
-                if number > max(1, block.offset // _DROPPED_AT_ONCE):
-                    _drop_pages(descriptor, (number - 1) * _DROPPED_AT_ONCE)
-        if not is_direct:
+                _drop_pages(descriptor, block.offset, end)
+        if not block.is_direct:
             staged = raw.view(block.dtype).reshape(block.num_rows, -1)
             for first, out in block.pieces:
                 if block.transposed:
@@ -184,11 +181,11 @@ def _num_threads() -> int:
     return min(_MOST_THREADS, available_cores() + 1)
 
 
-def _drop_pages(descriptor: int, end: int) -> None:
-    """Lets the page cache forget a file up to a byte."""
+def _drop_pages(descriptor: int, start: int, end: int) -> None:
+    """Lets the page cache forget the pages of a file that lie whole between two bytes."""
     # A wish: the file may lie where nothing is cached, and macOS has no such call.
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, end, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def _blocks(array: StoredArray, targets: Sequence[Target]) -> Iterator[_Block]:
@@ -214,7 +211,8 @@ def _blocks(array: StoredArray, targets: Sequence[Target]) -> Iterator[_Block]:
             start += number * (span.nbytes // array.num_matrices)
         for rows, columns, members in _merged(pieces):
             row_bytes = (columns[1] - columns[0]) * dtype.itemsize
-            step = max(1, _BLOCK_BYTES // row_bytes)
+            is_direct = not array.transposed and _is_direct(members, dtype)
+            step = max(1, (_DIRECT_BYTES if is_direct else _BLOCK_BYTES) // row_bytes)
             for first in range(*rows, step):
                 here = slice(first - rows[0], min(first + step, rows[1]) - rows[0])
                 yield _Block(
@@ -225,6 +223,7 @@ def _blocks(array: StoredArray, targets: Sequence[Target]) -> Iterator[_Block]:
                     num_columns * dtype.itemsize,
                     dtype,
                     array.transposed,
+                    is_direct,
                     [
                         (
                             piece.columns[0] - columns[0],
@@ -233,6 +232,12 @@ def _blocks(array: StoredArray, targets: Sequence[Target]) -> Iterator[_Block]:
                         for piece in members
                     ],
                 )
+
+
+def _is_direct(pieces: list[_Piece], dtype: np.dtype) -> bool:
+    """Whether rows of a file can be read to where they go."""
+    out = pieces[0].out
+    return len(pieces) == 1 and out.dtype == dtype and out.flags.c_contiguous
 
 
 def _merged(pieces: list[_Piece]) -> Iterator[tuple[Bounds, Bounds, list[_Piece]]]:

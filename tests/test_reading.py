@@ -40,6 +40,7 @@ def values() -> np.ndarray:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(reading, "_BLOCK_BYTES", 64)  # three rows, or five of a part's
+    monkeypatch.setattr(reading, "_DIRECT_BYTES", 64)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
@@ -147,8 +148,7 @@ def test_large_files_leave_the_page_cache_unless_others_want_them(values, tmp_pa
     size = array.parts[0][0].file_size
     dropped = []
     monkeypatch.setattr(reading, "_LARGE_FILE", 100)
-    monkeypatch.setattr(reading, "_BLOCK_BYTES", size // 10)
-    monkeypatch.setattr(reading, "_DROPPED_AT_ONCE", size // 4)
+    monkeypatch.setattr(reading, "_DIRECT_BYTES", SHAPE[-1])  # a row
     monkeypatch.setattr(
         reading.os, "posix_fadvise", lambda _, *range: dropped.append(range[:2]), raising=False
     )
@@ -160,7 +160,8 @@ def test_large_files_leave_the_page_cache_unless_others_want_them(values, tmp_pa
             while_reading = list(dropped)
         if keep_pages:
             assert not dropped
-    # Never the quarter that is being read, nor the one before, where reading ahead may have come.
-    assert while_reading
-    assert {end for _, end in while_reading} <= {size // 4, 2 * (size // 4), 3 * (size // 4)}
-    assert dropped[-1] == (0, size)
+    # Each row's part once it is read, and at the end what lies around them.
+    _, span = array.parts[0]
+    rows = [(span.offset + start, SHAPE[-1]) for start in range(0, span.nbytes, SHAPE[-1])]
+    assert sorted(while_reading) == rows
+    assert dropped[len(rows) :] == [(0, size)]
