@@ -3,11 +3,12 @@
 A token goes through all layers in turn, so between two uses of an expert every other layer's
 experts have come by. A cache that kept the last ones used, and holds less than a token uses, would
 throw each out before it is wanted again, and never have one. This one lets a newcomer in only if
-it has been used more often, lately, than the one that would have to leave; as often is not enough,
-or every token would bring in all its experts anew. What it holds is then always part of what a
-larger one would hold: more memory is never a lower hit rate.
+it has been used clearly more often, lately, than the one that would have to leave: by a power of
+two, since bringing one in costs as much as some uses save. What it holds is then always part of
+what a larger one would hold: more memory is never a lower hit rate.
 """
 
+import math
 from collections.abc import Collection
 from typing import Generic, TypeVar
 
@@ -55,13 +56,14 @@ class ExpertCache(Generic[Value]):
           kept: Experts that must not leave.
 
         Returns:
-          A held expert, used less than `key`; `key` if there is none; None if there is room.
+          A held expert, used clearly less than `key`; `key` if there is none; None if there is
+          room.
         """
         if len(self._held) < self.capacity:
             return None
         candidates = (held for held in self._held if held not in kept)
         least = min(candidates, key=lambda held: (self._uses[held], held), default=key)
-        return least if self._uses[least] < self._uses[key] else key
+        return least if _level(self._uses[least]) < _level(self._uses[key]) else key
 
     def put(self, key: Key, value: Value) -> None:
         """Holds an expert; there must be room."""
@@ -78,3 +80,8 @@ class ExpertCache(Generic[Value]):
         by_use = sorted(self._held, key=lambda held: (self._uses[held], held))
         for key in by_use[: max(0, len(by_use) - capacity)]:
             del self._held[key]
+
+
+def _level(uses: float) -> int:
+    """The same for all numbers from a power of two to below the next."""
+    return math.frexp(uses)[1]

@@ -21,6 +21,7 @@ from grok1.reading import Reader, Target
 from grok1.storage import StoredArray
 
 _NUM_THREADS = 8
+_COPIED_BYTES = 1 << 25  # by one thread at a time
 
 
 @dataclasses.dataclass
@@ -198,7 +199,7 @@ class ExpertStore:
         victim = self._cache.victim(key, in_use)
         if victim != key:
             buffer = self._new_buffer() if victim is None else self._cache.take(victim)
-            self._read(key, buffer)
+            self._fill(key, buffer)
             self._cache.put(key, buffer)
             return _Fetched(key, self._addresses(buffer))
         if self.is_mapped:
@@ -224,6 +225,27 @@ class ExpertStore:
 
     def _addresses(self, buffer: np.ndarray) -> list[int]:
         return [matrix.ctypes.data for matrix in self._matrices(buffer)]
+
+    def _fill(self, key: Key, buffer: np.ndarray) -> None:
+        """Reads an expert into a buffer of `num_bytes`."""
+        if not self.is_mapped:
+            self._read(key, buffer)
+            return
+        # By way of a window: the page cache then has it in huge pages, which is what serves the
+        # next to map the same file, and a plain read would have left it in small ones.
+        mapped = self._map(key)
+        try:
+            jobs = []
+            for window, matrix in zip(mapped.windows, self._matrices(buffer), strict=True):
+                source, target = window.bytes(), matrix.reshape(-1)
+                for start in range(0, len(target), _COPIED_BYTES):
+                    part = slice(start, start + _COPIED_BYTES)
+                    jobs.append((target[part], source[part]))
+            for _ in self._pools[1].map(lambda job: np.copyto(*job), jobs):
+                pass
+            del jobs, source
+        finally:
+            self._release(mapped)
 
     def _read(self, key: Key, buffer: np.ndarray) -> None:
         layer, expert = key

@@ -62,6 +62,10 @@ class Window:
         """Gives the window up; its address is no longer valid."""
         self._map.close()
 
+    def bytes(self) -> np.ndarray:
+        """Returns its bytes as int8, valid until it is closed."""
+        return np.ctypeslib.as_array((ctypes.c_int8 * self.nbytes).from_address(self.address))
+
     def blocks(self) -> list[tuple["Window", int]]:
         """Returns what `populate` takes: all of the window, in pieces."""
         return [(self, place) for place in range(0, self._size, _BLOCK_BYTES)]
