@@ -3,7 +3,9 @@
 Token ids only; what a token means, and whether it ends a request, is for the caller to say.
 """
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,12 +15,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.engine import Engine
+from grok1.processor import waiting_politely
 from grok1.sampling import SamplingParams, sampling_state
 from grok1.sharding import DATA_AXIS, put
 from grok1.steps import LogitsProcessor, Step
 
 MAX_ROWS = 32
 """Most requests that run side by side; more wait for a place in the next batch."""
+
+_LONG_WAIT = 0.002  # seconds; after shorter steps a model waits for this thread, not the reverse
 
 
 @dataclasses.dataclass
@@ -118,6 +123,7 @@ def _generate_batch(
     # token past where the caller ends it; that token is never yielded.
     started = np.zeros(batch, np.int32)
     in_flight: tuple[np.ndarray, Step] | None = None
+    waited = 0.0
     while True:
         running = [not request.finished for request in requests]
         active = (started < limits) & np.array(running + [False] * (batch - len(requests)))
@@ -132,19 +138,23 @@ def _generate_batch(
             started += active
             upcoming = (active, step)
             if not engine.runs_ahead:
-                yield from _read(*upcoming, requests, num_top)
+                yield from _sampled(active, jax.device_get(step), requests, num_top)
                 continue
         if in_flight is not None:
-            yield from _read(*in_flight, requests, num_top)
+            active, step = in_flight
+            start = time.perf_counter()
+            with waiting_politely() if waited > _LONG_WAIT else contextlib.nullcontext():
+                on_host = jax.device_get(step)
+            waited = time.perf_counter() - start
+            yield from _sampled(active, on_host, requests, num_top)
         elif upcoming is None:
             return
         in_flight = upcoming
 
 
-def _read(
-    active: np.ndarray, step: Step, requests: Sequence[Request], num_top: int | None
+def _sampled(
+    active: np.ndarray, on_host: Step, requests: Sequence[Request], num_top: int | None
 ) -> Iterator[tuple[int, Sampled]]:
-    on_host = jax.device_get(step)
     for row in np.flatnonzero(active).tolist():
         if requests[row].finished:
             continue

@@ -1,7 +1,9 @@
-"""The processor that this process runs on: its instructions, and how much of it there is to use."""
+"""The processor that this process runs on: its instructions, its cores, and who may have one."""
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 
 
 def instructions() -> str:
@@ -23,3 +25,24 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def waiting_politely() -> Iterator[None]:
+    """Inside, this thread does not take the core of one that computes when its wait is over.
+
+    The system prefers a thread that wakes up, and puts it where the one runs that woke it: after
+    each step of a model, where the computing thread would go on with the next. Linux alone.
+    """
+    # A policy that someone has chosen stays.
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    no_priority = os.sched_param(0)
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH, no_priority)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, no_priority)

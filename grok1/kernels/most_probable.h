@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "threads.h"
@@ -27,8 +28,11 @@ struct ScreenedTable {
 };
 
 constexpr int64_t kUnitRows = 256;  // table rows of a unit
+constexpr int64_t kNearRows = 32;    // those that stay near while all inputs go by
 constexpr int64_t kAhead = 8192;     // bytes fetched ahead of their use
-constexpr int kInputs = 4;  // inputs that a table row is multiplied by at a time
+constexpr int kInputs = 4;           // most inputs that table rows are multiplied by at a time
+
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 template <int kCount, typename Value>
 void dot(const Value* row, const float* x, int64_t depth, float* products) {
@@ -39,7 +43,7 @@ void dot(const Value* row, const float* x, int64_t depth, float* products) {
   for (; k + kSums * kLanes <= depth; k += kSums * kLanes) {
     // Beyond the row comes the next one; an address past the table is harmless.
     for (int64_t line = 0; line < kSums * kLanes * int64_t{sizeof(Value)}; line += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead + line);
+      __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead + line, 0, 2);
     }
     for (int s = 0; s < kSums; ++s) {
       Floats weight = load(row + k + s * kLanes);
@@ -56,122 +60,178 @@ void dot(const Value* row, const float* x, int64_t depth, float* products) {
   }
 }
 
-// An input as the screen multiplies it, and how far from its products with a row those are, as a
-// multiple of the row's scale.
+// An input as the screen multiplies it.
 struct Input {
   const float* x;
-  float norm, uncertainty = 0;
+  float norm, uncertainty = 0;  // how far from its products with a row of scale 1 the screen's are
 #if defined(__AVX512VNNI__)
   // x is close to step * (128 * high + low): a row is then multiplied as integers, at the speed of
   // the memory bus.
-  std::vector<int8_t> high, low;
-  int32_t sum_of_high = 0, sum_of_low = 0;
-  float step = 0;
+  float step;
+  int64_t sum_of_digits = 0;  // of 128 * high + low
+#endif
+};
+
+// Inputs that table rows are multiplied by at a time.
+struct InputBlock {
+  std::vector<Input> inputs;
+#if defined(__AVX512VNNI__)
+  std::vector<int8_t> digits;  // [lines, inputs, high and low, kCacheLine], zero beyond the depth
 #endif
 
-  Input(const float* x, int64_t depth) : x(x) {
+  InputBlock(int64_t count, int64_t depth) : inputs(count) {
+#if defined(__AVX512VNNI__)
+    digits.resize((depth + kCacheLine - 1) / kCacheLine * count * 2 * kCacheLine);
+#endif
+  }
+
+  void set(int64_t m, const float* x, int64_t depth) {
+    Input& input = inputs[m];
     double sum = 0;
     for (int64_t k = 0; k < depth; ++k) sum += static_cast<double>(x[k]) * x[k];
-    norm = static_cast<float>(std::sqrt(sum) * (1 + 1e-6));
+    input.x = x;
+    input.norm = static_cast<float>(std::sqrt(sum) * (1 + 1e-6));
 #if defined(__AVX512VNNI__)
     constexpr float kSteps = 127 * 128;
     float largest = 0;
     for (int64_t k = 0; k < depth; ++k) largest = std::max(largest, std::abs(x[k]));
-    step = largest / kSteps;
+    input.step = largest / kSteps;
     // Half a step in each place, times the largest weight.
-    uncertainty = 1.001f * static_cast<float>(depth) * 0.5f * step * 127;
-    high.resize(depth);
-    low.resize(depth);
+    input.uncertainty = 1.001f * static_cast<float>(depth) * 0.5f * input.step * 127;
     for (int64_t k = 0; k < depth; ++k) {
       // What is no number becomes 0; it finds no row by the norm.
-      float steps = step > 0 && x[k] == x[k] ? x[k] / step : 0;
+      float steps = input.step > 0 && x[k] == x[k] ? x[k] / input.step : 0;
       int32_t rounded = static_cast<int32_t>(std::lrint(std::clamp(steps, -kSteps, kSteps)));
       int32_t upper = (rounded + 64) >> 7;
-      high[k] = static_cast<int8_t>(upper);
-      low[k] = static_cast<int8_t>(rounded - 128 * upper);
-      sum_of_high += high[k];
-      sum_of_low += low[k];
+      int64_t line = k / kCacheLine * static_cast<int64_t>(inputs.size()) + m;
+      int8_t* high = digits.data() + 2 * line * kCacheLine + k % kCacheLine;
+      high[0] = static_cast<int8_t>(upper);
+      high[kCacheLine] = static_cast<int8_t>(rounded - 128 * upper);
+      input.sum_of_digits += rounded;
     }
 #endif
   }
 };
 
-// products[kCount] of a row of the int8 copy, without its scale.
-template <int kCount>
-void screen(const int8_t* row, const Input* inputs, int64_t depth, float* products) {
 #if defined(__AVX512VNNI__)
-  constexpr int kLines = 4 / kCount;
-  __m512i high[kCount][kLines] = {}, low[kCount][kLines] = {};
+// Eight sums of two of 16 integers each, which do not overflow.
+inline __m512i widened(__m512i integers) {
+  return _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(integers)),
+                          _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(integers, 1)));
+}
+#endif
+
+// products[kRows, kCount] of rows of the int8 copy, without their scales.
+template <int kRows, int kCount>
+void screen(const int8_t* rows, const InputBlock& block, int64_t depth, float* products) {
+#if defined(__AVX512VNNI__)
+  __m512i high[kRows][kCount] = {}, low[kRows][kCount] = {};
   const __m512i offset = _mm512_set1_epi8(-128);
-  int64_t k = 0;
-  for (; k + kLines * kCacheLine <= depth; k += kLines * kCacheLine) {
-    for (int line = 0; line < kLines; ++line) {
-      const int8_t* from = row + k + line * kCacheLine;
-      // Beyond the row comes the next one; an address past the table is harmless.
-      __builtin_prefetch(from + kAhead);
-      // Adds 128 to each: one factor has to be unsigned.
-      __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(from), offset);
-      for (int m = 0; m < kCount; ++m) {
-        int64_t at = k + line * kCacheLine;
-        high[m][line] = _mm512_dpbusd_epi32(high[m][line], weights,
-                                            _mm512_loadu_si512(inputs[m].high.data() + at));
-        low[m][line] = _mm512_dpbusd_epi32(low[m][line], weights,
-                                           _mm512_loadu_si512(inputs[m].low.data() + at));
+  const int8_t* digits = block.digits.data();
+  auto multiply_line = [&](auto load_line) {
+    __m512i weights[kRows];
+    // Adds 128 to each: one factor has to be unsigned.
+    for (int r = 0; r < kRows; ++r) weights[r] = _mm512_xor_si512(load_line(r), offset);
+    for (int m = 0; m < kCount; ++m, digits += 2 * kCacheLine) {
+      __m512i high_digits = _mm512_loadu_si512(digits);
+      __m512i low_digits = _mm512_loadu_si512(digits + kCacheLine);
+      for (int r = 0; r < kRows; ++r) {
+        high[r][m] = _mm512_dpbusd_epi32(high[r][m], weights[r], high_digits);
+        low[r][m] = _mm512_dpbusd_epi32(low[r][m], weights[r], low_digits);
       }
     }
+  };
+  int64_t k = 0;
+  for (; k + kCacheLine <= depth; k += kCacheLine) {
+    multiply_line([&](int r) {
+      const int8_t* from = rows + r * depth + k;
+      // Beyond these rows come the next ones; an address past the table is harmless.
+      __builtin_prefetch(from + kRows * depth, 0, 2);
+      return _mm512_loadu_si512(from);
+    });
   }
-  for (int m = 0; m < kCount; ++m) {
-    const Input& input = inputs[m];
-    int64_t sum_of_high = 0, sum_of_low = 0;
-    for (int line = 0; line < kLines; ++line) {
-      sum_of_high += _mm512_reduce_add_epi32(high[m][line]);
-      sum_of_low += _mm512_reduce_add_epi32(low[m][line]);
+  if (k < depth) {
+    __mmask64 rest = (uint64_t{1} << (depth - k)) - 1;
+    multiply_line([&](int r) { return _mm512_maskz_loadu_epi8(rest, rows + r * depth + k); });
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int m = 0; m < kCount; ++m) {
+      const Input& input = block.inputs[m];
+      __m512i sums = _mm512_add_epi64(_mm512_slli_epi64(widened(high[r][m]), 7), widened(low[r][m]));
+      int64_t sum = _mm512_reduce_add_epi64(sums) - 128 * input.sum_of_digits;
+      products[r * kCount + m] = input.step * static_cast<float>(sum);
     }
-    for (int64_t rest = k; rest < depth; ++rest) {
-      sum_of_high += (row[rest] + 128) * input.high[rest];
-      sum_of_low += (row[rest] + 128) * input.low[rest];
-    }
-    sum_of_high -= int64_t{128} * input.sum_of_high;
-    sum_of_low -= int64_t{128} * input.sum_of_low;
-    products[m] = input.step * static_cast<float>(128 * sum_of_high + sum_of_low);
   }
 #else
-  dot<kCount>(row, inputs->x, depth, products);
+  for (int r = 0; r < kRows; ++r) {
+    dot<kCount>(rows + r * depth, block.inputs[0].x, depth, products + r * kCount);
+  }
 #endif
+}
+
+// upper[kCount, num_rows] and the largest lower bound of each input, for table rows `begin` to `end`;
+// rows that are not allowed have neither.
+template <int kRows, int kCount>
+void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t begin, int64_t end,
+                 float* best, float* upper) {
+  auto screen_rows = [&](int64_t row, auto rows) {
+    constexpr int kHere = decltype(rows)::value;
+    float products[kHere * kCount];
+    screen<kHere, kCount>(table.values + row * table.depth, block, table.depth, products);
+    for (int r = 0; r < kHere; ++r, ++row) {
+      for (int m = 0; m < kCount; ++m) {
+        const Input& input = block.inputs[m];
+        float value = products[r * kCount + m] * table.scales[row];
+        float bound = input.norm * table.uncertainty[row] + input.uncertainty * table.scales[row];
+        bool allowed = table.allowed[row];
+        upper[m * table.num_rows + row] = allowed ? value + bound : kLowest;
+        if (allowed) best[m] = std::max(best[m], value - bound);
+      }
+    }
+  };
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) screen_rows(row, std::integral_constant<int, kRows>{});
+  for (; row < end; ++row) screen_rows(row, std::integral_constant<int, 1>{});
 }
 
 // index[M], product[M]: -1 and -infinity where no row is allowed or a product is no number.
 inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table, const float* x,
                           int64_t num_inputs, int32_t* index, float* product) {
-  constexpr float kLowest = -std::numeric_limits<float>::infinity();
   int64_t num_units = (table.num_rows + kUnitRows - 1) / kUnitRows;
-  std::vector<Input> inputs;
-  for (int64_t m = 0; m < num_inputs; ++m) inputs.emplace_back(x + m * table.depth, table.depth);
-  auto bound = [&](const Input& input, int64_t row) {
-    return input.norm * table.uncertainty[row] + input.uncertainty * table.scales[row];
-  };
+  std::vector<InputBlock> blocks;
+  std::vector<int64_t> starts;
+  for (int64_t m = 0, count; m < num_inputs; m += count) {
+    count = num_inputs - m >= kInputs ? kInputs : num_inputs - m >= 2 ? 2 : 1;
+    blocks.emplace_back(count, table.depth);
+    starts.push_back(m);
+  }
+  run_units(pool, blocks.size(), [&](int64_t number) {
+    InputBlock& block = blocks[number];
+    const float* first = x + starts[number] * table.depth;
+    for (size_t m = 0; m < block.inputs.size(); ++m) {
+      block.set(m, first + m * table.depth, table.depth);
+    }
+  });
   static thread_local Scratch scratch;
-  float* approximate = scratch.floats(num_inputs * (table.num_rows + num_units));
-  float* best_of_unit = approximate + num_inputs * table.num_rows;  // [units, M] of lower bounds
+  float* highest = scratch.floats(num_inputs * (table.num_rows + num_units));  // upper bounds
+  float* best_of_unit = highest + num_inputs * table.num_rows;  // [units, M] of lower bounds
   auto rows_of = [&](int64_t unit) {
     return std::pair{unit * kUnitRows, std::min((unit + 1) * kUnitRows, table.num_rows)};
   };
   run_units(pool, num_units, [&](int64_t unit) {
-    float* best = best_of_unit + unit * num_inputs;
-    std::fill_n(best, num_inputs, kLowest);
-    auto [begin, end] = rows_of(unit);
-    for (int64_t m = 0, count; m < num_inputs; m += count) {
-      count = num_inputs - m >= kInputs ? kInputs : 1;
-      auto multiply = count == 1 ? screen<1> : screen<kInputs>;
-      for (int64_t row = begin; row < end; ++row) {
-        float products[kInputs];
-        multiply(table.values + row * table.depth, &inputs[m], table.depth, products);
-        for (int64_t i = 0; i < count; ++i) {
-          float value = products[i] * table.scales[row];
-          approximate[(m + i) * table.num_rows + row] = value;
-          float lower = value - bound(inputs[m + i], row);
-          if (table.allowed[row]) best[m + i] = std::max(best[m + i], lower);
+    std::fill_n(best_of_unit + unit * num_inputs, num_inputs, kLowest);
+    auto [unit_begin, unit_end] = rows_of(unit);
+    for (int64_t begin = unit_begin; begin < unit_end; begin += kNearRows) {
+      int64_t end = std::min(begin + kNearRows, unit_end);
+      float *best = best_of_unit + unit * num_inputs, *upper = highest;
+      for (const InputBlock& block : blocks) {
+        switch (block.inputs.size()) {
+          case 1: screen_unit<4, 1>(table, block, begin, end, best, upper); break;
+          case 2: screen_unit<4, 2>(table, block, begin, end, best, upper); break;
+          default: screen_unit<2, kInputs>(table, block, begin, end, best, upper);
         }
+        best += block.inputs.size();
+        upper += block.inputs.size() * table.num_rows;
       }
     }
   });
@@ -188,8 +248,8 @@ inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table
       float best = kLowest;
       const float* input = x + m * table.depth;
       for (int64_t row = begin; row < end; ++row) {
-        float upper = approximate[m * table.num_rows + row] + bound(inputs[m], row);
-        if (!table.allowed[row] || !(upper >= threshold[m])) continue;
+        // Not so where the product is no number, or the row is not allowed and nothing else is.
+        if (!(highest[m * table.num_rows + row] >= threshold[m]) || !table.allowed[row]) continue;
         float exact;
         dot<1>(table.rows + row * table.depth, input, table.depth, &exact);
         if (exact > best) {
