@@ -79,7 +79,7 @@ struct InputBlock {
   std::vector<int8_t> digits;  // [lines, inputs, high and low, kCacheLine], zero beyond the depth
 #endif
 
-  InputBlock(int64_t count, int64_t depth) : inputs(count) {
+  InputBlock(int64_t count, [[maybe_unused]] int64_t depth) : inputs(count) {
 #if defined(__AVX512VNNI__)
     digits.resize((depth + kCacheLine - 1) / kCacheLine * count * 2 * kCacheLine);
 #endif
