@@ -12,7 +12,7 @@ here, H head dim, V vocabulary rows held here, L layer, N query head held here, 
 E expert, A selected experts a token.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from grok1.capture import Capture, as_capture
 from grok1.config import ModelConfig
 from grok1.intervention import apply, redirect
 from grok1.layers import apply_rope, rms_norm
-from grok1.moe import choose_experts, experts, router_logits
+from grok1.moe import Routing, choose_experts, experts, router_logits
 from grok1.quantization import QuantizedArray, Weight, matmul_split
 from grok1.sharding import MODEL_AXIS
 from grok1.transformer import LayerParams, Params
@@ -139,15 +139,36 @@ def decoder_layer(
       captured of the layer, as `forward` does without the axis of layers; "attention_probs" are 0
       for a layer that is not of `attention_layers`. The lens is left to `lens`.
     """
+    x, cache, normed_MD, routing, captured = attend_and_route(
+        params, layer, config, x, cache, positions, valid, dtype, capture, interventions
+    )
+    branch_MD = experts(
+        normed_MD.astype(dtype), params.experts, (layer,), routing, valid.reshape(-1)
+    )
+    x, more = add_experts(params, layer, config, x, branch_MD, positions, capture, interventions)
+    return x, cache, captured | more
+
+
+def attend_and_route(
+    params: LayerParams,
+    layer: Int[Array, ""],
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    cache: KVCache,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    dtype: Any,
+    capture: Capture | Collection[str] = (),
+    interventions: Sequence[Any] = (),
+) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "M D"], Routing, Captures]:
+    """The first half of a layer, up to the choice of experts; arguments as for `decoder_layer`.
+
+    Returns:
+      The residual stream between the branches, the cache, the input of the experts and their
+      choice, and what is captured of this half.
+    """
+    visit, captured = _visitor(layer, positions, capture, interventions)
     capture = as_capture(capture)
-    captured: Captures = {}
-
-    def visit(point: str, value: Array) -> Array:
-        value = apply(interventions, point, value, layer, positions)
-        if point in capture:
-            captured[point] = value
-        return value
-
     x = visit("residual_in", x)
     normed = rms_norm(x, params.attention_pre_norm[layer])
     branch, cache = _attention(
@@ -176,13 +197,58 @@ def decoder_layer(
         "expert_weights": routing.expert_weights,
     }
     captured |= {name: value for name, value in routed.items() if name in capture}
-    branch_MD = experts(
-        normed_MD.astype(dtype), params.experts, (layer,), routing, valid.reshape(-1)
-    )
-    branch = jax.lax.psum(branch_MD, MODEL_AXIS).reshape(x.shape)
-    x += visit("moe_out", rms_norm(branch, params.moe_post_norm[layer]))
+    return x, cache, normed_MD, routing, captured
+
+
+def add_experts(
+    params: LayerParams,
+    layer: Int[Array, ""],
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    branch: Float[Array, "M D"],
+    positions: Int[Array, "B T"],
+    capture: Capture | Collection[str] = (),
+    interventions: Sequence[Any] = (),
+) -> tuple[Float[Array, "B T D"], Captures]:
+    """The second half of a layer.
+
+    Args:
+      params: As for `decoder_layer`.
+      layer: Likewise.
+      config: Likewise.
+      x: The residual stream between the branches.
+      branch: What `moe.experts` makes of the choice, on this device.
+      positions: As for `decoder_layer`.
+      capture: Likewise.
+      interventions: Likewise.
+
+    Returns:
+      The residual stream after the layer, and what is captured of this half.
+    """
+    visit, captured = _visitor(layer, positions, capture, interventions)
+    summed = jax.lax.psum(branch, MODEL_AXIS).reshape(x.shape)
+    x += visit("moe_out", rms_norm(summed, params.moe_post_norm[layer]))
     x = visit("residual", x)
-    return x, cache, captured
+    return x, captured
+
+
+def _visitor(
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    capture: Capture | Collection[str],
+    interventions: Sequence[Any],
+) -> tuple[Callable[[str, Array], Array], Captures]:
+    """What the points of a layer's stream go through, and where it keeps what is captured."""
+    capture = as_capture(capture)
+    captured: Captures = {}
+
+    def visit(point: str, value: Array) -> Array:
+        value = apply(interventions, point, value, layer, positions)
+        if point in capture:
+            captured[point] = value
+        return value
+
+    return visit, captured
 
 
 def lens(

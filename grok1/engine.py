@@ -348,7 +348,7 @@ class Engine:
         return self._run(program, state, num_valid, self._rows(tokens))
 
     def _run(
-        self, program: Program, state: DecodeState, count: np.ndarray, *arguments: Any
+        self, program: Callable, state: DecodeState, count: np.ndarray, *arguments: Any
     ) -> tuple[DecodeState, Any]:
         state, outputs, captured = program(self.params, state, self._rows(count), *arguments)
         if self._observer is not None:
@@ -498,6 +498,9 @@ def _in_words(key: tuple, *args) -> str:
     kind, *details = key
     if kind in ("screening table", "request keys"):
         return f"the {kind}"
+    if kind == "piece of a step":
+        name, length, *_ = details
+        return f"the {name} of a step of {length} tokens"
     if kind in ("prefill", "score", "score tokens"):
         verb = kind if kind == "prefill" else "scoring"
         kind = f"{verb} of {details[0]} tokens"

@@ -4,12 +4,12 @@ Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected e
 R = M*A dispatched rows, L layer.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from grok1 import native
 from grok1.layers import exact_einsum
@@ -39,7 +39,8 @@ class FetchedExperts(NamedTuple):
     """The experts of a stack of layers whose int8 values the host fetches when they are chosen.
 
     Attributes:
-      handle: uint32 `[2]`, names the host's function: that of a `native.Fetch`.
+      handle: uint32 `[2]`, names the host's function: that of a `native.Fetch`; None where the
+        host brings experts to the device itself.
       gate_scales: bfloat16 `[L, E, G, F]`.
       up_scales: bfloat16 `[L, E, G, F]`.
       down_scales: bfloat16 `[L, E, G, D]`.
@@ -115,7 +116,8 @@ def experts(
 
     Args:
       x: Input, in the type of the products.
-      weights: Experts of a stack of layers. Of `FetchedExperts` there is no dense form.
+      weights: Experts of a stack of layers; `FetchedExperts` on a CPU where
+        `native.is_available()`, and without a choice of implementation.
       index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
       routing: Where each token goes.
       valid: False for padding, which gets zeros.
@@ -127,13 +129,7 @@ def experts(
       float32.
     """
     if isinstance(weights, FetchedExperts):
-        fetched = {"sparse": experts_streamed, "native": experts_fetched}
-        if implementation is not None:
-            return fetched[implementation](x, weights, index, routing, valid)
-        on_cpu = fetched["native" if native.is_available() else "sparse"]
-        return jax.lax.platform_dependent(
-            x, weights, index, routing, valid, cpu=on_cpu, default=experts_streamed
-        )
+        return experts_fetched(x, weights, index, routing, valid)
     if implementation == "dense":
         return jnp.where(valid[:, None], experts_dense(x, weights, index, routing), 0)
     if implementation is not None:
@@ -257,45 +253,43 @@ def experts_fetched(
     return native.fetched_experts(x, *weights, layer, indices_MA, routing.expert_weights)
 
 
-def experts_streamed(
+def fetched_expert(
     x: Float[Array, "M D"],
-    weights: FetchedExperts,
-    index: Index,
-    routing: Routing,
-    valid: Bool[Array, " M"],
+    values: Sequence[Array],
+    scales: FetchedExperts,
+    layer: Int[Array, ""],
+    expert: Int[Array, ""],
+    expert_indices: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
 ) -> Float[Array, "M D"]:
-    """One chosen expert after another, whose values the host hands over, on any platform."""
-    (layer,) = index
-    num_experts, num_hidden = routing.probs.shape[-1], weights.gate_scales.shape[-1]
-    shapes = [(x.shape[-1], num_hidden)] * 2 + [(num_hidden, x.shape[-1])]
-    results = [jax.ShapeDtypeStruct((1, *shape), jnp.int8) for shape in shapes]
-    indices_MA = jnp.where(valid[:, None], routing.expert_indices, num_experts)
-    is_chosen_E = jnp.bincount(indices_MA.reshape(-1), length=num_experts) > 0
-    order_E = jnp.argsort(~is_chosen_E, stable=True)
-    num_chosen = jnp.sum(is_chosen_E)
+    """What one expert adds for the tokens that chose it; on any platform.
 
-    def add_expert(i, out):
-        expert = order_E[i]
-        following = jnp.where(i + 1 < num_chosen, order_E[(i + 1) % num_experts], -1)
-        fetch = functools.partial(native.fetched_values, shapes)
-        fetched = jax.pure_callback(fetch, results, weights.handle, layer, expert, following)
-        alone = ExpertWeights(
-            *(
-                QuantizedArray(values, scales[layer, expert][None])
-                for values, scales in zip(fetched, weights[1:], strict=True)
-            )
-        )
-        mine_MA = indices_MA == expert
-        # To this expert as the first of one, or beyond the last; what comes out there is finite.
-        to_it = Routing(
-            routing.probs[:, :1],
-            jnp.where(mine_MA, 0, 1),
-            jnp.where(mine_MA, routing.expert_weights, 0),
-        )
-        return out + experts(x, alone, (), to_it, valid)
+    Args:
+      x: Input, in the type of the products.
+      values: Its gate, up and down, int8 `[1, K, N]`.
+      scales: Those of all experts.
+      layer: Index of the layer.
+      expert: Which of the layer's experts it is.
+      expert_indices: int32; those of padding are beyond the last expert.
+      expert_weights: float32.
 
-    zeros = jnp.zeros(x.shape, jnp.float32)
-    return jax.lax.fori_loop(0, num_chosen, add_expert, zeros)
+    Returns:
+      float32.
+    """
+    alone = ExpertWeights(
+        *(
+            QuantizedArray(matrix, of_all[layer, expert][None])
+            for matrix, of_all in zip(values, scales[1:], strict=True)
+        )
+    )
+    is_mine_MA = expert_indices == expert
+    # As the first expert of one; tokens that did not choose it are as padding.
+    to_it = Routing(
+        jnp.ones((len(x), 1)),
+        jnp.where(is_mine_MA, 0, 1),
+        jnp.where(is_mine_MA, expert_weights, 0),
+    )
+    return experts(x, alone, (), to_it, is_mine_MA.any(axis=1))
 
 
 def expert_ffn(

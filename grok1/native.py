@@ -11,7 +11,6 @@ Environment: GROK1_NATIVE=0 turns them off; GROK1_NUM_THREADS is the number of t
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import pathlib
 import shutil
@@ -222,38 +221,6 @@ def fetched_experts(
         jnp.asarray(layer, jnp.int32),
         expert_indices.astype(jnp.int32),
         expert_weights,
-    )
-
-
-def fetched_values(
-    shapes: Sequence[tuple[int, int]], handle: Any, layer: Any, expert: Any, following: Any
-) -> tuple[np.ndarray, ...]:
-    """Asks a `Fetch` of this process for one expert; on the host, without the library.
-
-    Args:
-      shapes: Of gate, up and down.
-      handle: That of the `Fetch`.
-      layer: Index of the layer.
-      expert: Which expert of it.
-      following: The expert that will be asked for next, -1 for none.
-
-    Returns:
-      int8 `[1, *shape]` for each shape; good until the `Fetch` is asked again.
-
-    Raises:
-      RuntimeError: If the weights cannot be had.
-    """
-    address = int(np.asarray(handle).view(np.uint64)[0])
-    starts = (ctypes.c_size_t * 3)()
-    if _FETCH(address)(int(layer), int(expert), int(following), starts):
-        raise RuntimeError("the experts' weights cannot be had")
-    blocks = (
-        (ctypes.c_int8 * math.prod(shape)).from_address(start)
-        for shape, start in zip(shapes, starts, strict=True)
-    )
-    return tuple(
-        np.frombuffer(memoryview(held), np.int8).reshape(1, *shape)
-        for shape, held in zip(shapes, blocks, strict=True)
     )
 
 

@@ -1,8 +1,8 @@
 """A model that is larger than memory: the experts stay in their files, the rest is resident.
 
-A token uses two experts of eight, and the rest of a layer is a fourteenth of them in size. The
-programs are those of `engine`; only where an expert's weights lie is another matter, and that is
-asked of `expert_store` when the router has chosen.
+A token uses two experts of eight, and the rest of a layer is a fourteenth of them in size. Where
+an expert's weights lie is asked of `expert_store` when the router has chosen: on a CPU by the
+kernels, in the programs of `engine`; elsewhere between programs, layer by layer (`layerwise`).
 
 What is counted against the budget is this process's own memory: everything resident, the keys and
 values, working memory, and the experts that fill the rest. Pages of files that the system keeps
@@ -10,11 +10,13 @@ are not counted: it takes them back when it wants memory.
 """
 
 import contextlib
+import functools
+import inspect
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import numpy as np
@@ -23,14 +25,18 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from grok1 import announcement, native
+from grok1.capture import NOTHING, Capture
 from grok1.compilation import Program
 from grok1.config import ModelConfig
+from grok1.device_experts import DeviceExperts, has_pinned_memory, pinned_buffer
 from grok1.engine import Engine
-from grok1.expert_store import ExpertStore, Traffic
+from grok1.expert_store import ExpertStore, Traffic, pageable_buffer
+from grok1.layerwise import LayerwiseStep
 from grok1.loading import expert_arrays, load_params
 from grok1.manifest import TensorSpec
 from grok1.memory import (
     WORKING_BYTES,
+    device_bytes_available,
     gigabytes,
     host_bytes_available,
     least_bytes,
@@ -41,7 +47,7 @@ from grok1.memory import (
 )
 from grok1.moe import FetchedExperts
 from grok1.sharding import AnyMesh
-from grok1.steps import DecodeState
+from grok1.steps import DecodeState, Head
 from grok1.storage import StoredTensor
 from grok1.transformer import Params
 
@@ -52,6 +58,7 @@ SHARE = 0.8
 """Of the memory that is available, for the budget when none is given."""
 
 _NUM_BUFFERS = 2  # experts that are read ahead of their use where they cannot be mapped
+_NUM_IN_TRANSFER = 2  # experts on a device beside those kept there: one comes, one is computed with
 
 
 class OffloadStats(NamedTuple):
@@ -60,8 +67,9 @@ class OffloadStats(NamedTuple):
     Attributes:
       prompt: Of prompts, in chunks.
       decode: Of steps of decoding, each a token of every row.
-      num_held: Experts in memory.
-      num_slots: Experts that memory has room for.
+      num_held: Experts in the host's memory.
+      num_slots: Experts that it has room for.
+      num_on_device: Experts in the memory of an accelerator.
       num_experts: Experts of the model.
       budget_bytes: What the process may take.
     """
@@ -70,6 +78,7 @@ class OffloadStats(NamedTuple):
     decode: Traffic
     num_held: int
     num_slots: int
+    num_on_device: int
     num_experts: int
     budget_bytes: int
 
@@ -83,6 +92,8 @@ class OffloadStats(NamedTuple):
                     f"expert hit rate {traffic.hit_rate:.1%}"
                 )
         held = f"{self.num_held} of {self.num_experts} experts in memory"
+        if self.num_on_device:
+            held += f", {self.num_on_device} on the device"
         return "; ".join([*lines, held])
 
 
@@ -95,6 +106,7 @@ class OffloadedEngine(Engine):
 
     Attributes:
       store: Where experts come from.
+      device_experts: How they come to the device; None where the kernels fetch them.
       budget_bytes: What the process may take.
       runs_ahead: Whether a step may be started before the tokens of the one before are read.
     """
@@ -113,9 +125,9 @@ class OffloadedEngine(Engine):
     ):
         super().__init__(params, config, mesh, dtype, cache_dtype)
         self.store, self.budget_bytes = store, budget_bytes
+        device = self.mesh.devices.flat[0]
+        self.device_experts = DeviceExperts(store, device) if runs_by_layer(device) else None
         self._traffic = {"prompt": Traffic(), "decode": Traffic()}
-        # A program that calls back into this process is of no use to another.
-        self._stores_programs = native.is_available()
 
     @property
     def stats(self) -> OffloadStats:
@@ -125,6 +137,7 @@ class OffloadedEngine(Engine):
             **self._traffic,
             num_held=store.num_held,
             num_slots=store.capacity,
+            num_on_device=len(self.device_experts.cache) if self.device_experts else 0,
             num_experts=store.num_all,
             budget_bytes=self.budget_bytes,
         )
@@ -138,27 +151,86 @@ class OffloadedEngine(Engine):
         needed = state_bytes(self, *tokens.shape)
         with self.store.lock:
             self.store.resize(num_slots(self, self.store, needed, self.budget_bytes))
+            if self.device_experts is not None:
+                self.device_experts.cache.shrink(self._num_device_slots(needed))
         return super().new_state(tokens)
 
-    def _step_program(self, key: tuple, *details, **options) -> Program:
-        program = super()._step_program(key, *details, **options)
+    def _num_device_slots(self, state_bytes: int) -> int:
+        """How many experts fit on the device beside a state, what works there and what comes."""
+        assert self.device_experts is not None
+        available = device_bytes_available(self.mesh.devices.flat[0])
+        if available is None:
+            return 0
+        held = len(self.device_experts.cache)
+        room = available - state_bytes - WORKING_BYTES
+        return max(0, held + room // self.store.num_bytes - _NUM_IN_TRANSFER)
+
+    def _step_program(
+        self,
+        key: tuple,
+        length: int,
+        head: Head,
+        argument_specs: tuple,
+        output_specs: Any,
+        capture: Capture = NOTHING,
+    ) -> Any:
+        program: Any = self._programs.get(key)
         if isinstance(program, _StreamedProgram):
             return program
+        if self.device_experts is None:
+            program = super()._step_program(
+                key, length, head, argument_specs, output_specs, capture
+            )
+        else:
+            program = LayerwiseStep(
+                functools.partial(self._piece, key, length, capture),
+                self.device_experts,
+                self.config,
+                self.dtype,
+                length,
+                head,
+                capture,
+                self._is_intervened,
+            )
         kind = "decode" if key[0].startswith("decode") else "prompt"
         # A token is its own progress, and a bar would get into the line that tokens are written to.
         num_layers = self.config.num_layers if kind == "prompt" else None
         streamed = _StreamedProgram(program, self.store, self._traffic[kind], num_layers)
-        self._programs[key] = streamed
+        self._programs[key] = cast(Program, streamed)
         return streamed
 
+    def _piece(
+        self,
+        key: tuple,
+        length: int,
+        capture: Capture,
+        name: str,
+        function: Callable,
+        *donated: str,
+    ) -> Program:
+        """Compiles a function of a layerwise step; steps share all but the end."""
+        names = list(inspect.signature(function).parameters)
+        per_device = jax.shard_map(
+            function, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False
+        )
+        own = key if name == "end" else ()
+        return self._program(
+            ("piece of a step", name, length, capture, *own),
+            lambda: jax.jit(per_device, donate_argnums=[names.index(one) for one in donated]),
+        )
 
-class _StreamedProgram(Program):
+
+class _StreamedProgram:
     """A step's program with the threads that fetch for it."""
 
     def __init__(
-        self, program: Program, store: ExpertStore, traffic: Traffic, num_layers: int | None
+        self,
+        program: Program | LayerwiseStep,
+        store: ExpertStore,
+        traffic: Traffic,
+        num_layers: int | None,
     ):
-        self.__dict__.update(program.__dict__)
+        self._program = program
         self._store, self._traffic, self._num_layers = store, traffic, num_layers
 
     def __call__(self, *args):
@@ -167,7 +239,6 @@ class _StreamedProgram(Program):
         Raises:
           CheckpointError: If an expert cannot be read.
         """
-        run = super().__call__
         start = time.perf_counter()
         # In another thread, because waiting for a program cannot be interrupted.
         with (
@@ -175,7 +246,7 @@ class _StreamedProgram(Program):
             self._fetching(),
             ThreadPoolExecutor(1, "grok1-step") as pool,
         ):
-            running = pool.submit(lambda: jax.block_until_ready(run(*args)))
+            running = pool.submit(lambda: jax.block_until_ready(self._program(*args)))
             try:
                 result = running.result()
             except BaseException:
@@ -280,7 +351,14 @@ def load_offloaded(
       ValueError: If the experts are not int8, or what has to be in memory does not fit.
     """
     config, mesh = whole.config, whole.mesh
-    store = ExpertStore(expert_arrays(tensors, manifest, config))
+    device = mesh.devices.flat[0]
+    by_layer = runs_by_layer(device)
+    pinned = by_layer and has_pinned_memory(device)
+    store = ExpertStore(
+        expert_arrays(tensors, manifest, config),
+        allow_mapping=not by_layer,
+        new_buffer=functools.partial(pinned_buffer, device) if pinned else pageable_buffer,
+    )
     lean = Engine(without_experts(whole.params), config, mesh, whole.dtype, whole.cache_dtype)
     require_memory(lean)
     least_state = least_bytes(lean) - shard_bytes(lean.params)
@@ -298,12 +376,18 @@ def load_offloaded(
         budget_bytes = budget(memory)
     store.resize(num_slots(lean, store, least_state, budget_bytes))
     params = load_params(tensors, manifest, config, mesh, progress, without_experts)
-    handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
-    experts = params.layers.experts._replace(handle=handle)
-    params = params._replace(layers=params.layers._replace(experts=experts))
+    if not by_layer:
+        handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
+        experts = params.layers.experts._replace(handle=handle)
+        params = params._replace(layers=params.layers._replace(experts=experts))
     return OffloadedEngine(
         params, config, mesh, whole.dtype, whole.cache_dtype, store, budget_bytes
     )
+
+
+def runs_by_layer(device: Any) -> bool:
+    """Whether a device's experts are brought to it between programs, not asked for by kernels."""
+    return device.platform != "cpu" or not native.is_available()
 
 
 def without_experts(params: Params) -> Params:
@@ -329,10 +413,11 @@ def fixed_bytes(engine: Engine, store: ExpertStore) -> int:
       engine: With parameters `without_experts`, which may be abstract.
       store: Where the experts come from.
     """
+    device = engine.mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
     in_flight = 0 if store.is_mapped else _NUM_BUFFERS
-    if not (native.is_available() and store.is_mapped):
-        in_flight += 1  # XLA has its own copy
-    on_cpu = engine.mesh.devices.flat[0].platform == "cpu"
+    if on_cpu and runs_by_layer(device):
+        in_flight += _NUM_IN_TRANSFER
     resident = resident_bytes(engine) if on_cpu else WORKING_BYTES
     return resident + in_flight * store.num_bytes
 

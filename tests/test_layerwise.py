@@ -1,0 +1,237 @@
+"""Experts brought to a device layer by layer, as on an accelerator; here the device is a CPU."""
+
+import os
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+import grok1
+from grok1 import AblateExperts, AddToResidual, device_experts, expert_store, memory, offloading
+from grok1.expert_store import pageable_buffer
+from grok1.manifest import file_name
+from tests.helpers import relative_error
+
+GREEDY = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
+NUM_EXPERTS = 12 * 8
+
+ROUNDING = 1e-5
+"""Between programs that round in other places; both are 7e-6 from the float64 evaluation."""
+
+
+@pytest.fixture(autouse=True)
+def by_layer(monkeypatch):
+    monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
+    monkeypatch.setattr(offloading, "runs_by_layer", lambda device: True)
+
+
+@pytest.fixture(scope="module")
+def copied(nano_path, tmp_path_factory):
+    target = tmp_path_factory.mktemp("layerwise") / "copied"
+    shutil.copytree(nano_path, target)
+    for path in target.rglob("*"):
+        path.chmod(0o755)
+    return target
+
+
+@pytest.fixture(scope="module")
+def shared(copied) -> grok1.Model:
+    # Once for the module, which is wider than the patches of a test.
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(offloading, "WORKING_BYTES", 0)
+        patches.setattr(offloading, "runs_by_layer", lambda device: True)
+        return load(copied)
+
+
+def load(path, **options):
+    options = {"mesh": (1, 1), "progress": False, "dtype": "float32", **options}
+    return grok1.load(path, offload="disk", memory=2, **options)
+
+
+def with_room(model, on_host, on_device, monkeypatch):
+    """Empties both memories and leaves room for so many experts, at a batch of one."""
+    engine = model.engine
+    state = memory.state_bytes(engine, 1, engine.capacity_for(96))
+    num_bytes = engine.store.num_bytes
+    engine.budget_bytes = offloading.fixed_bytes(engine, engine.store) + state + on_host * num_bytes
+    engine.store.resize(0)
+    engine.device_experts.cache.shrink(0)
+    for name in engine._traffic:
+        vars(engine._traffic[name]).update(vars(expert_store.Traffic()))
+
+    def available(device):
+        kept = len(engine.device_experts.cache)
+        return state + (on_device + offloading._NUM_IN_TRANSFER - kept) * num_bytes
+
+    monkeypatch.setattr(offloading, "device_bytes_available", available)
+    return model
+
+
+@pytest.mark.parametrize(("on_host", "on_device"), [(0, 0), (5, 0), (0, 9), (5, 9), (0, 96)])
+def test_nano_computes_what_the_resident_model_does(
+    shared, nano, nano_reference, on_host, on_device, monkeypatch
+):
+    model = with_room(shared, on_host, on_device, monkeypatch)
+    assert isinstance(model.engine.store._new_buffer().arrays[0], jax.Array)
+    tokens = nano_reference["tokens"]
+    assert relative_error(model.logits(tokens), nano.logits(tokens)) <= ROUNDING
+    for length in (1, 40):  # without prefill, and in a chunk of 64
+        prompt = tokens[:length].tolist()
+        assert model.generate(prompt, **GREEDY) == nano.generate(prompt, **GREEDY)
+    stats = model.offload_stats
+    assert (stats.num_held, stats.num_on_device) == (on_host, on_device)
+    assert (f"{on_device} on the device" in str(stats)) == (on_device > 0)
+    assert stats.decode.num_used == 2 * 16 * 12 * 2
+    read = stats.decode.num_used - stats.decode.num_held
+    assert stats.decode.bytes_read == read * model.engine.store.num_bytes
+    assert (stats.decode.hit_rate == 0) == (on_host + on_device == 0)
+    assert (stats.decode.hit_rate > 0.9) == (on_device == NUM_EXPERTS)
+
+
+def test_more_on_the_device_is_never_a_lower_hit_rate(shared, monkeypatch):
+    rates = []
+    for on_device in (0, 6, 24, 60):
+        with_room(shared, 0, on_device, monkeypatch).generate([7], **GREEDY)
+        rates.append(shared.offload_stats.decode.hit_rate)
+    assert rates == sorted(set(rates))
+
+
+def test_bfloat16_is_as_close_as_the_resident_model_is(copied, nano_path, nano_reference):
+    resident = grok1.load(nano_path, mesh=(1, 1), dtype="bfloat16", progress=False)
+    tokens, expected = nano_reference["tokens"], nano_reference["logits_f64"]
+    error = relative_error(load(copied, dtype="bfloat16").logits(tokens), expected)
+    assert 1e-4 < error <= 1.5 * relative_error(resident.logits(tokens), expected)
+
+
+def test_sampled_tokens_scores_and_batches_are_the_resident_models(shared, nano, monkeypatch):
+    with_room(shared, 2, 3, monkeypatch)
+    drawn = {"max_new_tokens": 8, "temperature": 0.7, "seed": 3, "ignore_eos": True}
+    assert shared.generate([5, 6, 7], **drawn).tokens == nano.generate([5, 6, 7], **drawn).tokens
+    text = list(range(60))
+    found, expected = shared.score(text), nano.score(text)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=2e-5)
+    state = memory.state_bytes(shared.engine, 4, shared.engine.capacity_for(96))
+    shared.engine.budget_bytes += state
+    prompts = [[5, 6, 7], list(range(40, 60)), [9]]
+    assert shared.generate(prompts, **GREEDY) == nano.generate(prompts, **GREEDY)
+
+
+def test_captures_and_interventions_are_those_of_the_resident_model(shared, nano, monkeypatch):
+    with_room(shared, 1, 4, monkeypatch)
+    capture = ("router", "residual", "branches", "attention", "logit_lens", "logits")
+    acts = [
+        AblateExperts(3, layers=2),
+        AddToResidual(np.linspace(-1, 1, nano.config.emb_size), layers=4),
+    ]
+    options = {"capture": capture, "attention_layers": (7, 2)}
+    with shared.intervene(*acts) as ours, nano.intervene(*acts) as theirs:
+        found, expected = (m.trace(list(range(20)), **options) for m in (ours, theirs))
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        if array.dtype == np.int32:
+            np.testing.assert_array_equal(found[name], array)
+        else:
+            assert relative_error(found[name], array) <= 1e-5, name
+
+
+def test_pinned_memory_is_written_in_place_and_is_no_alias_of_what_was_sent():
+    device = jax.devices()[0]
+    assert device_experts.has_pinned_memory(device)
+    buffer = device_experts.pinned_buffer(device, [(3, 5), (5, 3)])
+    assert [array.sharding.memory_kind for array in buffer.arrays] == ["pinned_host"] * 2
+    buffer.matrices[1][...] = 7
+    sent = jax.device_put(
+        buffer.arrays[1], jax.sharding.SingleDeviceSharding(device), may_alias=False
+    )
+    np.testing.assert_array_equal(jax.block_until_ready(sent), np.full((1, 5, 3), 7))
+    buffer.matrices[1][...] = 8
+    np.testing.assert_array_equal(sent, np.full((1, 5, 3), 7))
+
+
+def test_without_pinned_memory_it_is_sent_from_ordinary_memory(
+    copied, nano, nano_reference, monkeypatch
+):
+    monkeypatch.setattr(offloading, "has_pinned_memory", lambda device: False)
+    model = load(copied)
+    assert model.engine.store._new_buffer.func is pageable_buffer
+    tokens = nano_reference["tokens"]
+    assert relative_error(model.logits(tokens), nano.logits(tokens)) <= ROUNDING
+
+
+def test_the_next_is_read_while_one_is_computed_with(shared, monkeypatch):
+    with_room(shared, 0, 0, monkeypatch)
+    taken, prepared_early = [], []
+    take, prepare = expert_store.ExpertStore.take, expert_store.ExpertStore._prepare
+
+    def noting_take(self, layer, expert, following):
+        taken.append((layer, expert))
+        return take(self, layer, expert, following)
+
+    def noting_prepare(self, key, in_use):
+        prepared_early.append(key not in taken)
+        return prepare(self, key, in_use)
+
+    monkeypatch.setattr(expert_store.ExpertStore, "take", noting_take)
+    monkeypatch.setattr(expert_store.ExpertStore, "_prepare", noting_prepare)
+    shared.logits(list(range(8)))
+    layers = {layer for layer, _ in taken}
+    # All but each layer's first; one may be taken at the moment that it is got ready.
+    assert sum(prepared_early) >= 0.5 * (len(taken) - len(layers))
+
+
+def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, shared, monkeypatch):
+    with_room(shared, 0, 0, monkeypatch)
+    before = shared.generate([1, 2, 3], **GREEDY)
+    up = copied / "ckpt-0" / file_name(4)
+    up.rename(copied / "away")
+    try:
+        with pytest.raises(grok1.CheckpointError, match="tensor00004_000: cannot be read: No such"):
+            shared.generate([1, 2, 3], **GREEDY)
+    finally:
+        (copied / "away").rename(up)
+    assert shared.generate([1, 2, 3], **GREEDY) == before
+
+
+@pytest.mark.parametrize("on_device", [0, NUM_EXPERTS])
+def test_interrupting_ends_within_a_layer(shared, on_device, monkeypatch):
+    model = with_room(shared, 0, on_device, monkeypatch)
+    before = model.generate([1, 2, 3], **GREEDY)
+    layers = []
+    say_layer = expert_store.ExpertStore._say_layer
+
+    def interrupt(self, layer):
+        layers.append(layer)
+        if layer == 5 and not self._cancelled.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self._cancelled.wait(timeout=10)
+        say_layer(self, layer)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patches:
+            patches.setattr(expert_store.ExpertStore, "_say_layer", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate([1, 2, 3], **GREEDY)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert max(layers) == 5
+    assert not [one for one in threading.enumerate() if one.name.startswith("grok1-")]
+    assert model.generate([1, 2, 3], **GREEDY) == before
+
+
+def test_a_store_of_mapped_files_has_nothing_to_send(copied, nano_path, monkeypatch):
+    monkeypatch.undo()
+    mapped = grok1.load(copied, offload="disk", memory=4, mesh=(1, 1), progress=False)
+    store = mapped.engine.store
+    if not store.is_mapped:
+        pytest.skip("this system cannot map experts")
+    store.resize(0)
+    store.begin(expert_store.Traffic())
+    try:
+        with pytest.raises(ValueError, match="allow_mapping=False"):
+            store.take(0, 0, None)
+    finally:
+        store.end()
