@@ -12,7 +12,12 @@
 namespace grok1 {
 
 // Parts that the work on a slice of hidden columns is cut into, before and after the activation.
-constexpr int64_t kParts = 8;
+// More rows have more slices.
+constexpr int64_t parts_for(int64_t num_rows) {
+  return num_rows <= 2 ? 8 : num_rows <= 4 ? 4 : 2;
+}
+
+constexpr int64_t kSumColumns = 512;  // of a unit of the last sum
 
 struct Expert {
   Matrix gate, up, down;
@@ -47,23 +52,24 @@ struct Slice {
   const std::vector<Dispatched>* rows;
   const float* packed;    // the expert's rows, [D, rows]
   int64_t begin, width;   // hidden columns
-  float *gate, *up;       // [kParts, rows, width]
+  float *gate, *up;       // [parts, rows, width]
   float* hidden;          // packed, [width, rows]
-  float* out;             // [kParts, rows, D]
+  float* out;             // [parts, rows, D]
   std::atomic<int64_t> parts_done{0};
 
   int64_t num_rows() const { return rows->size(); }
+  int64_t num_parts() const { return parts_for(num_rows()); }
 
   void run_up(int64_t part) {
-    int64_t depth = expert->gate.depth, size = num_rows() * width;
-    int64_t first = depth * part / kParts, last = depth * (part + 1) / kParts;
+    int64_t depth = expert->gate.depth, size = num_rows() * width, parts = num_parts();
+    int64_t first = depth * part / parts, last = depth * (part + 1) / parts;
     for (auto [matrix, to] : {std::pair{&expert->gate, gate}, std::pair{&expert->up, up}}) {
-      kMultiplyFew[num_rows()](*matrix, first, last, begin, width, packed + first * num_rows(),
-                               false, to + part * size, width);
+      multiply_few(*matrix, first, last, begin, width, packed + first * num_rows(), num_rows(),
+                   false, to + part * size, width);
     }
-    if (parts_done.fetch_add(1, std::memory_order_acq_rel) + 1 < kParts) return;
+    if (parts_done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts) return;
     for (float* sum : {gate, up}) {
-      for (int64_t other = 1; other < kParts; ++other) {
+      for (int64_t other = 1; other < parts; ++other) {
         for (int64_t i = 0; i < size; ++i) sum[i] += sum[other * size + i];
       }
     }
@@ -73,20 +79,32 @@ struct Slice {
 
   void run_down(int64_t part) {
     // Every part of `up` was taken before this one, and is being worked on.
-    wait_until([this] { return parts_done.load(std::memory_order_acquire) > kParts; });
+    int64_t depth = expert->down.columns, parts = num_parts();
+    wait_until([&] { return parts_done.load(std::memory_order_acquire) > parts; });
+    int64_t first = width * part / parts, last = width * (part + 1) / parts;
+    multiply_few(expert->down, begin + first, begin + last, 0, depth, hidden + first * num_rows(),
+                 num_rows(), false, out + part * num_rows() * depth, depth);
+  }
+
+  // total[token, D] += what came out for it, of columns `first` to `last`.
+  void add_to(float* total, int64_t first, int64_t last) const {
     int64_t depth = expert->down.columns;
-    int64_t first = width * part / kParts, last = width * (part + 1) / kParts;
-    kMultiplyFew[num_rows()](expert->down, begin + first, begin + last, 0, depth,
-                             hidden + first * num_rows(), false, out + part * num_rows() * depth,
-                             depth);
+    for (int64_t part = 0; part < num_parts(); ++part) {
+      for (int64_t m = 0; m < num_rows(); ++m) {
+        const Dispatched& to = (*rows)[m];
+        const float* result = out + (part * num_rows() + m) * depth;
+        float* sum = total + to.token * depth;
+        for (int64_t c = first; c < last; ++c) sum[c] += to.weight * result[c];
+      }
+    }
   }
 };
 
-// Experts of at most kMaxRows rows each, all in one job.
+// Experts of at most kFewRows rows each, all in one job.
 inline void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert>& experts,
                     const std::vector<std::vector<Dispatched>>& rows, const float* x, float* out) {
   int64_t depth = experts[0].gate.depth, hidden_size = experts[0].gate.columns;
-  auto is_few = [&](size_t e) { return !rows[e].empty() && rows[e].size() <= kMaxRows; };
+  auto is_few = [&](size_t e) { return !rows[e].empty() && rows[e].size() <= kFewRows; };
   auto slices_of = [&](size_t e) {
     int64_t width = panel_for(rows[e].size());
     return (hidden_size + width - 1) / width;
@@ -94,47 +112,46 @@ inline void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert>& exper
   int64_t num_slices = 0, size = 0;
   for (size_t e = 0; e < experts.size(); ++e) {
     if (!is_few(e)) continue;
+    int64_t parts = parts_for(rows[e].size());
     num_slices += slices_of(e);
-    size += rows[e].size() *
-            (depth + (2 * kParts + 1) * hidden_size + slices_of(e) * kParts * depth);
+    size +=
+        rows[e].size() * (depth + (2 * parts + 1) * hidden_size + slices_of(e) * parts * depth);
   }
   if (num_slices == 0) return;
   static thread_local Scratch scratch;
   float* memory = scratch.floats(size);
   auto take = [&](int64_t count) { return std::exchange(memory, memory + count); };
   std::vector<Slice> slices(num_slices);
+  std::vector<std::pair<Slice*, int64_t>> units;  // and which part of the slice
   auto slice = slices.begin();
   for (size_t e = 0; e < experts.size(); ++e) {
     if (!is_few(e)) continue;
-    int64_t num_rows = rows[e].size();
+    int64_t num_rows = rows[e].size(), parts = parts_for(num_rows);
     float* packed = take(num_rows * depth);
     auto row = [&](int64_t m) { return x + rows[e][m].token * depth; };
-    pack_block(row, num_rows, 0, depth, packed);
+    pack_rows(row, num_rows, depth, packed);
     for (int64_t begin = 0; begin < hidden_size; begin += panel_for(num_rows), ++slice) {
       slice->expert = &experts[e];
       slice->rows = &rows[e];
       slice->packed = packed;
       slice->begin = begin;
       slice->width = std::min(panel_for(num_rows), hidden_size - begin);
-      slice->gate = take(kParts * num_rows * slice->width);
-      slice->up = take(kParts * num_rows * slice->width);
+      slice->gate = take(parts * num_rows * slice->width);
+      slice->up = take(parts * num_rows * slice->width);
       slice->hidden = take(num_rows * slice->width);
-      slice->out = take(kParts * num_rows * depth);
+      slice->out = take(parts * num_rows * depth);
+      for (int64_t part = 0; part < parts; ++part) units.emplace_back(&*slice, part);
     }
   }
-  run_units(pool, 2 * num_slices * kParts, [&](int64_t unit) {
-    Slice& of_unit = slices[unit / kParts % num_slices];
-    unit < num_slices * kParts ? of_unit.run_up(unit % kParts) : of_unit.run_down(unit % kParts);
+  int64_t num_units = units.size();
+  run_units(pool, 2 * num_units, [&](int64_t unit) {
+    auto [of_unit, part] = units[unit % num_units];
+    unit < num_units ? of_unit->run_up(part) : of_unit->run_down(part);
   });
-  for (const Slice& done : slices) {
-    for (int64_t part = 0; part < kParts; ++part) {
-      for (int64_t m = 0; m < done.num_rows(); ++m) {
-        const Dispatched& to = (*done.rows)[m];
-        const float* result = done.out + (part * done.num_rows() + m) * depth;
-        for (int64_t c = 0; c < depth; ++c) out[to.token * depth + c] += to.weight * result[c];
-      }
-    }
-  }
+  run_units(pool, (depth + kSumColumns - 1) / kSumColumns, [&](int64_t unit) {
+    int64_t first = unit * kSumColumns;
+    for (const Slice& done : slices) done.add_to(out, first, std::min(first + kSumColumns, depth));
+  });
 }
 
 // One expert of many rows, a pass of them at a time.
@@ -189,7 +206,7 @@ inline void run_experts(xla::ffi::ThreadPool& pool, const std::vector<Expert>& e
                         float* out) {
   run_few(pool, experts, rows, x, out);
   for (size_t e = 0; e < experts.size(); ++e) {
-    if (rows[e].size() > kMaxRows) run_many(pool, experts[e], rows[e], x, out);
+    if (rows[e].size() > kFewRows) run_many(pool, experts[e], rows[e], x, out);
   }
 }
 

@@ -110,7 +110,7 @@ ffi::Error FetchedExperts(Pool pool, Floats x, Handle handle, Scales gate_scales
   std::vector<int64_t> order;
   for (bool few : {true, false}) {
     for (int64_t e = 0; e < num_experts; ++e) {
-      if (!rows[e].empty() && (rows[e].size() <= grok1::kMaxRows) == few) order.push_back(e);
+      if (!rows[e].empty() && (rows[e].size() <= grok1::kFewRows) == few) order.push_back(e);
     }
   }
   Fetch fetch;

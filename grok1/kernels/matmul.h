@@ -25,15 +25,15 @@ inline void matmul_few(xla::ffi::ThreadPool& pool, const Matrix& matrix, const f
   int64_t size = num_rows * matrix.columns;
   float* packed = scratch.floats(num_rows * matrix.depth + (num_slots - 1) * size);
   float* partial = packed + num_rows * matrix.depth;
-  pack_block([&](int64_t m) { return x + m * matrix.depth; }, num_rows, 0, matrix.depth, packed);
+  pack_rows([&](int64_t m) { return x + m * matrix.depth; }, num_rows, matrix.depth, packed);
   auto slots_done = std::make_unique<std::atomic<int64_t>[]>(num_panels);
   run_units(pool, num_panels * num_slots, [&](int64_t unit) {
     int64_t slot = unit % num_slots, column = unit / num_slots * panel;
     int64_t width = std::min(panel, matrix.columns - column);
     int64_t begin = matrix.depth * slot / num_slots, end = matrix.depth * (slot + 1) / num_slots;
     float* slot_out = slot == 0 ? out : partial + (slot - 1) * size;
-    multiply(matrix, begin, end, column, width, packed, matrix.depth, num_rows, false,
-             slot_out + column, matrix.columns);
+    multiply_few(matrix, begin, end, column, width, packed + begin * num_rows, num_rows, false,
+                 slot_out + column, matrix.columns);
     auto& done = slots_done[unit / num_slots];
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < num_slots) return;
     for (int64_t other = 0; other < num_slots - 1; ++other) {
@@ -67,7 +67,7 @@ inline void matmul_many(xla::ffi::ThreadPool& pool, const Matrix& matrix, const 
 inline void matmul(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
                    int64_t num_rows, float* out) {
   if (num_rows == 0 || matrix.columns == 0) return;
-  (num_rows <= kMaxRows ? matmul_few : matmul_many)(pool, matrix, x, num_rows, out);
+  (num_rows <= kFewRows ? matmul_few : matmul_many)(pool, matrix, x, num_rows, out);
 }
 
 }  // namespace grok1

@@ -157,7 +157,8 @@ void screen(const int8_t* rows, const InputBlock& block, int64_t depth, float* p
   for (int r = 0; r < kRows; ++r) {
     for (int m = 0; m < kCount; ++m) {
       const Input& input = block.inputs[m];
-      __m512i sums = _mm512_add_epi64(_mm512_slli_epi64(widened(high[r][m]), 7), widened(low[r][m]));
+      __m512i sum_of_high = _mm512_slli_epi64(widened(high[r][m]), 7);
+      __m512i sums = _mm512_add_epi64(sum_of_high, widened(low[r][m]));
       int64_t sum = _mm512_reduce_add_epi64(sums) - 128 * input.sum_of_digits;
       products[r * kCount + m] = input.step * static_cast<float>(sum);
     }
@@ -169,8 +170,8 @@ void screen(const int8_t* rows, const InputBlock& block, int64_t depth, float* p
 #endif
 }
 
-// upper[kCount, num_rows] and the largest lower bound of each input, for table rows `begin` to `end`;
-// rows that are not allowed have neither.
+// upper[kCount, num_rows] and the largest lower bound of each input, for table rows `begin` to
+// `end`; rows that are not allowed have neither.
 template <int kRows, int kCount>
 void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t begin, int64_t end,
                  float* best, float* upper) {

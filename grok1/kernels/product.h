@@ -17,14 +17,20 @@ namespace grok1 {
 // Most input rows whose sums, for one tile's width, stay in registers beside the weight.
 constexpr int kMaxRows = 6;
 
+// Most input rows for which the weight is walked; of more than kMaxRows in two halves, the second
+// of which finds it near.
+constexpr int kFewRows = 2 * kMaxRows;
+
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kTileDepth = 128;  // as float32 32 KiB with 64 columns
 
-// Columns whose sums stay in the first-level cache while weight rows are walked; the processor
-// fetches past the end of a run of memory, so the longer the runs the better.
+// Columns whose sums stay near while weight rows are walked; the processor fetches past the end of
+// a run of memory, so the longer the runs the better.
 constexpr int64_t panel_for(int64_t num_rows) {
-  return num_rows <= 2 ? 8192 : num_rows <= 4 ? 4096 : 2048;
+  return num_rows <= 2 ? 8192 : num_rows <= 4 ? 4096 : num_rows <= kMaxRows ? 2048 : 1024;
 }
+
+constexpr int64_t kMostSums = 2 * 8192;  // rows times columns of a panel
 
 // Weight rows walked side by side: the sums, which are more for more input rows, are loaded and
 // stored once for all of them.
@@ -47,29 +53,35 @@ inline Matrix matrix_of(const int8_t* values, const uint16_t* scales, int64_t nu
           depth / num_groups};
 }
 
-// Input rows are packed in blocks of up to kMaxRows, each transposed, [depth, rows of the block]:
-// block b begins at kMaxRows * b * depth, and only the last is smaller.
+// Many input rows are packed in blocks of up to kMaxRows, each transposed, [depth, rows of the
+// block]: block b begins at kMaxRows * b * depth, and only the last is smaller.
 inline int64_t num_blocks(int64_t num_rows) { return (num_rows + kMaxRows - 1) / kMaxRows; }
 
 inline int64_t rows_of_block(int64_t num_rows, int64_t block) {
   return std::min<int64_t>(kMaxRows, num_rows - block * kMaxRows);
 }
 
-// Packs block `block` of `num_rows` rows; `row(m)` points at row m's `depth` floats.
+// packed[depth, num_rows]: `row(m)` points at row m's `depth` floats.
 template <typename Row>
-void pack_block(Row row, int64_t num_rows, int64_t block, int64_t depth, float* packed) {
-  int64_t rows = rows_of_block(num_rows, block);
-  float* out = packed + block * kMaxRows * depth;
-  for (int64_t m = 0; m < rows; ++m) {
-    const float* from = row(block * kMaxRows + m);
-    for (int64_t k = 0; k < depth; ++k) out[k * rows + m] = from[k];
+void pack_rows(Row row, int64_t num_rows, int64_t depth, float* packed) {
+  for (int64_t m = 0; m < num_rows; ++m) {
+    const float* from = row(m);
+    for (int64_t k = 0; k < depth; ++k) packed[k * num_rows + m] = from[k];
   }
 }
 
-// sums[kRows, width] += x @ values over `count` weight rows. x is packed, from the first of them.
+// Packs block `block` of `num_rows` rows.
+template <typename Row>
+void pack_block(Row row, int64_t num_rows, int64_t block, int64_t depth, float* packed) {
+  auto of_block = [&](int64_t m) { return row(block * kMaxRows + m); };
+  pack_rows(of_block, rows_of_block(num_rows, block), depth, packed + block * kMaxRows * depth);
+}
+
+// sums[kRows, width] += x @ values over `count` weight rows. x[k * x_stride + m] is row m's number
+// for weight row k. The rows that are `ahead` of each are fetched.
 template <int kRows>
-void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t width, const float* x,
-               float* sums) {
+void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t ahead, int64_t width,
+               const float* x, int64_t x_stride, float* sums) {
   int64_t column = 0;
   for (; column + kTileColumns <= width; column += kTileColumns) {
     Floats sum[kRows][kTileVectors];
@@ -79,14 +91,15 @@ void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t widt
       }
     }
     const int8_t* row = values + column;
-    for (int64_t k = 0; k < count; ++k, row += stride) {
+    const float* numbers = x;
+    for (int64_t k = 0; k < count; ++k, row += stride, numbers += x_stride) {
       // To the second-level cache, which waits for more lines at a time than the first. An address
       // past the weight's end is harmless: a prefetch does not fault.
-      __builtin_prefetch(row + walked_for(kRows) * stride, 0, 2);
+      __builtin_prefetch(row + ahead * stride, 0, 2);
       Floats weight[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) weight[v] = load(row + v * kLanes);
       for (int m = 0; m < kRows; ++m) {
-        for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * x[k * kRows + m];
+        for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * numbers[m];
       }
     }
     for (int m = 0; m < kRows; ++m) {
@@ -98,35 +111,47 @@ void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t widt
   for (int64_t k = 0; k < count && column < width; ++k) {
     for (int m = 0; m < kRows; ++m) {
       for (int64_t c = column; c < width; ++c) {
-        sums[m * width + c] += x[k * kRows + m] * values[k * stride + c];
+        sums[m * width + c] += x[k * x_stride + m] * values[k * stride + c];
       }
     }
   }
 }
 
+using WalkRows = void (*)(const int8_t*, int64_t, int64_t, int64_t, int64_t, const float*, int64_t,
+                          float*);
+
+constexpr WalkRows kWalkRows[kMaxRows + 1] = {
+    nullptr,      walk_rows<1>, walk_rows<2>, walk_rows<3>,
+    walk_rows<4>, walk_rows<5>, walk_rows<6>};
+
 // out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
-// columns from `column` on, for at most kMaxRows rows. x is packed, from weight row `begin` on.
-template <int kRows>
-void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64_t column, int64_t width,
-                  const float* x, bool add, float* out, int64_t out_stride) {
-  constexpr int64_t kPanel = panel_for(kRows);
+// columns from `column` on, for at most kFewRows rows. x is [depth, num_rows] from weight row
+// `begin` on.
+inline void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+                         int64_t width, const float* x, int64_t num_rows, bool add, float* out,
+                         int64_t out_stride) {
+  const int64_t panel_columns = panel_for(num_rows), walked = walked_for(num_rows);
+  const int64_t half = num_rows <= kMaxRows ? num_rows : (num_rows + 1) / 2;
   if (begin == end && !add) {
-    for (int m = 0; m < kRows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
+    for (int64_t m = 0; m < num_rows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
   }
-  alignas(kCacheLine) float sums[kRows * kPanel];
-  for (int64_t first = 0; first < width; first += kPanel) {
-    int64_t panel = std::min(kPanel, width - first);
+  alignas(kCacheLine) float sums[kMostSums];
+  for (int64_t first = 0; first < width; first += panel_columns) {
+    int64_t panel = std::min(panel_columns, width - first);
     bool add_panel = add;
     for (int64_t group_begin = begin, group_end; group_begin < end; group_begin = group_end) {
       group_end = std::min(end, (group_begin / matrix.depth_of_group + 1) * matrix.depth_of_group);
-      std::fill_n(sums, kRows * panel, 0.0f);
-      for (int64_t k = group_begin; k < group_end; k += walked_for(kRows)) {
-        walk_rows<kRows>(matrix.values + k * matrix.columns + column + first, matrix.columns,
-                         std::min(walked_for(kRows), group_end - k), panel, x + (k - begin) * kRows,
-                         sums);
+      std::fill_n(sums, num_rows * panel, 0.0f);
+      for (int64_t k = group_begin; k < group_end; k += walked) {
+        const int8_t* rows = matrix.values + k * matrix.columns + column + first;
+        for (int64_t m = 0; m < num_rows; m += half) {
+          kWalkRows[std::min(half, num_rows - m)](
+              rows, matrix.columns, std::min(walked, group_end - k), walked, panel,
+              x + (k - begin) * num_rows + m, num_rows, sums + m * panel);
+        }
       }
       const uint16_t* scales = matrix.scales_at(group_begin) + column + first;
-      for (int m = 0; m < kRows; ++m) {
+      for (int64_t m = 0; m < num_rows; ++m) {
         float* out_row = out + m * out_stride + first;
         for (int64_t c = 0; c < panel; ++c) {
           float scaled = sums[m * panel + c] * to_float(scales[c]);
@@ -181,19 +206,14 @@ void multiply_tile(const float* tile, int64_t depth, const float* x, bool add, f
   }
 }
 
-using MultiplyFew = void (*)(const Matrix&, int64_t, int64_t, int64_t, int64_t, const float*, bool,
-                             float*, int64_t);
 using MultiplyTile = void (*)(const float*, int64_t, const float*, bool, float*, int64_t,
                               const int8_t*, int64_t);
 
-constexpr MultiplyFew kMultiplyFew[kMaxRows + 1] = {
-    nullptr,         multiply_few<1>, multiply_few<2>, multiply_few<3>,
-    multiply_few<4>, multiply_few<5>, multiply_few<6>};
 constexpr MultiplyTile kMultiplyTile[kMaxRows + 1] = {
     nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
     multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
 
-// As multiply_few, for any number of rows: x is packed in blocks, `x_depth` deep, and begins at
+// As multiply_few, for many rows: x is packed in blocks, `x_depth` deep, and begins at
 // weight row 0.
 inline void multiply_many(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                           int64_t width, const float* x, int64_t x_depth, int64_t num_rows,
@@ -234,8 +254,8 @@ inline void multiply(const Matrix& matrix, int64_t begin, int64_t end, int64_t c
                      int64_t width, const float* x, int64_t x_depth, int64_t num_rows, bool add,
                      float* out, int64_t out_stride) {
   if (num_rows <= kMaxRows) {
-    kMultiplyFew[num_rows](matrix, begin, end, column, width, x + begin * num_rows, add, out,
-                           out_stride);
+    multiply_few(matrix, begin, end, column, width, x + begin * num_rows, num_rows, add, out,
+                 out_stride);
   } else {
     multiply_many(matrix, begin, end, column, width, x, x_depth, num_rows, add, out, out_stride);
   }
