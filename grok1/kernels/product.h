@@ -78,11 +78,14 @@ void pack_block(Row row, int64_t num_rows, int64_t block, int64_t depth, float* 
 }
 
 // sums[kRows, width] += x @ values over `count` weight rows. x[k * x_stride + m] is row m's number
-// for weight row k. The rows that are `ahead` of each are fetched.
+// for weight row k. The rows that are `ahead` of these are fetched: in the order of memory, or as
+// they will be walked.
 template <int kRows>
-void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t ahead, int64_t width,
-               const float* x, int64_t x_stride, float* sums) {
-  int64_t column = 0;
+void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t ahead, bool in_order,
+               int64_t width, const float* x, int64_t x_stride, float* sums) {
+  const int8_t* next_row = values + ahead * stride;
+  const int64_t next_step = in_order ? kTileColumns : stride;
+  int64_t next_column = 0, column = 0;
   for (; column + kTileColumns <= width; column += kTileColumns) {
     Floats sum[kRows][kTileVectors];
     for (int m = 0; m < kRows; ++m) {
@@ -90,12 +93,12 @@ void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t ahea
         sum[m][v] = load(sums + m * width + column + v * kLanes);
       }
     }
-    const int8_t* row = values + column;
+    const int8_t *row = values + column, *next = next_row + next_column;
     const float* numbers = x;
-    for (int64_t k = 0; k < count; ++k, row += stride, numbers += x_stride) {
+    for (int64_t k = 0; k < count; ++k, row += stride, numbers += x_stride, next += next_step) {
       // To the second-level cache, which waits for more lines at a time than the first. An address
       // past the weight's end is harmless: a prefetch does not fault.
-      __builtin_prefetch(row + ahead * stride, 0, 2);
+      __builtin_prefetch(next, 0, 2);
       Floats weight[kTileVectors];
       for (int v = 0; v < kTileVectors; ++v) weight[v] = load(row + v * kLanes);
       for (int m = 0; m < kRows; ++m) {
@@ -107,6 +110,8 @@ void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t ahea
         store_floats(sums + m * width + column + v * kLanes, sum[m][v]);
       }
     }
+    next_column += in_order ? count * kTileColumns : kTileColumns;
+    for (; next_column >= width; next_column -= width) next_row += stride;
   }
   for (int64_t k = 0; k < count && column < width; ++k) {
     for (int m = 0; m < kRows; ++m) {
@@ -117,8 +122,8 @@ void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t ahea
   }
 }
 
-using WalkRows = void (*)(const int8_t*, int64_t, int64_t, int64_t, int64_t, const float*, int64_t,
-                          float*);
+using WalkRows = void (*)(const int8_t*, int64_t, int64_t, int64_t, bool, int64_t, const float*,
+                          int64_t, float*);
 
 constexpr WalkRows kWalkRows[kMaxRows + 1] = {
     nullptr,      walk_rows<1>, walk_rows<2>, walk_rows<3>,
@@ -146,8 +151,8 @@ inline void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64
         const int8_t* rows = matrix.values + k * matrix.columns + column + first;
         for (int64_t m = 0; m < num_rows; m += half) {
           kWalkRows[std::min(half, num_rows - m)](
-              rows, matrix.columns, std::min(walked, group_end - k), walked, panel,
-              x + (k - begin) * num_rows + m, num_rows, sums + m * panel);
+              rows, matrix.columns, std::min(walked, group_end - k), walked, half == num_rows,
+              panel, x + (k - begin) * num_rows + m, num_rows, sums + m * panel);
         }
       }
       const uint16_t* scales = matrix.scales_at(group_begin) + column + first;
