@@ -34,15 +34,28 @@ def waiting_politely() -> Iterator[None]:
     The system prefers a thread that wakes up, and puts it where the one runs that woke it: after
     each step of a model, where the computing thread would go on with the next. Linux alone.
     """
+    before = _policy()
     # A policy that someone has chosen stays.
-    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+    if before is None or before != os.SCHED_OTHER:
         yield
         return
-    no_priority = os.sched_param(0)
-    with contextlib.suppress(OSError):  # a sandbox may forbid it
-        os.sched_setscheduler(0, os.SCHED_BATCH, no_priority)
+    _set_policy(os.SCHED_BATCH)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, no_priority)
+        _set_policy(before)
+
+
+def _policy() -> int | None:
+    """This thread's scheduling policy; None where there is none, or a sandbox does not say."""
+    if not hasattr(os, "SCHED_BATCH"):
+        return None
+    try:
+        return os.sched_getscheduler(0)
+    except OSError:
+        return None
+
+
+def _set_policy(policy: int) -> None:
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.sched_setscheduler(0, policy, os.sched_param(0))

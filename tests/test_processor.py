@@ -1,0 +1,76 @@
+"""How a thread waits for those that compute."""
+
+import errno
+import os
+import time
+
+import pytest
+
+import grok1
+from grok1 import generation, processor
+from grok1.processor import waiting_politely
+
+needs_policies = pytest.mark.skipif(
+    not hasattr(os, "SCHED_BATCH"), reason="this system has no scheduling policies"
+)
+
+
+@needs_policies
+def test_the_policy_is_another_one_while_waiting():
+    before = os.sched_getscheduler(0)
+    with waiting_politely():
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == before
+    with pytest.raises(KeyboardInterrupt), waiting_politely():
+        raise KeyboardInterrupt
+    assert os.sched_getscheduler(0) == before
+
+
+@needs_policies
+def test_a_chosen_policy_stays():
+    before = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        with waiting_politely():
+            assert os.sched_getscheduler(0) == os.SCHED_BATCH
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    finally:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+
+
+@needs_policies
+@pytest.mark.parametrize("call", ["sched_getscheduler", "sched_setscheduler"])
+def test_a_sandbox_that_forbids_it_is_no_error(call, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(processor.os, call, refuse)
+    with waiting_politely():
+        pass
+
+
+def test_without_policies_there_is_nothing_to_do(monkeypatch):
+    monkeypatch.delattr(processor.os, "SCHED_BATCH", raising=False)
+    with waiting_politely():
+        pass
+
+
+@needs_policies
+@pytest.mark.parametrize("is_long", [False, True])
+def test_only_long_waits_are_polite(toy: grok1.Model, is_long, monkeypatch):
+    policies = []
+    get = generation.jax.device_get
+
+    def slow_get(step):
+        policies.append(os.sched_getscheduler(0))
+        time.sleep(0.01 if is_long else 0)
+        return get(step)
+
+    monkeypatch.setattr(generation.jax, "device_get", slow_get)
+    if not is_long:
+        monkeypatch.setattr(generation, "_LONG_WAIT", float("inf"))
+    toy.generate([1], max_new_tokens=4, temperature=0, ignore_eos=True)
+    polite = os.SCHED_BATCH if is_long else os.SCHED_OTHER
+    # Whether a wait is long is known from the one before.
+    assert policies == [os.SCHED_OTHER, polite, polite, polite]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
