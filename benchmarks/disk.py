@@ -33,13 +33,23 @@ def use_memory(directory: pathlib.Path) -> None:
     The host of a virtual machine takes back memory that has been free for some seconds, and
     touching it again can take several times as long as reading a file into it. Without this,
     whoever reads first after a pause would be measured slower.
+
+    Raises:
+      BenchmarkError: If the system does not give that much.
     """
     num_bytes = 2 * sum(path.stat().st_size for path in directory.iterdir())
     available = host_bytes_available()
     if available is not None:
         num_bytes = min(num_bytes, int(_SHARE * available))
     # In another process, whose memory is not measured, and is given back for certain.
-    subprocess.run([sys.executable, "-c", f"b'.' * {num_bytes}"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"b'.' * {num_bytes}"], stderr=subprocess.DEVNULL, check=False
+    )
+    if done.returncode:
+        raise BenchmarkError(
+            f"a process could not use {num_bytes / 1e9:.1f} GB of memory (status "
+            f"{done.returncode}); end other programs, or leave out `load`"
+        )
 
 
 def read_rate(directory: pathlib.Path) -> float:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 
 # Before JAX starts: the number of devices is fixed from then on.
@@ -38,6 +39,16 @@ def stored_programs(request):
 def nano_path() -> pathlib.Path:
     """A complete checkpoint as the released code wrote it: 12 layers, D=64."""
     return GOLDEN / "nano"
+
+
+@pytest.fixture(scope="module")
+def copied(nano_path, tmp_path_factory) -> pathlib.Path:
+    """The nano checkpoint, for a module that moves and changes its files."""
+    target = tmp_path_factory.mktemp("nano") / "copied"
+    shutil.copytree(nano_path, target)
+    for path in target.rglob("*"):
+        path.chmod(0o755)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import grok1
-from benchmarks import models, peers, report, roofline, suite, workload
+from benchmarks import disk, models, peers, report, roofline, suite, workload
 from benchmarks.__main__ import parse_arguments, plan
 from benchmarks.dense import DenseDecoder
 from benchmarks.measure import interleave, ratio
@@ -364,3 +364,13 @@ def test_llama_cpp_that_fails_is_quoted(tmp_path):
         peers.LlamaCpp(tmp_path, gguf)
     with pytest.raises(BenchmarkError, match=r"absent: no such file; --gguf takes"):
         peers.LlamaCpp(tmp_path, tmp_path / "absent")
+
+
+def test_memory_that_cannot_be_used_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"1")
+    monkeypatch.setattr(disk, "host_bytes_available", lambda: None)
+    monkeypatch.setattr(
+        disk.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=-9)
+    )
+    with pytest.raises(BenchmarkError, match=r"could not use 0\.0 GB .*status -9.*leave out"):
+        disk.use_memory(tmp_path)

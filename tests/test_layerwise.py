@@ -1,7 +1,6 @@
 """Experts brought to a device layer by layer, as on an accelerator; here the device is a CPU."""
 
 import os
-import shutil
 import signal
 import threading
 
@@ -26,15 +25,6 @@ ROUNDING = 1e-5
 def by_layer(monkeypatch):
     monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
     monkeypatch.setattr(offloading, "runs_by_layer", lambda device: True)
-
-
-@pytest.fixture(scope="module")
-def copied(nano_path, tmp_path_factory):
-    target = tmp_path_factory.mktemp("layerwise") / "copied"
-    shutil.copytree(nano_path, target)
-    for path in target.rglob("*"):
-        path.chmod(0o755)
-    return target
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import io
 import os
 import pathlib
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -32,15 +31,6 @@ GREEDY = {"max_new_tokens": 32, "temperature": 0, "ignore_eos": True}
 def no_reserve(monkeypatch):
     """Budgets of these tests are of kilobytes: nothing is set apart for Python and JAX."""
     monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
-
-
-@pytest.fixture(scope="module")
-def copied(nano_path, tmp_path_factory) -> pathlib.Path:
-    target = tmp_path_factory.mktemp("offloading") / "copied"
-    shutil.copytree(nano_path, target)
-    for path in target.rglob("*"):
-        path.chmod(0o755)
-    return target
 
 
 @pytest.fixture(scope="module")
