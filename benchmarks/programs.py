@@ -17,7 +17,6 @@ import numpy as np
 import grok1
 from grok1.engine import CHUNK_LENGTHS
 from grok1.quantization import QuantizedArray
-from grok1.sampling import SamplingParams, sampling_state
 
 _FUSED = re.compile(r"\bfusion\(.*\bcalls=%?([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{$")
@@ -32,11 +31,10 @@ _NO_WORK = frozenset(
 def decode_report(model: grok1.Model, batch: int, capacity: int) -> dict[str, Any]:
     """Compiles the decode step and says what it holds; see `_report`."""
     engine = model.engine
-    sampling = sampling_state(SamplingParams(temperature=0), np.zeros((batch, 2), np.uint32))
-    active, allowed = np.ones(batch, bool), np.ones(model.config.vocab_size, bool)
     state = engine.abstract_state(batch, capacity)
+    arguments = engine.abstract_decode_arguments(batch)
     program = engine.decode_program(None, None)
-    return _report(model, program.lower(model.params, state, active, allowed, sampling).compile())
+    return _report(model, program.lower(model.params, state, *arguments).compile())
 
 
 def prefill_report(model: grok1.Model, capacity: int) -> dict[str, Any]:

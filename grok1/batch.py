@@ -50,6 +50,9 @@ class Batch:
             stop_tokens.add(EOS_ID if tokenizer is None else tokenizer.eos_id)
         self._engine, self._options = engine, options
         self._allowed = options.allowed_mask(config.vocab_size)
+        self._ends = None
+        if not options.stop_strings():
+            self._ends = np.isin(np.arange(config.vocab_size), list(stop_tokens))
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
         for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
@@ -93,6 +96,7 @@ class Batch:
             self._requests,
             options.sampling(),
             self._allowed,
+            self._ends,
             options.logprobs,
             options.logits_processor,
         ):

@@ -19,7 +19,6 @@ from grok1.engine import Engine
 from grok1.generation import MAX_ROWS
 from grok1.manifest import TensorSpec
 from grok1.memory import abstract_engine, released_weights, state_bytes
-from grok1.sampling import SamplingState
 from grok1.sharding import DATA_AXIS, make_mesh
 
 
@@ -31,24 +30,13 @@ def working_bytes(engine: Engine, batch: int, capacity: int) -> int:
       batch: Rows.
       capacity: Positions in the cache.
     """
-
-    def rows(dtype, *shape):
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
-
     state = engine.abstract_state(batch, capacity)
-    sampling = SamplingState(
-        temperature=rows(jnp.float32),
-        top_p=rows(jnp.float32),
-        top_k=rows(jnp.int32),
-        min_p=rows(jnp.float32),
-        keys=rows(jnp.uint32, 2),
-    )
-    allowed = jax.ShapeDtypeStruct((engine.config.vocab_size,), bool)
+    num_valid = jax.ShapeDtypeStruct((batch,), jnp.int32)
     decode = engine.decode_program(None, None)
     prefill = engine.prefill_program(engine.chunk_for(batch, capacity))
     lowered = (
-        decode.lower(engine.params, state, rows(bool), allowed, sampling),
-        prefill.lower(engine.params, state, rows(jnp.int32)),
+        decode.lower(engine.params, state, *engine.abstract_decode_arguments(batch)),
+        prefill.lower(engine.params, state, num_valid),
     )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda program: program.compile(), lowered)

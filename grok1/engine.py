@@ -30,6 +30,7 @@ from grok1.sampling import SamplingState
 from grok1.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, abstract_cache, put, specs_of
 from grok1.steps import (
     DecodeState,
+    Ends,
     Head,
     LogitsProcessor,
     Step,
@@ -37,6 +38,8 @@ from grok1.steps import (
     logits_head,
     next_tokens,
     no_head,
+    one_step,
+    run_steps,
     sampling_head,
     scoring_head,
 )
@@ -47,6 +50,7 @@ CHUNK_LENGTHS = (16, 64, 256, 1024)
 """Prefill shapes. Each is four times the last: at most two chunks of a size, bar the largest."""
 
 _CHUNK_TOKENS = 4096  # most tokens, over all rows, that one chunk computes at a time
+_MOST_STEPS = 8
 _SMALLEST_CAPACITY = 256
 _LOGITS_BYTES = 1 << 28  # most memory that the logits of one scored chunk take
 _CAPTURED_BYTES = 1 << 28  # and the captures of one chunk of an observed engine
@@ -134,6 +138,17 @@ class Engine:
             view.params = Intervened(root.params, on_device)
             view._param_specs = Intervened(root._param_specs, P())
         return view._in_form_of_its_own()
+
+    @property
+    def most_steps(self) -> int:
+        """Most decode steps of one call.
+
+        On a CPU starting a step, and reading its tokens, takes a core from the step that runs. An
+        accelerator loses nothing by it, and would by a loop whose length it has to ask for. What
+        is captured is asked for after every step.
+        """
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return _MOST_STEPS if on_cpu and not self.capture else 1
 
     def observed(self, capture: Capture, capacity: int, observer: Observer) -> "Engine":
         """Returns an engine of the same weights and programs whose steps are captured.
@@ -276,37 +291,71 @@ class Engine:
         return table
 
     def decode_greedily(
-        self, state: DecodeState, active: Bool[np.ndarray, " B"], allowed: Bool[Array, " V"]
+        self,
+        state: DecodeState,
+        num_steps: Int[np.ndarray, " B"],
+        ends: Ends,
+        allowed: Bool[Array, " V"],
     ) -> tuple[DecodeState, Step]:
         """As `decode` at temperature 0, where there is a `screening_table`; no log-probabilities.
 
         Args:
           state: Consumed: its memory goes to the result.
-          active: Rows to run; the others stay as they are.
-          allowed: False for tokens that must not be drawn.
+          num_steps: As for `decode`.
+          ends: Likewise.
+          allowed: Likewise.
         """
-        return self._run(self.greedy_program(), state, active, self.screening_table, allowed)
+        return self._run(
+            self.greedy_program(), state, num_steps, ends, self.screening_table, allowed
+        )
 
     def decode(
         self,
         state: DecodeState,
-        active: Bool[np.ndarray, " B"],
+        num_steps: Int[np.ndarray, " B"],
+        ends: Ends,
         allowed: Bool[Array, " V"],
         sampling: SamplingState,
         num_top: int | None = None,
         processor: LogitsProcessor | None = None,
     ) -> tuple[DecodeState, Step]:
-        """Runs the last token of each active row and draws the next one.
+        """Runs the last token of each row and draws the next one, once or several times.
 
         Args:
           state: Consumed: its memory goes to the result.
-          active: Rows to run; the others stay as they are.
+          num_steps: Tokens to draw for each row, up to `most_steps`; 0 leaves a row as it is.
+          ends: What ends a row earlier. With `most_steps` 1 it may go unheeded.
           allowed: False for tokens that must not be drawn.
           sampling: Each row's parameters and key.
           num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
           processor: Changes the logits before the draw. Each function compiles a program.
+
+        Returns:
+          The state, and the draws with a leading axis of `most_steps`; those that a row did not
+          run are meaningless.
         """
-        return self._run(self.decode_program(num_top, processor), state, active, allowed, sampling)
+        program = self.decode_program(num_top, processor)
+        return self._run(program, state, num_steps, ends, allowed, sampling)
+
+    def abstract_decode_arguments(self, batch: int) -> tuple[Any, Ends, Any, SamplingState]:
+        """Returns the shapes and types of what `decode_program` takes beside parameters and state.
+
+        Args:
+          batch: Rows.
+        """
+
+        def rows(dtype, *shape):
+            return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+        of_tokens = jax.ShapeDtypeStruct((self.config.vocab_size,), bool)
+        sampling = SamplingState(
+            temperature=rows(jnp.float32),
+            top_p=rows(jnp.float32),
+            top_k=rows(jnp.int32),
+            min_p=rows(jnp.float32),
+            keys=rows(jnp.uint32, 2),
+        )
+        return rows(jnp.int32), Ends(of_tokens, rows(jnp.int32)), of_tokens, sampling
 
     def score(
         self,
@@ -377,24 +426,41 @@ class Engine:
 
     def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
         """The program behind `decode`."""
-        return self._step_program(
+        return self._decode_program(
             ("decode", num_top, processor),
-            1,
             sampling_head(num_top, processor),
             (P(), SamplingState(*(_ROWS,) * len(SamplingState._fields))),
-            Step(*(_ROWS,) * len(Step._fields)),
-            self.capture,
         )
 
     def greedy_program(self):
         """The program behind `decode_greedily`."""
-        return self._step_program(
-            ("decode greedily",),
-            1,
-            greedy_head,
-            (specs_of(self.screening_table), P()),
-            Step(*(_ROWS,) * len(Step._fields)),
-            self.capture,
+        return self._decode_program(
+            ("decode greedily",), greedy_head, (specs_of(self.screening_table), P())
+        )
+
+    def _decode_program(self, key: tuple, head: Head, argument_specs: tuple) -> Program:
+        """The program (params, state, num_steps, ends, *arguments) -> (state, draws, captured)."""
+        most = self.most_steps
+        argument_specs = (Ends(P(), _ROWS), *argument_specs)
+        output_specs = Step(*(P(None, DATA_AXIS),) * len(Step._fields))
+        if most == 1:
+            return self._step_program(
+                key, 1, one_step(head), argument_specs, output_specs, self.capture
+            )
+        step = self._step(1, head, NOTHING)
+
+        def steps(params, state, num_steps, ends, *arguments):
+            def run(state, active):
+                state, drawn, _ = step(params, state, active, *arguments)
+                return state, drawn
+
+            return *run_steps(run, most, state, num_steps, ends), {}
+
+        return self._program(
+            key,
+            lambda: self._compile(
+                key, steps, (_ROWS, *argument_specs), (self._state_specs, output_specs, {})
+            ),
         )
 
     def _step_program(
@@ -406,7 +472,23 @@ class Engine:
         output_specs: Any,
         capture: Capture = NOTHING,
     ) -> Program:
-        """The program (params, state, count, *arguments) -> (state, outputs, captured).
+        """The program of `_step`."""
+        step = self._step(length, head, capture)
+        captured_specs = {name: P(None, DATA_AXIS) for name in capture.names}
+        if "attention_probs" in capture:
+            captured_specs["attention_probs"] = P(None, DATA_AXIS, MODEL_AXIS)
+        return self._program(
+            key,
+            lambda: self._compile(
+                key,
+                step,
+                (_ROWS, *argument_specs),
+                (self._state_specs, output_specs, captured_specs),
+            ),
+        )
+
+    def _step(self, length: int, head: Head, capture: Capture) -> Callable:
+        """The function (params, state, count, *arguments) -> (state, outputs, captured).
 
         `count` says how many of the next `length` tokens each row runs.
         """
@@ -431,16 +513,7 @@ class Engine:
             state, outputs = head(params.embedding, config, state, hidden, count, *arguments)
             return state, outputs, captured
 
-        step.__name__ = key[0].replace(" ", "_")
-        captured_specs = {name: P(None, DATA_AXIS) for name in capture.names}
-        if "attention_probs" in capture:
-            captured_specs["attention_probs"] = P(None, DATA_AXIS, MODEL_AXIS)
-        return self._program(
-            key,
-            lambda: self._compile(
-                step, (_ROWS, *argument_specs), (self._state_specs, output_specs, captured_specs)
-            ),
-        )
+        return step
 
     @functools.cached_property
     def _state_specs(self) -> DecodeState:
@@ -460,8 +533,9 @@ class Engine:
             )
         return self._programs[key]
 
-    def _compile(self, function, more_in_specs: tuple, out_specs):
+    def _compile(self, key: tuple, function: Callable, more_in_specs: tuple, out_specs):
         """Jits `function(params, state, ...)` per device; the state's memory goes to the result."""
+        function.__name__ = key[0].replace(" ", "_")
         per_device = jax.shard_map(
             function,
             mesh=self.mesh,

@@ -18,10 +18,12 @@ from grok1.engine import Engine
 from grok1.processor import waiting_politely
 from grok1.sampling import SamplingParams, sampling_state
 from grok1.sharding import DATA_AXIS, put
-from grok1.steps import LogitsProcessor, Step
+from grok1.steps import Ends, LogitsProcessor, Step
 
 MAX_ROWS = 32
 """Most requests that run side by side; more wait for a place in the next batch."""
+
+_DELIVERY = 0.1  # seconds; tokens that take longer to come are not collected
 
 _LONG_WAIT = 0.002  # seconds; after shorter steps a model waits for this thread, not the reverse
 
@@ -64,6 +66,7 @@ def generate(
     requests: Sequence[Request],
     sampling: SamplingParams,
     allowed: np.ndarray,
+    ends: np.ndarray | None = None,
     num_top: int | None = None,
     processor: LogitsProcessor | None = None,
 ) -> Iterator[tuple[int, Sampled]]:
@@ -76,12 +79,16 @@ def generate(
       requests: What to continue.
       sampling: How every request draws.
       allowed: bool `[V]`, False for tokens that must not be drawn.
+      ends: bool `[V]`, True for tokens that end a request; None where other things than a token may
+        end one, so that the caller is to be asked after each.
       num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
       processor: Changes the logits before the draw.
     """
     for start in range(0, len(requests), MAX_ROWS):
         batch = requests[start : start + MAX_ROWS]
-        for row, sampled in _generate_batch(engine, batch, sampling, allowed, num_top, processor):
+        for row, sampled in _generate_batch(
+            engine, batch, sampling, allowed, ends, num_top, processor
+        ):
             yield start + row, sampled
 
 
@@ -90,6 +97,7 @@ def _generate_batch(
     requests: Sequence[Request],
     sampling: SamplingParams,
     allowed: np.ndarray,
+    ends: np.ndarray | None,
     num_top: int | None,
     processor: LogitsProcessor | None,
 ) -> Iterator[tuple[int, Sampled]]:
@@ -97,16 +105,20 @@ def _generate_batch(
     capacity = engine.capacity_for(max(len(r.tokens) + r.max_tokens for r in requests))
     tokens = np.zeros((batch, capacity), np.int32)
     seeds, streams = np.zeros((2, batch), np.uint32)
-    limits = np.zeros(batch, np.int32)
+    prompts, limits = np.zeros((2, batch), np.int32)
     for row, request in enumerate(requests):
         tokens[row, : len(request.tokens)] = request.tokens
         seeds[row], streams[row] = request.seed, request.stream
-        limits[row] = request.max_tokens
+        prompts[row], limits[row] = len(request.tokens), request.max_tokens
 
     rows = NamedSharding(engine.mesh, P(DATA_AXIS))
     keys = engine.request_keys(seeds, streams)
     rows_state = jax.tree.map(lambda leaf: put(leaf, rows), sampling_state(sampling, keys))
-    allowed_everywhere = put(allowed, NamedSharding(engine.mesh, P()))
+    everywhere = NamedSharding(engine.mesh, P())
+    allowed_everywhere = put(allowed, everywhere)
+    most_steps = 1 if ends is None else engine.most_steps
+    ending = put(np.zeros_like(allowed) if ends is None else ends, everywhere)
+    ends_of_rows = Ends(ending, put(prompts, rows))
     state = engine.new_state(tokens)
     needs_logits = sampling.temperature > 0 or num_top is not None or processor is not None
     greedily = not needs_logits and engine.screening_table is not None
@@ -119,49 +131,65 @@ def _generate_batch(
         state = engine.prefill(state, num_valid, chunk)
         remaining = remaining - num_valid
 
-    # The device works on a step while the host reads the one before, so a request may be run one
-    # token past where the caller ends it; that token is never yielded.
+    # The device works on steps while the host reads those before, so a request may be run past
+    # where the caller ends it; such tokens are never yielded.
     started = np.zeros(batch, np.int32)
     in_flight: tuple[np.ndarray, Step] | None = None
-    waited = 0.0
+    waited, delivered, num_collected = 0.0, None, 1
     while True:
         running = [not request.finished for request in requests]
-        active = (started < limits) & np.array(running + [False] * (batch - len(requests)))
+        num_steps = np.minimum(limits - started, num_collected)
+        num_steps *= np.array(running + [False] * (batch - len(requests)))
         upcoming = None
-        if active.any():
+        if num_steps.any():
             if greedily:
-                state, step = engine.decode_greedily(state, active, allowed_everywhere)
+                state, step = engine.decode_greedily(
+                    state, num_steps, ends_of_rows, allowed_everywhere
+                )
             else:
                 state, step = engine.decode(
-                    state, active, allowed_everywhere, rows_state, num_top, processor
+                    state,
+                    num_steps,
+                    ends_of_rows,
+                    allowed_everywhere,
+                    rows_state,
+                    num_top,
+                    processor,
                 )
-            started += active
-            upcoming = (active, step)
+            started += num_steps
+            upcoming = (num_steps, step)
             if not engine.runs_ahead:
-                yield from _sampled(active, jax.device_get(step), requests, num_top)
+                yield from _sampled(num_steps, jax.device_get(step), requests, num_top)
                 continue
         if in_flight is not None:
-            active, step = in_flight
+            num_steps, step = in_flight
             start = time.perf_counter()
             with waiting_politely() if waited > _LONG_WAIT else contextlib.nullcontext():
                 on_host = jax.device_get(step)
-            waited = time.perf_counter() - start
-            yield from _sampled(active, on_host, requests, num_top)
+            end = time.perf_counter()
+            waited = end - start
+            if delivered is not None:
+                of_step = (end - delivered) / num_steps.max()
+                num_collected = int(np.clip(_DELIVERY / of_step, 1, most_steps))
+            delivered = end
+            yield from _sampled(num_steps, on_host, requests, num_top)
         elif upcoming is None:
             return
         in_flight = upcoming
 
 
 def _sampled(
-    active: np.ndarray, on_host: Step, requests: Sequence[Request], num_top: int | None
+    num_steps: np.ndarray, on_host: Step, requests: Sequence[Request], num_top: int | None
 ) -> Iterator[tuple[int, Sampled]]:
-    for row in np.flatnonzero(active).tolist():
-        if requests[row].finished:
-            continue
-        token = int(on_host.tokens[row])
-        if num_top is None:
-            yield row, Sampled(token, None, {})
-            continue
-        best = zip(on_host.top_tokens[row], on_host.top_logprobs[row], strict=True)
-        alternatives = {int(candidate): float(logprob) for candidate, logprob in best}
-        yield row, Sampled(token, float(on_host.logprobs[row]), alternatives)
+    for number in range(num_steps.max()):
+        step = Step(*(leaf[number] for leaf in on_host))
+        for row in np.flatnonzero(num_steps > number).tolist():
+            if requests[row].finished:
+                continue
+            token = int(step.tokens[row])
+            if num_top is None:
+                yield row, Sampled(token, None, {})
+                continue
+            best = zip(step.top_tokens[row], step.top_logprobs[row], strict=True)
+            alternatives = {int(candidate): float(logprob) for candidate, logprob in best}
+            yield row, Sampled(token, float(step.logprobs[row]), alternatives)

@@ -109,9 +109,11 @@ class OffloadedEngine(Engine):
       device_experts: How they come to the device; None where the kernels fetch them.
       budget_bytes: What the process may take.
       runs_ahead: Whether a step may be started before the tokens of the one before are read.
+      most_steps: Most decode steps of one call.
     """
 
     runs_ahead = False
+    most_steps = 1
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""One step of a batch: the tokens to run, and what is made of the last hidden states.
+"""A step of a batch: the tokens to run, what is made of the last hidden states, and when to stop.
 
 A head runs per device, inside `jax.shard_map`, behind the layers, whichever way these were run. It
 takes this device's embedding, the configuration, the state with the cache that the layers have
@@ -11,6 +11,7 @@ Dimension key: B batch row, T position in this step, D model dim, S cache capaci
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -43,7 +44,7 @@ class DecodeState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one decode step drew.
+    """What one decode step drew, or, with a leading axis on every leaf, several.
 
     Attributes:
       tokens: int32 `[B]`; meaningless for rows that were not active.
@@ -56,6 +57,18 @@ class Step(NamedTuple):
     logprobs: Any
     top_tokens: Any
     top_logprobs: Any
+
+
+class Ends(NamedTuple):
+    """What ends a row before it has run the steps that it was given.
+
+    Attributes:
+      tokens: bool `[V]`, True for those after which a row is over.
+      begin: int32 `[B]`, the length of each row's prompt, in which they end nothing.
+    """
+
+    tokens: Any
+    begin: Any
 
 
 Head = Callable[..., tuple[DecodeState, Any]]
@@ -140,6 +153,54 @@ def greedy_head(
     """The most probable token of each row, by way of the `ScreeningTable`."""
     chosen = most_probable(embedding, table, hidden[:, 0], allowed)
     return _advanced(state, active, chosen), _without_logprobs(chosen)
+
+
+def one_step(head: Head) -> Head:
+    """Returns a head that draws once for the rows whose count is not 0, whatever may end them."""
+
+    def draw(embedding, config, state, hidden, count, ends: Ends, *arguments):
+        state, step = head(embedding, config, state, hidden, count > 0, *arguments)
+        return state, jax.tree.map(lambda leaf: leaf[None], step)
+
+    return draw
+
+
+def run_steps(
+    step: Callable[[DecodeState, Array], tuple[DecodeState, Step]],
+    most: int,
+    state: DecodeState,
+    num_steps: Int[Array, " B"],
+    ends: Ends,
+) -> tuple[DecodeState, Step]:
+    """Runs decode steps until each row has run its own number of them, or is over.
+
+    Args:
+      step: Takes the state and bool `[B]`, the rows to run; returns the new state and the draws.
+      most: The largest `num_steps` that there may be.
+      state: The batch.
+      num_steps: Steps of each row.
+      ends: What ends a row earlier.
+
+    Returns:
+      The state, and the draws with a leading axis of `most` steps; what a row did not run is
+      meaningless.
+    """
+
+    def active_in(number, state):
+        is_new = state.cache.length >= ends.begin
+        return (number < num_steps) & ~(ends.tokens[next_tokens(state, 1)[:, 0]] & is_new)
+
+    def run(carry):
+        number, state, active, drawn = carry
+        state, one = step(state, active)
+        drawn = jax.tree.map(lambda all_steps, leaf: all_steps.at[number].set(leaf), drawn, one)
+        return number + 1, state, active_in(number + 1, state), drawn
+
+    active = active_in(0, state)
+    _, shapes = jax.eval_shape(step, state, active)
+    drawn = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
+    carry = jax.lax.while_loop(lambda carry: carry[2].any(), run, (0, state, active, drawn))
+    return carry[1], carry[3]
 
 
 def _advanced(state: DecodeState, active: Array, drawn: Array) -> DecodeState:

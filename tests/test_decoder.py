@@ -12,7 +12,6 @@ from grok1.config import GROK_1, ModelConfig
 from grok1.engine import Engine
 from grok1.manifest import abstract_params
 from grok1.quantization import QuantizedArray, dequantize, quantize
-from grok1.sampling import SamplingState
 from grok1.sharding import abstract_stack, make_mesh
 from grok1.transformer import forward, naming
 from tests.helpers import count_collectives, named_params, relative_error, stack
@@ -165,21 +164,9 @@ def test_grok_1_compiles_for_eight_devices_from_shapes_alone():
     named = abstract_params(GROK_1)
     params = abstract_stack(naming(GROK_1).apply(named, None), GROK_1, mesh)
     engine = Engine(params, GROK_1, mesh, "bfloat16")
-
-    def rows(dtype, *shape):
-        return jax.ShapeDtypeStruct((1, *shape), dtype)
-
-    sampling = SamplingState(
-        temperature=rows(jnp.float32),
-        top_p=rows(jnp.float32),
-        top_k=rows(jnp.int32),
-        min_p=rows(jnp.float32),
-        keys=rows(jnp.uint32, 2),
-    )
-    allowed = jax.ShapeDtypeStruct((GROK_1.vocab_size,), bool)
     compiled = (
         engine.decode_program(None, None)
-        .lower(params, engine.abstract_state(1, 8192), rows(bool), allowed, sampling)
+        .lower(params, engine.abstract_state(1, 8192), *engine.abstract_decode_arguments(1))
         .compile()
     )
     memory = compiled.memory_analysis()

@@ -9,7 +9,6 @@ from grok1 import native
 from grok1.config import GROK_1
 from grok1.engine import CHUNK_LENGTHS, Engine
 from grok1.manifest import abstract_params
-from grok1.sampling import SamplingParams, sampling_state
 from grok1.sharding import abstract_stack, make_mesh
 from grok1.transformer import naming
 
@@ -94,11 +93,7 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
 def test_a_decode_step_does_not_pay_for_capacity(mesh, cache_dtype):
     model = grok1.random_model(grok1.TOY, mesh=mesh, dtype="float32", cache_dtype=cache_dtype)
     engine, found = model.engine, []
-    arguments = (
-        np.ones(1, bool),
-        np.ones(model.config.vocab_size, bool),
-        sampling_state(SamplingParams(), np.zeros((1, 2), np.uint32)),
-    )
+    arguments = engine.abstract_decode_arguments(1)
     for capacity in (256, 1024):
         state = engine.abstract_state(1, capacity)
         lowered = engine.decode_program(None, None).lower(model.params, state, *arguments)

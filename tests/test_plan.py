@@ -28,7 +28,6 @@ from grok1.memory import (
     shard_bytes,
     state_bytes,
 )
-from grok1.sampling import SamplingState
 from grok1.sharding import abstract_mesh, make_mesh
 from tests.conftest import TOY as TOY_PATH
 
@@ -62,15 +61,9 @@ def compiled(monkeypatch):
 
 
 def decode_analysis(engine, batch: int, capacity: int):
-    def rows(dtype, *shape):
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
-
-    floats = rows(jnp.float32)
-    sampling = SamplingState(floats, floats, rows(jnp.int32), floats, rows(jnp.uint32, 2))
-    allowed = jax.ShapeDtypeStruct((engine.config.vocab_size,), bool)
     state = engine.abstract_state(batch, capacity)
     lowered = engine.decode_program(None, None).lower(
-        engine.params, state, rows(bool), allowed, sampling
+        engine.params, state, *engine.abstract_decode_arguments(batch)
     )
     return lowered.compile().memory_analysis()
 

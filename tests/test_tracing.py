@@ -20,7 +20,6 @@ from grok1.engine import Engine
 from grok1.intervention import AblateExperts, CapLayers
 from grok1.layers import apply_rope, rms_norm
 from grok1.quantization import QuantizedArray, dequantize
-from grok1.sampling import SamplingState
 from tests.helpers import relative_error
 
 ALL = ("router", "residual", "branches", "attention", "logit_lens", "logits")
@@ -314,16 +313,9 @@ def lowered(engine: Engine) -> dict[str, str]:
     def rows(dtype, *shape):
         return jax.ShapeDtypeStruct((2, *shape), dtype)
 
-    sampling = SamplingState(
-        rows(jnp.float32),
-        rows(jnp.float32),
-        rows(jnp.int32),
-        rows(jnp.float32),
-        rows(jnp.uint32, 2),
-    )
-    allowed = jax.ShapeDtypeStruct((engine.config.vocab_size,), bool)
+    num_steps, ends, allowed, sampling = engine.abstract_decode_arguments(2)
     programs = {
-        "decode": (engine.decode_program(None, None), rows(bool), allowed, sampling),
+        "decode": (engine.decode_program(None, None), num_steps, ends, allowed, sampling),
         "prefill": (engine.prefill_program(64), rows(jnp.int32)),
         "score": (engine.score_program(64, ()), rows(jnp.int32)),
         "score tokens": (
@@ -334,7 +326,7 @@ def lowered(engine: Engine) -> dict[str, str]:
     }
     if engine.screening_table is not None:
         greedy = engine.greedy_program()
-        programs["decode greedily"] = (greedy, rows(bool), engine.screening_table, allowed)
+        programs["decode greedily"] = (greedy, num_steps, ends, engine.screening_table, allowed)
     return {
         name: program.lower(engine.params, state, *arguments).as_text()
         for name, (program, *arguments) in programs.items()
