@@ -438,7 +438,7 @@ class Engine:
             ("decode greedily",), greedy_head, (specs_of(self.screening_table), P())
         )
 
-    def _decode_program(self, key: tuple, head: Head, argument_specs: tuple) -> Program:
+    def _decode_program(self, key: tuple, head: Head, argument_specs: tuple) -> Any:
         """The program (params, state, num_steps, ends, *arguments) -> (state, draws, captured)."""
         most = self.most_steps
         argument_specs = (Ends(P(), _ROWS), *argument_specs)

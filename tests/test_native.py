@@ -1,7 +1,9 @@
 """The native kernels: built once in a private place, refused in any other, never needed."""
 
+import ctypes
 import os
 import pathlib
+import shutil
 import stat
 import subprocess
 import sys
@@ -152,3 +154,58 @@ def test_processes_that_build_at_once_agree_whatever_their_number_of_threads(cac
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == 4 * 3 * 1200
     assert len(list(cache.iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def forecast(tmp_path_factory) -> ctypes.CDLL:
+    """`note(address, size, most)`, and `count()`: how often there was more to fetch."""
+    compiler = next(filter(None, map(shutil.which, native._COMPILERS)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    directory = tmp_path_factory.mktemp("forecast")
+    source, library = directory / "forecast.cc", directory / "forecast.so"
+    source.write_text("""
+        #include "forecast.h"
+        extern "C" void note(intptr_t begin, int64_t size, int64_t most) {
+          grok1::Forecast::get().note({reinterpret_cast<const char*>(begin), size}, most);
+        }
+        extern "C" int count() {
+          int fetched = 0;
+          while (grok1::Forecast::get().fetch_some()) ++fetched;
+          return fetched;
+        }
+    """)
+    flags = [*native._FLAGS, f"-I{native._SOURCES}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    found = ctypes.CDLL(str(library))
+    found.note.argtypes = [ctypes.c_int64] * 3
+    return found
+
+
+def test_what_followed_twice_is_fetched_and_nothing_else(forecast):
+    chunk, most = 1024, 16 * 1024
+
+    def run(*products: tuple[int, int]) -> list[int]:
+        """What was fetched after each product."""
+        found = []
+        for begin, size in products:
+            forecast.note(begin, size, most)
+            found.append(forecast.count())
+        return found
+
+    # Addresses where nothing is: fetching does not fault.
+    query, out, experts, head = (
+        (1 << 30, 3 * chunk),
+        (2 << 30, 100 * chunk),
+        (3 << 30, 0),
+        (4 << 30, chunk // 2),
+    )
+    step = (query, out, experts, head)
+    assert run(*step, *step) == [0] * 8
+    # Up to its size, up to what stays near, never what is not foretold, a part of a chunk whole.
+    assert run(*step, *step) == [16, 0, 1, 3] * 2
+    # Another product in between: not trusted until the old one has followed twice again.
+    other = (5 << 30, chunk)
+    assert run(query, other, out, experts, head) == [16, 0, 0, 1, 3]
+    assert run(*step, *step) == [0, 0, 1, 3] * 2
+    assert run(*step) == [16, 0, 1, 3]

@@ -147,7 +147,7 @@ inline void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert>& exper
   run_units(pool, 2 * num_units, [&](int64_t unit) {
     auto [of_unit, part] = units[unit % num_units];
     unit < num_units ? of_unit->run_up(part) : of_unit->run_down(part);
-  });
+  }, {experts[0].gate.stream().begin});
   run_units(pool, (depth + kSumColumns - 1) / kSumColumns, [&](int64_t unit) {
     int64_t first = unit * kSumColumns;
     for (const Slice& done : slices) done.add_to(out, first, std::min(first + kSumColumns, depth));

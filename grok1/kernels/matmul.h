@@ -42,7 +42,7 @@ inline void matmul_few(xla::ffi::ThreadPool& pool, const Matrix& matrix, const f
         for (int64_t c = 0; c < width; ++c) out[start + c] += partial[other * size + start + c];
       }
     }
-  });
+  }, matrix.stream());
 }
 
 inline void matmul_many(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,

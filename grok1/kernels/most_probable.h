@@ -235,7 +235,7 @@ inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table
         upper += block.inputs.size() * table.num_rows;
       }
     }
-  });
+  }, {reinterpret_cast<const char*>(table.values), table.num_rows * table.depth});
   std::vector<float> threshold(num_inputs, kLowest);
   for (int64_t unit = 0; unit < num_units; ++unit) {
     for (int64_t m = 0; m < num_inputs; ++m) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "forecast.h"
 #include "vectors.h"
 
 namespace grok1 {
@@ -42,6 +43,10 @@ struct Matrix {
   const int8_t* values;    // [depth, columns]
   const uint16_t* scales;  // [groups, columns], bfloat16
   int64_t depth, columns, depth_of_group;
+
+  Stream stream() const {
+    return {reinterpret_cast<const char*>(values), depth * columns};
+  }
 
   const uint16_t* scales_at(int64_t k) const { return scales + k / depth_of_group * columns; }
 };

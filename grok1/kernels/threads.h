@@ -20,6 +20,7 @@
 #include <sched.h>
 #endif
 
+#include "forecast.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace grok1 {
@@ -29,6 +30,8 @@ namespace grok1 {
 // reading a megabyte.
 constexpr auto kLinger = std::chrono::microseconds(50);
 
+constexpr int64_t kNearBytes = 1 << 19;  // of a thread's cache, for what it will read next
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -37,11 +40,16 @@ inline void pause() {
 #endif
 }
 
+// What a thread does that has nothing to do: fetches what is expected to be read next.
+inline void idle() {
+  if (!Forecast::get().fetch_some()) pause();
+}
+
 // Waits for what another thread is doing. Only a thread that was descheduled takes long.
 template <typename Condition>
-void wait_until(Condition is_met) {
+void wait_until(Condition is_met, void (*meanwhile)() = pause) {
   for (int spins = 0; !is_met(); ++spins) {
-    spins > 10000 ? std::this_thread::yield() : pause();
+    spins > 10000 ? std::this_thread::yield() : meanwhile();
   }
 }
 
@@ -76,7 +84,7 @@ struct Job {
   bool has_units() const { return next_unit.load(std::memory_order_relaxed) < num_units; }
 
   void wait() {
-    wait_until([this] { return num_done.load(std::memory_order_acquire) == num_units; });
+    wait_until([this] { return num_done.load(std::memory_order_acquire) == num_units; }, idle);
   }
 };
 
@@ -91,7 +99,9 @@ class JobBoard {
 
   // Runs all units of a job. Nothing waits for a helper that has not started, so that jobs of
   // several devices cannot wait for each other.
-  void run(xla::ffi::ThreadPool& pool, int64_t num_units, std::function<void(int64_t)> run_unit) {
+  void run(xla::ffi::ThreadPool& pool, int64_t num_units, std::function<void(int64_t)> run_unit,
+           Stream stream) {
+    if (stream.begin != nullptr) Forecast::get().note(stream, num_threads() * kNearBytes);
     auto job = std::make_shared<Job>();
     job->run_unit = std::move(run_unit);
     job->num_units = num_units;
@@ -136,7 +146,7 @@ class JobBoard {
       auto deadline = std::chrono::steady_clock::now() + kLinger;
       while (num_posted_.load(std::memory_order_acquire) == posted) {
         if (std::chrono::steady_clock::now() < deadline) {
-          pause();
+          idle();
           continue;
         }
         std::lock_guard<std::mutex> lock(mutex_);
@@ -181,9 +191,10 @@ class Scratch {
   std::vector<float> memory_;
 };
 
+// `stream` is the memory that the units read, in their order, if there is much of it.
 inline void run_units(xla::ffi::ThreadPool& pool, int64_t num_units,
-                      std::function<void(int64_t)> run_unit) {
-  JobBoard::get().run(pool, num_units, std::move(run_unit));
+                      std::function<void(int64_t)> run_unit, Stream stream = {}) {
+  JobBoard::get().run(pool, num_units, std::move(run_unit), stream);
 }
 
 }  // namespace grok1
