@@ -159,13 +159,13 @@ def _generate_batch(
             started += num_steps
             upcoming = (num_steps, step)
             if not engine.runs_ahead:
-                yield from _sampled(num_steps, jax.device_get(step), requests, num_top)
+                yield from _sampled(num_steps, _on_host(step, num_top), requests, num_top)
                 continue
         if in_flight is not None:
             num_steps, step = in_flight
             start = time.perf_counter()
             with waiting_politely() if waited > _LONG_WAIT else contextlib.nullcontext():
-                on_host = jax.device_get(step)
+                on_host = _on_host(step, num_top)
             end = time.perf_counter()
             waited = end - start
             if delivered is not None:
@@ -178,18 +178,26 @@ def _generate_batch(
         in_flight = upcoming
 
 
+def _on_host(step: Step, num_top: int | None) -> Step:
+    if num_top is None:
+        # Each array that is read takes time from the model.
+        return step._replace(tokens=np.asarray(step.tokens))
+    return jax.device_get(step)
+
+
 def _sampled(
     num_steps: np.ndarray, on_host: Step, requests: Sequence[Request], num_top: int | None
 ) -> Iterator[tuple[int, Sampled]]:
     for number in range(num_steps.max()):
-        step = Step(*(leaf[number] for leaf in on_host))
         for row in np.flatnonzero(num_steps > number).tolist():
             if requests[row].finished:
                 continue
-            token = int(step.tokens[row])
+            token = int(on_host.tokens[number, row])
             if num_top is None:
                 yield row, Sampled(token, None, {})
                 continue
-            best = zip(step.top_tokens[row], step.top_logprobs[row], strict=True)
+            best = zip(
+                on_host.top_tokens[number, row], on_host.top_logprobs[number, row], strict=True
+            )
             alternatives = {int(candidate): float(logprob) for candidate, logprob in best}
-            yield row, Sampled(token, float(step.logprobs[row]), alternatives)
+            yield row, Sampled(token, float(on_host.logprobs[number, row]), alternatives)
