@@ -181,7 +181,7 @@ def _generate_batch(
 def _on_host(step: Step, num_top: int | None) -> Step:
     if num_top is None:
         # Each array that is read takes time from the model.
-        return step._replace(tokens=np.asarray(step.tokens))
+        return step._replace(tokens=jax.device_get(step.tokens))
     return jax.device_get(step)
 
 
