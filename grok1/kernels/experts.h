@@ -143,9 +143,15 @@ inline void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert>& exper
       for (int64_t part = 0; part < parts; ++part) units.emplace_back(&*slice, part);
     }
   }
+  // Experts of many rows are bound by arithmetic, those of few by memory: threads that take one and
+  // the other have more of both.
+  std::stable_sort(units.begin(), units.end(), [](const auto& one, const auto& other) {
+    return one.first->num_rows() > other.first->num_rows();
+  });
   int64_t num_units = units.size();
   run_units(pool, 2 * num_units, [&](int64_t unit) {
-    auto [of_unit, part] = units[unit % num_units];
+    int64_t place = unit % num_units;
+    auto [of_unit, part] = units[place % 2 == 0 ? place / 2 : num_units - 1 - place / 2];
     unit < num_units ? of_unit->run_up(part) : of_unit->run_down(part);
   }, {experts[0].gate.stream().begin});
   run_units(pool, (depth + kSumColumns - 1) / kSumColumns, [&](int64_t unit) {
