@@ -145,10 +145,12 @@ class Engine:
 
         On a CPU starting a step, and reading its tokens, takes a core from the step that runs. An
         accelerator loses nothing by it, and would by a loop whose length it has to ask for. What
-        is captured is asked for after every step.
+        is captured is asked for after every step, and several processes would first have to agree
+        on a number.
         """
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return _MOST_STEPS if on_cpu and not self.capture else 1
+        is_alone = self._rows_sharding.is_fully_addressable
+        return _MOST_STEPS if on_cpu and is_alone and not self.capture else 1
 
     def observed(self, capture: Capture, capacity: int, observer: Observer) -> "Engine":
         """Returns an engine of the same weights and programs whose steps are captured.

@@ -109,11 +109,9 @@ class OffloadedEngine(Engine):
       device_experts: How they come to the device; None where the kernels fetch them.
       budget_bytes: What the process may take.
       runs_ahead: Whether a step may be started before the tokens of the one before are read.
-      most_steps: Most decode steps of one call.
     """
 
     runs_ahead = False
-    most_steps = 1
 
     def __init__(
         self,
@@ -130,6 +128,11 @@ class OffloadedEngine(Engine):
         device = self.mesh.devices.flat[0]
         self.device_experts = DeviceExperts(store, device) if runs_by_layer(device) else None
         self._traffic = {"prompt": Traffic(), "decode": Traffic()}
+
+    @property
+    def most_steps(self) -> int:
+        """1, so that each step can be broken off, and counts for itself."""
+        return 1
 
     @property
     def stats(self) -> OffloadStats:
