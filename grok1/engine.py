@@ -50,7 +50,7 @@ CHUNK_LENGTHS = (16, 64, 256, 1024)
 """Prefill shapes. Each is four times the last: at most two chunks of a size, bar the largest."""
 
 _CHUNK_TOKENS = 4096  # most tokens, over all rows, that one chunk computes at a time
-_MOST_STEPS = 8
+_MOST_STEPS = 8  # of a call that decodes: what the host costs is an eighth then
 _SMALLEST_CAPACITY = 256
 _LOGITS_BYTES = 1 << 28  # most memory that the logits of one scored chunk take
 _CAPTURED_BYTES = 1 << 28  # and the captures of one chunk of an observed engine
