@@ -306,7 +306,11 @@ class Engine:
           num_steps: As for `decode`.
           ends: Likewise.
           allowed: Likewise.
+
+        Raises:
+          ValueError: As `decode`.
         """
+        self._check_steps(num_steps)
         return self._run(
             self.greedy_program(), state, num_steps, ends, self.screening_table, allowed
         )
@@ -335,9 +339,20 @@ class Engine:
         Returns:
           The state, and the draws with a leading axis of `most_steps`; those that a row did not
           run are meaningless.
+
+        Raises:
+          ValueError: If a row is given more steps than one call runs.
         """
+        self._check_steps(num_steps)
         program = self.decode_program(num_top, processor)
         return self._run(program, state, num_steps, ends, allowed, sampling)
+
+    def _check_steps(self, num_steps: Int[np.ndarray, " B"]) -> None:
+        if num_steps.max() > self.most_steps:
+            raise ValueError(
+                f"a call decodes at most {self.most_steps} steps of a row here, found "
+                f"{num_steps.max()}; make several calls"
+            )
 
     def abstract_decode_arguments(self, batch: int) -> tuple[Any, Ends, Any, SamplingState]:
         """Returns the shapes and types of what `decode_program` takes beside parameters and state.

@@ -196,11 +196,15 @@ def run_steps(
         drawn = jax.tree.map(lambda all_steps, leaf: all_steps.at[number].set(leaf), drawn, one)
         return number + 1, state, active_in(number + 1, state), drawn
 
+    def goes_on(carry):
+        number, _, active, _ = carry
+        return (number < most) & active.any()
+
     active = active_in(0, state)
     _, shapes = jax.eval_shape(step, state, active)
     drawn = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
-    carry = jax.lax.while_loop(lambda carry: carry[2].any(), run, (0, state, active, drawn))
-    return carry[1], carry[3]
+    _, state, _, drawn = jax.lax.while_loop(goes_on, run, (0, state, active, drawn))
+    return state, drawn
 
 
 def _advanced(state: DecodeState, active: Array, drawn: Array) -> DecodeState:

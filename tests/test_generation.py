@@ -9,7 +9,9 @@ import pytest
 
 import grok1
 from grok1 import generation
+from grok1.capture import as_capture
 from grok1.engine import Engine
+from grok1.sampling import SamplingParams, sampling_state
 from grok1.steps import DecodeState, Ends, Step, run_steps
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [11], [100, 101]]
@@ -149,3 +151,22 @@ def test_a_request_that_is_broken_off_leaves_the_model_usable(nano):
     assert place == 20
     again = nano.generate(PROMPTS[0], max_new_tokens=40, temperature=0, ignore_eos=True)
     assert again.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("greedily", [False, True], ids=["decode", "decode_greedily"])
+@pytest.mark.parametrize("capture", [(), ("router_probs",)], ids=["several", "single"])
+def test_more_steps_than_a_call_runs_are_refused(nano, greedily, capture):
+    engine = nano.engine
+    if capture:
+        engine = engine.observed(as_capture(capture), 256, lambda *_: None)
+    most = engine.most_steps
+    assert most == (1 if capture else 8)
+    state = engine.new_state(np.ones((1, 256), np.int32))
+    nowhere = np.zeros(nano.config.vocab_size, bool)
+    arguments = (np.array([most + 1]), Ends(nowhere, np.array([1])), jnp.asarray(~nowhere))
+    decode = engine.decode_greedily
+    if not greedily:
+        decode = engine.decode
+        arguments += (sampling_state(SamplingParams(), np.zeros((1, 2), np.uint32)),)
+    with pytest.raises(ValueError, match=f"at most {most} steps of a row here, found {most + 1}"):
+        decode(state, *arguments)
