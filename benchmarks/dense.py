@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import grok1
-from grok1.attention import attend
-from grok1.layers import apply_rope, exact_einsum, rms_norm
-from grok1.moe import route
-from grok1.quantization import Weight, dequantize
-from grok1.transformer import Params
+from grok1.nn.transformer import Params
+from grok1.ops.attention import attend
+from grok1.ops.experts import route
+from grok1.ops.layers import apply_rope, exact_einsum, rms_norm
+from grok1.ops.quantized import Weight, dequantize
 
 _CAPACITY = 256
 

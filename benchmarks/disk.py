@@ -7,7 +7,7 @@ import sys
 import time
 
 from benchmarks.process import BenchmarkError
-from grok1.memory import host_bytes_available
+from grok1.machine.host_memory import host_bytes_available
 
 _BUFFER_BYTES = 1 << 23
 _SHARE = 0.9  # of the memory available, so that nothing else is driven out

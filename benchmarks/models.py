@@ -11,8 +11,8 @@ import shutil
 
 import grok1
 from benchmarks.process import ROOT, BenchmarkError, Worker
-from grok1.manifest import manifest
-from grok1.tensor_file import tensor_file_size
+from grok1.checkpoint.tensor_file import tensor_file_size
+from grok1.nn.manifest import manifest
 
 NAMES = ("toy", "bench", "grok1-layers")
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 import grok1
-from grok1.engine import CHUNK_LENGTHS
-from grok1.quantization import QuantizedArray
+from grok1.engine.engine import CHUNK_LENGTHS
+from grok1.ops.quantized import QuantizedArray
 
 _FUSED = re.compile(r"\bfusion\(.*\bcalls=%?([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{$")

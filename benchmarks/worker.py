@@ -16,7 +16,7 @@ import numpy as np
 import grok1
 from benchmarks import profile, programs, roofline, workload
 from benchmarks.dense import DenseDecoder
-from grok1 import native
+from grok1.ops.cpu import bindings
 
 _FIRST_PROMPT = 128
 
@@ -55,7 +55,7 @@ class Session:
     def build_kernels(self) -> dict[str, Any]:
         """Seconds to build and load the native kernels, where there are any."""
         start = time.perf_counter()
-        available = native.is_available()
+        available = bindings.is_available()
         return {"available": available, "seconds": time.perf_counter() - start}
 
     def load(self, path: str) -> dict[str, Any]:

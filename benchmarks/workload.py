@@ -1,6 +1,6 @@
 """Generation with a clock, exactly as `Model.generate` does it.
 
-`Model.generate` is a loop over `batch.Batch` that throws the pieces of text away; here the loop
+`Model.generate` is a loop over `requests.Batch` that throws the pieces of text away; here the loop
 notes when they come, so that one call tells its time to the first token from its steady rate.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 import grok1
-from grok1.batch import Batch
+from grok1.generate.requests import Batch
 
 
 class Timing(NamedTuple):

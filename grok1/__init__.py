@@ -5,12 +5,16 @@ model = grok1.load("checkpoints/toy")
 print(model.generate("The ", max_new_tokens=32).text)
 """
 
+from grok1.checkpoint.tensor_file import CheckpointError
 from grok1.comparison import Comparison, compare
-from grok1.completion import Completion
 from grok1.config import GROK_1, TOY, ModelConfig
-from grok1.distributed import OtherProcessError, initialize_distributed
 from grok1.factory import load, random_model, save
-from grok1.intervention import (
+from grok1.generate.completion import Completion
+from grok1.generate.options import GenerationOptions
+from grok1.machine.processes import OtherProcessError, initialize_distributed
+from grok1.model import Model
+from grok1.planning.planning import Plan, plan
+from grok1.study.intervention import (
     AblateExperts,
     AddToResidual,
     CapLayers,
@@ -19,13 +23,9 @@ from grok1.intervention import (
     ScaleHeads,
     SelectExperts,
 )
-from grok1.model import Model
-from grok1.options import GenerationOptions
-from grok1.planning import Plan, plan
-from grok1.scoring import Choice, Score
-from grok1.tensor_file import CheckpointError
+from grok1.study.scoring import Choice, Score
+from grok1.study.tracing import Trace
 from grok1.tokenizer import Tokenizer
-from grok1.tracing import Trace
 from grok1.version import __version__
 
 __all__ = [

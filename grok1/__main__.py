@@ -8,9 +8,11 @@ import sys
 
 import jax
 
-from grok1 import comparison, conversion, gguf_file, inspection, planning, verification
+from grok1 import comparison
+from grok1.care import conversion, gguf_file, inspection, verification
+from grok1.checkpoint.directory import load_config
 from grok1.config import GROK_1
-from grok1.directory import load_config
+from grok1.planning import planning
 
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 

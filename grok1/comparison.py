@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from grok1 import html
-from grok1.batch import Prompt, encode_prompt
-from grok1.directory import load_config
-from grok1.engine import CHUNK_LENGTHS
+from grok1 import reprs
+from grok1.checkpoint.directory import load_config
+from grok1.engine.engine import CHUNK_LENGTHS
 from grok1.factory import load
+from grok1.generate.options import check_ids
+from grok1.generate.requests import Prompt, encode_prompt
 from grok1.model import Model
-from grok1.options import check_ids
 
 Source = Model | str | os.PathLike[str]
 """A model, its directory, or a file of saved logits."""
@@ -165,7 +165,7 @@ class Comparison(NamedTuple):
                 ),
             ]
         rows += [("note", note) for note in self.notes]
-        return html.table("Comparison", rows)
+        return reprs.table("Comparison", rows)
 
     def lines(self) -> list[str]:
         """The same as tables."""

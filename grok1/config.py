@@ -10,7 +10,7 @@ import math
 import pathlib
 from typing import Any
 
-from grok1 import html
+from grok1 import reprs
 
 _DERIVED = math.nan  # stands for a multiplier that was not given
 
@@ -119,7 +119,7 @@ class ModelConfig:
             (f"{name} ({_LETTERS[name]})" if name in _LETTERS else name, _for_people(value))
             for name, value in values.items()
         ]
-        return html.table("ModelConfig", rows)
+        return reprs.table("ModelConfig", rows)
 
     @property
     def ffn_size(self) -> int:

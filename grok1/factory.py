@@ -8,18 +8,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grok1 import precision
-from grok1.checkpoint import save_checkpoint
+from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.checkpoint.loading import load_params
+from grok1.checkpoint.released import save_checkpoint
+from grok1.checkpoint.stacking import random_params, unstack
 from grok1.config import ModelConfig
-from grok1.directory import load_config, open_tensors
-from grok1.distributed import together
-from grok1.loading import load_params
-from grok1.manifest import in_memory, manifest
-from grok1.memory import abstract_engine, abstract_weights
+from grok1.machine.processes import together
 from grok1.model import Model
-from grok1.offloading import Offload, is_offloaded, load_offloaded
-from grok1.sharding import make_mesh
-from grok1.stacking import random_params, unstack
+from grok1.nn import precision
+from grok1.nn.manifest import in_memory, manifest
+from grok1.nn.sharding import make_mesh
+from grok1.offload.runner import Offload, is_offloaded, load_offloaded
+from grok1.planning.memory import abstract_engine, abstract_weights
 from grok1.tokenizer import Tokenizer
 
 MeshLike = Mesh | Sequence[int] | str | None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from grok1.factory import load
 from grok1.model import Model
-from grok1.scoring import continuation_logprobs, encode_pair
+from grok1.study.scoring import continuation_logprobs, encode_pair
 
 try:
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]

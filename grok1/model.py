@@ -11,19 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import html, precision, scoring
-from grok1.batch import Batch, Prompt, is_batch
-from grok1.completion import Completion
+from grok1 import reprs
 from grok1.config import ModelConfig
-from grok1.engine import Engine
-from grok1.intervention import Intervention
-from grok1.manifest import TensorSpec
-from grok1.offloading import OffloadedEngine, OffloadStats
-from grok1.options import GenerationOptions, check_ids
-from grok1.scoring import Choice, Score
+from grok1.engine.engine import Engine
+from grok1.generate.completion import Completion
+from grok1.generate.options import GenerationOptions, check_ids
+from grok1.generate.requests import Batch, Prompt, is_batch
+from grok1.nn import precision
+from grok1.nn.manifest import TensorSpec
+from grok1.nn.transformer import Params
+from grok1.offload.runner import OffloadedEngine, OffloadStats
+from grok1.study import scoring
+from grok1.study.intervention import Intervention, prepare
+from grok1.study.scoring import Choice, Score
+from grok1.study.tracing import Trace, trace, trace_generation
 from grok1.tokenizer import Tokenizer
-from grok1.tracing import Trace, trace, trace_generation
-from grok1.transformer import Params
 
 
 class Model:
@@ -130,7 +132,7 @@ class Model:
             ("vocabulary", f"{config.vocab_size:,}" + ("" if self.tokenizer else ", no tokenizer")),
             ("context", f"{config.sequence_len:,} tokens"),
         ]
-        return html.table("Grok-1 model", rows)
+        return reprs.table("Grok-1 model", rows)
 
     def logits(self, tokens) -> np.ndarray:
         """Computes the next-token logits after every position.
@@ -320,7 +322,7 @@ class Model:
         as it is.
 
         Args:
-          *interventions: Those of `grok1.intervention`.
+          *interventions: Those of `grok1.study.intervention`.
 
         Raises:
           TypeError: If one is no intervention.
@@ -328,7 +330,8 @@ class Model:
             it has forced; a patch of another length says so when a text is run.
         """
         changed = copy.copy(self)
-        changed.engine = self.engine.intervened(interventions)
+        everything = (*self.engine.interventions, *interventions)
+        changed.engine = self.engine.intervened(everything, prepare(everything, self.config))
         yield changed
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from grok1 import html
-from grok1.scoring import Score
-from grok1.tracing import Trace
+from grok1 import reprs
+from grok1.study.scoring import Score
+from grok1.study.tracing import Trace
 
 try:
     from matplotlib import colormaps
@@ -252,7 +252,7 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
     return figure
 
 
-def surprisal(score: Score) -> html.Fragment:
+def surprisal(score: Score) -> reprs.Fragment:
     """Draws a text in HTML, each token coloured by how little the model expected it.
 
     Args:
@@ -261,7 +261,7 @@ def surprisal(score: Score) -> html.Fragment:
     Returns:
       HTML that a notebook shows, and `str` returns: surprisal in bits, with a legend.
     """
-    return html.Fragment(score._repr_html_())
+    return reprs.Fragment(score._repr_html_())
 
 
 def _figure(width: float, height: float) -> Plot:
@@ -309,7 +309,7 @@ def _spellings(trace: Trace, tokens: Iterable[int]) -> dict[int, str]:
 def _drawable(piece: str) -> str:
     """A piece as it can be drawn: visible spaces, and codes for what the font does not have."""
     known = _characters()
-    text = html.readable(piece).replace("\n", "↵").replace(" ", "␣")
+    text = reprs.readable(piece).replace("\n", "↵").replace(" ", "␣")
     return "".join(
         char if ord(char) in known else char.encode("unicode_escape").decode() for char in text
     )

@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import grok1
+from grok1.checkpoint.stacking import unstack
 from grok1.config import ModelConfig
-from grok1.quantization import QuantizedArray, refine_groups
-from grok1.sharding import abstract_stack
-from grok1.stacking import unstack
-from grok1.transformer import NamedParams, Params, naming
+from grok1.nn.sharding import abstract_stack
+from grok1.nn.transformer import NamedParams, Params, naming
+from grok1.ops.quantized import QuantizedArray, refine_groups
 
 
 def relative_error(found, expected) -> float:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1 import native
-from grok1.attention import KVCache, append, attend, attend_cache, attention_map
+from grok1.ops.attention import KVCache, append, attend, attend_cache, attention_map
+from grok1.ops.cpu import bindings
 from tests.helpers import relative_error
 
 B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
@@ -282,7 +282,7 @@ def test_chunks_through_the_cache_make_the_whole():
 
 @pytest.mark.parametrize(("length", "group"), [(1, 1), (1, 5), (2, 3), (40, 5)])
 def test_native_attention_with_long_rows(length, group):
-    if not native.is_available():
+    if not bindings.is_available():
         pytest.skip("no native kernels on this machine")
     # More than a chunk of keys; a head size with and beyond full vectors.
     batch, heads, capacity, head_dim = 2, 3, 1300, 70

@@ -3,8 +3,9 @@
 import pytest
 
 import grok1
-from grok1 import bandwidth, mapping
-from grok1.directory import load_config, open_tensors
+from grok1.checkpoint import mapping
+from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.planning import bandwidth
 
 
 @pytest.mark.parametrize("is_mapped", [True, False])

@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1 import checkpoint
-from grok1.checkpoint import check_scales, open_checkpoint, save_checkpoint
-from grok1.manifest import TensorSpec, file_name
-from grok1.tensor_file import CheckpointError, read_header, read_span, write_tensor
+from grok1.checkpoint import released
+from grok1.checkpoint.released import check_scales, open_checkpoint, save_checkpoint
+from grok1.checkpoint.tensor_file import CheckpointError, read_header, read_span, write_tensor
+from grok1.nn.manifest import TensorSpec, file_name
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 D, F, V, E = 6, 8, 10, 2
@@ -317,7 +317,7 @@ def test_a_full_disk_is_one_clear_message(directory, tmp_path, monkeypatch):
         if path.name == file_name(2):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(checkpoint, "write_tensor", full)
+    monkeypatch.setattr(released, "write_tensor", full)
     with pytest.raises(CheckpointError) as caught:
         save_checkpoint(tmp_path / "other" / "ckpt-0", tensors_of(MANIFEST))
     sizes = [(directory / file_name(i)).stat().st_size for i in range(3)]

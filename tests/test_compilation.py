@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import announcement, compilation, native
-from grok1.announcement import announced
-from grok1.compilation import Program
-from grok1.engine import Engine
+from grok1.engine import compilation
+from grok1.engine.compilation import Program
+from grok1.engine.engine import Engine
+from grok1.machine import announcement
+from grok1.machine.announcement import announced
+from grok1.ops.cpu import bindings
 
 
 @pytest.fixture
 def tests_own_cache():
-    native.is_available()
+    bindings.is_available()
     return pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "grok1"
 
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from grok1.completion import Completion, CompletionBuilder
-from grok1.generation import Sampled
+from grok1.generate.completion import Completion, CompletionBuilder
+from grok1.generate.scheduler import Sampled
 from grok1.tokenizer import StreamDecoder, Tokenizer
 
 

@@ -19,20 +19,21 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import __main__, conversion, staging
-from grok1.conversion import convert
-from grok1.directory import open_tensors
-from grok1.quantization import dequantize
-from grok1.storage import read_matrix
-from grok1.tensor_file import CheckpointError, read_header
+from grok1 import __main__
+from grok1.care import conversion, staging
+from grok1.care.conversion import convert
+from grok1.checkpoint.directory import open_tensors
+from grok1.checkpoint.storage import read_matrix
+from grok1.checkpoint.tensor_file import CheckpointError, read_header
+from grok1.ops.quantized import dequantize
 from tests.conftest import GOLDEN, TOY
 from tests.helpers import named_params, relative_error
 
 # Slow enough that a signal lands where it is aimed at, fast enough for a test.
 SLOW_CONVERSION = """
 import sys, time
-from grok1 import staging
-from grok1.conversion import convert
+from grok1.care import staging
+from grok1.care.conversion import convert
 whole = staging._write_piece
 def slow(*arguments):
     time.sleep(0.002)

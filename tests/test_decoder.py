@@ -9,11 +9,11 @@ import pytest
 
 import grok1
 from grok1.config import GROK_1, ModelConfig
-from grok1.engine import Engine
-from grok1.manifest import abstract_params
-from grok1.quantization import QuantizedArray, dequantize, quantize
-from grok1.sharding import abstract_stack, make_mesh
-from grok1.transformer import forward, naming
+from grok1.engine.engine import Engine
+from grok1.nn.manifest import abstract_params
+from grok1.nn.sharding import abstract_stack, make_mesh
+from grok1.nn.transformer import forward, naming
+from grok1.ops.quantized import QuantizedArray, dequantize, quantize
 from tests.helpers import count_collectives, named_params, relative_error, stack
 
 MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import distributed
+from grok1.machine import processes
 from tests.helpers import relative_error
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def test_the_death_of_one_process_ends_all(victim, start, nano_path):
         "    time.sleep(1)\n"
         "    return preadv(*arguments)\n"
         "os.preadv = slow\n"
-        "from grok1 import distributed; distributed._HEARTBEAT_SECONDS = {heartbeat}\n"
+        "from grok1.machine import processes; processes._HEARTBEAT_SECONDS = {heartbeat}\n"
         + JOIN
         + "print('loading', flush=True)\n"
         + f"grok1.load({str(nano_path)!r})\n"
@@ -207,7 +207,7 @@ def test_a_lone_process_needs_no_others(monkeypatch):
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     assert grok1.initialize_distributed() == 0
-    with distributed.together() as check:
+    with processes.together() as check:
         check()
 
 
@@ -215,7 +215,7 @@ def test_a_lone_process_needs_no_others(monkeypatch):
 def joined(monkeypatch) -> list[tuple]:
     """Stands in for JAX's own joining; holds the arguments it was called with."""
     given = []
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a, **k: given.append(a))
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *a, **k: given.append(a))
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     return given
@@ -245,7 +245,7 @@ def test_the_address_in_the_environment_counts(joined, monkeypatch):
 
 def test_a_lone_process_takes_the_gpus_it_is_told(joined, monkeypatch):
     found = {}
-    monkeypatch.setattr(distributed.jax.config, "update", found.__setitem__)
+    monkeypatch.setattr(processes.jax.config, "update", found.__setitem__)
     assert grok1.initialize_distributed(local_device_ids=[2, 3]) == 0
     assert found == {"jax_cuda_visible_devices": "2,3", "jax_rocm_visible_devices": "2,3"}
     assert not joined
@@ -279,8 +279,8 @@ def test_impossible_arguments_are_refused(arguments, message, joined):
 
 
 def test_a_coordinator_that_does_not_answer_is_an_error(joined, monkeypatch):
-    monkeypatch.setattr(distributed, "_START_SECONDS", 0.1)
-    monkeypatch.setattr(distributed, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "_START_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "_RETRY_SECONDS", 0.01)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"

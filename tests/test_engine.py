@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import native
 from grok1.config import GROK_1
-from grok1.engine import CHUNK_LENGTHS, Engine
-from grok1.manifest import abstract_params
-from grok1.sharding import abstract_stack, make_mesh
-from grok1.transformer import naming
+from grok1.engine.engine import CHUNK_LENGTHS, Engine
+from grok1.nn.manifest import abstract_params
+from grok1.nn.sharding import abstract_stack, make_mesh
+from grok1.nn.transformer import naming
+from grok1.ops.cpu import bindings
 
 
 @pytest.fixture(scope="module")
@@ -109,5 +109,5 @@ def test_a_decode_step_does_not_pay_for_capacity(mesh, cache_dtype):
     (small_temporaries, small_reads), (temporaries, reads) = found
     assert temporaries <= small_temporaries + 8192
     # Of a call into C++, XLA counts what it is given, not what it reads.
-    if cache_dtype == "int8" or not native.is_available():
+    if cache_dtype == "int8" or not bindings.is_available():
         assert reads <= small_reads + 8192

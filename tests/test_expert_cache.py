@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grok1.expert_cache import ExpertCache
+from grok1.offload.expert_cache import ExpertCache
 
 
 def run(accesses, capacity, per_step=1 << 30):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import generation
-from grok1.capture import as_capture
-from grok1.engine import Engine
-from grok1.sampling import SamplingParams, sampling_state
-from grok1.steps import DecodeState, Ends, Step, run_steps
+from grok1.engine.engine import Engine
+from grok1.engine.sampling import SamplingParams, sampling_state
+from grok1.engine.steps import DecodeState, Ends, Step, run_steps
+from grok1.generate import scheduler
+from grok1.nn.capture import as_capture
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [11], [100, 101]]
 
@@ -68,7 +68,7 @@ def test_rows_run_their_own_steps_or_to_their_own_end():
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[np.ndarray, np.ndarray]]:
     """(steps of each row, lengths after them) of every call that decodes; time is no object."""
-    monkeypatch.setattr(generation, "_DELIVERY", 1e9)
+    monkeypatch.setattr(scheduler, "_DELIVERY", 1e9)
     seen = []
     for name in ("decode", "decode_greedily"):
         method = getattr(Engine, name)
@@ -131,17 +131,17 @@ def test_what_a_token_cannot_tell_is_asked_after_every_step(toy, calls):
 
 
 def test_slow_tokens_are_not_collected(nano, calls, monkeypatch):
-    monkeypatch.setattr(generation, "_DELIVERY", 1e-9)
+    monkeypatch.setattr(scheduler, "_DELIVERY", 1e-9)
     nano.generate(PROMPTS[0], max_new_tokens=12, ignore_eos=True)
     assert [int(steps.max()) for steps, _ in calls] == [1] * 12
 
 
 def test_a_request_that_is_broken_off_leaves_the_model_usable(nano):
     expected = nano.generate(PROMPTS[0], max_new_tokens=40, temperature=0, ignore_eos=True)
-    requests = [generation.Request(PROMPTS[0], 40, seed=0)]
+    requests = [scheduler.Request(PROMPTS[0], 40, seed=0)]
     everything = np.ones(nano.config.vocab_size, bool)
     params = grok1.GenerationOptions(temperature=0).sampling()
-    stream = generation.generate(nano.engine, requests, params, everything, ~everything)
+    stream = scheduler.generate(nano.engine, requests, params, everything, ~everything)
     for place, (row, sampled) in enumerate(stream):
         assert row == 0
         assert sampled.token == expected.tokens[place]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.html import readable, surprisal_text, table
+from grok1.reprs import readable, surprisal_text, table
 
 
 class Checker(html.parser.HTMLParser):

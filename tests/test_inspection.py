@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from grok1 import __main__, inspection
-from grok1.conversion import convert
-from grok1.quantization import QuantizedArray, dequantize
+from grok1 import __main__
+from grok1.care import inspection
+from grok1.care.conversion import convert
+from grok1.ops.quantized import QuantizedArray, dequantize
 from tests.helpers import named_params
 
 

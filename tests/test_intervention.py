@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.engine import Engine
-from grok1.intervention import (
-    STREAM_POINTS,
+from grok1.engine.engine import Engine
+from grok1.nn.hooks import STREAM_POINTS, redirect
+from grok1.nn.transformer import forward, naming
+from grok1.ops.experts import Routing, choose_experts, experts_dense
+from grok1.ops.quantized import QuantizedArray
+from grok1.study.intervention import (
     AblateExperts,
     AddToResidual,
     CapLayers,
@@ -21,11 +24,7 @@ from grok1.intervention import (
     ScaleHeads,
     SelectExperts,
     prepare,
-    redirect,
 )
-from grok1.moe import Routing, choose_experts, experts_dense
-from grok1.quantization import QuantizedArray
-from grok1.transformer import forward, naming
 from tests.helpers import named_params, relative_error
 
 MESHES = [(1, 1), (2, 4)]
@@ -224,7 +223,7 @@ def test_what_is_forced_may_be_chosen_anew_elsewhere(nano, tokens):
     message = "^SelectExperts: it lets the router of layer 3 choose anew where Patch, which comes"
     later = SelectExperts(3, layers=3, positions=9)
     with nano.intervene(patch) as changed, pytest.raises(ValueError, match=message):
-        changed.engine.intervened([later])
+        prepare([*changed.engine.interventions, later], nano.config)
     prepare([SelectExperts(3), patch], nano.config)
 
 
@@ -437,7 +436,8 @@ def test_what_is_compiled_is_a_part_of_the_identity(nano):
         (AblateExperts(1),),
         (AblateExperts(1, reroute=True),),
     ):
-        engine: Engine = nano.engine.intervened(interventions)
+        hooks = prepare(interventions, nano.config)
+        engine: Engine = nano.engine.intervened(interventions, hooks)
         identities.add(engine.prefill_program(16)._identity)
         identities.add(engine.score_program(16, ("residual",))._identity)
     assert len(identities) == 16

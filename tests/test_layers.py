@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1.layers import apply_rope, rms_norm
+from grok1.ops.layers import apply_rope, rms_norm
 
 
 def normal(seed, *shape, dtype=jnp.float32):

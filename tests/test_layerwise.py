@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import AblateExperts, AddToResidual, device_experts, expert_store, memory, offloading
-from grok1.expert_store import pageable_buffer
-from grok1.manifest import file_name
+from grok1 import AblateExperts, AddToResidual
+from grok1.nn.manifest import file_name
+from grok1.offload import device_experts, expert_store, runner
+from grok1.offload.expert_store import pageable_buffer
+from grok1.planning import memory
 from tests.helpers import relative_error
 
 GREEDY = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
@@ -23,16 +25,16 @@ ROUNDING = 1e-5
 
 @pytest.fixture(autouse=True)
 def by_layer(monkeypatch):
-    monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
-    monkeypatch.setattr(offloading, "runs_by_layer", lambda device: True)
+    monkeypatch.setattr(runner, "WORKING_BYTES", 0)
+    monkeypatch.setattr(runner, "runs_by_layer", lambda device: True)
 
 
 @pytest.fixture(scope="module")
 def shared(copied) -> grok1.Model:
     # Once for the module, which is wider than the patches of a test.
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(offloading, "WORKING_BYTES", 0)
-        patches.setattr(offloading, "runs_by_layer", lambda device: True)
+        patches.setattr(runner, "WORKING_BYTES", 0)
+        patches.setattr(runner, "runs_by_layer", lambda device: True)
         return load(copied)
 
 
@@ -46,7 +48,7 @@ def with_room(model, on_host, on_device, monkeypatch):
     engine = model.engine
     state = memory.state_bytes(engine, 1, engine.capacity_for(96))
     num_bytes = engine.store.num_bytes
-    engine.budget_bytes = offloading.fixed_bytes(engine, engine.store) + state + on_host * num_bytes
+    engine.budget_bytes = runner.fixed_bytes(engine, engine.store) + state + on_host * num_bytes
     engine.store.resize(0)
     engine.device_experts.cache.shrink(0)
     for name in engine._traffic:
@@ -54,9 +56,9 @@ def with_room(model, on_host, on_device, monkeypatch):
 
     def available(device):
         kept = len(engine.device_experts.cache)
-        return state + (on_device + offloading._NUM_IN_TRANSFER - kept) * num_bytes
+        return state + (on_device + runner._NUM_IN_TRANSFER - kept) * num_bytes
 
-    monkeypatch.setattr(offloading, "device_bytes_available", available)
+    monkeypatch.setattr(runner, "device_bytes_available", available)
     return model
 
 
@@ -144,7 +146,7 @@ def test_pinned_memory_is_written_in_place_and_is_no_alias_of_what_was_sent():
 def test_without_pinned_memory_it_is_sent_from_ordinary_memory(
     copied, nano, nano_reference, monkeypatch
 ):
-    monkeypatch.setattr(offloading, "has_pinned_memory", lambda device: False)
+    monkeypatch.setattr(runner, "has_pinned_memory", lambda device: False)
     model = load(copied)
     assert model.engine.store._new_buffer.func is pageable_buffer
     tokens = nano_reference["tokens"]

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import loading
-from grok1.manifest import file_name, manifest
-from grok1.quantization import dequantize
-from grok1.tensor_file import read_header, read_span, write_tensor
+from grok1.checkpoint import loading
+from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
+from grok1.nn.manifest import file_name, manifest
+from grok1.ops.quantized import dequantize
 from tests.helpers import named_params, relative_error
 
 

@@ -2,9 +2,9 @@
 
 import json
 
+from grok1.checkpoint.tensor_file import tensor_file_size
 from grok1.config import GROK_1, ModelConfig
-from grok1.manifest import file_name, manifest
-from grok1.tensor_file import tensor_file_size
+from grok1.nn.manifest import file_name, manifest
 from tests.conftest import GOLDEN
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.transformer import forward, naming
+from grok1.nn.transformer import forward, naming
 from tests.helpers import named_params, relative_error
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1 import moe, native
-from grok1.moe import (
+from grok1.ops import experts as experts_module
+from grok1.ops.cpu import bindings
+from grok1.ops.experts import (
     ExpertWeights,
     Routing,
     expert_ffn,
@@ -17,7 +18,7 @@ from grok1.moe import (
     experts_sparse,
     route,
 )
-from grok1.quantization import dequantize, quantize
+from grok1.ops.quantized import dequantize, quantize
 
 D, F = 7, 11
 
@@ -41,7 +42,7 @@ def in_form(x, weights, index, routing, valid, form):
 
 
 def skip_unless_it_runs_here(form):
-    if form == "native" and not native.is_available():
+    if form == "native" and not bindings.is_available():
         pytest.skip("no native kernels on this machine")
 
 
@@ -182,7 +183,7 @@ def test_an_expert_runs_once_for_each_block_of_its_valid_rows(monkeypatch, num_t
         jax.debug.callback(lambda expert: runs.append(int(expert)), index[-1])
         return expert_ffn(x, weights, index, num_valid)
 
-    monkeypatch.setattr(moe, "expert_ffn", recording_ffn)
+    monkeypatch.setattr(experts_module, "expert_ffn", recording_ffn)
     x, routing = random_inputs(num_tokens, 8, 2)
     valid = np.arange(num_tokens) % 3 != 1
     choices = np.where(np.arange(num_tokens)[:, None] < 5, [6, 1], [4, 6])

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grok1 import native
+from grok1.ops.cpu import bindings, build
 
-ask_again = native._is_available.__wrapped__
+ask_again = bindings._is_available.__wrapped__
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def pretend_to_compile(monkeypatch):
         with open(library, "w") as file:
             file.write(f"{len(runs)}")
 
-    monkeypatch.setattr(native, "_compile", compile)
+    monkeypatch.setattr(build, "_compile", compile)
     return runs
 
 
@@ -90,22 +90,22 @@ def test_a_damaged_library_is_built_anew(monkeypatch, cache):
             raise OSError("file too short")
         return "library"
 
-    monkeypatch.setattr(native.ctypes, "CDLL", load)
-    assert native._loaded_library() == "library"
+    monkeypatch.setattr(build.ctypes, "CDLL", load)
+    assert build.loaded_library() == "library"
     assert tried == ["1", "2"]
     assert len(runs) == 2
 
 
 def test_the_library_is_built_once_and_again_for_other_inputs(monkeypatch, cache):
     runs = pretend_to_compile(monkeypatch)
-    first = native._built_library()
+    first = build._built_library()
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert native._built_library() == first
+    assert build._built_library() == first
     assert len(runs) == 1
     changes = {"_FLAGS": ("-O0",), "instructions": lambda: "another", "version": lambda name: "0"}
     for name, value in changes.items():
-        monkeypatch.setattr(native, name, value)
-        native._built_library()
+        monkeypatch.setattr(build, name, value)
+        build._built_library()
     assert sorted(path.read_text() for path in cache.iterdir()) == ["1", "2", "3", "4"]
 
 
@@ -113,34 +113,34 @@ def test_nothing_is_left_of_a_build_that_is_interrupted(monkeypatch, cache):
     def interrupt(compiler, library):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(native, "_compile", interrupt)
+    monkeypatch.setattr(build, "_compile", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        native._built_library()
+        build._built_library()
     assert list(cache.iterdir()) == []
 
 
 def test_a_matrix_beyond_the_stack_is_an_error():
-    if not native.is_available():
+    if not bindings.is_available():
         pytest.skip("no native kernels on this machine")
     values, scales = jnp.zeros((3, 4, 5), jnp.int8), jnp.zeros((3, 1, 5), jnp.bfloat16)
-    product = jax.jit(native.quantized_matmul)
+    product = jax.jit(bindings.quantized_matmul)
     with pytest.raises(jax.errors.JaxRuntimeError, match="matrix 3 of a stack of 3"):
         product(jnp.zeros((1, 4)), values, scales, (3,), 1).block_until_ready()
 
 
 PRODUCT = """
 import sys, jax, numpy as np
-from grok1 import native
+from grok1.ops.cpu import bindings, build
 rng = np.random.default_rng(0)
 values = rng.integers(-127, 128, (700, 1200), dtype=np.int8)
 scales = rng.uniform(1, 2, (2, 1200)).astype(jax.numpy.bfloat16)
-out = jax.jit(native.quantized_matmul)(rng.random((3, 700), np.float32), values, scales, (), 3)
+out = jax.jit(bindings.quantized_matmul)(rng.random((3, 700), np.float32), values, scales, (), 3)
 sys.stdout.buffer.write(np.asarray(out).tobytes())
 """
 
 
 def test_processes_that_build_at_once_agree_whatever_their_number_of_threads(cache):
-    if not native.is_available():
+    if not bindings.is_available():
         pytest.skip("no native kernels on this machine")
     processes = [
         subprocess.Popen(
@@ -159,7 +159,7 @@ def test_processes_that_build_at_once_agree_whatever_their_number_of_threads(cac
 @pytest.fixture(scope="module")
 def forecast(tmp_path_factory) -> ctypes.CDLL:
     """`note(address, size, most)`, and `count()`: how often there was more to fetch."""
-    compiler = next(filter(None, map(shutil.which, native._COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, build._COMPILERS)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
     directory = tmp_path_factory.mktemp("forecast")
@@ -175,7 +175,7 @@ def forecast(tmp_path_factory) -> ctypes.CDLL:
           return fetched;
         }
     """)
-    flags = [*native._FLAGS, f"-I{native._SOURCES}"]
+    flags = [*build._FLAGS, f"-I{build._SOURCES}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     found = ctypes.CDLL(str(library))
     found.note.argtypes = [ctypes.c_int64] * 3

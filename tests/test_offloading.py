@@ -19,8 +19,13 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import announcement, conversion, expert_store, mapping, memory, native, offloading
-from grok1.manifest import file_name
+from grok1.care import conversion
+from grok1.checkpoint import mapping
+from grok1.machine import announcement
+from grok1.nn.manifest import file_name
+from grok1.offload import expert_store, runner
+from grok1.ops.cpu import bindings
+from grok1.planning import memory
 from tests.conftest import TOY
 from tests.helpers import relative_error
 
@@ -30,7 +35,7 @@ GREEDY = {"max_new_tokens": 32, "temperature": 0, "ignore_eos": True}
 @pytest.fixture(autouse=True)
 def no_reserve(monkeypatch):
     """Budgets of these tests are of kilobytes: nothing is set apart for Python and JAX."""
-    monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
+    monkeypatch.setattr(runner, "WORKING_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def with_room(model, num_experts, context=96, batch=1):
     """Empties the memory and leaves room for so many experts at a context and batch."""
     engine = model.engine
     engine.budget_bytes = (
-        offloading.fixed_bytes(engine, engine.store)
+        runner.fixed_bytes(engine, engine.store)
         + memory.state_bytes(engine, batch, engine.capacity_for(context))
         + num_experts * engine.store.num_bytes
     )
@@ -142,7 +147,7 @@ def test_captures_are_those_of_the_resident_model(offloaded, nano):
 
 
 def test_without_kernels_it_goes_through_xla(copied, nano_reference, monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(bindings, "is_available", lambda: False)
     offloaded = load(copied, 4)
     tokens = nano_reference["tokens"]
     assert relative_error(offloaded.logits(tokens), nano_reference["logits_f64"]) <= 2e-5
@@ -213,7 +218,7 @@ def test_auto_offloads_what_does_not_fit(nano_path, nano, monkeypatch, capfd):
     said = capfd.readouterr().err
     assert said == "grok1: the model takes 0.00 GB: experts are read when they are needed\n"
     monkeypatch.setattr(memory, "host_bytes_available", lambda: 2_600_000)
-    monkeypatch.setattr(offloading, "host_bytes_available", lambda: 3_000_000)
+    monkeypatch.setattr(runner, "host_bytes_available", lambda: 3_000_000)
     model = grok1.load(nano_path, mesh=(1, 1), dtype="float32", progress=False)
     assert "the model does not fit: it takes 0.00 GB of weights" in capfd.readouterr().err
     assert model.engine.budget_bytes == 2_400_000
@@ -327,7 +332,7 @@ def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkey
     assert all(still_held)
     assert threads() == []
     assert mapped_files(str(copied)) == []
-    monkeypatch.setattr(offloading, "WORKING_BYTES", 0)
+    monkeypatch.setattr(runner, "WORKING_BYTES", 0)
     assert model.generate(prompt, **GREEDY) == before
     buffers = [weakref.ref(buffer.matrices[0]) for buffer in store._cache._held.values()]
     assert len(buffers) == 3
@@ -341,14 +346,14 @@ def test_a_long_prompt_shows_its_layers_on_a_terminal(offloaded, monkeypatch):
         def isatty(self):
             return True
 
-    class Bar(offloading.tqdm):
+    class Bar(runner.tqdm):
         def close(self):
             if not self.disable:
                 reached.append(self.n)
             super().close()
 
     reached: list[int] = []
-    monkeypatch.setattr(offloading, "tqdm", Bar)
+    monkeypatch.setattr(runner, "tqdm", Bar)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(announcement, "PATIENCE", 0)
     offloaded.generate(list(range(20)), **GREEDY)

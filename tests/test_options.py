@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from grok1.options import GenerationOptions, check_ids
-from grok1.sampling import SamplingParams
+from grok1.engine.sampling import SamplingParams
+from grok1.generate.options import GenerationOptions, check_ids
 
 
 def exactly(message):

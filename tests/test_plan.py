@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import compiled_memory, memory, planning
 from grok1.__main__ import main
+from grok1.care.conversion import convert
+from grok1.checkpoint.directory import open_tensors
 from grok1.config import GROK_1, TOY
-from grok1.conversion import convert
-from grok1.directory import open_tensors
-from grok1.manifest import in_memory, manifest
-from grok1.memory import (
+from grok1.machine import host_memory
+from grok1.nn.manifest import in_memory, manifest
+from grok1.nn.sharding import abstract_mesh, make_mesh
+from grok1.planning import compiled_memory, memory, planning
+from grok1.planning.memory import (
     abstract_engine,
     fewest_devices,
     least_bytes,
@@ -28,7 +30,6 @@ from grok1.memory import (
     shard_bytes,
     state_bytes,
 )
-from grok1.sharding import abstract_mesh, make_mesh
 from tests.conftest import TOY as TOY_PATH
 
 ROOM = {"working": 210_000_000, "largest_batch": 32, "largest_context": 8192}
@@ -334,7 +335,7 @@ def test_the_first_layers_of_the_real_model_fit_where_all_do_not(compiled):
 
 
 def test_the_output_heads_table_and_working_memory_are_needed_too(monkeypatch):
-    monkeypatch.setattr(memory.native, "is_available", lambda: True)
+    monkeypatch.setattr(memory.bindings, "is_available", lambda: True)
     mesh = make_mesh(GROK_1, (1, 1))
     engine = abstract_engine(released_weights(GROK_1), GROK_1, mesh, "float32")
     assert memory.working_bytes(engine) == 131072 * (6144 + 8) + 10**9
@@ -404,11 +405,11 @@ def test_accelerators_are_asked_one_by_one(monkeypatch):
 def test_host_memory_is_at_most_the_machines_and_the_containers(monkeypatch):
     lines = [line.split() for line in pathlib.Path("/proc/meminfo").read_text().splitlines()]
     total = 1024 * sum(int(f[1]) for f in lines if f[0] in ("MemTotal:", "SwapTotal:"))
-    available = memory.host_bytes_available()
+    available = host_memory.host_bytes_available()
     assert available is not None
     assert 0 < available <= total
-    monkeypatch.setattr(memory, "_group_limits", lambda swap: iter([12345 + swap]))
-    limited = memory.host_bytes_available()
+    monkeypatch.setattr(host_memory, "_group_limits", lambda swap: iter([12345 + swap]))
+    limited = host_memory.host_bytes_available()
     assert limited is not None
     assert 12345 <= limited <= available
 
@@ -421,15 +422,15 @@ def test_a_control_group_leaves_its_limit_less_what_is_no_file(monkeypatch, tmp_
     (group / "memory.stat").write_text("anon 300\nfile 600\nshmem 50\n")
     own = tmp_path / "own"
     own.write_text("1:name=systemd:/\n0::/job\n")
-    assert list(memory._group_limits(7, tmp_path, own)) == [1000 - 350 + 7]
+    assert list(host_memory._group_limits(7, tmp_path, own)) == [1000 - 350 + 7]
     own.write_text("9:cpu,cpuacct:/job\n8:memory:/job\n")
     first = tmp_path / "memory" / "job"
     first.mkdir(parents=True)
     (first / "memory.limit_in_bytes").write_text("2000\n")
     (first / "memory.stat").write_text("cache 900\ntotal_rss 400\ntotal_shmem 60\n")
-    assert list(memory._group_limits(7, tmp_path, own)) == [2000 - 460 + 7]
+    assert list(host_memory._group_limits(7, tmp_path, own)) == [2000 - 460 + 7]
     own.unlink()
-    assert not list(memory._group_limits(7, tmp_path, own))
+    assert not list(host_memory._group_limits(7, tmp_path, own))
 
 
 def test_what_is_measured_is_said_and_what_is_given_is_not_measured(compiled, monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.image import AxesImage
 
 from grok1 import plots
-from grok1.intervention import ForceExperts
-from grok1.tracing import Trace
+from grok1.study.intervention import ForceExperts
+from grok1.study.tracing import Trace
 
 CAPTURE = ("router", "attention", "logit_lens")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grok1 import native, quantization
-from grok1.quantization import (
+from grok1.ops import quantized
+from grok1.ops.cpu import bindings
+from grok1.ops.quantized import (
     QuantizedArray,
     dequantize,
     matmul,
@@ -51,7 +52,7 @@ def float64_weight(weight):
 
 
 def skip_unless_it_runs_here(implementation):
-    if implementation == "native" and not native.is_available():
+    if implementation == "native" and not bindings.is_available():
         pytest.skip("no native kernels on this machine")
 
 
@@ -145,7 +146,7 @@ def test_matmul_by_hand():
 def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead, implementation):
     skip_unless_it_runs_here(implementation)
     # Seven rows of float at most: tiles of 6 rows in one group of 120, of 5 rows in groups of 15.
-    monkeypatch.setattr(quantization, "_TILE_ELEMENTS", 7 * N)
+    monkeypatch.setattr(quantized, "_TILE_ELEMENTS", 7 * N)
     weight = random_weight(lead, num_groups=num_groups)
     index = tuple(size - 1 for size in lead)
     x = normal(1, M, K)

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1 import reading
-from grok1.reading import Reader, Target
-from grok1.storage import StoredArray
-from grok1.tensor_file import ArraySpan, CheckpointError, TensorHeader
+from grok1.checkpoint import reading
+from grok1.checkpoint.reading import Reader, Target
+from grok1.checkpoint.storage import StoredArray
+from grok1.checkpoint.tensor_file import ArraySpan, CheckpointError, TensorHeader
 
 SHAPE = 3, 14, 22  # matrices, rows, columns
 

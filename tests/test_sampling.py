@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1.sampling import (
+from grok1.engine.sampling import (
     SamplingParams,
     SamplingState,
     keep_probable,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.scoring import Window, score_windows, window_bounds
-from grok1.unembedding import _LOGITS_BYTES
+from grok1.nn.unembedding import _LOGITS_BYTES
+from grok1.study.scoring import Window, score_windows, window_bounds
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (

@@ -9,9 +9,9 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from grok1.config import GROK_1
-from grok1.manifest import abstract_params
-from grok1.sharding import abstract_cache, abstract_stack, make_mesh
-from grok1.transformer import naming
+from grok1.nn.manifest import abstract_params
+from grok1.nn.sharding import abstract_cache, abstract_stack, make_mesh
+from grok1.nn.transformer import naming
 
 
 def stacked(config, sizes):

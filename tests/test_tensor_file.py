@@ -18,9 +18,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1 import symbolic_pickle, tensor_file
-from grok1.manifest import TensorSpec
-from grok1.tensor_file import (
+from grok1.checkpoint import symbolic_pickle, tensor_file
+from grok1.checkpoint.tensor_file import (
     ArraySpan,
     CheckpointError,
     read_header,
@@ -28,6 +27,7 @@ from grok1.tensor_file import (
     tensor_file_size,
     write_tensor,
 )
+from grok1.nn.manifest import TensorSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NANO = sorted((GOLDEN / "nano" / "ckpt-0").iterdir())

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import decoder, native, tracing
-from grok1 import engine as engine_module
-from grok1.attention import SOFT_CAP
-from grok1.capture import Capture
-from grok1.engine import Engine
-from grok1.intervention import AblateExperts, CapLayers
-from grok1.layers import apply_rope, rms_norm
-from grok1.quantization import QuantizedArray, dequantize
+from grok1.engine import engine as engine_module
+from grok1.engine.engine import Engine
+from grok1.nn import decoder
+from grok1.nn.capture import Capture
+from grok1.ops.attention import SOFT_CAP
+from grok1.ops.cpu import bindings
+from grok1.ops.layers import apply_rope, rms_norm
+from grok1.ops.quantized import QuantizedArray, dequantize
+from grok1.study import tracing
+from grok1.study.intervention import AblateExperts, CapLayers
 from tests.helpers import relative_error
 
 ALL = ("router", "residual", "branches", "attention", "logit_lens", "logits")
@@ -303,7 +305,7 @@ def test_a_finished_trace_is_let_go(nano):
     assert reference() is None
 
 
-GREEDY = ["decode greedily"] if native.is_available() else []
+GREEDY = ["decode greedily"] if bindings.is_available() else []
 
 
 def lowered(engine: Engine) -> dict[str, str]:

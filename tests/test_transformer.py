@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from grok1.config import ModelConfig
-from grok1.manifest import abstract_params
-from grok1.quantization import QuantizedArray
-from grok1.transformer import forward, naming
+from grok1.nn.manifest import abstract_params
+from grok1.nn.transformer import forward, naming
+from grok1.ops.quantized import QuantizedArray
 from tests.helpers import named_params, relative_error
 
 TINY = ModelConfig(

@@ -7,15 +7,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import grok1
-from grok1 import native
-from grok1.sharding import MODEL_AXIS, make_mesh
-from grok1.unembedding import ScreeningTable, most_probable, screening_table
+from grok1.nn.sharding import MODEL_AXIS, make_mesh
+from grok1.nn.unembedding import ScreeningTable, most_probable, screening_table
+from grok1.ops.cpu import bindings
 
 V, D = 1200, 70
 
 
 def find(embedding, x, allowed, num_devices=1):
-    if not native.is_available():
+    if not bindings.is_available():
         pytest.skip("no native kernels on this machine")
     mesh = make_mesh(grok1.TOY, (1, num_devices))
 

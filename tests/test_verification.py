@@ -12,12 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1 import __main__, contents, tensor_file, verification
+from grok1 import __main__
+from grok1.care import contents, verification
+from grok1.care.conversion import convert
+from grok1.checkpoint import tensor_file
+from grok1.checkpoint.safetensors_file import read_shard_header
+from grok1.checkpoint.tensor_file import CheckpointError, read_header, read_span, write_tensor
 from grok1.config import GROK_1, ModelConfig
-from grok1.conversion import convert
-from grok1.manifest import file_name, manifest
-from grok1.safetensors_file import read_shard_header
-from grok1.tensor_file import CheckpointError, read_header, read_span, write_tensor
+from grok1.nn.manifest import file_name, manifest
 from tests.conftest import GOLDEN
 
 SPECS = manifest(GROK_1)

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 
 import grok1
+from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.checkpoint.storage import StoredTensor, read_matrix
 from grok1.config import ModelConfig
-from grok1.directory import load_config, open_tensors
-from grok1.storage import StoredTensor, read_matrix
 
 _ROWS = 512
 _EPSILON = 1e-5

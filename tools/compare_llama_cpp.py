@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import grok1
-from grok1.transformer import forward
+from grok1.nn.transformer import forward
 
 
 class Comparison(NamedTuple):

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 
 import grok1
-from grok1 import html, plots
+from grok1 import plots, reprs
 
 ROOT = pathlib.Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -88,9 +88,9 @@ def main() -> None:
         "The first argument is", max_new_tokens=40, temperature=0, logprobs=0
     )
     trace = model.trace(TEXT, capture=("router", "attention"), attention_layers=[3])
-    shown = [html.Fragment(each._repr_html_()) for each in (model, completion, trace)]
+    shown = [reprs.Fragment(each._repr_html_()) for each in (model, completion, trace)]
     photograph("reprs", shown, 620, browser)
-    photograph("config", [html.Fragment(grok1.GROK_1._repr_html_())], 440, browser)
+    photograph("config", [reprs.Fragment(grok1.GROK_1._repr_html_())], 440, browser)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import re
 
 import numpy as np
 
+from grok1.checkpoint.tensor_file import DTYPES, write_tensor
 from grok1.config import GROK_1, ModelConfig
-from grok1.manifest import TensorSpec, file_name, manifest
-from grok1.tensor_file import DTYPES, write_tensor
+from grok1.nn.manifest import TensorSpec, file_name, manifest
 
 _LAYER = re.compile(r"decoder_layer_\d+/")
 _DEVIATION = 127 / 3**0.5  # of uniform int8 values

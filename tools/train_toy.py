@@ -27,13 +27,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from grok1.checkpoint import save_checkpoint
+from grok1.checkpoint.released import save_checkpoint
 from grok1.config import TOY
-from grok1.manifest import manifest, named_leaves
-from grok1.moe import ExpertWeights, Routing
-from grok1.quantization import QuantizedArray, dequantize, quantize
+from grok1.nn.manifest import manifest, named_leaves
+from grok1.nn.transformer import NamedParams, forward, naming
+from grok1.ops.experts import ExpertWeights, Routing
+from grok1.ops.quantized import QuantizedArray, dequantize, quantize
 from grok1.tokenizer import Tokenizer
-from grok1.transformer import NamedParams, forward, naming
 from tools import toy_corpus
 
 CONTEXT = 256
@@ -72,9 +72,9 @@ class Evaluation(NamedTuple):
 def experts_blocked(
     x: Float[Array, "M D"], weights: ExpertWeights, index: tuple[()], routing: Routing
 ) -> Float[Array, "M D"]:
-    """The chosen experts only, in a form that has a gradient; stands in for `moe.experts_dense`.
+    """The chosen experts only, in a form with a gradient; stands in for `experts.experts_dense`.
 
-    The dense form computes four times what is used, and `moe.experts_sparse` loops a number of
+    The dense form computes four times what is used, and `experts.experts_sparse` loops a number of
     times known only at run time, which reverse-mode differentiation does not allow. Here each
     expert's rows are padded to whole blocks, and every block is multiplied by a gathered copy of
     its expert. On two CPU cores a training step takes less than half the time of the dense form.

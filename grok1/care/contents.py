@@ -1,0 +1,246 @@
+"""The contents of files, read once: their checksums, and whether the elements can be weights."""
+
+import contextlib
+import hashlib
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, CheckpointError, open_unchanged, read_at
+
+_READ_BYTES = 1 << 24  # A thread holds as much.
+_HOLE_BYTES = 1 << 18  # As many zeros in a row are no weights: eight rows of an expert.
+_JOURNAL_LINE = re.compile(r"([0-9a-f]{64}) (\S+) (.+)")
+_SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+
+
+class CheckedFile(NamedTuple):
+    """A file that is good by its header.
+
+    Attributes:
+      name: Its path, relative to the checkpoint.
+      path: Where it is.
+      file_size: Its length in bytes.
+      arrays: What it holds, each with what to call it.
+    """
+
+    name: str
+    path: pathlib.Path
+    file_size: int
+    arrays: list[tuple[str, ArraySpan]]
+
+
+class Reading(NamedTuple):
+    """What reading a file has shown.
+
+    Attributes:
+      digest: Its SHA-256.
+      stamp: What changes when the file does.
+      notes: What is unusual about its elements.
+    """
+
+    digest: str
+    stamp: str
+    notes: list[str]
+
+
+class Journal:
+    """The good files of a run, so that the one after an interruption need not read them again.
+
+    Where it cannot be written, as on a read-only disk whose checksums are complete, there is none.
+    """
+
+    def __init__(self, sums_path: pathlib.Path):
+        self._path = sums_path.with_name(f".{sums_path.name}.journal")
+        self._done: dict[tuple[str, str], str] = {}
+        with contextlib.suppress(OSError):
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                # The process may have been killed while it wrote a line.
+                if match := _JOURNAL_LINE.fullmatch(line):
+                    digest, stamp, name = match.groups()
+                    self._done[name, stamp] = digest
+
+    def digest(self, file: CheckedFile, stamp: str) -> str | None:
+        """Returns the SHA-256 of a file that has not changed since it was added, else None."""
+        return self._done.get((file.name, stamp))
+
+    def add(self, file: CheckedFile, stamp: str, digest: str) -> None:
+        """Notes a good file."""
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as lines:
+            lines.write(f"{digest} {stamp} {file.name}\n")
+
+    def remove(self) -> None:
+        """Ends the run."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+def file_stamp(status: os.stat_result) -> str:
+    """Returns what tells a file from itself changed, and from a copy with the same times."""
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_dev}-{status.st_ino}"
+
+
+def read_contents(file: CheckedFile, journal: Journal, advance: Callable[[int], None]) -> Reading:
+    """Reads a file once, for its checksum and for what its elements are.
+
+    Args:
+      file: The file.
+      journal: What need not be read again.
+      advance: Called with numbers of bytes as they are read; what it raises ends the reading.
+
+    Raises:
+      CheckpointError: If the file cannot be read, has changed, or holds what cannot be weights.
+    """
+    with open_unchanged(file) as descriptor:
+        stamp = file_stamp(os.fstat(descriptor))
+        known = journal.digest(file, stamp)
+        if known is not None:
+            advance(file.file_size)
+            return Reading(known, stamp, [])
+        digest, buffer = hashlib.sha256(), np.empty(_READ_BYTES, np.uint8)
+        checks = [_ArrayCheck(file, *array) for array in file.arrays]
+        for check, start, stop in _blocks(file, checks):
+            data = buffer[: stop - start]
+            read_at(file, descriptor, start, data.data)
+            digest.update(data.data)
+            if check is not None:
+                check.look(data, start)
+            advance(len(data))
+    notes = [note for check in checks for note in check.notes()]
+    return Reading(digest.hexdigest(), stamp, notes)
+
+
+def _blocks(
+    file: CheckedFile, checks: list["_ArrayCheck"]
+) -> Iterator[tuple["_ArrayCheck | None", int, int]]:
+    """Cuts a file into blocks of one array, or of what lies between two."""
+    ends: list[tuple[_ArrayCheck | None, int]] = []
+    for check in sorted(checks, key=lambda check: check.span.offset):
+        ends.append((None, check.span.offset))
+        ends.append((check, check.span.offset + check.span.nbytes))
+    ends.append((None, file.file_size))
+    start = 0
+    for check, end in ends:
+        while start < end:
+            stop = min(start + _READ_BYTES, end)
+            yield check, start, stop
+            start = stop
+
+
+class _ArrayCheck:
+    """What the elements of one array are, seen a block at a time."""
+
+    def __init__(self, file: CheckedFile, what: str, span: ArraySpan):
+        self.span = span
+        self._path, self._what = file.path, what
+        self._not_finite, self._first = 0, ""
+        self._lowest, self._zeros = 0, 0
+
+    def look(self, data: np.ndarray, start: int) -> None:
+        """Takes in the bytes of the file from `start` on."""
+        dtype = DTYPES[self.span.dtype]
+        values = data.view(dtype)
+        if self.span.dtype != "int8":
+            self._look_for_faults(values, (start - self.span.offset) // dtype.itemsize)
+        step = _HOLE_BYTES // dtype.itemsize
+        for first in range(0, len(values), step):
+            block = values[first : first + step]
+            lowest = block.min() if self.span.dtype == "int8" else block[0]
+            if lowest == -128 and self.span.dtype == "int8":
+                self._lowest += int(np.count_nonzero(block == -128))
+            elif lowest == 0 and len(block) == step and not block.any():
+                self._zeros += 1
+
+    def notes(self) -> list[str]:
+        """Returns what is unusual.
+
+        Raises:
+          CheckpointError: If it is wrong.
+        """
+        if self._not_finite:
+            raise CheckpointError(
+                f"{self._path}: {self._not_finite} of {math.prod(self.span.shape)} {self._what} "
+                f"are not finite, the first is {self._first}; the file is damaged: fetch it again"
+            )
+        holes = f"{self._zeros * _HOLE_BYTES:,} bytes of the {self._what} in whole blocks are zero"
+        if self._zeros and self.span.dtype == "int8":
+            raise CheckpointError(
+                f"{self._path}: {holes}, expected weights; the download left a hole: fetch it again"
+            )
+        notes = [f"{self._path}: {holes}"] if self._zeros else []
+        if self._lowest:
+            notes.append(
+                f"{self._path}: {self._lowest} of the {self._what} are -128, which symmetric "
+                "rounding never makes"
+            )
+        return notes
+
+    def _look_for_faults(self, values: np.ndarray, start: int) -> None:
+        if self.span.dtype == "bfloat16":
+            # All bits of the exponent are set in what is infinite or not a number.
+            finite = (values.view(np.uint16) & 0x7F80) != 0x7F80
+        else:
+            finite = np.isfinite(values)
+        if finite.all():
+            return
+        if not self._not_finite:
+            first = int(np.argmin(finite))
+            place = [int(n) for n in np.unravel_index(start + first, self.span.shape)]
+            self._first = f"{values[first]} at {place}"
+        self._not_finite += finite.size - int(np.count_nonzero(finite))
+
+
+def read_sums(path: pathlib.Path) -> dict[str, str]:
+    """Returns the checksums of a file of `sha256sum` by name; none if there is no such file.
+
+    Raises:
+      CheckpointError: If it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    known = {}
+    for number, line in enumerate(lines, 1):
+        match = _SUMS_LINE.fullmatch(line)
+        if match is None:
+            raise CheckpointError(
+                f"{path}: line {number} is {line!r:.80}, expected a SHA-256, two spaces and a file "
+                "name, as sha256sum writes them"
+            )
+        known[os.path.normpath(match[2])] = match[1].lower()
+    return known
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """Checks that checksums can be written, because long reading should not end with that error.
+
+    Raises:
+      CheckpointError: If they cannot.
+    """
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CheckpointError(
+            f"{path}: cannot be written; give a place for the checksums with --manifest FILE"
+        )
+
+
+def write_sums(path: pathlib.Path, sums: dict[str, str]) -> None:
+    """Writes checksums as `sha256sum` does, whole or not at all.
+
+    Raises:
+      CheckpointError: If the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(
+            "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())),
+            encoding="utf-8",
+        )
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error

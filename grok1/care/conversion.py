@@ -1,0 +1,303 @@
+"""A model from one format on disk to another, a matrix at a time."""
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grok1.care import gguf_file
+from grok1.care.staging import OutputFile, Piece, content, write_files
+from grok1.checkpoint import safetensors_file
+from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.checkpoint.released import open_checkpoint
+from grok1.checkpoint.storage import (
+    StoredArray,
+    StoredTensor,
+    dequantize_matrix,
+    read_matrix,
+    transpose,
+)
+from grok1.checkpoint.tensor_file import DTYPES, CheckpointError, tensor_file_pieces
+from grok1.config import ModelConfig
+from grok1.nn.manifest import file_name, manifest
+from grok1.tokenizer import Tokenizer
+from grok1.version import __version__
+
+FORMATS = ("grok1", "safetensors", "gguf")
+
+_BLOCK_BYTES = 1 << 28  # Rows of a larger matrix, as the embedding, are converted in such blocks.
+
+
+class _Plan(NamedTuple):
+    files: list[OutputFile]
+    check: Callable[[pathlib.Path], None]
+    notes: list[str]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str,
+    dtype: str | None = None,
+    embedding: str | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """Writes a model on disk in another format.
+
+    Interrupted at any point, the same call continues where it stopped; the result is the same.
+
+    Args:
+      source: A directory that `grok1.load` reads.
+      target: A new directory; with `to="gguf"` a new file.
+      to: "grok1", the released format; "safetensors", see `safetensors_file`; or "gguf", see
+        `gguf_file`.
+      dtype: "bfloat16" for dequantised weights; "int8" to be refused if the source has none; None
+        to keep what the source has.
+      embedding: With `to="gguf"`, the type of the embedding, one of `gguf_file.EMBEDDING_TYPES`;
+        None for "f32", which is exact.
+      progress: Show bytes, rate and time left on stderr, if that is a terminal.
+
+    Returns:
+      What there is to know about the result, a sentence each.
+
+    Raises:
+      CheckpointError: If the source is no model, or the target cannot be written.
+      ValueError: If the options do not go together.
+      ModuleNotFoundError: If the package of the format is not installed.
+    """
+    _check_options(to, dtype, embedding)
+    source = pathlib.Path(source)
+    config = load_config(source)
+    tensors, specs = open_tensors(source, config)
+    if dtype == "int8" and all(spec.scales_shape is None for spec in specs):
+        raise CheckpointError(
+            f"{source}: its weights are {_weight_type(specs)}, and int8 was asked for; convert the "
+            "released files instead"
+        )
+    if to == "grok1":
+        plan = _grok1_plan(config, tensors, specs)
+    elif to == "safetensors":
+        plan = _safetensors_plan(config, tensors, specs, dtype)
+    else:
+        plan = _gguf_plan(source, config, tensors, specs, dtype, embedding or "f32")
+    config_json = config.to_json().encode()
+    tokenizer_path = source / "tokenizer.model"
+    tokenizer = tokenizer_path.read_bytes() if tokenizer_path.exists() else b""
+    if to != "gguf":
+        plan.files.append(content("config.json", config_json))
+        if tokenizer:
+            plan.files.append(content("tokenizer.model", tokenizer))
+    identity = {
+        "source": os.path.abspath(source),
+        "to": to,
+        "dtype": dtype,
+        "embedding": embedding,
+        "config": hashlib.sha256(config_json).hexdigest(),
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "source files": _digest(tensors),
+        "versions": _versions(to),
+    }
+    write_files(target, plan.files, identity, plan.check, progress)
+    return plan.notes
+
+
+def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, found {to!r}")
+    if dtype not in (None, "int8", "bfloat16"):
+        raise ValueError(f'dtype must be "int8" or "bfloat16", found {dtype!r}')
+    if to == "grok1" and dtype == "bfloat16":
+        raise ValueError("Grok-1's own format has no bfloat16 weights; convert to safetensors")
+    if embedding is not None and to != "gguf":
+        raise ValueError(f"the type of the embedding can be chosen for gguf only, not for {to}")
+    if embedding not in (None, *gguf_file.EMBEDDING_TYPES):
+        raise ValueError(
+            f"the embedding must be one of {', '.join(gguf_file.EMBEDDING_TYPES)}, found "
+            f"{embedding!r}"
+        )
+    if to != "grok1":
+        try:
+            importlib.import_module(to)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"converting to {to} needs the package {to}: pip install 'grok1[convert]'"
+            ) from error
+
+
+def _weight_type(specs) -> str:
+    """The type of the experts, which are nearly all of the weights; norms are always float32."""
+    return next(spec.dtype for spec in specs if len(spec.shape) == 3)
+
+
+def _versions(to: str) -> dict[str, str]:
+    """What writes the files: another version may write other bytes."""
+    versions = {"grok1": __version__}
+    if to != "grok1":
+        versions[to] = importlib.metadata.version(to)
+    return versions
+
+
+def _grok1_plan(config: ModelConfig, tensors: list[StoredTensor], specs) -> _Plan:
+    files = []
+    for number, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
+        arrays = iter(array for array in tensor if array is not None)
+        pieces = []
+        frames = tensor_file_pieces(spec.shape, spec.scales_shape)
+        for is_frame, run in itertools.groupby(frames, lambda piece: isinstance(piece, bytes)):
+            if is_frame:
+                pieces += content(
+                    "", b"".join(piece for piece in run if isinstance(piece, bytes))
+                ).pieces
+            else:
+                array = next(arrays)
+                # Floats are float32 in this format.
+                dtype = "float32" if spec.scales_shape is None else array.dtype
+                pieces += _array_pieces(array, dtype)
+        files.append(OutputFile(f"ckpt-0/{file_name(number)}", pieces))
+
+    def check(path: pathlib.Path) -> None:
+        open_checkpoint(path / "ckpt-0", manifest(config))
+
+    return _Plan(files, check, [])
+
+
+def _safetensors_plan(config: ModelConfig, tensors, specs, dtype: str | None) -> _Plan:
+    stored = [
+        spec._replace(dtype="bfloat16", scales_shape=None)
+        if dtype == "bfloat16" and spec.scales_shape
+        else spec
+        for spec in specs
+    ]
+    shards = safetensors_file.shards(stored)
+    files = []
+    for number, shard in enumerate(shards):
+        pieces = content("", safetensors_file.shard_header(shard)).pieces
+        for named in shard:
+            tensor, spec = tensors[named.tensor], stored[named.tensor]
+            if safetensors_file.is_transposed(spec):
+                nbytes = int(np.prod(named.shape)) * DTYPES[named.dtype].itemsize
+                make = functools.partial(_transposed, tensor, named)
+                pieces = [*pieces, Piece(nbytes, make)]
+            else:
+                pieces = [*pieces, *_array_pieces(tensor.values, named.dtype)]
+        files.append(OutputFile(safetensors_file.shard_name(number, len(shards)), pieces))
+    files.append(content(safetensors_file.INDEX_NAME, safetensors_file.index_json(shards)))
+    notes = []
+    if stored != specs:
+        notes.append("weights are rounded to bfloat16 once, from int8 times its scale")
+
+    def check(path: pathlib.Path) -> None:
+        import safetensors
+
+        safetensors_file.open_safetensors(path, manifest(config))
+        for number, shard in enumerate(shards):
+            name = safetensors_file.shard_name(number, len(shards))
+            with safetensors.safe_open(path / name, "numpy") as file:
+                names = file.keys()  # An iterator of the package's own, no dictionary's.
+                found = {key: tuple(file.get_slice(key).get_shape()) for key in names}
+            if found != {named.name: named.shape for named in shard}:
+                raise CheckpointError(f"{path / name}: the safetensors package reads other tensors")
+
+    return _Plan(files, check, notes)
+
+
+def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: str) -> _Plan:
+    gguf_file.check_model(config, specs)
+    layout = gguf_file.layout(config, specs, embedding, dtype)
+    report = gguf_file.scale_report(tensors, layout)
+    tokenizer_path = source / "tokenizer.model"
+    tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path.exists() else None
+    name = pathlib.Path(os.path.abspath(source)).name
+    data, alignment = gguf_file.header(name, config, layout, tokenizer)
+    pieces = content("", data).pieces
+    for entry in layout:
+        spec, tensor = specs[entry.tensor], tensors[entry.tensor]
+        flip = len(spec.shape) > 1 and entry.name != "token_embd.weight"
+        whole = [(number, 0, None) for number in range(tensor.values.num_matrices)]
+        # Rows of a matrix that is flipped do not lie together in the file.
+        for number, start, stop in whole if flip else _blocks(tensor.values):
+            nbytes = entry.nbytes // tensor.values.num_matrices
+            if stop is not None:
+                nbytes = entry.nbytes // spec.shape[0] * (stop - start)
+            make = functools.partial(
+                gguf_file.encode, tensor, entry.kind, number, start, stop, flip
+            )
+            pieces.append(Piece(nbytes, make))
+        padding = -entry.nbytes % alignment
+        if padding:
+            pieces += content("", bytes(padding)).pieces
+    kinds = [entry.kind for entry in layout]
+    notes = [
+        f"{kinds.count('q8_0')} tensors hold the int8 weights unchanged in Q8_0 blocks; "
+        f"{report.num_inexact:,} of {report.num_scales:,} scales are not exactly a float16"
+        + (f", the worst is off by {report.largest_error:.1e}" if report.num_inexact else "")
+    ]
+    widened = sum(
+        entry.kind == "f32" and specs[entry.tensor].scales_shape is not None for entry in layout
+    )
+    if widened:
+        notes.append(
+            f"{widened} tensors are float32, exactly, because their scale groups are no multiples "
+            "of the 32 rows of a Q8_0 block"
+        )
+    if tokenizer is None:
+        notes.append(f"{tokenizer_path} is not there: llama.cpp will have tokens but no text")
+    return _Plan([OutputFile("", pieces)], lambda path: gguf_file.check_file(path, layout), notes)
+
+
+def _array_pieces(array: StoredArray, dtype: str) -> list[Piece]:
+    """The elements of an array in the model's order."""
+    pieces = []
+    columns = math.prod(array.shape[-2:][1:])
+    for number, start, stop in _blocks(array):
+        num_rows = (array.num_rows if stop is None else stop) - start
+        nbytes = num_rows * columns * DTYPES[dtype].itemsize
+        pieces.append(Piece(nbytes, functools.partial(_plain, array, number, start, stop, dtype)))
+    return pieces
+
+
+def _blocks(array: StoredArray) -> Iterator[tuple[int, int, int | None]]:
+    """Yields the matrices of an array, and a large one in blocks of rows: number, start, stop."""
+    nbytes = array.nbytes // array.num_matrices
+    for number in range(array.num_matrices):
+        if nbytes <= _BLOCK_BYTES or len(array.shape) < 2:
+            yield number, 0, None
+            continue
+        rows = array.num_rows
+        step = max(1, rows * _BLOCK_BYTES // nbytes)
+        for start in range(0, rows, step):
+            yield number, start, min(start + step, rows)
+
+
+def _plain(array: StoredArray, number: int, start: int, stop: int | None, dtype: str) -> np.ndarray:
+    return read_matrix(array, number, start, stop).astype(DTYPES[dtype], copy=False)
+
+
+def _transposed(tensor: StoredTensor, named: safetensors_file.NamedMatrix) -> np.ndarray:
+    array = tensor.scales if named.is_scales else tensor.values
+    assert array is not None  # scales are only planned for a tensor that has them
+    matrix = read_matrix(array, named.matrix)
+    if named.dtype == "bfloat16" and not named.is_scales and tensor.scales is not None:
+        scales = read_matrix(tensor.scales, named.matrix)
+        matrix = dequantize_matrix(matrix, scales, "bfloat16")
+    return transpose(matrix.astype(DTYPES[named.dtype], copy=False))
+
+
+def _digest(tensors: list[StoredTensor]) -> str:
+    """A checksum of the source's file names, lengths and times: whether it is still the same."""
+    paths = sorted({file.path for tensor in tensors for file, _ in tensor.values.parts})
+    files: list[Any] = []
+    for path in paths:
+        status = path.stat()
+        files.append([path.name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()

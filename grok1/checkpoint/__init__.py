@@ -1,0 +1,1 @@
+"""Files on disk: their formats, and the way from them to devices."""

@@ -1,0 +1,345 @@
+"""Tensors on disk to device memory, each device its own slice, at the speed of the disk.
+
+A device's buffer of one parameter holds all layers and is filled layer by layer: on a CPU in place,
+by the threads of `reading`; on an accelerator in pieces, of which one is read while the one before
+is in transfer. Beyond the model itself the host needs two such pieces a device and the scales.
+"""
+
+import itertools
+import math
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from grok1.checkpoint.reading import Bounds, Reader, Target
+from grok1.checkpoint.released import check_scales
+from grok1.checkpoint.storage import StoredArray, StoredTensor
+from grok1.config import ModelConfig
+from grok1.machine.processes import together
+from grok1.nn.manifest import TensorSpec
+from grok1.nn.sharding import abstract_stack
+from grok1.nn.transformer import NamedParams, Params, naming
+from grok1.ops.experts import ExpertWeights
+from grok1.ops.quantized import QuantizedArray, refine_groups
+
+_ALIGNMENT = 64  # bytes; XLA's CPU client adopts host memory so aligned without copying it
+_STAGING_BYTES = 1 << 29  # of all pieces that are read or in transfer to accelerators
+
+
+class _Leaf(NamedTuple):
+    """An array on disk, with the `shape` and `dtype` that it has in memory."""
+
+    array: StoredArray
+    dtype: np.dtype
+    is_scales: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+class _Shard(NamedTuple):
+    """A local device's part of one parameter.
+
+    Attributes:
+      device: The device.
+      bounds: The part of each layer that it holds.
+      shape: Shape of its buffer, with a leading axis for the layers even if there is but one.
+    """
+
+    device: Any
+    bounds: tuple[Bounds, ...]
+    shape: tuple[int, ...]
+
+
+def load_params(
+    tensors: list[StoredTensor],
+    manifest: list[TensorSpec],
+    config: ModelConfig,
+    mesh: Mesh,
+    progress: bool,
+    select: Callable[[Params], Params] = lambda params: params,
+) -> Params:
+    """Reads a checked checkpoint onto a mesh.
+
+    Args:
+      tensors: The tensors on disk, checked against the manifest.
+      manifest: Their names, in the same order, and for those without scales the type in memory.
+      config: The model.
+      mesh: Where it goes.
+      progress: Show bytes, rate and time left on stderr, if that is a terminal.
+      select: What to load of the parameters: maps a tree of them to a tree of some.
+
+    Returns:
+      The parameters selected, layers stacked, sharded as `sharding.abstract_stack` says.
+
+    Raises:
+      CheckpointError: If a file changes underneath, or a scale is not finite.
+      OtherProcessError: If this is one of several processes and another one failed.
+    """
+    try:
+        return _load_params(tensors, manifest, config, mesh, progress, select)
+    except BaseException as error:
+        # A notebook keeps the traceback of the last error, and its frames would keep the buffers.
+        failure: BaseException | None = error
+        while failure is not None:
+            traceback.clear_frames(failure.__traceback__)
+            failure = failure.__context__
+        raise
+
+
+def _load_params(
+    tensors: list[StoredTensor],
+    manifest: list[TensorSpec],
+    config: ModelConfig,
+    mesh: Mesh,
+    progress: bool,
+    select: Callable[[Params], Params],
+) -> Params:
+    stored = naming(config).apply(_named_leaves(tensors, manifest), None)
+    target = abstract_stack(stored, config, mesh)
+    sources = Params(
+        embedding=[stored.embedding],
+        layers=jax.tree.map(lambda *layers: list(layers), *stored.layers, is_leaf=_is_leaf),
+        final_norm=[stored.final_norm],
+    )
+    leaves, structure = jax.tree.flatten(select(target))
+    files = structure.flatten_up_to(select(sources))
+    shards = [_shards(leaf, stored) for leaf, stored in zip(leaves, files, strict=True)]
+    total = sum(
+        leaf.dtype.itemsize * math.prod(shard.shape)
+        for leaf, local in zip(leaves, shards, strict=True)
+        for shard in local
+    )
+    # disable=None is quiet when stderr is no terminal.
+    with (
+        tqdm(
+            total=total,
+            desc="loading",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress and jax.process_index() == 0 else True,
+        ) as bar,
+        together() as check_others,
+    ):
+
+        def advance(num_bytes):
+            bar.update(num_bytes)
+            check_others()
+
+        # Other processes of this host may want the pages that this one has read.
+        with Reader(advance, keep_pages=jax.process_count() > 1) as reader:
+            buffers = []
+            for leaf, stored, local in zip(leaves, files, shards, strict=True):
+                if stored[0].is_scales:
+                    buffers.append(_read_scales(leaf, stored, local, reader))
+                elif local[0].device.platform == "cpu":
+                    buffers.append(_fill_host(stored, local, reader))
+                else:
+                    buffers.append(_fill_devices(stored, local, reader))
+            reader.wait()
+        arrays = []
+        for leaf, stored, local, filled in zip(leaves, files, shards, buffers, strict=True):
+            if stored[0].is_scales:
+                filled = _refine(leaf, stored, local, filled, bar)
+            shape = leaf.sharding.shard_shape(leaf.shape)
+            placed = [
+                jax.device_put(buffer.reshape(shape), shard.device)
+                for shard, buffer in zip(local, filled, strict=True)
+            ]
+            arrays.append(
+                jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
+            )
+    return jax.tree.unflatten(structure, arrays)
+
+
+def expert_arrays(
+    tensors: list[StoredTensor], manifest: list[TensorSpec], config: ModelConfig
+) -> list[ExpertWeights]:
+    """Returns where the int8 values of each layer's experts lie.
+
+    Args:
+      tensors: As for `load_params`.
+      manifest: Likewise.
+      config: The model.
+
+    Returns:
+      For each layer `StoredArray`s of gate, up and down.
+
+    Raises:
+      ValueError: If the experts are not int8.
+    """
+    stored = naming(config).apply(_named_leaves(tensors, manifest), None)
+    layers = []
+    for layer in stored.layers:
+        for weight in layer.experts:
+            if not isinstance(weight, QuantizedArray):
+                raise ValueError(
+                    f"{weight.array.parts[0][0].path}: the experts are {weight.array.dtype}, and "
+                    "only int8 ones can be offloaded; load it with offload='none'"
+                )
+        layers.append(ExpertWeights(*(weight.values.array for weight in layer.experts)))
+    return layers
+
+
+def _shards(target: jax.ShapeDtypeStruct, stored: list[_Leaf]) -> list[_Shard]:
+    stacked = len(target.shape) > len(stored[0].shape)
+    shape = target.sharding.shard_shape(target.shape)
+    shards = []
+    for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+        assert index is not None  # a device of the map holds a part
+        bounds = [part.indices(size)[:2] for part, size in zip(index, target.shape, strict=True)]
+        shards.append(
+            _Shard(
+                device,
+                tuple(bounds[1:] if stacked else bounds),
+                shape if stacked else (1, *shape),
+            )
+        )
+    return shards
+
+
+def _fill_host(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> list[np.ndarray]:
+    """On a CPU the shard is a host buffer that the device adopts; returns before it is filled."""
+    buffers = [_aligned(shard.shape, stored[0].dtype) for shard in shards]
+    for i, leaf in enumerate(stored):
+        reader.submit(
+            leaf.array,
+            [
+                Target(shard.bounds, buffer[i])
+                for shard, buffer in zip(shards, buffers, strict=True)
+            ],
+        )
+    return buffers
+
+
+def _fill_devices(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> list[jax.Array]:
+    """On an accelerator the shard is built there; a piece is read while another is in transfer."""
+    dtype, shape = stored[0].dtype, shards[0].shape
+    stacks = []
+    for shard in shards:
+        with jax.default_device(shard.device):
+            stacks.append(jnp.zeros(shape, dtype))
+    row_bytes = dtype.itemsize * math.prod(shape[2:])
+    step = max(1, _STAGING_BYTES // (2 * len(shards) * row_bytes))
+    step = min(step, shape[1])
+    slots = itertools.cycle([np.empty((len(shards), step, *shape[2:]), dtype) for _ in range(2)])
+    waiting: tuple[int, list[np.ndarray], tuple[int, int]] | None = None
+    in_transfer: list[jax.Array] = []
+
+    def send(number, pieces, place):
+        reader.wait(number)
+        sent = []
+        for i, (shard, piece) in enumerate(zip(shards, pieces, strict=True)):
+            # Not an alias: where the device's memory is the host's, the piece is written again.
+            sent.append(jax.device_put(piece[None], shard.device, may_alias=False))
+            stacks[i] = _put_piece(stacks[i], sent[-1], *place)
+        return sent
+
+    for layer, start in itertools.product(range(len(stored)), range(0, shape[1], step)):
+        slot = next(slots)
+        # The slot's last piece must have left before another takes its place.
+        jax.block_until_ready(in_transfer)
+        count = min(step, shape[1] - start)
+        pieces = [piece[:count] for piece in slot]
+        targets = []
+        for shard, piece in zip(shards, pieces, strict=True):
+            first = shard.bounds[0][0] + start
+            targets.append(Target(((first, first + count), *shard.bounds[1:]), piece))
+        number = reader.submit(stored[layer].array, targets)
+        if waiting is not None:
+            in_transfer = send(*waiting)
+        waiting = number, pieces, (layer, start)
+    if waiting is not None:
+        send(*waiting)
+    return jax.block_until_ready(stacks)
+
+
+def _set_piece(stack: jax.Array, piece: jax.Array, layer: Any, start: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice(stack, piece, (layer, start) + (0,) * (stack.ndim - 2))
+
+
+_put_piece = jax.jit(_set_piece, donate_argnums=0)
+
+
+def _read_scales(
+    target: jax.ShapeDtypeStruct, stored: list[_Leaf], shards: list[_Shard], reader: Reader
+) -> list[np.ndarray]:
+    """Reads the scales that each shard needs, in the grouping of the files."""
+    buffers = []
+    for shard in shards:
+        bounds = _file_bounds(target, stored, shard)
+        sizes = [stop - start for start, stop in bounds]
+        buffers.append(np.empty((len(stored), *sizes), stored[0].dtype))
+    for i, leaf in enumerate(stored):
+        targets = [
+            Target(_file_bounds(target, stored, shard), buffer[i])
+            for shard, buffer in zip(shards, buffers, strict=True)
+        ]
+        reader.submit(leaf.array, targets)
+    return buffers
+
+
+def _refine(
+    target: jax.ShapeDtypeStruct,
+    stored: list[_Leaf],
+    shards: list[_Shard],
+    buffers: list[np.ndarray],
+    bar: tqdm,
+) -> list[np.ndarray]:
+    """Checks scales and repeats them for the groups that the shards have in memory."""
+    repeats = target.shape[-2] // stored[0].shape[-2]
+    refined = []
+    for shard, scales in zip(shards, buffers, strict=True):
+        bounds = _file_bounds(target, stored, shard)
+        origin = [start for start, _ in bounds]
+        for leaf, of_layer in zip(stored, scales, strict=True):
+            check_scales(leaf.array.parts[0][0], of_layer, origin)
+        start = shard.bounds[-2][0] - bounds[-2][0] * repeats
+        repeated = refine_groups(scales, scales.shape[-2] * repeats)
+        refined.append(repeated[..., start : start + shard.shape[-2], :])
+        bar.update(refined[-1].nbytes - scales.nbytes)
+    return refined
+
+
+def _file_bounds(
+    target: jax.ShapeDtypeStruct, stored: list[_Leaf], shard: _Shard
+) -> tuple[Bounds, ...]:
+    """Bounds of a shard's scales in the files, whose groups may be larger."""
+    repeats = target.shape[-2] // stored[0].shape[-2]
+    *lead, (start, stop), columns = shard.bounds
+    return (*lead, (start // repeats, -(-stop // repeats)), columns)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A buffer that XLA adopts; NumPy asks for huge pages."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _named_leaves(tensors: list[StoredTensor], manifest: list[TensorSpec]) -> NamedParams:
+    named: dict[str, dict[str, Any]] = {}
+    for tensor, spec in zip(tensors, manifest, strict=True):
+        module, _, parameter = spec.name.rpartition("/")
+        leaf: Any
+        if tensor.scales is None:
+            leaf = _Leaf(tensor.values, jnp.dtype(spec.dtype))
+        else:
+            leaf = QuantizedArray(
+                _Leaf(tensor.values, jnp.dtype("int8")),
+                _Leaf(tensor.scales, jnp.dtype("bfloat16"), is_scales=True),
+            )
+        named.setdefault(module, {})[parameter] = leaf
+    return named
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, _Leaf)

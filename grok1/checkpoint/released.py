@@ -1,0 +1,199 @@
+"""A checkpoint directory: one tensor file for each tensor of the manifest, checked and written."""
+
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from grok1.checkpoint.tensor_file import (
+    ArraySpan,
+    CheckpointError,
+    DataFile,
+    TensorHeader,
+    read_header,
+    tensor_file_size,
+    write_tensor,
+)
+from grok1.nn.manifest import TensorSpec, file_name
+
+LAYER = re.compile(r"decoder_layer_\d+")
+"""Finds the layer in a tensor's name."""
+
+
+def open_checkpoint(
+    directory: str | os.PathLike[str], manifest: list[TensorSpec]
+) -> list[TensorHeader]:
+    """Checks every file of a checkpoint against the model, before any payload is read.
+
+    The grouping of the scales belongs to the file: for a weight `(*lead, K, N)` any scales
+    `(*lead, G, N)` whose G divides K are accepted, and so is a float32 weight without scales, as
+    long as all layers store that weight alike.
+
+    Args:
+      directory: The directory with the files, `ckpt-0` of a release.
+      manifest: The tensors that the model expects, in file order.
+
+    Returns:
+      The headers of the files, in file order.
+
+    Raises:
+      CheckpointError: If the directory or a file is missing, a tensor file is left over, or a file
+        is damaged or holds another tensor than the manifest says; the message names it.
+    """
+    directory = pathlib.Path(directory)
+    _check_names(directory, manifest)
+    headers = [read_header(directory / file_name(i)) for i in range(len(manifest))]
+    first_of_kind: dict[str, TensorHeader] = {}
+    for header, spec in zip(headers, manifest, strict=True):
+        check_tensor(header, spec)
+        first = first_of_kind.setdefault(LAYER.sub("decoder_layer_*", spec.name), header)
+        if describe_storage(header) != describe_storage(first):
+            raise CheckpointError(
+                f"{header.path}: {spec.name} is stored as {describe_storage(header)}, expected "
+                f"{describe_storage(first)} as in {first.path.name} for another layer; these "
+                "files are of different checkpoints"
+            )
+    return headers
+
+
+def check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
+    """Checks the types and shapes of one file against the manifest.
+
+    Raises:
+      CheckpointError: If they differ.
+    """
+    values, scales = header.values, header.scales
+    if values.shape != spec.shape or values.dtype not in (spec.dtype, "float32"):
+        raise CheckpointError(
+            f"{header.path}: {spec.name} is {_text(values)}, expected "
+            f"{_text(ArraySpan(0, spec.shape, spec.dtype))}; is this a Grok-1 checkpoint?"
+        )
+    if scales is not None:
+        *lead, rows, columns = spec.shape
+        groups = scales.shape[-2] if len(scales.shape) == len(spec.shape) else 0
+        if not groups or scales.shape != (*lead, groups, columns) or rows % groups:
+            layout = ",".join(map(str, [*lead, "G", columns]))
+            raise CheckpointError(
+                f"{header.path}: {spec.name} has scales {_text(scales)}, expected "
+                f"bfloat16[{layout}] with a G that divides {rows}; is this a Grok-1 checkpoint?"
+            )
+
+
+def describe_storage(header: TensorHeader) -> str:
+    """Says how a tensor is stored, as `int8[8,6] with scales bfloat16[1,6]`."""
+    if header.scales is None:
+        return _text(header.values)
+    return f"{_text(header.values)} with scales {_text(header.scales)}"
+
+
+def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | None = None) -> None:
+    """Checks that scales are finite: one that is not would turn every logit into NaN.
+
+    Args:
+      file: The file they come from, for the message.
+      scales: All of its scales, or a slice.
+      origin: Where the slice starts in the file's array; None for zeros.
+
+    Raises:
+      CheckpointError: If one is infinite or not a number.
+    """
+    finite = np.isfinite(scales)
+    if not finite.all():
+        first = np.unravel_index(np.argmin(finite), finite.shape)
+        place = [int(n) for n in np.add(first, 0 if origin is None else origin)]
+        raise CheckpointError(
+            f"{file.path}: {finite.size - np.count_nonzero(finite)} of {finite.size} scales are "
+            f"not finite, the first is {scales[first]} at {place}; the file is "
+            "damaged: download it again"
+        )
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    tensors: Iterable[tuple[np.ndarray, np.ndarray | None]],
+) -> None:
+    """Writes a checkpoint directory, whole or not at all.
+
+    The files are written beside their place and moved there at the end, so that a save that is
+    interrupted leaves nothing behind.
+
+    Args:
+      directory: Where the files go; must be absent or empty.
+      tensors: (values, scales or None) of each tensor in manifest order, as for `write_tensor`.
+
+    Raises:
+      CheckpointError: If the directory already holds something, or the disk refuses.
+      ValueError: If a tensor is of a type or shape that no tensor file has.
+    """
+    target = pathlib.Path(os.path.abspath(directory))
+    step, written = "creating the directory", 0
+    try:
+        if target.exists() and os.listdir(target):
+            raise CheckpointError(
+                f"{directory}: already holds {_some(os.listdir(target))}; choose a new directory, "
+                "nothing was written"
+            )
+        ancestor = next(parent for parent in target.parents if parent.is_dir())
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=ancestor) as scratch:
+            # Inside, because the temporary directory itself is closed to other users.
+            partial = pathlib.Path(scratch, target.name)
+            partial.mkdir()
+            for i, (values, scales) in enumerate(tensors):
+                scales_shape = None if scales is None else scales.shape
+                size = tensor_file_size(TensorSpec("", values.shape, "", scales_shape))
+                step = f"writing {file_name(i)} ({size:,} bytes, {written:,} before it)"
+                write_tensor(partial / file_name(i), values, scales)
+                written += size
+            step = "moving the files to their place"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: not saved: {error.strerror} on {step}; nothing was left behind, choose "
+            "a directory that can be written and has the space"
+        ) from error
+
+
+def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: there is no such directory; Grok-1's weights (318 GB) come from the "
+            "magnet link in the README of github.com/xai-org/grok-1, or with `hf download "
+            f"xai-org/grok-1 --include 'ckpt-0/*' --local-dir {directory.parent}`. To try the "
+            "library without them, load the bundled checkpoints/toy"
+        )
+    found = {name for name in os.listdir(directory) if name.startswith("tensor")}
+    expected = {file_name(i) for i in range(len(manifest))}
+    if found == expected:
+        return
+    problems, hint = [], "move the extra files away"
+    if expected - found:
+        problems.append(f"missing {_some(expected - found)}")
+        hint = "the download is incomplete: resume it"
+    if found - expected:
+        problems.append(f"extra {_some(found - expected)}")
+    outside = sum(not LAYER.search(spec.name) for spec in manifest)
+    in_layer = sum("decoder_layer_0/" in spec.name for spec in manifest)
+    num_layers, rest = divmod(len(found) - outside, in_layer)
+    if num_layers > 0 and not rest and found == {file_name(i) for i in range(len(found))}:
+        hint = (
+            f"these are the files for {num_layers} layers, the configuration has "
+            f"{(len(manifest) - outside) // in_layer}: is its config.json missing?"
+        )
+    raise CheckpointError(
+        f"{directory}: found {len(found)} tensor files, expected {len(expected)}: "
+        f"{', '.join(problems)}; {hint}"
+    )
+
+
+def _text(span: ArraySpan) -> str:
+    return f"{span.dtype}[{','.join(map(str, span.shape))}]"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

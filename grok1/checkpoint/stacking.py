@@ -1,0 +1,146 @@
+"""A model in memory, layers stacked, without files: made at random, or taken apart to be saved."""
+
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from grok1.config import ModelConfig
+from grok1.nn.manifest import TensorSpec, abstract_params
+from grok1.nn.sharding import abstract_stack
+from grok1.nn.transformer import Params, naming
+from grok1.ops.quantized import QuantizedArray, refine_groups
+
+# Standard deviation of the uniform integers from -127 to 127.
+_INT8_DEVIATION = 73.3
+
+
+class _Place(NamedTuple):
+    """Stands for tensor `number` of a manifest while Haiku arranges the names."""
+
+    number: int
+    shape: tuple[int, ...]
+
+
+def unstack(
+    params: Params, config: ModelConfig, tensors: list[TensorSpec]
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yields (values, scales or None) of every tensor on the host, in file order, one at a time.
+
+    Args:
+      params: The model, layers stacked.
+      config: Its architecture.
+      tensors: The files' tensors, with the scale grouping to write.
+    """
+    places: dict[str, dict[str, Any]] = {}
+    for number, spec in enumerate(tensors):
+        module, _, parameter = spec.name.rpartition("/")
+        places.setdefault(module, {})[parameter] = _Place(number, spec.shape)
+    arranged = naming(config).apply(places, None)
+
+    def is_weight(node: Any) -> bool:
+        return isinstance(node, (QuantizedArray, _Place))
+
+    source: dict[int, tuple[Any, int | None]] = {
+        arranged.embedding.number: (params.embedding, None),
+        arranged.final_norm.number: (params.final_norm, None),
+    }
+    weights = jax.tree.leaves(params.layers, is_leaf=is_weight)
+    for layer, layer_places in enumerate(arranged.layers):
+        for place, weight in zip(
+            jax.tree.leaves(layer_places, is_leaf=is_weight), weights, strict=True
+        ):
+            source[place.number] = (weight, layer)
+
+    for number, spec in enumerate(tensors):
+        weight, layer = source[number]
+        part = weight if layer is None else jax.tree.map(operator.itemgetter(layer), weight)
+        if isinstance(part, QuantizedArray):
+            scales = np.asarray(part.scales)
+            assert spec.scales_shape is not None  # it is the loaded file's own
+            step = scales.shape[-2] // spec.scales_shape[-2]
+            yield np.asarray(part.values), scales[..., ::step, :]
+        else:
+            yield np.asarray(part, np.float32), None
+
+
+def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
+    """Makes random int8 weights of the size that keeps activations near unit variance.
+
+    Args:
+      config: The model.
+      mesh: Where they go; the same values on every mesh.
+      seed: Seed of the values.
+    """
+    abstract = naming(config).apply(abstract_params(config), None)
+    target = abstract_stack(abstract, config, mesh)
+    groups = jax.tree.map(_file_groups, abstract.layers[0], is_leaf=_is_weight)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(target))))
+
+    def normal(leaf, deviation):
+        make = jax.jit(
+            lambda key: deviation * jax.random.normal(key, leaf.shape),
+            out_shardings=leaf.sharding,
+        )
+        return make(next(keys))
+
+    def ones(leaf):
+        return jax.jit(lambda: jnp.ones(leaf.shape), out_shardings=leaf.sharding)()
+
+    def weight(leaf, num_groups):
+        if not isinstance(leaf, QuantizedArray):
+            return ones(leaf) if len(leaf.shape) == 2 else normal(leaf, leaf.shape[-2] ** -0.5)
+        size = 1 / (_INT8_DEVIATION * leaf.shape[-2] ** 0.5)
+
+        def values_of_layer(key):
+            bits = _hashed_positions(jax.random.key_data(key), leaf.shape[1:]).astype(jnp.uint8)
+            return jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
+
+        def scales(key):
+            *lead, refined, columns = leaf.scales.shape
+            shape = (*lead, num_groups, columns)
+            drawn = jax.random.uniform(key, shape, minval=0.5 * size, maxval=1.5 * size)
+            return refine_groups(drawn.astype(jnp.bfloat16), refined)
+
+        make_values = jax.jit(
+            lambda key: jax.lax.map(values_of_layer, jax.random.split(key, config.num_layers)),
+            out_shardings=leaf.values.sharding,
+        )
+        make_scales = jax.jit(scales, out_shardings=leaf.scales.sharding)
+        return QuantizedArray(make_values(next(keys)), make_scales(next(keys)))
+
+    return Params(
+        embedding=normal(target.embedding, 1 / config.embedding_multiplier_scale),
+        layers=jax.tree.map(weight, target.layers, groups, is_leaf=_is_weight),
+        final_norm=ones(target.final_norm),
+    )
+
+
+def _hashed_positions(seed: Array, shape: tuple[int, ...]) -> Array:
+    """Random uint32 of a shape, each a hash of its position, so that XLA makes them in place.
+
+    `jax.random` would take sixteen times an int8 weight's memory on the way. The mixing steps are
+    those of MurmurHash3.
+    """
+    bits = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        bits = bits * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    for word in (seed[0], seed[1]):
+        bits ^= word
+        bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+        bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+        bits ^= bits >> 16
+    return bits
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, QuantizedArray)
+
+
+def _file_groups(weight: Any) -> int:
+    return weight.scales.shape[-2] if isinstance(weight, QuantizedArray) else 0

@@ -1,0 +1,132 @@
+"""The tensors of a model on disk, whichever files and whichever order of axes hold them.
+
+Dimension key: K contracting rows, N output columns, G scale groups, as in `quantized`. A weight
+is a number of matrices `[K, N]`, one for each index of its leading axes: one for a projection, one
+an expert for the experts.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, DataFile, TensorHeader, read_span
+
+# Rows and columns of the tile in which a matrix is transposed: as int8 it fits the first- or
+# second-level cache, which a whole row after another does not.
+_TILE = 64, 2048
+_ROWS = 256
+
+
+class StoredArray(NamedTuple):
+    """One array of a model and where its elements lie.
+
+    Attributes:
+      shape: Shape in the model.
+      dtype: "float32", "int8" or "bfloat16".
+      parts: The file and the span of the whole array, or of each of its matrices.
+      transposed: Whether the parts are matrices `[N, K]`, as other programs keep them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    parts: tuple[tuple[DataFile, ArraySpan], ...]
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return sum(span.nbytes for _, span in self.parts)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a matrix, elements of a vector."""
+        return self.shape[-2:][0]
+
+    @property
+    def num_matrices(self) -> int:
+        """Matrices in the array; 1 for a vector."""
+        return math.prod(self.shape[:-2])
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a manifest on disk.
+
+    Attributes:
+      values: The elements.
+      scales: The bfloat16 scales `[*lead, G, N]` of an int8 weight, else None.
+    """
+
+    values: StoredArray
+    scales: StoredArray | None
+
+
+def from_header(header: TensorHeader) -> StoredTensor:
+    """Returns the tensor of one file in Grok-1's own format."""
+
+    def array(span: ArraySpan) -> StoredArray:
+        return StoredArray(span.shape, span.dtype, ((header, span),))
+
+    return StoredTensor(array(header.values), header.scales and array(header.scales))
+
+
+def read_matrix(
+    array: StoredArray, number: int = 0, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """Reads one matrix of an array, or some of its rows; of a vector, elements.
+
+    Args:
+      array: The array.
+      number: Which matrix, of `array.num_matrices`.
+      start: First row.
+      stop: Behind the last row; None for all.
+
+    Returns:
+      A new array `[rows, N]`, not always contiguous.
+
+    Raises:
+      CheckpointError: As `tensor_file.read_span`.
+    """
+    if array.transposed:
+        return read_span(*array.parts[number]).T[start:stop]
+    file, span = array.parts[0]
+    matrix = ArraySpan(
+        span.offset + number * span.nbytes // array.num_matrices, span.shape[-2:], span.dtype
+    )
+    return read_span(file, matrix, start, array.num_rows if stop is None else stop)
+
+
+def transpose(matrix: np.ndarray) -> np.ndarray:
+    """Returns a contiguous copy of the transposed matrix."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    transpose_into(result, matrix)
+    return result
+
+
+def transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
+    """Copies a matrix `[N, K]` to `out` `[K, N]`, tile by tile, with a conversion to its type."""
+    rows, columns = matrix.shape
+    step, wide_step = _TILE if matrix.strides[0] > matrix.strides[1] else _TILE[::-1]
+    for i in range(0, rows, step):
+        for j in range(0, columns, wide_step):
+            tile = matrix[i : i + step, j : j + wide_step]
+            out[j : j + wide_step, i : i + step] = tile.T
+
+
+def dequantize_matrix(values: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns the matrix `[K, N]` that int8 values and scales `[G, N]` stand for.
+
+    Args:
+      values: int8 `[K, N]`.
+      scales: bfloat16 `[G, N]`.
+      dtype: "float32", which is exact, or "bfloat16", rounded once.
+    """
+    result = np.empty(values.shape, DTYPES[dtype])
+    group_rows = len(values) // len(scales)
+    for group, scale in enumerate(scales.astype(np.float32)):
+        end = (group + 1) * group_rows
+        # In steps, so that the float32 product of a large matrix never exists as a whole.
+        for start in range(group * group_rows, end, _ROWS):
+            rows = slice(start, min(start + _ROWS, end))
+            result[rows] = values[rows] * scale
+    return result

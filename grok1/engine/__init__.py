@@ -1,0 +1,1 @@
+"""The compiled steps of one model, over token ids only."""

@@ -1,0 +1,1 @@
+"""Requests, and how they share the engine."""

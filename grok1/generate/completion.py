@@ -1,0 +1,140 @@
+"""What a request becomes: tokens to text, stop strings, and the finished completion."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from grok1 import reprs
+from grok1.generate.scheduler import Sampled
+from grok1.tokenizer import Tokenizer
+
+StopReason = Literal["stop", "length", "context"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A generated continuation.
+
+    Attributes:
+      text: The continuation, without the stop string or stop token that ended it; None for a model
+        without a tokenizer.
+      tokens: Every generated token, the stop token or those of the stop string included.
+      logprobs: Log-probability of each token under the model, before temperature and filters;
+        None unless asked for.
+      top_logprobs: For each token the log-probabilities of the most probable tokens by id, best
+        first; None unless asked for.
+      stop_reason: "stop" for a stop token or string, "length" for `max_new_tokens`, "context" when
+        prompt and continuation filled the context.
+    """
+
+    text: str | None
+    tokens: list[int]
+    logprobs: list[float] | None
+    top_logprobs: list[dict[int, float]] | None
+    stop_reason: StopReason
+
+    def __repr__(self) -> str:
+        return (
+            f"Completion(text={self.text!r}, {len(self.tokens)} tokens, "
+            f"stop_reason={self.stop_reason!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("tokens", len(self.tokens)),
+            ("ended by", self.stop_reason),
+        ]
+        if self.logprobs is not None:
+            mean = sum(self.logprobs) / len(self.logprobs)
+            rows.append(("mean log-probability", f"{mean:.3f} nats a token"))
+            rows.append(("perplexity", f"{math.exp(-mean):.2f}"))
+        text = "" if self.text is None else reprs.text_block(self.text)
+        return text + reprs.table("Completion", rows)
+
+
+class CompletionBuilder:
+    """Collects one request's tokens and says when it is over.
+
+    Attributes:
+      stop_reason: None while the request runs.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        max_tokens: int,
+        limit_reason: StopReason,
+        stop_tokens: Collection[int] = (),
+        stop_strings: Sequence[str] = (),
+        with_logprobs: bool = False,
+    ):
+        self.stop_reason: StopReason | None = None
+        self._decoder = tokenizer.stream_decoder() if tokenizer else None
+        self._max_tokens = max_tokens
+        self._limit_reason: StopReason = limit_reason
+        self._stop_tokens, self._stop_strings = frozenset(stop_tokens), tuple(stop_strings)
+        self._with_logprobs = with_logprobs
+        self._sampled: list[Sampled] = []
+        self._text = ""  # certain
+        self._held = ""  # could still turn out to be the beginning of a stop string
+
+    def push(self, sampled: Sampled) -> str:
+        """Takes the next token and returns the text that has become certain, perhaps none."""
+        self._sampled.append(sampled)
+        if sampled.token in self._stop_tokens:
+            return self._finish("stop")
+        certain = self._extend(self._decoder.push(sampled.token) if self._decoder else "")
+        if self.stop_reason is None and len(self._sampled) == self._max_tokens:
+            certain += self._finish(self._limit_reason)
+        return certain
+
+    def build(self) -> Completion:
+        """Returns the completion of a request that is over."""
+        assert self.stop_reason is not None
+        tokens, logprobs, alternatives = zip(*self._sampled, strict=True)
+        return Completion(
+            text=self._text if self._decoder else None,
+            tokens=list(tokens),
+            logprobs=list(logprobs) if self._with_logprobs else None,
+            top_logprobs=list(alternatives) if self._with_logprobs else None,
+            stop_reason=self.stop_reason,
+        )
+
+    def _extend(self, text: str) -> str:
+        """Adds text, and releases all that no stop string can begin in any more."""
+        self._held += text
+        found = [(self._held.find(stop), len(stop)) for stop in self._stop_strings]
+        ends = [(at + length, at) for at, length in found if at >= 0]
+        if ends:
+            # The stop that was complete first, so that the cut does not depend on how the text was
+            # divided into tokens.
+            self.stop_reason = "stop"
+            return self._release(min(ends)[1], drop_rest=True)
+        return self._release(len(self._held) - self._possible_stop_length())
+
+    def _finish(self, reason: StopReason) -> str:
+        certain = self._extend(self._decoder.flush() if self._decoder else "")
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            certain += self._release(len(self._held))
+        return certain
+
+    def _release(self, count: int, *, drop_rest: bool = False) -> str:
+        certain, rest = self._held[:count], self._held[count:]
+        self._held = "" if drop_rest else rest
+        self._text += certain
+        return certain
+
+    def _possible_stop_length(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        return max(
+            (
+                length
+                for stop in self._stop_strings
+                for length in range(1, min(len(stop), len(self._held) + 1))
+                if self._held.endswith(stop[:length])
+            ),
+            default=0,
+        )

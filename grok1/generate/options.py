@@ -1,0 +1,160 @@
+"""What a caller may ask of a generation, checked in one place."""
+
+import dataclasses
+from collections.abc import Sequence, Set
+from typing import Any
+
+import numpy as np
+
+from grok1.engine.sampling import SamplingParams
+from grok1.engine.steps import LogitsProcessor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Options of `Model.generate` and `Model.stream`.
+
+    Attributes:
+      max_new_tokens: Most tokens to generate.
+      temperature: Divides the logits; 0 takes the most probable token.
+      top_p: Nucleus: the fewest most probable tokens that together reach this; 1 is off.
+      top_k: Only this many most probable tokens; None is off.
+      min_p: Only tokens at least this fraction as probable as the most probable; None is off.
+      seed: Seed of the draws: prompt i of a batch draws from stream i of the seed. A sequence gives
+        each prompt a seed of its own, with the draws it would have alone.
+      stop: Strings or token ids that end a continuation; one, or several.
+      ignore_eos: Go on after the end-of-sequence token.
+      logprobs: Report log-probabilities, with this many alternatives a token; None for none.
+      add_bos: Begin text prompts with the beginning-of-sequence token; the released model does not.
+      allow_control: Let control pieces such as `<|separator|>` in a text prompt be themselves,
+        instead of the plain text they are spelled with.
+      allowed_tokens: Draw only these: token ids, or bool `[V]`; None for all.
+      logits_processor: Function (logits float32 `[B, V]`, tokens int32 `[B, S]`, length int32
+        `[B]`) -> logits, in JAX operations, run on the device before each draw; `tokens[:length]`
+        are a row's tokens so far. Each function compiles a program.
+
+    Raises:
+      ValueError: If a value is out of range; the message names it.
+      TypeError: If `stop` holds anything but strings and token ids.
+    """
+
+    max_new_tokens: int = 64
+    temperature: int | float = 0.7
+    top_p: int | float = 0.95
+    top_k: int | None = None
+    min_p: int | float | None = None
+    seed: int | Sequence[int] = 0
+    stop: str | int | Sequence[str | int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    add_bos: bool = False
+    allow_control: bool = False
+    allowed_tokens: Any = None
+    logits_processor: LogitsProcessor | None = None
+
+    def __post_init__(self):
+        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be a whole number above 0, found {self.max_new_tokens!r}"
+            )
+        if self.logprobs is not None and (not _is_int(self.logprobs) or self.logprobs < 0):
+            raise ValueError(
+                f"logprobs must be a number of alternatives from 0, or None, found "
+                f"{self.logprobs!r}"
+            )
+        if not isinstance(self.seed, (int, np.integer, Sequence, np.ndarray)):
+            raise TypeError(f"seed takes a whole number, or one a prompt, found {self.seed!r}")
+        for seed in [self.seed] if isinstance(self.seed, (int, np.integer)) else self.seed:
+            if not _is_int(seed) or not 0 <= seed < 2**32:
+                raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}")
+        for stop in self._stops():
+            if not _is_int(stop) and not isinstance(stop, str):
+                raise TypeError(
+                    f"stop takes strings and token ids, found {stop!r} of type "
+                    f"{type(stop).__name__}"
+                )
+            if stop == "":
+                raise ValueError("stop must not hold an empty string: it would end at once")
+        self.sampling()
+
+    def sampling(self) -> SamplingParams:
+        """Returns the part of the options that shapes a draw."""
+        return SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p
+        )
+
+    def stop_strings(self) -> list[str]:
+        """Returns the strings of `stop`."""
+        return [stop for stop in self._stops() if isinstance(stop, str)]
+
+    def stop_tokens(self) -> list[int]:
+        """Returns the token ids of `stop`."""
+        return [int(stop) for stop in self._stops() if not isinstance(stop, str)]
+
+    def seeds(self, num_prompts: int) -> list[tuple[int, int]]:
+        """Returns (seed, stream) of each prompt.
+
+        Raises:
+          ValueError: If there is a sequence of seeds, but not one a prompt.
+        """
+        if isinstance(self.seed, (int, np.integer)):
+            return [(int(self.seed), i) for i in range(num_prompts)]
+        if len(self.seed) != num_prompts:
+            raise ValueError(f"{len(self.seed)} seeds for {num_prompts} prompts; give one a prompt")
+        return [(int(seed), 0) for seed in self.seed]
+
+    def allowed_mask(self, vocab_size: int) -> np.ndarray:
+        """Returns bool `[V]`, True for tokens that may be drawn.
+
+        Raises:
+          ValueError: If the ids are out of range, a mask has another size, or nothing is allowed.
+        """
+        if self.allowed_tokens is None:
+            return np.ones(vocab_size, bool)
+        given = self.allowed_tokens
+        given = np.asarray(list(given) if isinstance(given, Set) else given)
+        if given.dtype == bool:
+            if given.shape != (vocab_size,):
+                raise ValueError(
+                    f"allowed_tokens as a mask must be bool[{vocab_size}], found "
+                    f"bool{list(given.shape)}"
+                )
+            mask = given
+        else:
+            check_ids(given, vocab_size, "allowed_tokens")
+            mask = np.zeros(vocab_size, bool)
+            mask[given.astype(np.int64)] = True
+        if not mask.any():
+            raise ValueError("allowed_tokens allows no token; allow at least one")
+        return mask
+
+    def _stops(self) -> list[Any]:
+        if self.stop is None:
+            return []
+        if isinstance(self.stop, (str, int, np.integer)):
+            return [self.stop]
+        if not isinstance(self.stop, (Sequence, np.ndarray)) or isinstance(self.stop, bytes):
+            raise TypeError(
+                f"stop takes strings and token ids, one or a list, found {self.stop!r} of type "
+                f"{type(self.stop).__name__}"
+            )
+        return list(self.stop)
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
+    """Checks that an array holds token ids.
+
+    Raises:
+      ValueError: If it holds anything else; the message begins with `what`.
+    """
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{what} must be whole-number token ids, found {ids.dtype}")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"{what} must be token ids from 0 to {vocab_size - 1}, found {outside.flat[0]}"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,0 +1,153 @@
+"""One call's prompts: checked, made into requests, and their tokens into completions."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from grok1.engine.engine import Engine
+from grok1.generate.completion import CompletionBuilder
+from grok1.generate.options import GenerationOptions, check_ids
+from grok1.generate.scheduler import Request, generate
+from grok1.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
+"""Text, or token ids."""
+
+EOS_ID = 2
+"""End of sequence, in the released vocabulary; what ends a request of a model without tokenizer."""
+
+
+class Batch:
+    """The requests of one call, each with the builder of its completion.
+
+    Attributes:
+      builders: One for each prompt, in their order.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions,
+    ):
+        config = engine.config
+        if tokenizer is None and options.stop_strings():
+            raise ValueError(
+                f"stop string {options.stop_strings()[0]!r} needs a tokenizer, and this model has "
+                "none; stop at token ids instead"
+            )
+        if options.logprobs is not None and options.logprobs > config.vocab_size:
+            raise ValueError(
+                f"logprobs must be at most the vocabulary of {config.vocab_size}, found "
+                f"{options.logprobs}"
+            )
+        check_ids(np.asarray(options.stop_tokens()), config.vocab_size, "stop")
+        stop_tokens = set(options.stop_tokens())
+        if not options.ignore_eos:
+            stop_tokens.add(EOS_ID if tokenizer is None else tokenizer.eos_id)
+        self._engine, self._options = engine, options
+        self._allowed = options.allowed_mask(config.vocab_size)
+        self._ends = None
+        if not options.stop_strings():
+            self._ends = np.isin(np.arange(config.vocab_size), list(stop_tokens))
+        self._requests: list[Request] = []
+        self.builders: list[CompletionBuilder] = []
+        for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
+            tokens = encode_prompt(
+                prompt,
+                tokenizer,
+                config.vocab_size,
+                add_bos=options.add_bos,
+                allow_control=options.allow_control,
+            )
+            if not tokens:
+                raise ValueError(
+                    "the prompt is empty; give at least one token, or use add_bos=True"
+                )
+            engine.check_length(len(tokens))
+            room = config.sequence_len - len(tokens)
+            if room < 1:
+                raise ValueError(
+                    f"the prompt has {len(tokens)} tokens and the context holds "
+                    f"{config.sequence_len}, of which one must stay free for a new token; shorten "
+                    f"the prompt by {1 - room}"
+                )
+            max_tokens = min(options.max_new_tokens, room)
+            self._requests.append(Request(tokens, max_tokens, seed, stream))
+            self.builders.append(
+                CompletionBuilder(
+                    tokenizer,
+                    max_tokens=max_tokens,
+                    limit_reason="context" if room < options.max_new_tokens else "length",
+                    stop_tokens=stop_tokens,
+                    stop_strings=options.stop_strings(),
+                    with_logprobs=options.logprobs is not None,
+                )
+            )
+
+    def run(self) -> Iterator[tuple[int, str]]:
+        """Yields (prompt, text that became certain) for every token; ends when all are over."""
+        options = self._options
+        for i, sampled in generate(
+            self._engine,
+            self._requests,
+            options.sampling(),
+            self._allowed,
+            self._ends,
+            options.logprobs,
+            options.logits_processor,
+        ):
+            piece = self.builders[i].push(sampled)
+            self._requests[i].finished = self.builders[i].stop_reason is not None
+            yield i, piece
+
+
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    *,
+    add_bos: bool = False,
+    allow_control: bool = False,
+) -> list[int]:
+    """Returns the token ids of a prompt; those that are given are checked and stay as they are.
+
+    Args:
+      prompt: Text or token ids.
+      tokenizer: For text; None for a model without.
+      vocab_size: Ids are below it.
+      add_bos: As in `Tokenizer.encode`, for text.
+      allow_control: As in `Tokenizer.encode`, for text.
+
+    Raises:
+      ValueError: If ids are out of range, or a text has no tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer; give token ids, or load it with tokenizer="
+            )
+        return tokenizer.encode(prompt, add_bos=add_bos, allow_control=allow_control)
+    array = np.asarray(prompt)
+    check_ids(array, vocab_size, "the prompt")
+    return array.tolist()
+
+
+def is_batch(prompt: Any) -> bool:
+    """Whether this is a sequence of prompts, not one.
+
+    Raises:
+      TypeError: If it is neither.
+    """
+    if isinstance(prompt, str):
+        return False
+    if isinstance(prompt, (np.ndarray, jax.Array)):
+        return prompt.ndim > 1
+    if not isinstance(prompt, Sequence):
+        raise TypeError(
+            f"a prompt is text or a sequence of token ids, found {type(prompt).__name__}"
+        )
+    return any(isinstance(item, (str, Sequence, np.ndarray)) for item in prompt)

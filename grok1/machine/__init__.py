@@ -1,0 +1,1 @@
+"""The machine underneath: its processor, processes and memory, and what is said to its user."""

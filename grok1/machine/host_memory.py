@@ -1,0 +1,65 @@
+"""The memory of the host that this process may still take."""
+
+import pathlib
+from collections.abc import Iterator
+
+_GROUP_FILES = "memory.max", ("anon", "shmem")
+_FIRST_GROUP_FILES = "memory.limit_in_bytes", ("total_rss", "total_shmem")
+
+
+def host_bytes_available() -> int | None:
+    """Returns the memory that this process can still have; None where that cannot be known.
+
+    Files in the page cache count as available, and so does swap space. In a container the limit is
+    the container's, which `/proc/meminfo` does not show.
+    """
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        swap = fields["SwapFree"]
+        available = fields["MemAvailable"] + swap
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+    return min([available, *_group_limits(swap)])
+
+
+def _group_limits(
+    swap: int,
+    root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
+    own: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
+) -> Iterator[int]:
+    """Yields what each control group of this process that has a limit leaves it."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # The second version has no names of controllers, the first has a tree for each.
+        if not controllers:
+            names, top = _GROUP_FILES, root
+        elif "memory" in controllers.split(","):
+            names, top = _FIRST_GROUP_FILES, root / "memory"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if not directory.is_relative_to(top):
+                break
+            try:
+                yield _left_by_group(directory, *names) + swap
+            except (OSError, ValueError, KeyError):
+                continue  # no limit is the word "max"
+
+
+def _left_by_group(directory: pathlib.Path, limit_name: str, counts: tuple[str, str]) -> int:
+    limit = int((directory / limit_name).read_text())
+    pairs = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
+    used = {name: int(value) for name, value in pairs}
+    # Pages of files are not counted: the kernel drops them when memory is wanted.
+    return limit - used[counts[0]] - used.get(counts[1], 0)
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Returns a number of bytes in words: "39.80 GB"."""
+    return f"{num_bytes / 1e9:.2f} GB"

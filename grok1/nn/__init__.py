@@ -1,0 +1,1 @@
+"""The model: to read (transformer) and to run on a mesh (decoder)."""

@@ -1,0 +1,347 @@
+"""The fast forward pass: cached attention, sparse experts, layers in one compiled loop.
+
+Everything here is per device: it runs inside `jax.shard_map` over a mesh with the axes of
+`sharding`, sees its own shard of each weight and of the cache, and speaks to the other devices only
+in the `psum`s that are written out. `transformer.forward` is the same computation to read.
+
+What is captured and what intervenes is known when the program is traced; without either, the
+program is as if there were neither.
+
+Dimension key: B batch row, T position in this call, M = B*T, D model dim, C key/value head held
+here, H head dim, V vocabulary rows held here, L layer, N query head held here, S cache capacity,
+E expert, A selected experts a token.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from grok1.config import ModelConfig
+from grok1.nn.capture import Capture, as_capture
+from grok1.nn.hooks import apply, redirect
+from grok1.nn.sharding import MODEL_AXIS
+from grok1.nn.transformer import LayerParams, Params
+from grok1.nn.unembedding import logit_lens
+from grok1.ops.attention import KVCache, append, attend_cache, attention_map
+from grok1.ops.experts import Routing, choose_experts, experts, router_logits
+from grok1.ops.layers import apply_rope, rms_norm
+from grok1.ops.quantized import QuantizedArray, Weight, matmul_split
+
+Captures = dict[str, Array]
+"""Values kept on the way, each with a leading axis L; see `forward`."""
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    num_valid: Int[Array, " B"],
+    cache: KVCache,
+    dtype: Any,
+    capture: Capture | Collection[str] = (),
+    interventions: Sequence[Any] = (),
+) -> tuple[Float[Array, "B T D"], KVCache, Captures]:
+    """Runs the next tokens of every row through all layers and appends them to the cache.
+
+    Args:
+      params: This device's shard of the model, layers stacked.
+      config: The model.
+      tokens: Token ids; row b continues at position `cache.length[b]`.
+      num_valid: How many of the T tokens of each row are real; the rest is padding, which is
+        computed on but neither dispatched to experts nor cached.
+      cache: This device's shard of the cache.
+      dtype: Type of the products with weights; the residual stream stays float32.
+      capture: What to keep; what is not named is not computed. For every layer: "residual_in",
+        "residual_mid", "residual", "attention_out" and "moe_out" `[L, B, T, D]`, the stream before,
+        within and after the layer and what its branches add; "router_probs" `[L, M, E]`,
+        "expert_indices" and "expert_weights" `[L, M, A]`; "lens_tokens" and "lens_logprobs"
+        `[L, M, lens_top]`. Of `attention_layers`: "attention_probs" `[layers, B, N, T, S]`.
+      interventions: Hooks, as `study.intervention.prepare` makes them.
+
+    Returns:
+      The final norm's output, float32; the cache, grown by `num_valid`; the captured values.
+    """
+    capture = as_capture(capture)
+    offsets_T = jnp.arange(tokens.shape[1])
+    positions_BT = cache.length[:, None] + offsets_T
+    valid_BT = offsets_T < num_valid[:, None]
+    x_BTD = embed(params.embedding, tokens) * config.embedding_multiplier_scale
+
+    def run_layer(carry, layer):
+        x_BTD, cache, maps = carry
+        x_BTD, cache, captured = decoder_layer(
+            params.layers,
+            layer,
+            config,
+            x_BTD,
+            cache,
+            positions_BT,
+            valid_BT,
+            dtype,
+            capture,
+            interventions,
+        )
+        captured |= lens(params, config, x_BTD, capture)
+        if maps is not None:
+            # Of the chosen layers alone: a stack of all could be many times as large.
+            slot = jnp.asarray(slots)[layer]
+            maps = maps.at[slot].set(captured.pop("attention_probs"), mode="drop")
+        return (x_BTD, cache, maps), captured
+
+    maps = None
+    slots = np.full(config.num_layers, len(capture.attention_layers), np.int32)
+    slots[list(capture.attention_layers)] = np.arange(len(capture.attention_layers))
+    if "attention_probs" in capture:
+        shape = _map_shape(config, tokens.shape, cache)
+        maps = jnp.zeros((len(capture.attention_layers), *shape))
+    layers = jnp.arange(config.num_layers)
+    (x_BTD, cache, maps), captured = jax.lax.scan(run_layer, (x_BTD, cache, maps), layers)
+    cache = cache._replace(length=cache.length + num_valid)
+    if maps is not None:
+        captured["attention_probs"] = maps
+    return rms_norm(x_BTD, params.final_norm), cache, captured
+
+
+def decoder_layer(
+    params: LayerParams,
+    layer: Int[Array, ""],
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    cache: KVCache,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    dtype: Any,
+    capture: Capture | Collection[str] = (),
+    interventions: Sequence[Any] = (),
+) -> tuple[Float[Array, "B T D"], KVCache, Captures]:
+    """One layer of a stack: attention, then experts, each between its two norms.
+
+    Args:
+      params: The stack; only matrices that are used are read from it.
+      layer: Which layer, in the stack and in the cache.
+      config: The model.
+      x: Residual stream, float32.
+      cache: Keys and values so far.
+      positions: Absolute position of each token.
+      valid: False for padding.
+      dtype: Type of the products with weights. In bfloat16 only the experts' inputs are rounded to
+        it; attention, a small part of the work that decides where the router sends a token, keeps
+        16 bits (`matmul_split`).
+      capture: As for `forward`.
+      interventions: As for `forward`.
+
+    Returns:
+      The residual stream after the layer, the cache with the layer's keys and values, and what is
+      captured of the layer, as `forward` does without the axis of layers; "attention_probs" are 0
+      for a layer that is not of `attention_layers`. The lens is left to `lens`.
+    """
+    x, cache, normed_MD, routing, captured = attend_and_route(
+        params, layer, config, x, cache, positions, valid, dtype, capture, interventions
+    )
+    branch_MD = experts(
+        normed_MD.astype(dtype), params.experts, (layer,), routing, valid.reshape(-1)
+    )
+    x, more = add_experts(params, layer, config, x, branch_MD, positions, capture, interventions)
+    return x, cache, captured | more
+
+
+def attend_and_route(
+    params: LayerParams,
+    layer: Int[Array, ""],
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    cache: KVCache,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    dtype: Any,
+    capture: Capture | Collection[str] = (),
+    interventions: Sequence[Any] = (),
+) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "M D"], Routing, Captures]:
+    """The first half of a layer, up to the choice of experts; arguments as for `decoder_layer`.
+
+    Returns:
+      The residual stream between the branches, the cache, the input of the experts and their
+      choice, and what is captured of this half.
+    """
+    visit, captured = _visitor(layer, positions, capture, interventions)
+    capture = as_capture(capture)
+    x = visit("residual_in", x)
+    normed = rms_norm(x, params.attention_pre_norm[layer])
+    branch, cache = _attention(
+        params,
+        layer,
+        config,
+        normed,
+        cache,
+        positions,
+        valid,
+        dtype,
+        capture,
+        interventions,
+        captured,
+    )
+    x += visit("attention_out", rms_norm(branch, params.attention_post_norm[layer]))
+    x = visit("residual_mid", x)
+
+    normed_MD = rms_norm(x, params.moe_pre_norm[layer]).reshape(-1, config.emb_size)
+    logits_ME = router_logits(normed_MD, params.router[layer], config.router_softcap)
+    routing = choose_experts(logits_ME, config.num_selected_experts, config.renormalize_gates)
+    routing = redirect(interventions, logits_ME, routing, layer, positions.reshape(-1))
+    routed = {
+        "router_probs": routing.probs,
+        "expert_indices": routing.expert_indices,
+        "expert_weights": routing.expert_weights,
+    }
+    captured |= {name: value for name, value in routed.items() if name in capture}
+    return x, cache, normed_MD, routing, captured
+
+
+def add_experts(
+    params: LayerParams,
+    layer: Int[Array, ""],
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    branch: Float[Array, "M D"],
+    positions: Int[Array, "B T"],
+    capture: Capture | Collection[str] = (),
+    interventions: Sequence[Any] = (),
+) -> tuple[Float[Array, "B T D"], Captures]:
+    """The second half of a layer.
+
+    Args:
+      params: As for `decoder_layer`.
+      layer: Likewise.
+      config: Likewise.
+      x: The residual stream between the branches.
+      branch: What `experts.experts` makes of the choice, on this device.
+      positions: As for `decoder_layer`.
+      capture: Likewise.
+      interventions: Likewise.
+
+    Returns:
+      The residual stream after the layer, and what is captured of this half.
+    """
+    visit, captured = _visitor(layer, positions, capture, interventions)
+    summed = jax.lax.psum(branch, MODEL_AXIS).reshape(x.shape)
+    x += visit("moe_out", rms_norm(summed, params.moe_post_norm[layer]))
+    x = visit("residual", x)
+    return x, captured
+
+
+def _visitor(
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    capture: Capture | Collection[str],
+    interventions: Sequence[Any],
+) -> tuple[Callable[[str, Array], Array], Captures]:
+    """What the points of a layer's stream go through, and where it keeps what is captured."""
+    capture = as_capture(capture)
+    captured: Captures = {}
+
+    def visit(point: str, value: Array) -> Array:
+        value = apply(interventions, point, value, layer, positions)
+        if point in capture:
+            captured[point] = value
+        return value
+
+    return visit, captured
+
+
+def lens(
+    params: Params, config: ModelConfig, x: Float[Array, "B T D"], capture: Capture
+) -> Captures:
+    """The logit lens of a layer's output, where it is captured; empty where it is not."""
+    if "lens_tokens" not in capture and "lens_logprobs" not in capture:
+        return {}
+    flat = x.reshape(-1, config.emb_size)
+    found = logit_lens(params.embedding, params.final_norm, config, flat, capture.lens_top)
+    named = zip(("lens_tokens", "lens_logprobs"), found, strict=True)
+    return {name: value for name, value in named if name in capture}
+
+
+def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Looks tokens up in a table whose rows are shared out over the devices; float32."""
+    rows = embedding.shape[0]
+    local = tokens - jax.lax.axis_index(MODEL_AXIS) * rows
+    here = (local >= 0) & (local < rows)
+    found = embedding[jnp.where(here, local, 0)].astype(jnp.float32)
+    return jax.lax.psum(jnp.where(here[..., None], found, 0), MODEL_AXIS)
+
+
+def _attention(
+    params: LayerParams,
+    layer: Int[Array, ""],
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    cache: KVCache,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    dtype: Any,
+    capture: Capture,
+    interventions: Sequence[Any],
+    captured: Captures,
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    batch, length, _ = x.shape
+    heads_here = cache.k.shape[2]
+
+    def heads(weight, index):
+        projected = matmul_split(x, weight, index, dtype)
+        return projected.reshape(batch, length, -1, config.key_size)
+
+    query = apply_rope(heads(params.query, (layer,)), positions)
+    key_weight = _columns_of_device(params.key, layer, heads_here, config)
+    value_weight = _columns_of_device(params.value, layer, heads_here, config)
+    key = apply_rope(heads(*key_weight), positions)
+    value = heads(*value_weight)
+    cache = append(cache, layer, key, value, positions, valid)
+    # Int8 is exact in any type of product; queries of a float cache are rounded as its keys.
+    as_keys = dtype != jnp.float32 and cache.k.dtype != jnp.int8
+    query_BTCGH = query.astype(cache.k.dtype if as_keys else dtype).reshape(
+        batch, length, heads_here, -1, config.key_size
+    )
+    scale = config.attn_output_multiplier
+    mixed = attend_cache(query_BTCGH, cache, layer, positions, scale)
+    if "attention_probs" in capture:
+        captured["attention_probs"] = jax.lax.cond(
+            jnp.isin(layer, jnp.array(capture.attention_layers)),
+            lambda: attention_map(query_BTCGH, cache, layer, positions, scale),
+            lambda: jnp.zeros(_map_shape(config, (batch, length), cache)),
+        )
+    if any(form.point == "heads" for form in interventions):
+        by_head = mixed.reshape(batch, length, -1, config.key_size)
+        mixed = apply(interventions, "heads", by_head, layer, positions)
+    out = matmul_split(mixed.reshape(batch, length, -1), params.attention_out, (layer,), dtype)
+    return jax.lax.psum(out, MODEL_AXIS), cache
+
+
+def _map_shape(config: ModelConfig, shape: tuple[int, ...], cache: KVCache) -> tuple[int, ...]:
+    """Shape of this device's attention map of a layer: `[B, N, T, S]`."""
+    batch, length = shape
+    heads_here = config.num_q_heads // jax.lax.axis_size(MODEL_AXIS)
+    return batch, heads_here, length, cache.k.shape[3]
+
+
+def _columns_of_device(
+    weight: Weight, layer: Int[Array, ""], heads_here: int, config: ModelConfig
+) -> tuple[Weight, tuple]:
+    """The key or value weight of this device's heads, as (weight, index) for `matmul`.
+
+    A shard holds just those columns, unless devices outnumber heads: then it holds all, and
+    neighbouring devices use the same head.
+    """
+    columns = heads_here * config.key_size
+    if weight.shape[-1] == columns:
+        return weight, (layer,)
+    head = jax.lax.axis_index(MODEL_AXIS) * config.num_kv_heads // jax.lax.axis_size(MODEL_AXIS)
+
+    def take(array):
+        sizes = (1, array.shape[1], columns)
+        return jax.lax.dynamic_slice(array, (layer, 0, head * config.key_size), sizes)[0]
+
+    if isinstance(weight, QuantizedArray):
+        return QuantizedArray(take(weight.values), take(weight.scales)), ()
+    return take(weight), ()

@@ -1,0 +1,1 @@
+"""Models larger than memory: experts come from where they lie."""

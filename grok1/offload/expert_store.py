@@ -1,0 +1,343 @@
+"""The experts of a model on disk, handed over one after another while it runs.
+
+What is used often is kept in memory (`expert_cache`). The rest is computed with where the page
+cache has it (`mapping`), or, where that cannot be, because a conversion keeps matrices transposed,
+the system is old or the weights go on to another device, read into one of two buffers, of which one
+is filled while the other is used.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grok1.checkpoint import mapping
+from grok1.checkpoint.mapping import Window
+from grok1.checkpoint.reading import Reader, Target
+from grok1.checkpoint.storage import StoredArray
+from grok1.offload.expert_cache import ExpertCache, Key
+from grok1.ops.cpu import bindings
+from grok1.ops.experts import ExpertWeights
+
+_NUM_THREADS = 8
+_COPIED_BYTES = 1 << 25  # by one thread at a time
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What some steps have fetched.
+
+    Attributes:
+      steps: How many: chunks of prompts, or tokens.
+      seconds: How long they took in all.
+      bytes_read: Of experts' weights, that were not held in memory.
+      num_used: Experts used, each counted once a layer and step.
+      num_held: How many of these were held in memory.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0
+    num_used: int = 0
+    num_held: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts used that were held in memory."""
+        return self.num_held / max(1, self.num_used)
+
+
+class CancelledError(Exception):
+    """Fetching was told to stop."""
+
+
+class Buffer(NamedTuple):
+    """Memory for an expert.
+
+    Attributes:
+      matrices: Gate, up and down, int8 `[1, K, N]`, to be written to.
+      arrays: The same memory, as `jax.device_put` takes it.
+    """
+
+    matrices: Sequence[np.ndarray]
+    arrays: Sequence[Any]
+
+
+def pageable_buffer(shapes: Sequence[tuple[int, ...]]) -> Buffer:
+    """Returns ordinary memory for matrices of these shapes."""
+    matrices = [np.empty((1, *shape), np.int8) for shape in shapes]
+    return Buffer(matrices, matrices)
+
+
+class _Fetched(NamedTuple):
+    """An expert that can be computed with.
+
+    Attributes:
+      buffer: What holds it, if it was read.
+      windows: On its files, if they are mapped; to be closed after its use.
+      is_spare: Whether the buffer may be used for another expert afterwards.
+    """
+
+    buffer: Buffer | None
+    windows: Sequence[Window] = ()
+    is_spare: bool = False
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of gate, up and down."""
+        if self.buffer is None:
+            return [window.address for window in self.windows]
+        return [matrix.ctypes.data for matrix in self.buffer.matrices]
+
+
+class ExpertStore:
+    """Hands over experts while a program runs; between `begin` and `end` it has threads.
+
+    Attributes:
+      fetch: What programs of a CPU ask.
+      num_bytes: Of one expert in memory.
+      lock: To be held from `begin` to `end`: one program at a time.
+      is_mapped: Whether what is not held is read from the page cache, without a copy.
+      error: What went wrong since `begin`.
+    """
+
+    def __init__(
+        self,
+        layers: list[ExpertWeights],
+        allow_mapping: bool = True,
+        new_buffer: Callable[[Sequence[tuple[int, ...]]], Buffer] = pageable_buffer,
+    ):
+        """Reads nothing yet.
+
+        Args:
+          layers: For each layer gate, up and down of all experts, `StoredArray`s of int8.
+          allow_mapping: Whether files may be mapped.
+          new_buffer: Allocates the memory that experts are read into.
+        """
+        self._layers = layers
+        arrays: list[StoredArray] = list(layers[0])
+        self._new_buffer = functools.partial(new_buffer, [array.shape[-2:] for array in arrays])
+        self._num_experts = arrays[0].num_matrices
+        self.num_bytes = sum(array.nbytes for array in arrays) // self._num_experts
+        in_place = not any(array.transposed or array.dtype != "int8" for array in arrays)
+        self.is_mapped = allow_mapping and in_place and mapping.is_available()
+        self.fetch = bindings.Fetch(self._fetch)
+        self.error: BaseException | None = None
+        self.lock = threading.Lock()
+        self._cache: ExpertCache[Buffer] = ExpertCache(0)
+        self._spare: list[Buffer] = []
+        self._cancelled = threading.Event()
+        self._traffic = Traffic()
+        self._on_layer: Callable[[int], Any] = lambda _: None
+        self._layer = -1
+        self._current: _Fetched | None = None
+        self._upcoming: tuple[Key, Future[_Fetched]] | None = None
+        self._pools: list[ThreadPoolExecutor] = []
+
+    @property
+    def num_all(self) -> int:
+        """Experts of the model."""
+        return len(self._layers) * self._num_experts
+
+    @property
+    def num_held(self) -> int:
+        """Experts in memory now."""
+        return len(self._cache)
+
+    @property
+    def capacity(self) -> int:
+        """Most experts in memory."""
+        return self._cache.capacity
+
+    def resize(self, capacity: int) -> None:
+        """Holds this many experts from now on, and lets go of more; not while a program runs."""
+        self._cache.shrink(min(capacity, self.num_all))
+
+    def begin(self, traffic: Traffic, on_layer: Callable[[int], Any] = lambda _: None) -> None:
+        """Gets ready for a step of the model.
+
+        Args:
+          traffic: What is fetched is added to it.
+          on_layer: Called, on a thread of XLA's, with each layer when its first expert is wanted.
+        """
+        self.error = None
+        self._cancelled.clear()
+        self._traffic, self._on_layer = traffic, on_layer
+        self._layer = -1
+        self._cache.step()
+        self._pools = [
+            ThreadPoolExecutor(1, "grok1-fetch"),
+            ThreadPoolExecutor(_NUM_THREADS, "grok1-mapping"),
+        ]
+
+    def cancel(self) -> None:
+        """Has the running program fail at the next expert."""
+        self._cancelled.set()
+
+    def end(self) -> None:
+        """Ends the threads and gives up what is not held."""
+        self._cancelled.set()
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._pools = []
+        if self._upcoming is not None:
+            _, future = self._upcoming
+            if not future.cancelled() and future.exception() is None:
+                self._release(future.result())
+        self._upcoming = None
+        if self._current is not None:
+            self._release(self._current)
+            self._current = None
+        self._spare = []
+
+    def take(self, layer: int, expert: int, following: int | None) -> Buffer:
+        """Returns an expert, good until the next call, while another one is got ready.
+
+        Args:
+          layer: Index of the layer.
+          expert: Which of its experts.
+          following: The one that will be wanted next, if any.
+
+        Raises:
+          CheckpointError: If it cannot be read.
+          CancelledError: After `cancel`.
+          ValueError: If files are mapped, which leaves no buffer.
+        """
+        fetched = self._next(layer, expert, following)
+        if fetched.buffer is None:
+            raise ValueError("experts are mapped; make the store with allow_mapping=False")
+        return fetched.buffer
+
+    def count_held(self, layer: int) -> None:
+        """Counts an expert of a layer that was used without this store.
+
+        Raises:
+          CancelledError: After `cancel`.
+        """
+        if self._cancelled.is_set():
+            raise CancelledError
+        self._say_layer(layer)
+        self._traffic.num_used += 1
+        self._traffic.num_held += 1
+
+    def _fetch(self, layer: int, expert: int, following: int | None) -> list[int] | None:
+        """The addresses of an expert; called by programs."""
+        try:
+            return self._next(layer, expert, following).addresses
+        except BaseException as error:  # across a program's C++ nothing can be raised
+            self.error = self.error or error
+            return None
+
+    def _next(self, layer: int, expert: int, following: int | None) -> _Fetched:
+        # Whoever asks for an expert is done with the one before.
+        if self._current is not None:
+            self._release(self._current)
+            self._current = None
+        self._say_layer(layer)
+        key = layer, expert
+        if self._upcoming is not None and self._upcoming[0] == key:
+            (_, future), self._upcoming = self._upcoming, None
+            self._current = future.result()
+        else:
+            self._current = self._prepare(key, ())
+        if following is not None:
+            after = layer, following
+            self._upcoming = after, self._pools[0].submit(self._prepare, after, (key,))
+        return self._current
+
+    def _say_layer(self, layer: int) -> None:
+        if layer != self._layer:
+            self._layer = layer
+            self._on_layer(layer)
+
+    def _prepare(self, key: Key, in_use: Sequence[Key]) -> _Fetched:
+        if self._cancelled.is_set():
+            raise CancelledError
+        self._traffic.num_used += 1
+        held = self._cache.use(key)
+        if held is not None:
+            self._traffic.num_held += 1
+            return _Fetched(held)
+        self._traffic.bytes_read += self.num_bytes
+        victim = self._cache.victim(key, in_use)
+        if victim != key:
+            buffer = self._new_buffer() if victim is None else self._cache.take(victim)
+            self._fill(key, buffer)
+            self._cache.put(key, buffer)
+            return _Fetched(buffer)
+        if self.is_mapped:
+            return self._map(key)
+        buffer = self._spare.pop() if self._spare else self._new_buffer()
+        self._read(key, buffer)
+        return _Fetched(buffer, is_spare=True)
+
+    def _release(self, fetched: _Fetched) -> None:
+        for window in fetched.windows:
+            window.close()
+        if fetched.is_spare and fetched.buffer is not None:
+            self._spare.append(fetched.buffer)
+
+    def _fill(self, key: Key, buffer: Buffer) -> None:
+        """Reads an expert that is to be kept."""
+        if not self.is_mapped:
+            self._read(key, buffer)
+            return
+        # By way of a window: the page cache then has it in huge pages, which is what serves the
+        # next to map the same file, and a plain read would have left it in small ones.
+        mapped = self._map(key)
+        try:
+            jobs = []
+            for window, matrix in zip(mapped.windows, buffer.matrices, strict=True):
+                source, target = window.bytes(), matrix.reshape(-1)
+                for start in range(0, len(target), _COPIED_BYTES):
+                    part = slice(start, start + _COPIED_BYTES)
+                    jobs.append((target[part], source[part]))
+            for _ in self._pools[1].map(lambda job: np.copyto(*job), jobs):
+                pass
+        finally:
+            self._release(mapped)
+
+    def _read(self, key: Key, buffer: Buffer) -> None:
+        layer, expert = key
+
+        def check(_: int) -> None:
+            if self._cancelled.is_set():
+                raise CancelledError
+
+        # The pages may be those of another expert's file, or serve another process.
+        with Reader(check, keep_pages=True) as reader:
+            for array, matrix in zip(self._layers[layer], buffer.matrices, strict=True):
+                bounds = ((expert, expert + 1), *((0, size) for size in matrix.shape[1:]))
+                reader.submit(array, [Target(bounds, matrix)])
+            reader.wait()
+
+    def _map(self, key: Key) -> _Fetched:
+        layer, expert = key
+        windows: list[Window] = []
+        try:
+            for array in self._layers[layer]:
+                size = array.nbytes // array.num_matrices
+                if len(array.parts) == 1:
+                    file, span = array.parts[0]
+                    windows.append(Window(file, span.offset + expert * size, size))
+                else:
+                    file, span = array.parts[expert]
+                    windows.append(Window(file, span.offset, size))
+            blocks = [block for window in windows for block in window.blocks()]
+            for _ in self._pools[1].map(self._populate, blocks):
+                pass
+        except BaseException:
+            for window in windows:
+                window.close()
+            raise
+        return _Fetched(None, windows)
+
+    def _populate(self, block: tuple[Window, int]) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError
+        window, place = block
+        window.populate(place)

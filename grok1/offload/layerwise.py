@@ -1,0 +1,158 @@
+"""A step of a model as many programs: a layer's, called for each layer, and an expert's.
+
+Between a layer's halves the host learns which experts were chosen, and brings those to the device
+that are not there (`device_experts`). As one program a step could not wait for that without holding
+up the device. A CPU with the kernels needs none of this: there a step is one program, and experts
+are computed with where the host has them.
+
+Dimension key: B batch row, T position, M = B*T, D model dim, A selected experts a token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grok1.config import ModelConfig
+from grok1.engine.steps import DecodeState, Head, next_tokens
+from grok1.nn.capture import Capture
+from grok1.nn.decoder import Captures, add_experts, attend_and_route, embed, lens
+from grok1.offload.device_experts import DeviceExperts
+from grok1.ops.experts import fetched_expert
+from grok1.ops.layers import rms_norm
+
+Compile = Callable[..., Callable]
+"""Compiles a piece: (its name, a function per device, the arguments whose memory it may have)."""
+
+
+class LayerwiseStep:
+    """What a step's program is, (params, state, count, *arguments) -> (state, outputs, captured).
+
+    See `Engine._step_program`; the parameters are without the experts' values.
+    """
+
+    def __init__(
+        self,
+        compile_piece: Compile,
+        experts: DeviceExperts,
+        config: ModelConfig,
+        dtype: Any,
+        length: int,
+        head: Head,
+        capture: Capture,
+        is_intervened: bool,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          compile_piece: Compiles what it is made of.
+          experts: Where experts come from.
+          config: The model.
+          dtype: Type of the products with weights.
+          length: Tokens of a row.
+          head: What is made of the last hidden states.
+          capture: What is captured.
+          is_intervened: Whether the parameters are an `engine.Intervened`.
+        """
+
+        def unpacked(params):
+            return params if is_intervened else (params, ())
+
+        def positions_of(cache):
+            return cache.length[:, None] + jnp.arange(length)
+
+        def begin(params, state):
+            params, _ = unpacked(params)
+            x = embed(params.embedding, next_tokens(state, length))
+            return x * config.embedding_multiplier_scale
+
+        def attend(params, layer, count, x, cache):
+            params, interventions = unpacked(params)
+            valid = jnp.arange(length) < count.astype(jnp.int32)[:, None]
+            x, cache, normed, routing, captured = attend_and_route(
+                params.layers,
+                layer,
+                config,
+                x,
+                cache,
+                positions_of(cache),
+                valid,
+                dtype,
+                capture,
+                interventions,
+            )
+            # Padding goes to none.
+            chosen = jnp.where(
+                valid.reshape(-1)[:, None], routing.expert_indices, config.num_experts
+            )
+            out = jnp.zeros(normed.shape)
+            return x, cache, out, normed.astype(dtype), chosen, routing.expert_weights, captured
+
+        def add_expert(params, layer, expert, values, out, *routed):
+            params, _ = unpacked(params)
+            return out + fetched_expert(
+                routed[0], values, params.layers.experts, layer, expert, *routed[1:]
+            )
+
+        def finish(params, layer, cache, out, x):
+            params, interventions = unpacked(params)
+            positions = positions_of(cache)
+            x, captured = add_experts(
+                params.layers, layer, config, x, out, positions, capture, interventions
+            )
+            return x, captured | lens(params, config, x, capture)
+
+        def end(params, state, count, x, captured, *arguments):
+            params, _ = unpacked(params)
+            length = state.cache.length + count.astype(jnp.int32)
+            state = state._replace(cache=state.cache._replace(length=length))
+            hidden = rms_norm(x, params.final_norm)
+            state, outputs = head(params.embedding, config, state, hidden, count, *arguments)
+            return state, outputs, jax.tree.map(jnp.stack, captured, is_leaf=_is_list)
+
+        self._config, self._capture, self._experts = config, capture, experts
+        self._begin = compile_piece("beginning", begin)
+        self._attend = compile_piece("attention", attend, "x", "cache")
+        self._add_expert = compile_piece("expert", add_expert, "out")
+        self._finish = compile_piece("end of a layer", finish, "x")
+        self._end = compile_piece("end", end, "state")
+
+    def __call__(
+        self, params: Any, state: DecodeState, count: Any, *arguments: Any
+    ) -> tuple[DecodeState, Any, Captures]:
+        """Runs the step; may return before the device is done.
+
+        Raises:
+          CheckpointError: If an expert cannot be read.
+          CancelledError: After the store's `cancel`.
+        """
+        self._experts.cache.step()
+        x, cache = self._begin(params, state), state.cache
+        captured: dict[str, list[Any]] = {}
+        for number in range(self._config.num_layers):
+            layer = np.int32(number)
+            x, cache, out, *routed, of_layer = self._attend(params, layer, count, x, cache)
+            chosen = np.unique(np.asarray(routed[1]))
+            for expert, values in self._experts.fetch(
+                number, chosen[chosen < self._config.num_experts].tolist()
+            ):
+                out = self._add_expert(params, layer, np.int32(expert), values, out, *routed)
+            x, more = self._finish(params, layer, cache, out, x)
+            for name, value in (of_layer | more).items():
+                if name != "attention_probs" or number in self._capture.attention_layers:
+                    captured.setdefault(name, []).append(value)
+        if "attention_probs" in captured:
+            # In the order that was asked for.
+            maps = dict(
+                zip(
+                    sorted(self._capture.attention_layers), captured["attention_probs"], strict=True
+                )
+            )
+            captured["attention_probs"] = [maps[n] for n in self._capture.attention_layers]
+        return self._end(params, state._replace(cache=cache), count, x, captured, *arguments)
+
+
+def _is_list(node: Any) -> bool:
+    return isinstance(node, list)

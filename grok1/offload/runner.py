@@ -1,0 +1,434 @@
+"""A model that is larger than memory: the experts stay in their files, the rest is resident.
+
+A token uses two experts of eight, and the rest of a layer is a fourteenth of them in size. Where
+an expert's weights lie is asked of `expert_store` when the router has chosen: on a CPU by the
+kernels, in the programs of `engine`; elsewhere between programs, layer by layer (`layerwise`).
+
+What is counted against the budget is this process's own memory: everything resident, the keys and
+values, working memory, and the experts that fill the rest. Pages of files that the system keeps
+are not counted: it takes them back when it wants memory.
+"""
+
+import contextlib
+import functools
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from grok1.checkpoint.loading import expert_arrays, load_params
+from grok1.checkpoint.storage import StoredTensor
+from grok1.config import ModelConfig
+from grok1.engine.compilation import Program
+from grok1.engine.engine import Engine
+from grok1.engine.steps import DecodeState, Head
+from grok1.machine import announcement
+from grok1.machine.host_memory import gigabytes, host_bytes_available
+from grok1.nn.capture import NOTHING, Capture
+from grok1.nn.manifest import TensorSpec
+from grok1.nn.sharding import AnyMesh
+from grok1.nn.transformer import Params
+from grok1.offload.device_experts import DeviceExperts, has_pinned_memory, pinned_buffer
+from grok1.offload.expert_store import ExpertStore, Traffic, pageable_buffer
+from grok1.offload.layerwise import LayerwiseStep
+from grok1.ops.cpu import bindings
+from grok1.planning.budget import budget, resident_bytes, without_experts
+from grok1.planning.memory import (
+    WORKING_BYTES,
+    device_bytes_available,
+    least_bytes,
+    require_memory,
+    screening_table_bytes,
+    shard_bytes,
+    state_bytes,
+)
+
+Offload = Literal["auto", "none", "host", "disk"]
+"""Where experts' weights are: see `factory.load`."""
+
+
+_NUM_BUFFERS = 2  # experts that are read ahead of their use where they cannot be mapped
+_NUM_IN_TRANSFER = 2  # experts on a device beside those kept there: one comes, one is computed with
+
+
+class OffloadStats(NamedTuple):
+    """What streaming has cost so far.
+
+    Attributes:
+      prompt: Of prompts, in chunks.
+      decode: Of steps of decoding, each a token of every row.
+      num_held: Experts in the host's memory.
+      num_slots: Experts that it has room for.
+      num_on_device: Experts in the memory of an accelerator.
+      num_experts: Experts of the model.
+      budget_bytes: What the process may take.
+    """
+
+    prompt: Traffic
+    decode: Traffic
+    num_held: int
+    num_slots: int
+    num_on_device: int
+    num_experts: int
+    budget_bytes: int
+
+    def __str__(self) -> str:
+        lines = []
+        for what, traffic in (("chunk of the prompt", self.prompt), ("token", self.decode)):
+            if traffic.steps:
+                lines.append(
+                    f"{traffic.seconds / traffic.steps:.2f} s a {what}, "
+                    f"{gigabytes(traffic.bytes_read / traffic.steps)} read, "
+                    f"expert hit rate {traffic.hit_rate:.1%}"
+                )
+        held = f"{self.num_held} of {self.num_experts} experts in memory"
+        if self.num_on_device:
+            held += f", {self.num_on_device} on the device"
+        return "; ".join([*lines, held])
+
+
+class OffloadedEngine(Engine):
+    """The steps of a model whose experts are fetched; as `Engine`, with the same numbers.
+
+    A step is finished when its method returns. Ctrl-C ends it within a layer; a file that cannot
+    be read is the `CheckpointError` of the step that wanted it. The state it was given is lost
+    then, and the engine goes on with another.
+
+    Attributes:
+      store: Where experts come from.
+      device_experts: How they come to the device; None where the kernels fetch them.
+      budget_bytes: What the process may take.
+      runs_ahead: Whether a step may be started before the tokens of the one before are read.
+    """
+
+    runs_ahead = False
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        mesh: AnyMesh,
+        dtype: Any,
+        cache_dtype: Any,
+        store: ExpertStore,
+        budget_bytes: int,
+    ):
+        super().__init__(params, config, mesh, dtype, cache_dtype)
+        self.store, self.budget_bytes = store, budget_bytes
+        device = self.mesh.devices.flat[0]
+        self.device_experts = DeviceExperts(store, device) if runs_by_layer(device) else None
+        self._traffic = {"prompt": Traffic(), "decode": Traffic()}
+
+    @property
+    def most_steps(self) -> int:
+        """1, so that each step can be broken off, and counts for itself."""
+        return 1
+
+    @property
+    def stats(self) -> OffloadStats:
+        """What streaming has cost so far."""
+        store = self.store
+        return OffloadStats(
+            **self._traffic,
+            num_held=store.num_held,
+            num_slots=store.capacity,
+            num_on_device=len(self.device_experts.cache) if self.device_experts else 0,
+            num_experts=store.num_all,
+            budget_bytes=self.budget_bytes,
+        )
+
+    def new_state(self, tokens: np.ndarray) -> DecodeState:
+        """As `Engine.new_state`; the experts in memory make room for the cache.
+
+        Raises:
+          ValueError: If the budget does not hold the cache.
+        """
+        needed = state_bytes(self, *tokens.shape)
+        with self.store.lock:
+            self.store.resize(num_slots(self, self.store, needed, self.budget_bytes))
+            if self.device_experts is not None:
+                self.device_experts.cache.shrink(self._num_device_slots(needed))
+        return super().new_state(tokens)
+
+    def _num_device_slots(self, state_bytes: int) -> int:
+        """How many experts fit on the device beside a state, what works there and what comes."""
+        assert self.device_experts is not None
+        available = device_bytes_available(self.mesh.devices.flat[0])
+        if available is None:
+            return 0
+        held = len(self.device_experts.cache)
+        room = available - state_bytes - WORKING_BYTES
+        return max(0, held + room // self.store.num_bytes - _NUM_IN_TRANSFER)
+
+    def _step_program(
+        self,
+        key: tuple,
+        length: int,
+        head: Head,
+        argument_specs: tuple,
+        output_specs: Any,
+        capture: Capture = NOTHING,
+    ) -> Any:
+        program: Any = self._programs.get(key)
+        if isinstance(program, _StreamedProgram):
+            return program
+        if self.device_experts is None:
+            program = super()._step_program(
+                key, length, head, argument_specs, output_specs, capture
+            )
+        else:
+            program = LayerwiseStep(
+                functools.partial(self._piece, key, length, capture),
+                self.device_experts,
+                self.config,
+                self.dtype,
+                length,
+                head,
+                capture,
+                self._is_intervened,
+            )
+        kind = "decode" if key[0].startswith("decode") else "prompt"
+        # A token is its own progress, and a bar would get into the line that tokens are written to.
+        num_layers = self.config.num_layers if kind == "prompt" else None
+        streamed = _StreamedProgram(program, self.store, self._traffic[kind], num_layers)
+        self._programs[key] = cast(Program, streamed)
+        return streamed
+
+    def _piece(
+        self,
+        key: tuple,
+        length: int,
+        capture: Capture,
+        name: str,
+        function: Callable,
+        *donated: str,
+    ) -> Program:
+        """Compiles a function of a layerwise step; steps share all but the end."""
+        names = list(inspect.signature(function).parameters)
+        per_device = jax.shard_map(
+            function, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False
+        )
+        own = key if name == "end" else ()
+        return self._program(
+            ("piece of a step", name, length, capture, *own),
+            lambda: jax.jit(per_device, donate_argnums=[names.index(one) for one in donated]),
+        )
+
+
+class _StreamedProgram:
+    """A step's program with the threads that fetch for it."""
+
+    def __init__(
+        self,
+        program: Program | LayerwiseStep,
+        store: ExpertStore,
+        traffic: Traffic,
+        num_layers: int | None,
+    ):
+        self._program = program
+        self._store, self._traffic, self._num_layers = store, traffic, num_layers
+
+    def __call__(self, *args):
+        """Runs the program to its end.
+
+        Raises:
+          CheckpointError: If an expert cannot be read.
+        """
+        start = time.perf_counter()
+        # In another thread, because waiting for a program cannot be interrupted.
+        with (
+            self._store.lock,
+            self._fetching(),
+            ThreadPoolExecutor(1, "grok1-step") as pool,
+        ):
+            running = pool.submit(lambda: jax.block_until_ready(self._program(*args)))
+            try:
+                result = running.result()
+            except BaseException:
+                self._store.cancel()
+                # Until the program has ended it computes from what it was given.
+                while not running.done():
+                    with contextlib.suppress(KeyboardInterrupt):
+                        wait([running])
+                raise
+        self._traffic.steps += 1
+        self._traffic.seconds += time.perf_counter() - start
+        return result
+
+    @contextlib.contextmanager
+    def _fetching(self) -> Iterator[None]:
+        bar = tqdm(
+            total=self._num_layers,
+            desc="prompt",
+            unit="layer",
+            delay=announcement.PATIENCE,
+            leave=False,
+            disable=True if self._num_layers is None else None,
+        )
+        self._store.begin(self._traffic, lambda layer: bar.update(layer + 1 - bar.n))
+        try:
+            yield
+        except Exception:
+            # The program's own words are that it was not given the weights.
+            if self._store.error is not None:
+                raise self._store.error from None
+            raise
+        finally:
+            self._store.end()
+            bar.close()
+
+
+def is_offloaded(
+    engine: Engine, offload: Offload, memory: float | str | None, say: bool = True
+) -> bool:
+    """Says whether experts are to be read when they are needed.
+
+    Args:
+      engine: The whole model, of which only the shapes exist, on a mesh of real devices.
+      offload: What is asked for.
+      memory: The budget, if one is given.
+      say: Tell on stderr why, where nobody has asked for it.
+
+    Raises:
+      ValueError: If the choice is none of the four, a model that must be resident does not fit, or
+        one that must not be lies on several devices.
+    """
+    if offload not in get_args(Offload):
+        raise ValueError(f"offload must be 'auto', 'none', 'host' or 'disk', found {offload!r}")
+    if memory is not None and offload in ("none", "host"):
+        raise ValueError(
+            f"memory is a budget for offload='disk' or 'auto', found it with offload={offload!r}"
+        )
+    sizes = "x".join(map(str, engine.mesh.devices.shape))
+    on_one = engine.mesh.size == 1
+    if offload in ("disk", "host"):
+        if not on_one:
+            raise ValueError(f"offloading runs on one device, found mesh {sizes}; give mesh=(1, 1)")
+        return True
+    try:
+        require_memory(engine)
+    except ValueError as error:
+        if offload == "none" or not on_one:
+            raise
+        reason = str(error).partition(";")[0]
+    else:
+        if memory is None or not on_one or engine.mesh.devices.flat[0].platform != "cpu":
+            return False
+        needed = least_bytes(engine) + screening_table_bytes(engine) + WORKING_BYTES
+        if needed <= budget(memory):
+            return False
+        reason = f"the model takes {gigabytes(needed)}"
+    if say:
+        print(f"grok1: {reason}: experts are read when they are needed", file=sys.stderr)
+    return True
+
+
+def load_offloaded(
+    tensors: list[StoredTensor],
+    manifest: list[TensorSpec],
+    whole: Engine,
+    on_host: bool,
+    memory: float | str | None,
+    progress: bool,
+) -> OffloadedEngine:
+    """Reads all of a checkpoint but its experts.
+
+    Args:
+      tensors: As for `loading.load_params`.
+      manifest: Likewise.
+      whole: The whole model, of which only the shapes exist, on one real device.
+      on_host: Keep in memory every expert that was read once, instead of those in the budget.
+      memory: The budget; see `budget`.
+      progress: Show bytes, rate and time left on stderr, if that is a terminal.
+
+    Raises:
+      CheckpointError: If a file changes underneath, or a scale is not finite.
+      ValueError: If the experts are not int8, or what has to be in memory does not fit.
+    """
+    config, mesh = whole.config, whole.mesh
+    device = mesh.devices.flat[0]
+    by_layer = runs_by_layer(device)
+    pinned = by_layer and has_pinned_memory(device)
+    store = ExpertStore(
+        expert_arrays(tensors, manifest, config),
+        allow_mapping=not by_layer,
+        new_buffer=functools.partial(pinned_buffer, device) if pinned else pageable_buffer,
+    )
+    lean = Engine(without_experts(whole.params), config, mesh, whole.dtype, whole.cache_dtype)
+    require_memory(lean)
+    least_state = least_bytes(lean) - shard_bytes(lean.params)
+    if on_host:
+        # The cache may grow to the whole context.
+        state = state_bytes(lean, lean.batch_for(1), config.sequence_len)
+        budget_bytes = fixed_bytes(lean, store) + state + store.num_all * store.num_bytes
+        available = host_bytes_available()
+        if available is not None and budget_bytes > available:
+            raise ValueError(
+                f"the experts do not fit in the host's memory: {gigabytes(budget_bytes)} are "
+                f"needed and {gigabytes(available)} available; give offload='disk'"
+            )
+    else:
+        budget_bytes = budget(memory)
+    store.resize(num_slots(lean, store, least_state, budget_bytes))
+    params = load_params(tensors, manifest, config, mesh, progress, without_experts)
+    if not by_layer:
+        handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
+        experts = params.layers.experts._replace(handle=handle)
+        params = params._replace(layers=params.layers._replace(experts=experts))
+    return OffloadedEngine(
+        params, config, mesh, whole.dtype, whole.cache_dtype, store, budget_bytes
+    )
+
+
+def runs_by_layer(device: Any) -> bool:
+    """Whether a device's experts are brought to it between programs, not asked for by kernels."""
+    return device.platform != "cpu" or not bindings.is_available()
+
+
+def fixed_bytes(engine: Engine, store: ExpertStore) -> int:
+    """Returns what this process takes beside keys, values and the experts that it holds.
+
+    Args:
+      engine: With parameters `without_experts`, which may be abstract.
+      store: Where the experts come from.
+    """
+    device = engine.mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
+    in_flight = 0 if store.is_mapped else _NUM_BUFFERS
+    if on_cpu and runs_by_layer(device):
+        in_flight += _NUM_IN_TRANSFER
+    resident = resident_bytes(engine) if on_cpu else WORKING_BYTES
+    return resident + in_flight * store.num_bytes
+
+
+def num_slots(engine: Engine, store: ExpertStore, cache_bytes: int, budget_bytes: int) -> int:
+    """Returns how many experts fit into a budget beside everything else.
+
+    Args:
+      engine: As for `fixed_bytes`.
+      store: Where the experts come from.
+      cache_bytes: Of keys, values and tokens.
+      budget_bytes: What the process may take.
+
+    Raises:
+      ValueError: If not even the rest fits.
+    """
+    fixed = fixed_bytes(engine, store)
+    if engine.mesh.devices.flat[0].platform != "cpu":
+        cache_bytes = 0
+    room = budget_bytes - fixed - cache_bytes
+    if room < 0:
+        raise ValueError(
+            f"a memory budget of {gigabytes(budget_bytes)} is too small: what has to be in memory "
+            f"takes {gigabytes(fixed)}, and the cache of keys and values {gigabytes(cache_bytes)}; "
+            f"give at least {gigabytes(fixed + cache_bytes)}, or fewer or shorter prompts"
+        )
+    return min(room // store.num_bytes, store.num_all)

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the operations of the model, each with its forms."""

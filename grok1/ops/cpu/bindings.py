@@ -1,0 +1,285 @@
+"""The kernels in C++, for CPUs, where XLA reads int8 far slower than memory can.
+
+They are compiled at first use with the system's compiler, for this very processor and against the
+headers of the installed jaxlib, into a private directory. Where that cannot be done, one line on
+stderr says why and everything runs through XLA.
+
+Environment: GROK1_NATIVE=0 turns them off; GROK1_NUM_THREADS is the number of threads of a kernel
+(default: the cores that the process may run on); XDG_CACHE_HOME is where the library is kept.
+"""
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
+
+from grok1.ops.cpu.build import UnavailableError, loaded_library
+
+_MATMUL = "grok1_quantized_matmul"
+_EXPERTS = "grok1_experts"
+_FETCHED_EXPERTS = "grok1_fetched_experts"
+_ATTENTION = "grok1_attention"
+_MOST_PROBABLE = "grok1_most_probable"
+_LOCK = threading.Lock()
+# Layer, expert, the next one, where to write the addresses; see kernels.cc.
+_FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
+
+
+def is_available() -> bool:
+    """Whether the kernels can run; builds and registers the library when first asked.
+
+    Says on stderr, once a process, why it cannot. False without a word when GROK1_NATIVE=0 or
+    when the default backend of JAX is no CPU.
+    """
+    with _LOCK:  # a second thread must not register what it has built itself
+        return _is_available()
+
+
+@functools.cache
+def _is_available() -> bool:
+    if os.environ.get("GROK1_NATIVE") == "0" or jax.default_backend() != "cpu":
+        return False
+    try:
+        library = loaded_library()
+        targets = (_MATMUL, _EXPERTS, _FETCHED_EXPERTS, _ATTENTION, _MOST_PROBABLE)
+        handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
+    except (UnavailableError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        print(
+            f"grok1: running through XLA, several times slower than the native kernels: {error}",
+            file=sys.stderr,
+        )
+        return False
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return True
+
+
+def quantized_matmul(
+    x: Float[Array, "M K"],
+    values: Array,
+    scales: Array,
+    index: tuple[int | Array, ...],
+    num_valid: int | Array,
+) -> Float[Array, "M N"]:
+    """Computes `x @ (values[index] * scales[index])`.
+
+    Products and sums are float32; the result does not depend on the number of threads.
+
+    Args:
+      x: float32 `[M, K]`.
+      values: int8 `[*lead, K, N]`; read in place, whatever the index.
+      scales: bfloat16 `[*lead, G, N]`.
+      index: One index, a number or a traced scalar, for each leading axis, from 0 on.
+      num_valid: Rows of `x` to multiply, a number or a traced scalar.
+
+    Returns:
+      float32 `[M, N]`, zeros from row `num_valid` on.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    matrix = jnp.int32(0)
+    for size, i in zip(values.shape[:-2], index, strict=True):
+        matrix = matrix * size + jnp.asarray(i, jnp.int32)
+    out = jax.ShapeDtypeStruct((x.shape[0], values.shape[-1]), jnp.float32)
+    return jax.ffi.ffi_call(_MATMUL, out)(
+        x, values, scales, matrix, jnp.asarray(num_valid, jnp.int32)
+    )
+
+
+def experts(
+    x: Float[Array, "M D"],
+    gate: tuple[Array, Array],
+    up: tuple[Array, Array],
+    down: tuple[Array, Array],
+    layer: int | Array,
+    expert_indices: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
+) -> Float[Array, "M D"]:
+    """Sums, for each token, its experts' gated feed-forward times their weights.
+
+    Args:
+      x: float32 `[M, D]`.
+      gate: int8 values `[*lead, E, D, F]` and bfloat16 scales `[*lead, E, G, F]`; read in place.
+      up: Likewise.
+      down: int8 values `[*lead, E, F, D]` and bfloat16 scales `[*lead, E, G, D]`.
+      layer: Index of the layer, 0 where there is no such axis.
+      expert_indices: int32; one outside 0 to E-1 is not run.
+      expert_weights: float32.
+
+    Returns:
+      float32 `[M, D]`.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call(_EXPERTS, out)(
+        x,
+        *gate,
+        *up,
+        *down,
+        jnp.asarray(layer, jnp.int32),
+        expert_indices.astype(jnp.int32),
+        expert_weights,
+    )
+
+
+class Fetch:
+    """A Python function that a program asks for experts' weights, and the handle that names it.
+
+    Attributes:
+      handle: uint32 `[2]`, an argument of the program; of use as long as this object lives.
+    """
+
+    def __init__(self, function: Callable[[int, int, int | None], Sequence[int] | None]):
+        """Wraps a function.
+
+        Args:
+          function: Called on a thread of XLA's with a layer, the expert that is needed and the one
+            that will be needed next, if any. It returns the addresses of the expert's int8 gate, up
+            and down, row by row, which stay as they are until it is called again; or None if they
+            cannot be had. It must not raise.
+        """
+
+        def fetch(layer, expert, following, values):
+            addresses = function(layer, expert, None if following < 0 else following)
+            if addresses is None:
+                return 1
+            values[0], values[1], values[2] = addresses
+            return 0
+
+        self._callback = _FETCH(fetch)
+        address = ctypes.cast(self._callback, ctypes.c_void_p).value
+        self.handle = np.array([address], np.uint64).view(np.uint32)
+
+
+def fetched_experts(
+    x: Float[Array, "M D"],
+    handle: UInt32[Array, "2"],
+    gate_scales: Array,
+    up_scales: Array,
+    down_scales: Array,
+    layer: int | Array,
+    expert_indices: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
+) -> Float[Array, "M D"]:
+    """As `experts`, with int8 values that the host is asked for once the choice is known.
+
+    Args:
+      x: float32 `[M, D]`.
+      handle: Of a `Fetch`, which is asked for one chosen expert after another.
+      gate_scales: bfloat16 `[L, E, G, F]`.
+      up_scales: Likewise.
+      down_scales: bfloat16 `[L, E, G, D]`.
+      layer: Index of the layer.
+      expert_indices: int32; one outside 0 to E-1 is not run, and not asked for.
+      expert_weights: float32.
+
+    Returns:
+      float32 `[M, D]`, bit for bit what `experts` returns for these weights. The program fails if
+      the weights cannot be had.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call(_FETCHED_EXPERTS, out)(
+        x,
+        handle,
+        gate_scales,
+        up_scales,
+        down_scales,
+        jnp.asarray(layer, jnp.int32),
+        expert_indices.astype(jnp.int32),
+        expert_weights,
+    )
+
+
+def attention(
+    query: Float[Array, "B T C G H"],
+    keys: Float[Array, "L B C S H"],
+    values: Float[Array, "L B C S H"],
+    layer: int | Array,
+    positions: Int[Array, "B T"],
+    scale: float,
+    soft_cap: float,
+) -> Float[Array, "B T C G H"]:
+    """Soft-capped attention over the cached positions up to each query's own.
+
+    Args:
+      query: float32.
+      keys: float32; only the filled positions of the layer are read, in place.
+      values: float32.
+      layer: Which layer of the cache to read.
+      positions: int32, absolute position of each query.
+      scale: Factor on the query-key products, before the soft cap.
+      soft_cap: Bounds the logits.
+
+    Returns:
+      float32.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    return jax.ffi.ffi_call(_ATTENTION, out)(
+        query,
+        keys,
+        values,
+        jnp.asarray(layer, jnp.int32),
+        positions,
+        scale=np.float32(scale),
+        soft_cap=np.float32(soft_cap),
+    )
+
+
+def most_probable(
+    x: Float[Array, "M D"],
+    rows: Float[Array, "V D"],
+    values: Int8[Array, "V D"],
+    scales: Float[Array, " V"],
+    uncertainty: Float[Array, " V"],
+    allowed: Bool[Array, " V"],
+) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    """Finds the allowed row of a table with the largest product, reading its int8 copy.
+
+    Args:
+      x: float32 `[M, D]`.
+      rows: float32 `[V, D]`; only the few rows that the copy cannot rule out are read.
+      values: int8 `[V, D]`.
+      scales: float32 `[V]`; `scales * values` is close to `rows`.
+      uncertainty: float32 `[V]`, no less than the norm of what `scales * values` leaves out.
+      allowed: False for rows that must not be found.
+
+    Returns:
+      (index of the row, int32, -1 if there is none; its product, float32).
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = (
+        jax.ShapeDtypeStruct((len(x),), jnp.int32),
+        jax.ShapeDtypeStruct((len(x),), jnp.float32),
+    )
+    index, product = jax.ffi.ffi_call(_MOST_PROBABLE, out)(
+        x, rows, values, scales, uncertainty, allowed
+    )
+    return index, product
+
+
+def _require():
+    if not is_available():
+        raise RuntimeError("the native kernels are not available here; use another implementation")

@@ -1,0 +1,311 @@
+"""The mixture of experts: routing, and the chosen experts' feed-forward, dense and sparse.
+
+Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected experts a token,
+R = M*A dispatched rows, L layer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grok1.ops.cpu import bindings
+from grok1.ops.layers import exact_einsum
+from grok1.ops.quantized import Index, QuantizedArray, dequantize, matmul
+
+# Most rows of one expert that are multiplied at once; also what the last rows are padded to.
+_BLOCK = 128
+
+Implementation = Literal["dense", "sparse", "native"]
+
+
+class ExpertWeights(NamedTuple):
+    """The experts of a stack of layers; `down(gelu(gate(x)) * up(x))`.
+
+    Attributes:
+      gate: `[L, E, D, F]`.
+      up: `[L, E, D, F]`.
+      down: `[L, E, F, D]`.
+    """
+
+    gate: Any
+    up: Any
+    down: Any
+
+
+class FetchedExperts(NamedTuple):
+    """The experts of a stack of layers whose int8 values the host fetches when they are chosen.
+
+    Attributes:
+      handle: uint32 `[2]`, names the host's function: that of a `bindings.Fetch`; None where the
+        host brings experts to the device itself.
+      gate_scales: bfloat16 `[L, E, G, F]`.
+      up_scales: bfloat16 `[L, E, G, F]`.
+      down_scales: bfloat16 `[L, E, G, D]`.
+    """
+
+    handle: Any
+    gate_scales: Any
+    up_scales: Any
+    down_scales: Any
+
+
+class Routing(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+      probs: float32 `[M, E]`, softmax over all experts.
+      expert_indices: int32 `[M, A]`, the most probable experts, best first.
+      expert_weights: float32 `[M, A]`, their probabilities, as trained not renormalised.
+    """
+
+    probs: Array
+    expert_indices: Array
+    expert_weights: Array
+
+
+def route(
+    x: Float[Array, "M D"],
+    router: Float[Array, "D E"],
+    num_selected: int,
+    softcap: float | None = None,
+    renormalize: bool = False,
+) -> Routing:
+    """Picks each token's experts. Float32 throughout: a rounding could flip a near tie.
+
+    Args:
+      x: The layer's normed input.
+      router: The router's weight.
+      num_selected: A.
+      softcap: As `ModelConfig.router_softcap`.
+      renormalize: As `ModelConfig.renormalize_gates`.
+    """
+    return choose_experts(router_logits(x, router, softcap), num_selected, renormalize)
+
+
+def router_logits(
+    x: Float[Array, "M D"], router: Float[Array, "D E"], softcap: float | None = None
+) -> Float[Array, "M E"]:
+    """What the router's softmax is taken of; arguments as for `route`."""
+    logits = exact_einsum("MD,DE->ME", x.astype(jnp.float32), router)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def choose_experts(
+    logits: Float[Array, "M E"], num_selected: int, renormalize: bool = False
+) -> Routing:
+    """The most probable experts of each token; arguments as for `route`."""
+    probs = jax.nn.softmax(logits, axis=-1)
+    expert_weights, expert_indices = jax.lax.top_k(probs, num_selected)
+    if renormalize:
+        expert_weights /= expert_weights.sum(axis=-1, keepdims=True)
+    return Routing(probs, expert_indices, expert_weights)
+
+
+def experts(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights | FetchedExperts,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+    implementation: Implementation | None = None,
+) -> Float[Array, "M D"]:
+    """Sums each token's experts, weighted by the router.
+
+    Args:
+      x: Input, in the type of the products.
+      weights: Experts of a stack of layers; `FetchedExperts` on a CPU where
+        `bindings.is_available()`, and without a choice of implementation.
+      index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
+      routing: Where each token goes.
+      valid: False for padding, which gets zeros.
+      implementation: "dense" computes every expert for every token, "sparse" only the chosen ones,
+        "native" likewise on a CPU where `bindings.is_available()`, from int8 weights; None for the
+        fastest.
+
+    Returns:
+      float32.
+    """
+    if isinstance(weights, FetchedExperts):
+        return experts_fetched(x, weights, index, routing, valid)
+    if implementation == "dense":
+        return jnp.where(valid[:, None], experts_dense(x, weights, index, routing), 0)
+    if implementation is not None:
+        form = {"sparse": experts_sparse, "native": experts_native}[implementation]
+        return form(x, weights, index, routing, valid)
+    quantized = all(isinstance(weight, QuantizedArray) for weight in weights)
+    on_cpu = experts_native if quantized and bindings.is_available() else experts_sparse
+    return jax.lax.platform_dependent(
+        x, weights, index, routing, valid, cpu=on_cpu, default=experts_sparse
+    )
+
+
+def experts_dense(
+    x: Float[Array, "M D"], weights: ExpertWeights, index: Index, routing: Routing
+) -> Float[Array, "M D"]:
+    """Every expert for every token, then a weighted sum: the readable, differentiable reference.
+
+    Args:
+      x: Input; the inputs of the products are rounded to its type, the products are float32.
+      weights: Experts of a stack of layers.
+      index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
+      routing: Where each token goes.
+
+    Returns:
+      float32.
+    """
+    gate, up, down = (dequantize(weight)[index] for weight in weights)
+    num_experts = routing.probs.shape[-1]
+    chosen_MAE = jax.nn.one_hot(routing.expert_indices, num_experts, dtype=jnp.float32)
+    weights_ME = exact_einsum("MA,MAE->ME", routing.expert_weights, chosen_MAE)
+    x_MD = x.astype(jnp.float32)
+    hidden_MEF = jax.nn.gelu(exact_einsum("MD,EDF->MEF", x_MD, gate), approximate=True)
+    hidden_MEF *= exact_einsum("MD,EDF->MEF", x_MD, up)
+    out_MED = exact_einsum("MEF,EFD->MED", hidden_MEF.astype(x.dtype).astype(jnp.float32), down)
+    return exact_einsum("MED,ME->MD", out_MED, weights_ME)
+
+
+def experts_sparse(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """Only the chosen experts: rows sorted by expert, each expert's rows in blocks.
+
+    An expert that no valid token chose is not read, one that several chose is read once a block;
+    no token is dropped, whatever the balance.
+
+    Args:
+      x: Input, in the type of the products.
+      weights: Experts of a stack of layers.
+      index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
+      routing: Where each token goes.
+      valid: False for padding, which costs nothing and gets zeros.
+
+    Returns:
+      float32.
+    """
+    num_tokens, num_selected = routing.expert_indices.shape
+    num_experts = routing.probs.shape[-1]
+    num_rows = num_tokens * num_selected
+    # A token picks an expert at most once, so an expert has at most M rows.
+    block = min(_BLOCK, num_tokens)
+
+    # Padding is sent to an expert beyond the last, whose rows sort to the end and never run.
+    expert_of_row = jnp.where(valid[:, None], routing.expert_indices, num_experts).reshape(-1)
+    row_order = jnp.argsort(expert_of_row, stable=True)
+    rows_per_expert = jnp.bincount(expert_of_row, length=num_experts)
+    blocks_per_expert = -(-rows_per_expert // block)
+    last_block = jnp.cumsum(blocks_per_expert)
+    first_row = jnp.cumsum(rows_per_expert) - rows_per_expert
+    # One block of slack: a block that is not full reads, and writes, past its expert's rows.
+    x_sorted = jnp.pad(x[row_order // num_selected], ((0, block), (0, 0)))
+
+    def run_block(i, out_sorted):
+        expert = jnp.searchsorted(last_block, i, side="right")
+        block_of_expert = i - (last_block[expert] - blocks_per_expert[expert])
+        start = first_row[expert] + block_of_expert * block
+        x_block = jax.lax.dynamic_slice_in_dim(x_sorted, start, block)
+        num_valid = jnp.minimum(rows_per_expert[expert] - block_of_expert * block, block)
+        out_block = expert_ffn(x_block, weights, (*index, expert), num_valid)
+        # What this writes past its expert's rows, the next block overwrites.
+        return jax.lax.dynamic_update_slice_in_dim(out_sorted, out_block, start, axis=0)
+
+    out_sorted = jnp.zeros((num_rows + block, x.shape[-1]), jnp.float32)
+    out_sorted = jax.lax.fori_loop(0, last_block[-1], run_block, out_sorted)
+    place_of_row = jnp.zeros(num_rows, row_order.dtype).at[row_order].set(jnp.arange(num_rows))
+    out_MAD = out_sorted[place_of_row].reshape(num_tokens, num_selected, -1)
+    out_MD = jnp.sum(out_MAD * routing.expert_weights[..., None], axis=1)
+    return jnp.where(valid[:, None], out_MD, 0)
+
+
+def experts_native(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """As `experts_sparse`, in C++: int8 weights read in place, float32 whatever the input."""
+    (layer,) = index or (0,)
+    num_experts = routing.probs.shape[-1]
+    indices_MA = jnp.where(valid[:, None], routing.expert_indices, num_experts)
+    gate, up, down = ((weight.values, weight.scales) for weight in weights)
+    x = x.astype(jnp.float32)
+    return bindings.experts(x, gate, up, down, layer, indices_MA, routing.expert_weights)
+
+
+def experts_fetched(
+    x: Float[Array, "M D"],
+    weights: FetchedExperts,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """`experts_native` of weights that are read where the host has them."""
+    (layer,) = index
+    indices_MA = jnp.where(valid[:, None], routing.expert_indices, routing.probs.shape[-1])
+    x = x.astype(jnp.float32)
+    return bindings.fetched_experts(x, *weights, layer, indices_MA, routing.expert_weights)
+
+
+def fetched_expert(
+    x: Float[Array, "M D"],
+    values: Sequence[Array],
+    scales: FetchedExperts,
+    layer: Int[Array, ""],
+    expert: Int[Array, ""],
+    expert_indices: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
+) -> Float[Array, "M D"]:
+    """What one expert adds for the tokens that chose it; on any platform.
+
+    Args:
+      x: Input, in the type of the products.
+      values: Its gate, up and down, int8 `[1, K, N]`.
+      scales: Those of all experts.
+      layer: Index of the layer.
+      expert: Which of the layer's experts it is.
+      expert_indices: int32; those of padding are beyond the last expert.
+      expert_weights: float32.
+
+    Returns:
+      float32.
+    """
+    alone = ExpertWeights(
+        *(
+            QuantizedArray(matrix, of_all[layer, expert][None])
+            for matrix, of_all in zip(values, scales[1:], strict=True)
+        )
+    )
+    is_mine_MA = expert_indices == expert
+    # As the first expert of one; tokens that did not choose it are as padding.
+    to_it = Routing(
+        jnp.ones((len(x), 1)),
+        jnp.where(is_mine_MA, 0, 1),
+        jnp.where(is_mine_MA, expert_weights, 0),
+    )
+    return experts(x, alone, (), to_it, is_mine_MA.any(axis=1))
+
+
+def expert_ffn(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    num_valid: int | Array | None = None,
+) -> Float[Array, "M D"]:
+    """One expert's gated feed-forward; float32. GELU in its tanh form, as trained.
+
+    Args:
+      x: Input, in the type of the products.
+      weights: Experts of a stack of layers.
+      index: Index of the layer, if there is such an axis, and of the expert.
+      num_valid: As for `matmul`.
+    """
+    hidden = jax.nn.gelu(matmul(x, weights.gate, index, num_valid), approximate=True)
+    hidden *= matmul(x, weights.up, index, num_valid)
+    return matmul(hidden.astype(x.dtype), weights.down, index, num_valid)

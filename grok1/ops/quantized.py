@@ -1,0 +1,226 @@
+"""8-bit weights: the type, and the one matrix product that understands it.
+
+Dimension key: K contracting rows, N output columns, G scale groups along K, M rows of the input.
+Leading axes (layers, experts) come before K; `index` picks one matrix from them, so that a product
+never needs a copy of "its" weight.
+"""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from grok1.ops.cpu import bindings
+from grok1.ops.layers import exact_einsum
+
+# A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
+# fuse the conversion into the product: as float32 it is 1 MiB and stays in the second-level cache.
+_TILE_ELEMENTS = 1 << 18
+
+Index = tuple[int | Array, ...]
+Implementation = Literal["direct", "tiled", "native"]
+
+
+class QuantizedArray(NamedTuple):
+    """An int8 weight with bfloat16 scales; stands for `values * scales`, group by group.
+
+    Attributes:
+      values: int8 `[*lead, K, N]`.
+      scales: bfloat16 `[*lead, G, N]`; group g scales rows `g*K/G` to `(g+1)*K/G`.
+    """
+
+    # Any, here and in the other containers: the same tuple also holds shapes or partition specs.
+    values: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it stands for, `(*lead, K, N)`."""
+        return self.values.shape
+
+
+Weight = Array | np.ndarray | QuantizedArray
+
+
+def quantize(weight: Float[Array, "*lead K N"], num_groups: int = 1) -> QuantizedArray:
+    """Rounds a float weight to int8, symmetric, one scale a group and column.
+
+    Args:
+      weight: Float `[*lead, K, N]`.
+      num_groups: G; must divide K.
+
+    Returns:
+      The quantised weight; each scale is the group's largest magnitude over 127, rounded to
+      bfloat16 first, so that the values are the nearest for the scale that is stored.
+
+    Raises:
+      ValueError: If `num_groups` does not divide K.
+    """
+    *lead, rows, columns = weight.shape
+    if rows % num_groups:
+        raise ValueError(f"{num_groups} scale groups do not divide the {rows} rows of the weight")
+    grouped = weight.astype(jnp.float32).reshape(*lead, num_groups, rows // num_groups, columns)
+    scales = (jnp.abs(grouped).max(axis=-2) / 127).astype(jnp.bfloat16)
+    divisor = jnp.where(scales == 0, 1, scales).astype(jnp.float32)
+    values = jnp.clip(jnp.round(grouped / divisor[..., None, :]), -127, 127)
+    return QuantizedArray(values.reshape(weight.shape).astype(jnp.int8), scales)
+
+
+def dequantize(weight: Weight) -> Array:
+    """Returns the float32 weight that `weight` stands for (a float weight is returned as it is)."""
+    if not isinstance(weight, QuantizedArray):
+        return jnp.asarray(weight)
+    *lead, rows, columns = weight.values.shape
+    num_groups = weight.scales.shape[-2]
+    values = weight.values.reshape(*lead, num_groups, rows // num_groups, columns)
+    grouped = values.astype(jnp.float32) * weight.scales[..., None, :].astype(jnp.float32)
+    return grouped.reshape(weight.values.shape)
+
+
+def refine_groups(scales, num_groups: int):
+    """Repeats each group's scales so that `[*lead, G, N]` becomes `[*lead, num_groups, N]`.
+
+    The weight it scales is unchanged; finer groups let a device hold part of one. Works on NumPy
+    and JAX arrays alike.
+    """
+    return scales.repeat(num_groups // scales.shape[-2], axis=-2)
+
+
+def num_refined_groups(rows: int, num_groups: int, num_shards: int) -> int:
+    """Fewest groups that are whole both in the file's grouping and in every shard of the rows.
+
+    Args:
+      rows: K of the whole weight.
+      num_groups: G in the file; 1 stays 1, for one scale fits any shard.
+      num_shards: Devices that share the rows.
+    """
+    if num_groups == 1:
+        return 1
+    return rows // math.gcd(rows // num_groups, rows // num_shards)
+
+
+def matmul(
+    x: Float[Array, "*M K"],
+    weight: Weight,
+    index: Index = (),
+    num_valid: int | Array | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*M N"]:
+    """Multiplies by one matrix of a weight: `x @ weight[index]`, accumulated in float32.
+
+    Scales are applied to the partial product of each group, so that no float copy of a quantised
+    weight need exist: the conversion to the type of `x` (exact, int8 fits bfloat16) is XLA's to
+    fuse into the product on accelerators. On a CPU it is done in registers for a few rows and tile
+    by tile for many, in float32 whatever `x` is.
+
+    Args:
+      x: `[*M, K]`, float32 or bfloat16.
+      weight: Float or quantised `[*lead, K, N]`.
+      index: One index, a number or a traced scalar, for each leading axis of `weight`.
+      num_valid: How many of the M rows matter, from the first on, a number or a traced scalar; None
+        for all. What comes out for the others is finite, and costs nothing where that is possible.
+      implementation: Which form multiplies a quantised weight, "direct", "tiled" or, on a CPU where
+        `bindings.is_available()`, "native"; None for the fastest.
+
+    Returns:
+      float32 `[*M, N]`.
+    """
+    rows, columns = weight.shape[-2:]
+    x_MK = x.reshape(-1, rows)
+    if not isinstance(weight, QuantizedArray):
+        out = _dot(x_MK, weight[index].astype(x.dtype))
+    else:
+        num_valid = len(x_MK) if num_valid is None else num_valid
+        forms = {
+            "direct": matmul_direct,
+            "tiled": matmul_tiled,
+            "native": functools.partial(matmul_native, num_valid=num_valid),
+        }
+        if implementation is not None:
+            out = forms[implementation](x_MK, weight, index)
+        else:
+            on_cpu = forms["native" if bindings.is_available() else "tiled"]
+            out = jax.lax.platform_dependent(x_MK, weight, index, cpu=on_cpu, default=matmul_direct)
+    return out.reshape(*x.shape[:-1], columns)
+
+
+def matmul_split(
+    x: Float[Array, "*M K"], weight: Weight, index: Index, dtype: Any
+) -> Float[Array, "*M N"]:
+    """`matmul` of a float32 input in products of type `dtype`, without rounding it to that type.
+
+    In bfloat16 the input is the sum of two terms, which go through one product as twice the rows:
+    the weight, exact in bfloat16, is read once, and 16 bits of the input's mantissa count.
+
+    Args:
+      x: float32 `[*M, K]`.
+      weight: Float or quantised `[*lead, K, N]`.
+      index: As for `matmul`.
+      dtype: float32 or bfloat16.
+
+    Returns:
+      float32 `[*M, N]`.
+    """
+    high = x.astype(dtype)
+    if high.dtype == x.dtype:
+        return matmul(x, weight, index)
+    low = (x - high.astype(x.dtype)).astype(dtype)
+    return jnp.sum(matmul(jnp.stack([high, low]), weight, index), axis=0)
+
+
+def matmul_direct(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
+    """One product a group; the form whose conversion XLA can fuse on accelerators."""
+    values_KN = weight.values[index]
+    scales_GN = weight.scales[index].astype(jnp.float32)
+    num_groups, columns = scales_GN.shape
+    if num_groups == 1:
+        return _dot(x, values_KN.astype(x.dtype)) * scales_GN
+    x_GMk = x.reshape(x.shape[0], num_groups, -1).swapaxes(0, 1)
+    values_GkN = values_KN.reshape(num_groups, -1, columns).astype(x.dtype)
+    return (_dot(x_GMk, values_GkN) * scales_GN[:, None, :]).sum(axis=0)
+
+
+def matmul_tiled(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
+    """The same sum, a tile of rows at a time: float memory is one tile, whatever the weight."""
+    rows, columns = weight.shape[-2:]
+    x = x.astype(jnp.float32)
+    if rows * columns <= _TILE_ELEMENTS:
+        return matmul_direct(x, weight, index)
+    num_groups = weight.scales.shape[-2]
+    tile = _largest_divisor(rows // num_groups, max(1, _TILE_ELEMENTS // columns))
+    lead = tuple(1 for _ in index)
+    scales_GN = weight.scales[index].astype(jnp.float32)
+
+    def add_tile(i, out):
+        start = i * tile
+        tile_values = jax.lax.dynamic_slice(
+            weight.values, (*index, start, 0), (*lead, tile, columns)
+        ).reshape(tile, columns)
+        x_tile = jax.lax.dynamic_slice_in_dim(x, start, tile, axis=1)
+        scales_N = jax.lax.dynamic_index_in_dim(
+            scales_GN, start * num_groups // rows, keepdims=False
+        )
+        return out + _dot(x_tile, tile_values.astype(x.dtype)) * scales_N
+
+    zeros = jnp.zeros((x.shape[0], columns), jnp.float32)
+    return jax.lax.fori_loop(0, rows // tile, add_tile, zeros)
+
+
+def matmul_native(
+    x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
+):
+    """The same sum in C++, reading the weight once and in place; float32 whatever the input."""
+    x = x.astype(jnp.float32)
+    return bindings.quantized_matmul(x, weight.values, weight.scales, index, num_valid)
+
+
+def _dot(x: Array, y: Array) -> Array:
+    return exact_einsum("...MK,...KN->...MN", x, y)
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)

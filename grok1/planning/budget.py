@@ -1,0 +1,56 @@
+"""How much a process may take when the experts of its model stay on disk, and what must fit."""
+
+from grok1.engine.engine import Engine
+from grok1.machine.host_memory import gigabytes, host_bytes_available
+from grok1.nn.transformer import Params
+from grok1.ops.experts import FetchedExperts
+from grok1.planning.memory import WORKING_BYTES, screening_table_bytes, shard_bytes
+
+SHARE = 0.8
+"""Of the memory that is available, for the budget when none is given."""
+
+
+def without_experts(params: Params) -> Params:
+    """Returns a tree of parameters with the experts' scales alone."""
+    experts = params.layers.experts
+    fetched = FetchedExperts(None, *(weight.scales for weight in experts))
+    return params._replace(layers=params.layers._replace(experts=fetched))
+
+
+def resident_bytes(engine: Engine) -> int:
+    """Returns what this process takes beside keys, values and experts.
+
+    Args:
+      engine: With parameters `without_experts`, which may be abstract; on a CPU.
+    """
+    return shard_bytes(engine.params) + screening_table_bytes(engine) + WORKING_BYTES
+
+
+def budget(memory: float | str | None) -> int:
+    """Returns the bytes that a process may take.
+
+    Args:
+      memory: GB, of 1e9 bytes, as a number or as "16GB"; None for most of what is available.
+
+    Raises:
+      ValueError: If it is no such number, or more than is available.
+    """
+    available = host_bytes_available()
+    if memory is None:
+        if available is None:
+            raise ValueError("how much memory there is cannot be found out here; give memory=")
+        return int(SHARE * available)
+    try:
+        found = float(memory.upper().removesuffix("GB") if isinstance(memory, str) else memory)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise ValueError(
+            f"memory must be a number of GB above 0, as 16 or '16GB', found {memory!r}"
+        )
+    if available is not None and found * 1e9 > available:
+        raise ValueError(
+            f"a memory budget of {found:g} GB is more than the {gigabytes(available)} that are "
+            "available; give less, or free what is in use"
+        )
+    return int(found * 1e9)

@@ -1,0 +1,456 @@
+"""How probable a text is under the model: each token, and whole continuations to choose from.
+
+Statistics of each token are computed on the devices, so that of a text of any length only some
+numbers a token reach the host. A text longer than the window is run in windows that overlap.
+
+Dimension key: T token of a text, V vocabulary, k alternative, O option.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from grok1 import reprs
+from grok1.engine.engine import CHUNK_LENGTHS, Engine
+from grok1.generate.requests import Prompt, encode_prompt, is_batch
+from grok1.nn.sharding import DATA_AXIS
+from grok1.nn.unembedding import TokenStatistics
+from grok1.tokenizer import Tokenizer
+
+_TOKENS_AT_ONCE = CHUNK_LENGTHS[-1]
+"""Tokens that one group of devices runs at a time, over all rows."""
+
+_TOKENS_SHOWN = 2000  # of a score in a notebook; a page of 100,000 coloured tokens does not scroll
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
+    """What the model makes of a text, token by token; logarithms are natural.
+
+    Entry t of every array is about token t given all tokens before it. Nothing stands before the
+    first token, so its entries say nothing: NaN, and -1 where they are whole numbers.
+
+    Attributes:
+      tokens: int32 `[T]`, with [BOS] if `add_bos` put it first.
+      pieces: The text of each token, such as " the", or its spelling in the vocabulary where it has
+        none of its own; None without a tokenizer.
+      logprobs: float32 `[T]`.
+      ranks: int32 `[T]`, 0 where the token was the most probable one; among equally probable tokens
+        the lower id comes first.
+      entropies: float32 `[T]`, in nats, of the distribution that the token comes from.
+      top_tokens: int32 `[T, k]`, the most probable tokens in its place, best first.
+      top_logprobs: float32 `[T, k]`.
+      num_bytes: UTF-8 bytes that the scored tokens stand for; None without a tokenizer.
+    """
+
+    tokens: np.ndarray
+    pieces: list[str] | None
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    entropies: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
+    num_bytes: int | None
+
+    @property
+    def num_scored(self) -> int:
+        """How many tokens have a log-probability: all but the first."""
+        return len(self.tokens) - 1
+
+    @functools.cached_property
+    def total_logprob(self) -> float:
+        """Sum of the log-probabilities, in nats."""
+        return float(np.sum(self.logprobs[1:], dtype=np.float64))
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean negative log-probability of the scored tokens."""
+        return math.exp(-self.total_logprob / self.num_scored)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to code the scored tokens over the UTF-8 bytes that they stand for.
+
+        Raises:
+          ValueError: If there is no tokenizer to tell the bytes, or there are none.
+        """
+        if not self.num_bytes:
+            missing = "a tokenizer, and the model has none"
+            if self.num_bytes == 0:
+                missing = "text, and the scored tokens are all control pieces"
+            raise ValueError(f"bits_per_byte needs {missing}; use perplexity")
+        return -self.total_logprob / math.log(2) / self.num_bytes
+
+    def __repr__(self) -> str:
+        bits = f", {self.bits_per_byte:.4g} bits/byte" if self.num_bytes else ""
+        return (
+            f"Score({self.num_scored} tokens scored, logprob {self.total_logprob:.6g}, perplexity "
+            f"{self.perplexity:.4g}{bits})"
+        )
+
+    def _repr_html_(self) -> str:
+        bits = -self.logprobs[:_TOKENS_SHOWN] / math.log(2)
+        pieces = self.pieces or [f"[{token}]" for token in self.tokens[:_TOKENS_SHOWN]]
+        hints = [
+            f"{token}: {surprisal:.2f} bits, rank {rank}, entropy {entropy / math.log(2):.2f} bits"
+            for token, surprisal, rank, entropy in zip(
+                self.tokens, bits, self.ranks, self.entropies, strict=False
+            )
+        ]
+        summary = f"{self.num_scored:,} tokens scored, perplexity {self.perplexity:.4g}"
+        if self.num_bytes:
+            summary += f", {self.bits_per_byte:.4g} bits a byte"
+        if len(self.tokens) > _TOKENS_SHOWN:
+            summary += f"; the first {_TOKENS_SHOWN:,} are shown"
+        return reprs.surprisal_text(pieces[:_TOKENS_SHOWN], bits.tolist(), hints, summary)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Choice:
+    """How probable each of some continuations of one context is; logarithms are natural.
+
+    Attributes:
+      options: The continuations, as given.
+      tokens: The tokens of each that were scored.
+      logprobs: float64 `[O]`, log-probability of each whole continuation.
+      per_token: float64 `[O]`, the same over the number of its tokens.
+      per_byte: float64 `[O]`, the same over the UTF-8 bytes of the option; None if it is given as
+        ids to a model without tokenizer.
+      is_greedy: bool `[O]`, whether every token was the most probable one in its place.
+    """
+
+    options: list[Prompt]
+    tokens: list[list[int]]
+    logprobs: np.ndarray
+    per_token: np.ndarray
+    per_byte: np.ndarray | None
+    is_greedy: np.ndarray
+
+    @property
+    def best(self) -> int:
+        """Index of the most probable option."""
+        return int(self.logprobs.argmax())
+
+    @property
+    def best_per_token(self) -> int:
+        """Index of the option that is most probable for each token."""
+        return int(self.per_token.argmax())
+
+    @property
+    def best_per_byte(self) -> int | None:
+        """Index of the option that is most probable for each byte; None without `per_byte`."""
+        return None if self.per_byte is None else int(self.per_byte.argmax())
+
+    def __repr__(self) -> str:
+        logprobs = ", ".join(f"{logprob:.2f}" for logprob in self.logprobs)
+        return f"Choice(best={self.options[self.best]!r}, logprobs=[{logprobs}])"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (str(option), f"{total:.2f} nats in all, {each:.2f} a token")
+            for option, total, each in zip(self.options, self.logprobs, self.per_token, strict=True)
+        ]
+        return reprs.table(f"Most probable: {self.options[self.best]}", rows)
+
+
+class Window(NamedTuple):
+    """A stretch of text to run.
+
+    Attributes:
+      tokens: What is run and what follows: token i + 1 is scored after tokens 0 to i.
+      first: Index of the first token that is scored; those before it are context.
+    """
+
+    tokens: Sequence[int] | np.ndarray
+    first: int
+
+
+def score(
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    text: Prompt | Sequence[Prompt],
+    *,
+    top_k: int = 5,
+    window: int | None = None,
+    stride: int | None = None,
+    add_bos: bool = False,
+    allow_control: bool = False,
+) -> Score | list[Score]:
+    """Scores a text, or several, as `Model.score` says."""
+    context, vocab_size = engine.config.sequence_len, engine.config.vocab_size
+    window = context if window is None else window
+    if not 1 <= window <= context:
+        raise ValueError(f"window must be from 1 to the context of {context}, found {window}")
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must be from 1 to the window of {window}, found {stride}")
+    if not 0 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be from 0 to the vocabulary of {vocab_size}, found {top_k}")
+    many = is_batch(text)
+    texts: list[Any] = list(text) if many else [text]
+    ids = []
+    for number, one in enumerate(texts):
+        tokens = encode_prompt(
+            one, tokenizer, vocab_size, add_bos=add_bos, allow_control=allow_control
+        )
+        if len(tokens) < 2:
+            which = f"text {number}" if many else "the text"
+            found = "one token, with nothing before it" if tokens else "no token"
+            raise ValueError(
+                f"{which} has {found}; give at least two tokens, or text and add_bos=True"
+            )
+        ids.append(np.asarray(tokens, np.int32))
+
+    windows, places = [], []
+    for number, tokens in enumerate(ids):
+        engine.check_length(len(tokens), is_whole=len(tokens) <= window + 1)
+        for start, begin, end in window_bounds(len(tokens), window, stride):
+            windows.append(Window(tokens[start:end], begin - start))
+            places.append((number, begin, end))
+    found = [_empty_statistics(len(tokens), top_k) for tokens in ids]
+    for index, statistics in score_windows(engine, windows, top_k):
+        number, begin, end = places[index]
+        for whole, part in zip(found[number], statistics, strict=True):
+            whole[begin:end] = part
+    scores = [
+        Score(
+            tokens,
+            None if tokenizer is None else tokenizer.token_texts(tokens),
+            *statistics,
+            _num_bytes(tokenizer, tokens),
+        )
+        for tokens, statistics in zip(ids, found, strict=True)
+    ]
+    return scores if many else scores[0]
+
+
+def choose(
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    context: Prompt,
+    options: Sequence[Prompt],
+    *,
+    add_bos: bool = False,
+    allow_control: bool = False,
+) -> Choice:
+    """Scores continuations of one context, as `Model.choose` says."""
+    if isinstance(options, str) or not is_batch(options):
+        raise TypeError("options must be a list of continuations, texts or sequences of token ids")
+    limit = engine.config.sequence_len + 1
+    pairs = []
+    for number, option in enumerate(options):
+        if len(option) == 0:
+            raise ValueError(f"option {number} is empty; give every option at least one token")
+        pair = encode_pair(
+            tokenizer,
+            context,
+            option,
+            engine.config.vocab_size,
+            add_bos=add_bos,
+            allow_control=allow_control,
+        )
+        length = len(pair[0]) + len(pair[1])
+        if length > limit:
+            raise ValueError(
+                f"context and option {number} have {length} tokens, {length - limit} more than "
+                f"can be scored in the context of {limit - 1}; shorten them"
+            )
+        pairs.append(pair)
+    logprobs, is_greedy = continuation_logprobs(engine, pairs)
+    tokens = [continuation for _, continuation in pairs]
+    sizes = [_option_bytes(tokenizer, option) for option in options]
+    return Choice(
+        list(options),
+        tokens,
+        logprobs,
+        logprobs / [len(one) for one in tokens],
+        # Options of control pieces alone have no bytes to divide by.
+        None if None in sizes else logprobs / np.maximum(np.asarray(sizes, float), 1),
+        is_greedy,
+    )
+
+
+def encode_pair(
+    tokenizer: Tokenizer | None,
+    context: Prompt,
+    continuation: Prompt,
+    vocab_size: int,
+    *,
+    add_bos: bool = False,
+    allow_control: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Returns the token ids of a context and of what continues it.
+
+    Texts are encoded joined, as the model would meet them, and cut where the context alone would
+    end; white space at the context's end goes to the continuation, since a piece begins with its
+    space. This is lm-evaluation-harness's rule. Where the joined text has no token of its own for
+    the continuation, the last token is the continuation's. An empty context is [BOS].
+
+    Args:
+      tokenizer: For texts.
+      context: Text or token ids.
+      continuation: As the context, and of the same kind; not empty.
+      vocab_size: Ids are below it.
+      add_bos: Put [BOS] before a context that is text.
+      allow_control: As in `Tokenizer.encode`.
+
+    Raises:
+      TypeError: If one is text and the other is not.
+      ValueError: If the context is empty and there is no [BOS], or as `requests.encode_prompt`.
+    """
+    if isinstance(context, str) != isinstance(continuation, str):
+        raise TypeError("context and options must both be text, or both be token ids")
+
+    def encode(prompt, with_bos=False):
+        return encode_prompt(
+            prompt, tokenizer, vocab_size, add_bos=with_bos, allow_control=allow_control
+        )
+
+    if not isinstance(context, str) or not isinstance(continuation, str):
+        before, after = encode(context), encode(continuation)
+        if not before:
+            raise ValueError("the context is empty; begin it with the id of [BOS]")
+        return before, after
+    bare = context.rstrip()
+    with_bos = add_bos or not bare
+    before = encode(bare, with_bos)
+    joined = encode(context + continuation, with_bos)
+    cut = min(len(before), len(joined) - 1)
+    return joined[:cut], joined[cut:]
+
+
+def continuation_logprobs(
+    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the log-probability of each continuation, and whether it is the greedy one.
+
+    Args:
+      engine: The model.
+      pairs: Token ids (context, continuation), neither empty, together at most one token more than
+        the context holds.
+
+    Returns:
+      float64 `[O]` and bool `[O]`.
+
+    Raises:
+      ValueError: If an intervention does not fit one of the texts.
+    """
+    for before, after in pairs:
+        engine.check_length(len(before) + len(after))
+    logprobs, is_greedy = np.zeros(len(pairs)), np.zeros(len(pairs), bool)
+    windows = [Window([*before, *after], len(before)) for before, after in pairs]
+    for index, found in score_windows(engine, windows, 0):
+        logprobs[index] = found.logprobs.sum(dtype=np.float64)
+        is_greedy[index] = not found.ranks.any()
+    return logprobs, is_greedy
+
+
+def window_bounds(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yields the windows of a text as (start, begin, end): tokens `begin` to `end` are scored.
+
+    Token t is predicted from the tokens before it, so a window that runs `window` tokens scores as
+    many, from its second token to the one after its last. Every token but the text's first is
+    scored once, and sees at least `window - stride + 1` tokens, or all that there are. The last
+    window reaches back as far as the others do.
+
+    Args:
+      num_tokens: T, at least 2.
+      window: Most tokens run at a time.
+      stride: How far apart windows begin.
+    """
+    end = min(num_tokens, window + 1)
+    yield 0, 1, end
+    while end < num_tokens:
+        begin, end = end, min(end + stride, num_tokens)
+        yield end - 1 - window, begin, end
+
+
+def score_windows(
+    engine: Engine, windows: Sequence[Window], num_top: int
+) -> Iterator[tuple[int, TokenStatistics]]:
+    """Yields (index of the window, statistics of its tokens from `first` on), in any order.
+
+    Windows of similar length run side by side.
+
+    Args:
+      engine: The model.
+      windows: Of at least two tokens, and at most one more than the context holds.
+      num_top: How many of the most probable tokens to report.
+    """
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].tokens))
+    while order:
+        longest = len(windows[order[0]].tokens) - 1
+        rows = engine.mesh.shape[DATA_AXIS] * (_TOKENS_AT_ONCE // engine.chunk_for(1, longest))
+        chosen, order = order[:rows], order[rows:]
+        batch = [windows[index] for index in chosen]
+        yield from zip(chosen, _score_batch(engine, batch, num_top), strict=True)
+
+
+def _score_batch(
+    engine: Engine, windows: Sequence[Window], num_top: int
+) -> Iterator[TokenStatistics]:
+    """The statistics of windows that run side by side, in their order."""
+    batch = engine.batch_for(len(windows))
+    lengths = np.zeros(batch, np.int32)
+    lengths[: len(windows)] = [len(window.tokens) - 1 for window in windows]
+    capacity = engine.capacity_for(int(lengths.max()))
+    tokens = np.zeros((batch, capacity + CHUNK_LENGTHS[-1]), np.int32)
+    for row, window in enumerate(windows):
+        tokens[row, : len(window.tokens)] = window.tokens
+    inputs = np.where(np.arange(capacity) < lengths[:, None], tokens[:, :capacity], 0)
+    state = engine.new_state(inputs)
+    parts, done = [], 0
+    while done < lengths.max():
+        chunk = engine.chunk_for(batch, int(lengths.max()) - done)
+        following = tokens[:, done + 1 : done + 1 + chunk]
+        num_valid = np.clip(lengths - done, 0, chunk).astype(np.int32)
+        state, found = engine.score_tokens(state, num_valid, following, num_top)
+        parts.append(found)
+        done += chunk
+    on_host = jax.device_get(parts)
+    for row, window in enumerate(windows):
+        yield TokenStatistics(
+            *(
+                np.concatenate([part[row] for part in leaf])[window.first - 1 : lengths[row]]
+                for leaf in zip(*on_host, strict=True)
+            )
+        )
+
+
+def _empty_statistics(num_tokens: int, top_k: int) -> TokenStatistics:
+    def full(value, dtype, *more):
+        return np.full((num_tokens, *more), value, dtype)
+
+    return TokenStatistics(
+        full(np.nan, np.float32),
+        full(-1, np.int32),
+        full(np.nan, np.float32),
+        full(-1, np.int32, top_k),
+        full(np.nan, np.float32, top_k),
+    )
+
+
+def _num_bytes(tokenizer: Tokenizer | None, tokens: np.ndarray) -> int | None:
+    """UTF-8 bytes of all tokens but the first."""
+    if tokenizer is None:
+        return None
+    ids, counts = np.unique(tokens[1:], return_counts=True)
+    sizes = [len(tokenizer.token_bytes(token)) for token in ids]
+    total = int(np.dot(sizes, counts))
+    # Behind [BOS] stands the space that encoding puts before a text.
+    if tokens[0] == tokenizer.bos_id and tokenizer.token_bytes(tokens[1]).startswith(b" "):
+        total -= 1
+    return total
+
+
+def _option_bytes(tokenizer: Tokenizer | None, option: Prompt) -> int | None:
+    if isinstance(option, str):
+        return len(option.encode())
+    if tokenizer is None:
+        return None
+    return sum(len(tokenizer.token_bytes(token)) for token in np.asarray(option).tolist())
