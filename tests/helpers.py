@@ -60,3 +60,29 @@ def count_collectives(compiled_text: str) -> dict[str, int]:
     return {
         name: len(re.findall(rf"= [^=]*? {name}(?:-start)?\(", compiled_text)) for name in names
     }
+
+
+def cancelled_differences(lowered_text: str) -> list[str]:
+    """Finds the subtractions of which nothing is left where XLA keeps excess precision.
+
+    Args:
+      lowered_text: A lowered program in StableHLO. A float that is converted to a smaller type and
+        back is itself again, as XLA on GPUs has it.
+
+    Returns:
+      The lines that subtract a value from itself, or divide it by itself.
+    """
+    found = []
+    for function in lowered_text.split("func.func")[1:]:
+        sources: dict[str, str] = {}
+        conversions = re.finditer(
+            r"(%\S+) = stablehlo.convert (%\S+) : \(tensor<(?:\S+x)?b?f\d+>", function
+        )
+        for conversion in conversions:
+            result, operand = conversion.groups()
+            sources[result] = sources.get(operand, operand)
+        for line in re.findall(r".*stablehlo\.(?:subtract|divide) .*", function):
+            one, other = re.findall(r"%[^\s,]+", line.partition("=")[2])
+            if sources.get(one, one) == sources.get(other, other):
+                found.append(line.strip())
+    return found

@@ -1,11 +1,15 @@
 """RMS norm and rotary embedding: values by hand, properties, and float64 at the last position."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1.ops.layers import apply_rope, rms_norm
+from grok1.ops.layers import apply_rope, rms_norm, rounded, split_terms
+from grok1.ops.quantized import quantize
+from tests.helpers import cancelled_differences
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -37,6 +41,45 @@ def test_rms_norm_is_float32_throughout():
     exact = np.asarray(x).astype(np.float64)
     exact /= np.sqrt(np.square(exact).mean(axis=-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(output, exact * np.asarray(scale, np.float64), rtol=1e-6)
+
+
+# --- rounding and splitting -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_two_terms_keep_twice_the_mantissa(dtype):
+    x = normal(0, 1000)
+    high, low = split_terms(x, dtype)
+    assert high.dtype == low.dtype == dtype
+    np.testing.assert_array_equal(high, x.astype(dtype))
+    np.testing.assert_array_equal(rounded(x, dtype), high.astype(jnp.float32))
+    error = np.abs(np.float64(high) + np.float64(low) - np.float64(x))
+    assert error.max() <= 2.0 * float(jnp.finfo(dtype).eps) ** 2
+
+
+def test_what_a_smaller_type_cannot_hold_stays_so():
+    x = jnp.array([np.nan, np.inf, 1e30])
+    np.testing.assert_array_equal(rounded(x, jnp.float16), [np.nan, np.inf, np.inf])
+
+
+def lost_in_conversion(x):
+    return (x - x.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("function", "num_cancelled"),
+    [
+        (lambda x: split_terms(x, jnp.bfloat16), 0),
+        (lambda x: quantize(x, 4), 0),
+        (lost_in_conversion, 1),
+    ],
+    ids=["split", "quantize", "by conversion"],
+)
+def test_roundings_survive_where_excess_precision_is_kept(function, num_cancelled):
+    lowered = jax.jit(function).trace(jnp.ones((8, 4))).lower(lowering_platforms=("cuda",))
+    assert len(cancelled_differences(lowered.as_text())) == num_cancelled
+    pairs = len(re.findall(r"bf16>\) -> tensor<\S*xf32>", lowered.as_text()))
+    assert pairs == num_cancelled
 
 
 # --- apply_rope -------------------------------------------------------------------------------

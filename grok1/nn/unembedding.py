@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grok1.config import ModelConfig
 from grok1.nn.sharding import MODEL_AXIS
 from grok1.ops.cpu import bindings
-from grok1.ops.layers import exact_einsum, rms_norm
+from grok1.ops.layers import exact_einsum, rms_norm, split_terms
 
 _TABLE_BLOCK = 512  # rows copied at a time
 _LOGITS_BYTES = 1 << 25  # most memory of one device that logits to be summed up take at a time
@@ -224,8 +224,6 @@ def most_probable(
 def _products(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[Array, "M V"]:
     if embedding.dtype != x.dtype:
         # Two terms, so that 16 bits of the input's mantissa count, in one pass over the table.
-        high = x.astype(embedding.dtype)
-        low = (x - high.astype(x.dtype)).astype(embedding.dtype)
-        terms = jnp.concatenate([high, low])
+        terms = jnp.concatenate(split_terms(x, embedding.dtype))
         return exact_einsum("MD,VD->MV", terms, embedding).reshape(2, len(x), -1).sum(axis=0)
     return exact_einsum("MD,VD->MV", x, embedding)

@@ -3,6 +3,8 @@
 Dimension key: B batch row, T query position, D model dim, H head dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -28,6 +30,34 @@ def exact_einsum(subscripts: str, x: Array, y: Array) -> Array:
     is_exact = x.dtype == y.dtype == jnp.bfloat16
     precision = jax.lax.Precision.DEFAULT if is_exact else jax.lax.Precision.HIGHEST
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """Rounds to the numbers that a smaller type holds, and keeps the type of `x`.
+
+    A conversion there and back need not round: where XLA may keep excess precision, as it does on
+    GPUs, it drops the pair. What is compared with its own rounding has to be rounded this way.
+
+    Args:
+      x: float32.
+      dtype: bfloat16 or float16, or float32 for `x` itself.
+    """
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+
+def split_terms(x: Array, dtype: Any) -> tuple[Array, Array]:
+    """Two numbers of a smaller type whose sum is `x`, as far as both their mantissas reach.
+
+    Args:
+      x: float32.
+      dtype: bfloat16 or float16.
+
+    Returns:
+      The high and the low term, of `dtype`.
+    """
+    high = rounded(x, dtype)
+    return high.astype(dtype), (x - high).astype(dtype)
 
 
 def rms_norm(x: Float[Array, "*M D"], scale: Float[Array, " D"]) -> Float[Array, "*M D"]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from grok1.ops.cpu import bindings
-from grok1.ops.layers import exact_einsum
+from grok1.ops.layers import exact_einsum, rounded, split_terms
 
 # A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
 # fuse the conversion into the product: as float32 it is 1 MiB and stays in the second-level cache.
@@ -64,10 +64,11 @@ def quantize(weight: Float[Array, "*lead K N"], num_groups: int = 1) -> Quantize
     if rows % num_groups:
         raise ValueError(f"{num_groups} scale groups do not divide the {rows} rows of the weight")
     grouped = weight.astype(jnp.float32).reshape(*lead, num_groups, rows // num_groups, columns)
-    scales = (jnp.abs(grouped).max(axis=-2) / 127).astype(jnp.bfloat16)
-    divisor = jnp.where(scales == 0, 1, scales).astype(jnp.float32)
+    scales = rounded(jnp.abs(grouped).max(axis=-2) / 127, jnp.bfloat16)
+    divisor = jnp.where(scales == 0, 1, scales)
     values = jnp.clip(jnp.round(grouped / divisor[..., None, :]), -127, 127)
-    return QuantizedArray(values.reshape(weight.shape).astype(jnp.int8), scales)
+    values = values.reshape(weight.shape).astype(jnp.int8)
+    return QuantizedArray(values, scales.astype(jnp.bfloat16))
 
 
 def dequantize(weight: Weight) -> Array:
@@ -165,11 +166,9 @@ def matmul_split(
     Returns:
       float32 `[*M, N]`.
     """
-    high = x.astype(dtype)
-    if high.dtype == x.dtype:
+    if x.dtype == dtype:
         return matmul(x, weight, index)
-    low = (x - high.astype(x.dtype)).astype(dtype)
-    return jnp.sum(matmul(jnp.stack([high, low]), weight, index), axis=0)
+    return jnp.sum(matmul(jnp.stack(split_terms(x, dtype)), weight, index), axis=0)
 
 
 def matmul_direct(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
