@@ -290,7 +290,7 @@ def test_native_attention_with_long_rows(length, group):
     cache = KVCache(k, v, jnp.zeros(batch, jnp.int32))
     query = normal(3, batch, length, heads, group, head_dim) / 5
     positions = np.array([[1299], [length + 60]]) - np.arange(length)[::-1]
-    output = jax.jit(lambda *arguments: attend_cache(*arguments, SCALE, implementation="native"))(
+    output = jax.jit(lambda *arguments: attend_cache(*arguments, SCALE, implementation="cpp"))(
         query, cache, 1, positions.astype(np.int32)
     )
     expected = attend_plainly(query, cache, 1, positions)

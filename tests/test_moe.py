@@ -42,7 +42,7 @@ def in_form(x, weights, index, routing, valid, form):
 
 
 def skip_unless_it_runs_here(form):
-    if form == "native" and not bindings.is_available():
+    if form == "cpp" and not bindings.is_available():
         pytest.skip("no native kernels on this machine")
 
 
@@ -203,7 +203,7 @@ def test_a_batch_of_padding_alone_reads_no_expert():
     np.testing.assert_array_equal(output, np.zeros((7, D)))
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse", "native"])
+@pytest.mark.parametrize("form", ["dense", "sparse", "cpp"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
 def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
     skip_unless_it_runs_here(form)
@@ -223,7 +223,7 @@ def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 9, 500])
 def test_native_experts_of_few_and_of_many_rows(num_tokens):
-    skip_unless_it_runs_here("native")
+    skip_unless_it_runs_here("cpp")
     # More hidden columns than a panel, full tiles and not; in 500 tokens, several passes.
     model_dim, hidden_dim = 150, 4200
     gate, up, down = random_weights(5, (), model_dim, hidden_dim)
@@ -236,7 +236,7 @@ def test_native_experts_of_few_and_of_many_rows(num_tokens):
     first = np.where(number % 4 < 3, 0, 1)
     routing = with_experts(routing, np.stack([first, np.where(number % 50 == 0, 4, 2)], axis=1))
     valid = number % 7 != 5
-    output = np.asarray(in_form(x, weights, (), routing, valid, "native"))
+    output = np.asarray(in_form(x, weights, (), routing, valid, "cpp"))
     expected = float64_experts(x, [dequantize(weight) for weight in weights], routing)
     assert_close(output[valid], expected[valid], 2e-6)
     np.testing.assert_array_equal(output[~valid], 0)
@@ -248,13 +248,13 @@ def test_native_experts_of_few_and_of_many_rows(num_tokens):
     [(3, 16), (16, 1), (16, 4098)],
 )
 def test_native_experts_with_next_to_no_columns(model_dim, hidden_dim):
-    skip_unless_it_runs_here("native")
+    skip_unless_it_runs_here("cpp")
     weights = ExpertWeights(*map(quantize_compiled, random_weights(4, (), model_dim, hidden_dim)))
     x, routing = random_inputs(2, 4, 2, model_dim)
     valid = np.ones(2, bool)
     # The kernel's memory keeps what a call has left there.
-    in_form(1e6 * x, weights, (), routing, valid, "native")
-    output = in_form(x, weights, (), routing, valid, "native")
+    in_form(1e6 * x, weights, (), routing, valid, "cpp")
+    output = in_form(x, weights, (), routing, valid, "cpp")
     exact = [dequantize(weight) for weight in weights]
     assert_close(output, float64_experts(x, exact, routing), 2e-6)
 

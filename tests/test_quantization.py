@@ -24,7 +24,7 @@ from tests.helpers import relative_error
 M, K, N = 7, 120, 13  # K: 8 groups of 15 rows
 
 # None: what the platform and the size choose.
-IMPLEMENTATIONS = ["direct", "tiled", "native", None]
+IMPLEMENTATIONS = ["direct", "tiled", "cpp", None]
 
 quantize_compiled = jax.jit(quantize, static_argnames="num_groups")
 
@@ -52,7 +52,7 @@ def float64_weight(weight):
 
 
 def skip_unless_it_runs_here(implementation):
-    if implementation == "native" and not bindings.is_available():
+    if implementation == "cpp" and not bindings.is_available():
         pytest.skip("no native kernels on this machine")
 
 
@@ -260,7 +260,7 @@ def test_matmul_split_keeps_the_mantissa_that_bfloat16_would_round_off():
     assert errors[2] >= 1e-3  # one
 
 
-@pytest.mark.parametrize("implementation", ["tiled", "native"])
+@pytest.mark.parametrize("implementation", ["tiled", "cpp"])
 @pytest.mark.parametrize("num_groups", [1, 8])
 def test_matmul_makes_no_copy_of_a_large_weight(num_groups, implementation):
     skip_unless_it_runs_here(implementation)

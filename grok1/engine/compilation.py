@@ -30,7 +30,7 @@ from jax.experimental import serialize_executable
 from grok1.machine.announcement import announced
 from grok1.machine.cache_directory import private_directory, write_whole
 from grok1.machine.processor import available_cores, instructions
-from grok1.ops.cpu import bindings
+from grok1.ops import forms
 
 MAX_STORED = 256
 """Executables in the directory; the ones that were unused for the longest time give way."""
@@ -83,7 +83,7 @@ class Program:
     def _executable(self, args):
         # Now, and not while tracing or reading: what is stored may call the kernels, and their
         # build speaks for itself.
-        has_kernels = self._devices[0].platform == "cpu" and bindings.is_available()
+        has_kernels = forms.has_kernels(self._devices[0].platform)
         directory = None if self._identity is None else _directory()
         if directory is None:
             with announced(f"compiling {self._in_words(*args)}"):

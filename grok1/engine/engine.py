@@ -44,7 +44,7 @@ from grok1.nn.precision import default_cache_dtype
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, abstract_cache, put, specs_of
 from grok1.nn.transformer import Params
 from grok1.nn.unembedding import ScreeningTable, TokenStatistics, screening_table
-from grok1.ops.cpu import bindings
+from grok1.ops import forms
 
 CHUNK_LENGTHS = (16, 64, 256, 1024)
 """Prefill shapes. Each is four times the last: at most two chunks of a size, bar the largest."""
@@ -271,7 +271,7 @@ class Engine:
         """What `decode_greedily` reads instead of the whole embedding; None where it cannot."""
         if self._root is not self:
             return self._root.screening_table
-        if self.mesh.devices.flat[0].platform != "cpu" or not bindings.is_available():
+        if not forms.has_kernels(self.mesh.devices.flat[0].platform):
             return None
         if self.params.embedding.dtype != jnp.float32:
             return None

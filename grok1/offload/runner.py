@@ -39,7 +39,7 @@ from grok1.nn.transformer import Params
 from grok1.offload.device_experts import DeviceExperts, has_pinned_memory, pinned_buffer
 from grok1.offload.expert_store import ExpertStore, Traffic, pageable_buffer
 from grok1.offload.layerwise import LayerwiseStep
-from grok1.ops.cpu import bindings
+from grok1.ops import forms
 from grok1.planning.budget import budget, resident_bytes, without_experts
 from grok1.planning.memory import (
     WORKING_BYTES,
@@ -390,7 +390,7 @@ def load_offloaded(
 
 def runs_by_layer(device: Any) -> bool:
     """Whether a device's experts are brought to it between programs, not asked for by kernels."""
-    return device.platform != "cpu" or not bindings.is_available()
+    return not forms.has_kernels(device.platform)
 
 
 def fixed_bytes(engine: Engine, store: ExpertStore) -> int:

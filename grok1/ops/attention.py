@@ -4,13 +4,13 @@ Dimension key: B batch row, T query position, S key position, C key/value head h
 G query heads that share it, M = G*T, H head dim, L layer.
 """
 
-import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.layers import exact_einsum
 
@@ -20,8 +20,6 @@ SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
 # a row is short; many queries keep the products large enough to run at full speed.
 _BLOCK_OF_FEW, _BLOCK_OF_MANY = 128, 512
 _FEW_QUERIES = 16
-
-Implementation = Literal["blocked", "native"]
 
 
 class KVCache(NamedTuple):
@@ -77,7 +75,7 @@ def attend_cache(
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
     scale: float,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T C G H"]:
     """`attend` over the cached positions up to each query's own; only those are read.
 
@@ -87,27 +85,22 @@ def attend_cache(
       layer: Which layer of the cache to read.
       positions: Absolute position of each query; it sees keys at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
-      implementation: "blocked" goes through XLA, "native" through C++, on a CPU where
-        `bindings.is_available()` and from a float32 cache; None for the fastest.
+      implementation: "blocked" goes through XLA, "cpp" through C++, from a float32 cache; None for
+        that of `forms.PREFERRED`.
 
     Returns:
       float32.
     """
-    forms = {"blocked": attend_blocked, "native": attend_native}
-    if implementation is not None:
-        return forms[implementation](query, cache, layer, positions, scale)
-    native_here = cache.k.dtype == jnp.float32 and bindings.is_available()
-    return jax.lax.platform_dependent(
-        query,
-        cache,
-        layer,
-        positions,
-        cpu=functools.partial(attend_native if native_here else attend_blocked, scale=scale),
-        default=functools.partial(attend_blocked, scale=scale),
-    )
+    arguments = query, cache, layer, positions
+    return forms.run("attend_cache", *arguments, implementation=implementation, scale=scale)
 
 
-def attend_native(
+def _is_not_float32(query, cache, layer, positions) -> str | None:
+    return None if cache.k.dtype == jnp.float32 else f"it reads float32, not {cache.k.dtype}"
+
+
+@forms.form("attend_cache", "cpp", refuses=_is_not_float32)
+def attend_cpp(
     query: Float[Array, "B T C G H"],
     cache: KVCache,
     layer: Int[Array, ""],
@@ -118,6 +111,7 @@ def attend_native(
     return bindings.attention(query, cache.k, cache.v, layer, positions, scale, SOFT_CAP)
 
 
+@forms.form("attend_cache", "blocked")
 def attend_blocked(
     query: Float[Array, "B T C G H"],
     cache: KVCache,

@@ -5,20 +5,19 @@ R = M*A dispatched rows, L layer.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.layers import exact_einsum
 from grok1.ops.quantized import Index, QuantizedArray, dequantize, matmul
 
 # Most rows of one expert that are multiplied at once; also what the last rows are padded to.
 _BLOCK = 128
-
-Implementation = Literal["dense", "sparse", "native"]
 
 
 class ExpertWeights(NamedTuple):
@@ -110,36 +109,38 @@ def experts(
     index: Index,
     routing: Routing,
     valid: Bool[Array, " M"],
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "M D"]:
     """Sums each token's experts, weighted by the router.
 
     Args:
       x: Input, in the type of the products.
-      weights: Experts of a stack of layers; `FetchedExperts` on a CPU where
-        `bindings.is_available()`, and without a choice of implementation.
+      weights: Experts of a stack of layers; `FetchedExperts` where `forms.has_kernels`, and without
+        a choice of implementation.
       index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
       routing: Where each token goes.
       valid: False for padding, which gets zeros.
       implementation: "dense" computes every expert for every token, "sparse" only the chosen ones,
-        "native" likewise on a CPU where `bindings.is_available()`, from int8 weights; None for the
-        fastest.
+        "cpp" too, from int8 weights; None for that of `forms.PREFERRED`.
 
     Returns:
       float32.
     """
     if isinstance(weights, FetchedExperts):
         return experts_fetched(x, weights, index, routing, valid)
-    if implementation == "dense":
-        return jnp.where(valid[:, None], experts_dense(x, weights, index, routing), 0)
-    if implementation is not None:
-        form = {"sparse": experts_sparse, "native": experts_native}[implementation]
-        return form(x, weights, index, routing, valid)
-    quantized = all(isinstance(weight, QuantizedArray) for weight in weights)
-    on_cpu = experts_native if quantized and bindings.is_available() else experts_sparse
-    return jax.lax.platform_dependent(
-        x, weights, index, routing, valid, cpu=on_cpu, default=experts_sparse
-    )
+    arguments = x, weights, index, routing, valid
+    return forms.run("experts", *arguments, implementation=implementation)
+
+
+@forms.form("experts", "dense")
+def _experts_dense(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    return jnp.where(valid[:, None], experts_dense(x, weights, index, routing), 0)
 
 
 def experts_dense(
@@ -167,6 +168,7 @@ def experts_dense(
     return exact_einsum("MED,ME->MD", out_MED, weights_ME)
 
 
+@forms.form("experts", "sparse")
 def experts_sparse(
     x: Float[Array, "M D"],
     weights: ExpertWeights,
@@ -223,7 +225,14 @@ def experts_sparse(
     return jnp.where(valid[:, None], out_MD, 0)
 
 
-def experts_native(
+def _is_float(x, weights, index, routing, valid) -> str | None:
+    if all(isinstance(weight, QuantizedArray) for weight in weights):
+        return None
+    return "it reads int8 weights"
+
+
+@forms.form("experts", "cpp", refuses=_is_float)
+def experts_cpp(
     x: Float[Array, "M D"],
     weights: ExpertWeights,
     index: Index,
@@ -246,7 +255,7 @@ def experts_fetched(
     routing: Routing,
     valid: Bool[Array, " M"],
 ) -> Float[Array, "M D"]:
-    """`experts_native` of weights that are read where the host has them."""
+    """`experts_cpp` of weights that are read where the host has them."""
     (layer,) = index
     indices_MA = jnp.where(valid[:, None], routing.expert_indices, routing.probs.shape[-1])
     x = x.astype(jnp.float32)

@@ -5,15 +5,15 @@ Leading axes (layers, experts) come before K; `index` picks one matrix from them
 never needs a copy of "its" weight.
 """
 
-import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.layers import exact_einsum, rounded, split_terms
 
@@ -22,7 +22,6 @@ from grok1.ops.layers import exact_einsum, rounded, split_terms
 _TILE_ELEMENTS = 1 << 18
 
 Index = tuple[int | Array, ...]
-Implementation = Literal["direct", "tiled", "native"]
 
 
 class QuantizedArray(NamedTuple):
@@ -109,7 +108,7 @@ def matmul(
     weight: Weight,
     index: Index = (),
     num_valid: int | Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*M N"]:
     """Multiplies by one matrix of a weight: `x @ weight[index]`, accumulated in float32.
 
@@ -124,8 +123,8 @@ def matmul(
       index: One index, a number or a traced scalar, for each leading axis of `weight`.
       num_valid: How many of the M rows matter, from the first on, a number or a traced scalar; None
         for all. What comes out for the others is finite, and costs nothing where that is possible.
-      implementation: Which form multiplies a quantised weight, "direct", "tiled" or, on a CPU where
-        `bindings.is_available()`, "native"; None for the fastest.
+      implementation: Which form multiplies a quantised weight, "direct", "tiled" or "cpp"; None for
+        that of `forms.PREFERRED`.
 
     Returns:
       float32 `[*M, N]`.
@@ -136,16 +135,8 @@ def matmul(
         out = _dot(x_MK, weight[index].astype(x.dtype))
     else:
         num_valid = len(x_MK) if num_valid is None else num_valid
-        forms = {
-            "direct": matmul_direct,
-            "tiled": matmul_tiled,
-            "native": functools.partial(matmul_native, num_valid=num_valid),
-        }
-        if implementation is not None:
-            out = forms[implementation](x_MK, weight, index)
-        else:
-            on_cpu = forms["native" if bindings.is_available() else "tiled"]
-            out = jax.lax.platform_dependent(x_MK, weight, index, cpu=on_cpu, default=matmul_direct)
+        arguments = x_MK, weight, index, num_valid
+        out = forms.run("matmul", *arguments, implementation=implementation)
     return out.reshape(*x.shape[:-1], columns)
 
 
@@ -171,7 +162,10 @@ def matmul_split(
     return jnp.sum(matmul(jnp.stack(split_terms(x, dtype)), weight, index), axis=0)
 
 
-def matmul_direct(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
+@forms.form("matmul", "direct")
+def matmul_direct(
+    x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
+):
     """One product a group; the form whose conversion XLA can fuse on accelerators."""
     values_KN = weight.values[index]
     scales_GN = weight.scales[index].astype(jnp.float32)
@@ -183,12 +177,15 @@ def matmul_direct(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
     return (_dot(x_GMk, values_GkN) * scales_GN[:, None, :]).sum(axis=0)
 
 
-def matmul_tiled(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
+@forms.form("matmul", "tiled")
+def matmul_tiled(
+    x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
+):
     """The same sum, a tile of rows at a time: float memory is one tile, whatever the weight."""
     rows, columns = weight.shape[-2:]
     x = x.astype(jnp.float32)
     if rows * columns <= _TILE_ELEMENTS:
-        return matmul_direct(x, weight, index)
+        return matmul_direct(x, weight, index, num_valid)
     num_groups = weight.scales.shape[-2]
     tile = _largest_divisor(rows // num_groups, max(1, _TILE_ELEMENTS // columns))
     lead = tuple(1 for _ in index)
@@ -209,7 +206,8 @@ def matmul_tiled(x: Float[Array, "M K"], weight: QuantizedArray, index: Index):
     return jax.lax.fori_loop(0, rows // tile, add_tile, zeros)
 
 
-def matmul_native(
+@forms.form("matmul", "cpp")
+def matmul_cpp(
     x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
 ):
     """The same sum in C++, reading the weight once and in place; float32 whatever the input."""

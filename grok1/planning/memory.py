@@ -13,7 +13,7 @@ from grok1.machine.host_memory import gigabytes, host_bytes_available
 from grok1.nn.manifest import TensorSpec, manifest
 from grok1.nn.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
 from grok1.nn.transformer import NamedParams, Params, naming
-from grok1.ops.cpu import bindings
+from grok1.ops import forms
 from grok1.ops.quantized import QuantizedArray
 
 PREALLOCATED = 0.75
@@ -97,7 +97,7 @@ def state_bytes(engine: Engine, batch: int, capacity: int) -> int:
 
 def screening_table_bytes(engine: Engine) -> int:
     """Returns what greedy decoding's int8 copy of the output head takes of a CPU device."""
-    if not bindings.is_available():
+    if not forms.has_kernels("cpu"):
         return 0
     rows = engine.config.vocab_size // engine.mesh.shape[MODEL_AXIS]
     return rows * (engine.config.emb_size + 8)

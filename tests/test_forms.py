@@ -1,0 +1,85 @@
+"""The table of forms: complete, in order, and clear about what a form cannot do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.ops import forms
+from grok1.ops.attention import KVCache
+from grok1.ops.cpu import bindings
+from grok1.ops.experts import ExpertWeights, choose_experts
+from grok1.ops.quantized import quantize
+
+NO_KERNELS = "the native kernels are not available here"
+
+
+def test_every_form_of_the_table_exists():
+    named = {
+        (operation, name)
+        for operation, by_platform in forms.PREFERRED.items()
+        for names in by_platform.values()
+        for name in names
+    }
+    assert named <= set(forms._FORMS)
+    # Where nothing is known of a device, something runs.
+    assert all(by_platform["default"] for by_platform in forms.PREFERRED.values())
+
+
+def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
+    x = jnp.ones((3, 8))
+    if operation == "matmul":
+        return x, quantize(jnp.ones((8, 5))), (), 3
+    if operation == "experts":
+        stack = jnp.ones((4, 8, 8))
+        weights = ExpertWeights(*(quantize(stack) if quantized_weights else stack for _ in "gud"))
+        return x, weights, (), choose_experts(jnp.ones((3, 4)), 2), jnp.ones(3, bool)
+    k = jnp.ones((1, 1, 1, 6, 8), cache_dtype)
+    cache = KVCache(k, k, jnp.zeros(1, jnp.int32))
+    return jnp.ones((1, 1, 1, 1, 8)), cache, jnp.int32(0), jnp.zeros((1, 1), jnp.int32)
+
+
+@pytest.mark.parametrize("operation", list(forms.PREFERRED))
+@pytest.mark.parametrize("available", [True, False])
+def test_the_first_form_that_can_is_chosen(monkeypatch, operation, available):
+    monkeypatch.setattr(bindings, "is_available", lambda: available)
+    table, arguments = forms.PREFERRED[operation], arguments_of(operation)
+    assert forms.chosen(operation, "cpu", *arguments) == table["cpu"][0 if available else 1]
+    for platform in ("cuda", "tpu", "a later one"):
+        assert forms.chosen(operation, platform, *arguments) == table["default"][0]
+        assert not forms.has_kernels(platform)
+    assert forms.has_kernels("cpu") == available
+
+
+@pytest.mark.parametrize(
+    ("operation", "options", "reason"),
+    [
+        ("experts", {"quantized_weights": False}, "it reads int8 weights"),
+        ("attend_cache", {"cache_dtype": jnp.float16}, "it reads float32, not float16"),
+        ("attend_cache", {"cache_dtype": jnp.bfloat16}, "it reads float32, not bfloat16"),
+    ],
+)
+def test_a_form_says_what_it_cannot_compute(monkeypatch, operation, options, reason):
+    monkeypatch.setattr(bindings, "is_available", lambda: True)
+    arguments = arguments_of(operation, **options)
+    second = forms.PREFERRED[operation]["cpu"][1]
+    assert forms.chosen(operation, "cpu", *arguments) == second
+    with pytest.raises(NotImplementedError, match=f"^{operation} in the form 'cpp': {reason}$"):
+        forms.run(operation, *arguments, implementation="cpp", scale=1.0)
+
+
+def test_a_form_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(bindings, "is_available", lambda: False)
+    arguments = arguments_of("matmul")
+    with pytest.raises(NotImplementedError, match=NO_KERNELS):
+        forms.run("matmul", *arguments, implementation="cpp")
+    message = "^matmul has no form 'sparse'; its forms are cpp, direct, tiled$"
+    with pytest.raises(ValueError, match=message):
+        forms.run("matmul", *arguments, implementation="sparse")
+
+
+def test_the_program_of_a_platform_runs_its_form():
+    arguments = arguments_of("matmul")
+    expected = np.asarray(forms.run("matmul", *arguments, implementation="direct"))
+    found = jax.jit(lambda *rest: forms.run("matmul", *rest, 3))(*arguments[:3])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
