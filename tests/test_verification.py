@@ -1,5 +1,6 @@
 """Verification: every fault in one run, in seconds, on the real sizes; and by the weights."""
 
+import contextlib
 import errno
 import json
 import os
@@ -16,13 +17,21 @@ from grok1 import __main__
 from grok1.care import contents, verification
 from grok1.care.conversion import convert
 from grok1.checkpoint import tensor_file
+from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.checkpoint.safetensors_file import read_shard_header
 from grok1.checkpoint.tensor_file import CheckpointError, read_header, read_span, write_tensor
 from grok1.config import GROK_1, ModelConfig
+from grok1.machine.cache_directory import private_directory
 from grok1.nn.manifest import file_name, manifest
 from tests.conftest import GOLDEN
 
 SPECS = manifest(GROK_1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """The journal of an interrupted run lies in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def frame_pieces() -> dict[tuple, list]:
@@ -299,7 +308,8 @@ def test_an_interrupted_reading_is_continued(nano_copy, monkeypatch):
     assert "0 checksums compared, 146 added" in verification.verify(nano_copy, deep=True).notes[-1]
     assert not set(read[:49]) & set(hashed)
     assert len(set(hashed)) == 146 - 49
-    assert not list(nano_copy.glob(".SHA256SUMS*"))
+    assert sorted(os.listdir(nano_copy)) == ["SHA256SUMS", "ckpt-0", "config.json"]
+    assert not list(private_directory().glob("verify-*"))
 
 
 @pytest.mark.parametrize("change", ["nothing", "its time", "a copy"])
@@ -308,7 +318,8 @@ def test_what_changed_since_an_interruption_is_read_again(change, nano_copy):
     file = verification._file(read_header(path))
     journal = contents.Journal(nano_copy / "SHA256SUMS")
     journal.add(file, contents.file_stamp(path.stat()), "0" * 64)
-    with open(nano_copy / ".SHA256SUMS.journal", "a") as lines:
+    assert journal._path is not None
+    with journal._path.open("a") as lines:
         lines.write("123")  # cut off
     if change == "its time":
         os.utime(path, ns=(1, 1))
@@ -319,6 +330,29 @@ def test_what_changed_since_an_interruption_is_read_again(change, nano_copy):
         file, contents.Journal(nano_copy / "SHA256SUMS"), lambda num_bytes: None
     )
     assert (reading.digest == "0" * 64) == (change == "nothing")
+
+
+@pytest.mark.parametrize("name", [".SHA256SUMS.partial", ".SHA256SUMS.journal", "SHA256SUMS"])
+def test_nothing_is_written_through_a_link_in_the_checkpoint(name, nano_copy, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("")
+    (nano_copy / name).symlink_to(mine)
+    assert verification.verify(nano_copy, deep=True).is_good
+    assert mine.read_text() == ""
+    assert (nano_copy / name).is_symlink() == (name != "SHA256SUMS")
+    assert not (nano_copy / "SHA256SUMS").is_symlink()
+    assert len((nano_copy / "SHA256SUMS").read_text().splitlines()) == 146
+
+
+def test_a_journal_that_came_with_the_checkpoint_counts_for_nothing(nano_copy):
+    lines = []
+    for index in range(146):
+        status = (nano_copy / "ckpt-0" / file_name(index)).stat()
+        stamp = contents.file_stamp(status)
+        lines.append(f"{'0' * 64} {stamp} ckpt-0/{file_name(index)}\n")
+    (nano_copy / ".SHA256SUMS.journal").write_text("".join(lines))
+    verification.verify(nano_copy, deep=True)
+    assert "0" * 64 not in (nano_copy / "SHA256SUMS").read_text()
 
 
 def test_complete_sums_need_no_place_to_write(nano_copy, tmp_path, monkeypatch):
@@ -334,6 +368,14 @@ def test_sums_that_are_none_are_refused(nano_copy):
     (nano_copy / "SHA256SUMS").write_text("hello\n")
     with pytest.raises(CheckpointError, match=r"SHA256SUMS: line 1 is 'hello', expected a SHA-256"):
         verification.verify(nano_copy, deep=True)
+
+
+@pytest.mark.parametrize("name", ["a\x1bb", "a\x00b", "a\x7f"])
+def test_a_name_with_controls_among_sums_is_refused(name, nano_copy):
+    (nano_copy / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(CheckpointError, match="SHA256SUMS: line 1 is '0000") as caught:
+        verification.verify(nano_copy, deep=True)
+    assert name not in str(caught.value)
 
 
 def test_sums_without_a_place_are_refused_before_reading(nano_copy, tmp_path):
@@ -394,6 +436,77 @@ def test_every_fault_of_safetensors_is_named_in_one_run(safetensors_copy):
     ):
         assert path == expected_path
         assert text in problem
+
+
+def refused_by_verify_and_load(directory) -> str:
+    """The one message of a checkpoint that neither takes."""
+    (fault,) = verification.verify(directory, deep=True, progress=False).faults
+    with pytest.raises(CheckpointError) as caught:
+        load_tensors(directory)
+    assert str(caught.value) == f"{directory / fault.path}: {fault.problem}; {fault.remedy}"
+    return str(caught.value)
+
+
+def load_tensors(directory):
+    return open_tensors(directory, load_config(directory))
+
+
+HOSTILE_NAMES = ["a\nb", "a\x00b", "\x1b[31m", "\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [("tensor", name) for name in HOSTILE_NAMES]
+    + [("file", name) for name in [*HOSTILE_NAMES, "..", "", 7, True, None]],
+)
+def test_a_weight_map_with_impossible_names_is_refused(where, name, safetensors_copy):
+    index = safetensors_copy / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    first = next(iter(found["weight_map"]))
+    if where == "file":
+        if isinstance(name, str) and name:
+            # What makes such a name dangerous is that there is such a file.
+            with contextlib.suppress(OSError, ValueError):
+                shutil.copy(safetensors_copy / found["weight_map"][first], safetensors_copy / name)
+        found["weight_map"][first] = name
+    else:
+        found["weight_map"][name] = found["weight_map"][first]
+    index.write_text(json.dumps(found))
+    message = refused_by_verify_and_load(safetensors_copy)
+    assert repr(name) in message
+    assert "its weight_map has " in message
+    assert not (safetensors_copy / "SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    ["[0.0,%d.0]", "[false,%d]", "[null,%d]", '["0",%d]', "[0,%d,0]", "0", "[0,-%d]", "{}"],
+)
+def test_offsets_that_are_no_whole_numbers_are_refused(offsets, safetensors_copy):
+    path = sorted(safetensors_copy.glob("model-*"))[1]
+    spans = read_shard_header(path).spans.values()
+    nbytes = min(spans, key=lambda span: span.offset).nbytes
+    old, new = (text.replace("%d", str(nbytes)).encode() for text in ("[0,%d]", offsets))
+    rewrite_header(path, lambda text: text.replace(old, new, 1))
+    assert "its header is damaged: " in refused_by_verify_and_load(safetensors_copy)
+
+
+@pytest.mark.parametrize("name", ["a\\nb", "\\u001b[31m", "\\ud800"])
+def test_a_tensors_name_with_controls_is_refused_and_shown_escaped(name, safetensors_copy, capsys):
+    path = sorted(safetensors_copy.glob("model-*"))[1]
+    rewrite_header(path, lambda text: text.replace(b"attn.q_proj.weight", name.encode(), 1))
+    message = refused_by_verify_and_load(safetensors_copy)
+    assert "is no name of a tensor" in message
+    assert __main__.main(["verify", str(safetensors_copy)]) == 1
+    assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+
+
+def rewrite_header(path: pathlib.Path, change_text) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = change_text(data[8 : 8 + length])
+    assert text != data[8 : 8 + length]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def test_deep_reads_the_weights_of_safetensors(safetensors_copy):

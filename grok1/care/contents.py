@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, CheckpointError, open_unchanged, read_at
+from grok1.machine.cache_directory import private_directory
+from grok1.machine.safe_files import is_plain, replacing
 
 _READ_BYTES = 1 << 24  # A thread holds as much.
 _HOLE_BYTES = 1 << 18  # As many zeros in a row are no weights: eight rows of an expert.
@@ -52,18 +54,22 @@ class Reading(NamedTuple):
 class Journal:
     """The good files of a run, so that the one after an interruption need not read them again.
 
-    Where it cannot be written, as on a read-only disk whose checksums are complete, there is none.
+    It lies in the user's private directory and not beside the checksums, where whoever made the
+    checkpoint could have prepared it. Where there is no such directory there is no journal.
     """
 
     def __init__(self, sums_path: pathlib.Path):
-        self._path = sums_path.with_name(f".{sums_path.name}.journal")
+        place = os.path.abspath(sums_path)
+        self._path: pathlib.Path | None = None
         self._done: dict[tuple[str, str], str] = {}
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
+            name = hashlib.sha256(os.fsencode(place)).hexdigest()
+            self._path = private_directory() / f"verify-{name}"
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 # The process may have been killed while it wrote a line.
                 if match := _JOURNAL_LINE.fullmatch(line):
-                    digest, stamp, name = match.groups()
-                    self._done[name, stamp] = digest
+                    digest, stamp, file_name = match.groups()
+                    self._done[file_name, stamp] = digest
 
     def digest(self, file: CheckedFile, stamp: str) -> str | None:
         """Returns the SHA-256 of a file that has not changed since it was added, else None."""
@@ -71,13 +77,15 @@ class Journal:
 
     def add(self, file: CheckedFile, stamp: str, digest: str) -> None:
         """Notes a good file."""
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as lines:
-            lines.write(f"{digest} {stamp} {file.name}\n")
+        if self._path is not None:
+            with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as lines:
+                lines.write(f"{digest} {stamp} {file.name}\n")
 
     def remove(self) -> None:
         """Ends the run."""
-        with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
 
 def file_stamp(status: os.stat_result) -> str:
@@ -208,7 +216,7 @@ def read_sums(path: pathlib.Path) -> dict[str, str]:
     known = {}
     for number, line in enumerate(lines, 1):
         match = _SUMS_LINE.fullmatch(line)
-        if match is None:
+        if match is None or not is_plain(match[2]):
             raise CheckpointError(
                 f"{path}: line {number} is {line!r:.80}, expected a SHA-256, two spaces and a file "
                 "name, as sha256sum writes them"
@@ -235,12 +243,9 @@ def write_sums(path: pathlib.Path, sums: dict[str, str]) -> None:
     Raises:
       CheckpointError: If the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
     try:
-        temporary.write_text(
-            "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())),
-            encoding="utf-8",
-        )
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write("".join(lines).encode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error

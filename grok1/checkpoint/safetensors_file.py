@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 from grok1.checkpoint.storage import StoredArray, StoredTensor
 from grok1.checkpoint.tensor_file import ArraySpan, CheckpointError
+from grok1.machine.safe_files import is_plain
 from grok1.nn.manifest import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -199,8 +200,15 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         for name, entry in entries:
             dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not is_plain(name):
+                raise ValueError(f"{name!r:.80} is no name of a tensor")
             if not all(type(n) is int and n > 0 for n in shape) or not shape:
                 raise ValueError(f"{name} has the shape {shape!r:.80}")
+            if type(begin) is not int or type(stop) is not int:
+                raise ValueError(
+                    f"{name} has the data_offsets {entry['data_offsets']!r:.80}, expected two "
+                    "whole numbers"
+                )
             spans[name] = span = ArraySpan(8 + length + begin, tuple(shape), _TYPES[dtype])
             if span.offset != end or stop - begin != span.nbytes:
                 raise ValueError(
@@ -433,14 +441,23 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
             f"{path}: cannot be read: {error.strerror}; the conversion or the copy is not complete"
         ) from error
     weight_map = _json_object(path, text).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and name == os.path.basename(name) for name in weight_map.values()
-    ):
+    if not isinstance(weight_map, dict):
         raise CheckpointError(
             f"{path}: expected a weight_map from tensors to files beside it; the file is damaged: "
             "copy it again"
         )
+    for tensor, name in weight_map.items():
+        if not (is_plain(tensor) and isinstance(name, str) and _is_beside(name)):
+            raise CheckpointError(
+                f"{path}: its weight_map has {tensor!r:.80} in {name!r:.80}, expected a "
+                "weight_map from tensors to files beside it, by names without control characters; "
+                "the file is damaged: copy it again"
+            )
     return weight_map
+
+
+def _is_beside(name: str) -> bool:
+    return is_plain(name) and name not in ("", ".", "..") and name == os.path.basename(name)
 
 
 def _stored(spec: TensorSpec, parts: list, scale_parts: list) -> StoredTensor:
