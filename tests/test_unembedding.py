@@ -65,9 +65,13 @@ def test_of_equals_the_first_that_is_allowed():
     assert find(embedding, embedding[:1], allowed, num_devices=4)[0] == 7
 
 
-def test_what_is_no_number_finds_a_token_all_the_same():
-    x = np.full((1, D), np.nan, np.float32)
-    assert 0 <= find(random(6, V, D), x, np.ones(V, bool))[0] < V
+@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_finds_no_token(value, num_devices):
+    x = random(1, 3, D)
+    x[1, 5] = value
+    found = find(random(6, V, D), x, np.ones(V, bool), num_devices)
+    assert (found < 0).tolist() == [False, True, False]
 
 
 def test_the_bound_holds_for_every_row_and_is_tight():

@@ -53,6 +53,47 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+NONE_LEFT = -1
+"""In place of a token: every token that is allowed has a logit of -infinity."""
+
+NOT_FINITE = -2
+"""In place of a token: a logit of the model is no number, or infinite."""
+
+PROCESSED_NOT_FINITE = -3
+"""In place of a token: a logit that a processor has returned is no number, or +infinity."""
+
+
+def no_token_error(code: int, processor: Any = None, *, all_allowed: bool = True) -> ValueError:
+    """Returns the error that says why no token can be drawn.
+
+    Args:
+      code: What stands in place of the token: `NONE_LEFT`, `NOT_FINITE` or `PROCESSED_NOT_FINITE`.
+      processor: The caller's `logits_processor`, if there is one.
+      all_allowed: Whether every token of the vocabulary may be drawn.
+    """
+    name = getattr(processor, "__qualname__", None) or repr(processor)
+    if code == NOT_FINITE:
+        return ValueError(
+            "no token can be drawn: the model's logits must be finite, found NaN or infinity; a "
+            "weight is damaged or too large (verify --deep looks at every one), or an intervention "
+            "makes it so"
+        )
+    if code == PROCESSED_NOT_FINITE:
+        return ValueError(
+            f"no token can be drawn: logits_processor {name} must return numbers, or -infinity for "
+            "a token that is forbidden, found NaN or +infinity"
+        )
+    if all_allowed:
+        return ValueError(
+            f"no token can be drawn: logits_processor {name} has set every logit to -infinity; it "
+            "has to leave at least one"
+        )
+    return ValueError(
+        f"no token can be drawn: logits_processor {name} has set every logit of allowed_tokens to "
+        "-infinity; let the two leave at least one token in common"
+    )
+
+
 class SamplingState(NamedTuple):
     """`SamplingParams` of every row, as arrays.
 
@@ -95,12 +136,17 @@ def sample(
     """Draws one token a row; greedy rows take the most probable one, by a branch of their own.
 
     Args:
-      logits: float32.
-      allowed: False for tokens that must not be drawn.
+      logits: float32; -infinity for tokens that must not be drawn.
+      allowed: False for tokens that must not be drawn, whatever their logits.
       state: Each row's parameters and key.
       positions: Position of the token that is drawn.
+
+    Returns:
+      int32; `NONE_LEFT`, or for NaN or +infinity `NOT_FINITE`, where no token can be drawn.
     """
+    largest = logits.max(axis=-1)  # NaN if any is
     logits = jnp.where(allowed, logits, -jnp.inf)
+    is_left = logits.max(axis=-1) > -jnp.inf
     greedy = state.temperature == 0
     most_probable = jnp.argmax(logits, axis=-1)
 
@@ -124,7 +170,9 @@ def sample(
         drawn = jax.vmap(draw_row)(state.keys, positions, filtered)
         return jnp.where(greedy, most_probable, drawn)
 
-    return jax.lax.cond(jnp.all(greedy), lambda: most_probable, draw).astype(jnp.int32)
+    drawn = jax.lax.cond(jnp.all(greedy), lambda: most_probable, draw).astype(jnp.int32)
+    drawn = jnp.where(is_left, drawn, NONE_LEFT)
+    return jnp.where(largest < jnp.inf, drawn, NOT_FINITE)
 
 
 def keep_probable(

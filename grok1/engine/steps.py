@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grok1.config import ModelConfig
-from grok1.engine.sampling import SamplingState, sample, top_logprobs
+from grok1.engine.sampling import (
+    NOT_FINITE,
+    PROCESSED_NOT_FINITE,
+    SamplingState,
+    sample,
+    top_logprobs,
+)
 from grok1.nn.unembedding import (
     ScreeningTable,
     TokenStatistics,
@@ -47,7 +53,8 @@ class Step(NamedTuple):
     """What one decode step drew, or, with a leading axis on every leaf, several.
 
     Attributes:
-      tokens: int32 `[B]`; meaningless for rows that were not active.
+      tokens: int32 `[B]`; meaningless for rows that were not active. Where no token can be drawn,
+        the negative number that `sampling.no_token_error` explains; the state then has token 0.
       logprobs: float32 `[B]`.
       top_tokens: int32 `[B, top]`, the most probable tokens.
       top_logprobs: float32 `[B, top]`.
@@ -130,9 +137,13 @@ def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Hea
     def draw(embedding, config, state, hidden, active, allowed, sampling: SamplingState):
         length = state.cache.length
         logits = unembed(embedding, config, hidden[:, 0])
-        if processor is not None:
-            logits = processor(logits, state.tokens, length)
-        drawn = sample(logits, allowed, sampling, length)
+        if processor is None:
+            drawn = sample(logits, allowed, sampling, length)
+        else:
+            processed = processor(logits, state.tokens, length)
+            drawn = sample(processed, allowed, sampling, length)
+            drawn = jnp.where(drawn == NOT_FINITE, PROCESSED_NOT_FINITE, drawn)
+        drawn = jnp.where(jnp.isfinite(logits).all(axis=-1), drawn, NOT_FINITE)
         step = _without_logprobs(drawn)
         if num_top is not None:
             step = Step(drawn, *top_logprobs(logits, drawn, num_top))
@@ -152,6 +163,7 @@ def greedy_head(
 ) -> tuple[DecodeState, Step]:
     """The most probable token of each row, by way of the `ScreeningTable`."""
     chosen = most_probable(embedding, table, hidden[:, 0], allowed)
+    chosen = jnp.where(chosen < 0, NOT_FINITE, chosen)
     return _advanced(state, active, chosen), _without_logprobs(chosen)
 
 
@@ -212,7 +224,8 @@ def _advanced(state: DecodeState, active: Array, drawn: Array) -> DecodeState:
     # Written beyond the last row's end when inactive, so that the scatter drops it.
     places = jnp.where(active, state.cache.length, state.tokens.size)
     row = jnp.arange(len(drawn))
-    return state._replace(tokens=state.tokens.at[row, places].set(drawn, mode="drop"))
+    tokens = state.tokens.at[row, places].set(jnp.maximum(drawn, 0), mode="drop")
+    return state._replace(tokens=tokens)
 
 
 def _without_logprobs(drawn: Array) -> Step:

@@ -5,8 +5,9 @@ Token ids only; what a token means, and whether it ends a request, is for the ca
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.engine.engine import Engine
-from grok1.engine.sampling import SamplingParams, sampling_state
+from grok1.engine.sampling import SamplingParams, no_token_error, sampling_state
 from grok1.engine.steps import Ends, LogitsProcessor, Step
 from grok1.machine.processor import waiting_politely
 from grok1.nn.sharding import DATA_AXIS, put
@@ -83,6 +84,9 @@ def generate(
         end one, so that the caller is to be asked after each.
       num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
       processor: Changes the logits before the draw.
+
+    Raises:
+      ValueError: If a request has no token that can be drawn; the message says why.
     """
     for start in range(0, len(requests), MAX_ROWS):
         batch = requests[start : start + MAX_ROWS]
@@ -122,6 +126,7 @@ def _generate_batch(
     state = engine.new_state(tokens)
     needs_logits = sampling.temperature > 0 or num_top is not None or processor is not None
     greedily = not needs_logits and engine.screening_table is not None
+    why = functools.partial(no_token_error, processor=processor, all_allowed=bool(allowed.all()))
 
     # The last prompt token is left for the first decode step, so that prefill needs no logits.
     remaining = np.array([len(r.tokens) - 1 for r in requests] + [0] * (batch - len(requests)))
@@ -159,7 +164,7 @@ def _generate_batch(
             started += num_steps
             upcoming = (num_steps, step)
             if not engine.runs_ahead:
-                yield from _sampled(num_steps, _on_host(step, num_top), requests, num_top)
+                yield from _sampled(num_steps, _on_host(step, num_top), requests, num_top, why)
                 continue
         if in_flight is not None:
             num_steps, step = in_flight
@@ -172,7 +177,7 @@ def _generate_batch(
                 of_step = (end - delivered) / num_steps.max()
                 num_collected = int(np.clip(_DELIVERY / of_step, 1, most_steps))
             delivered = end
-            yield from _sampled(num_steps, on_host, requests, num_top)
+            yield from _sampled(num_steps, on_host, requests, num_top, why)
         elif upcoming is None:
             return
         in_flight = upcoming
@@ -186,13 +191,19 @@ def _on_host(step: Step, num_top: int | None) -> Step:
 
 
 def _sampled(
-    num_steps: np.ndarray, on_host: Step, requests: Sequence[Request], num_top: int | None
+    num_steps: np.ndarray,
+    on_host: Step,
+    requests: Sequence[Request],
+    num_top: int | None,
+    why_no_token: Callable[[int], ValueError],
 ) -> Iterator[tuple[int, Sampled]]:
     for number in range(num_steps.max()):
         for row in np.flatnonzero(num_steps > number).tolist():
             if requests[row].finished:
                 continue
             token = int(on_host.tokens[number, row])
+            if token < 0:
+                raise why_no_token(token)
             if num_top is None:
                 yield row, Sampled(token, None, {})
                 continue

@@ -210,6 +210,9 @@ def most_probable(
       table: Their `screening_table`.
       x: The final norm's output.
       allowed: False for tokens that must not be found.
+
+    Returns:
+      int32; -1 where no token is found, because the largest product is no number or infinite.
     """
     rows = len(embedding)
     first = jax.lax.axis_index(MODEL_AXIS) * rows
@@ -218,7 +221,8 @@ def most_probable(
     products = jax.lax.all_gather(product, MODEL_AXIS)
     indices = jax.lax.all_gather(jnp.maximum(index, 0) + first, MODEL_AXIS)
     best = jnp.argmax(products, axis=0)
-    return jnp.take_along_axis(indices, best[None], axis=0)[0].astype(jnp.int32)
+    found = jnp.take_along_axis(indices, best[None], axis=0)[0].astype(jnp.int32)
+    return jnp.where(jnp.isfinite(products.max(axis=0)), found, -1)
 
 
 def _products(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[Array, "M V"]:

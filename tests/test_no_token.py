@@ -1,0 +1,74 @@
+"""Where no token can be drawn a request ends with an error that names what took them all."""
+
+import copy
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.engine.engine import Engine
+
+
+def forbid_six(logits, tokens, length):
+    return logits.at[:, 6].set(-jnp.inf)
+
+
+def keep_one(logits, tokens, length):
+    return jnp.where(jnp.arange(logits.shape[-1]) == 9, logits, -jnp.inf)
+
+
+def forbid_all(logits, tokens, length):
+    return jnp.full_like(logits, -jnp.inf)
+
+
+def one_nan(logits, tokens, length):
+    return logits.at[:, 3].set(jnp.nan)
+
+
+def one_infinity(logits, tokens, length):
+    return logits.at[:, 3].set(jnp.inf)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize(
+    ("processor", "allowed", "message"),
+    [
+        (forbid_six, [6], "forbid_six has set every logit of allowed_tokens to -infinity"),
+        (keep_one, [5, 6], "keep_one has set every logit of allowed_tokens to -infinity"),
+        (forbid_all, None, "forbid_all has set every logit to -infinity; it has to leave"),
+        (one_nan, None, "one_nan must return numbers, or -infinity for a token"),
+        (one_nan, [5], "one_nan must return numbers, or -infinity for a token"),
+        (one_infinity, None, "one_infinity must return numbers, or -infinity for a token"),
+    ],
+)
+def test_a_processor_that_leaves_nothing_is_named(nano, processor, allowed, message, temperature):
+    with pytest.raises(ValueError, match=f"no token can be drawn: logits_processor {message}"):
+        nano.generate(
+            [5, 7],
+            max_new_tokens=2,
+            temperature=temperature,
+            allowed_tokens=allowed,
+            logits_processor=processor,
+        )
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"logprobs": 2}])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_end_a_request(nano, options, value):
+    params = nano.params._replace(final_norm=nano.params.final_norm.at[3].set(value))
+    model = copy.copy(nano)
+    model.engine = Engine(params, nano.config, nano.engine.mesh, nano.engine.dtype)
+    model.engine._programs = nano.engine._programs  # of the same shapes
+    with pytest.raises(ValueError, match="the model's logits must be finite, found NaN"):
+        model.generate([5, 7], max_new_tokens=2, **options)
+
+
+def test_log_probabilities_are_the_models_whatever_a_processor_makes_of_its_logits(nano):
+    options = {"max_new_tokens": 3, "temperature": 0, "logprobs": 3, "ignore_eos": True}
+    plain = nano.generate([5, 7], **options)
+    kept = nano.generate([5, 7], **options, logits_processor=keep_one)
+    assert kept.tokens == [9, 9, 9]
+    assert kept.top_logprobs[0] == pytest.approx(plain.top_logprobs[0], abs=1e-5)
+    assert np.all(np.isfinite(kept.logprobs))
+    assert "Infinity" not in json.dumps([kept.logprobs, kept.top_logprobs])
