@@ -3,6 +3,8 @@
 Sizes: B=3 rows, T=3 queries, C=2 key/value heads of G=5 query heads each, H=7, L=2.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -295,6 +297,82 @@ def test_native_attention_with_long_rows(length, group):
     )
     expected = attend_plainly(query, cache, 1, positions)
     np.testing.assert_allclose(output, expected, atol=2e-6)
+
+
+# --- what is no number ------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def attend_in_form(query, cache, positions, form):
+    layer = jnp.int32(1)
+    return attend_cache(query, cache, layer, positions, SCALE, implementation=form)
+
+
+@pytest.mark.parametrize("form", ["blocked", "native"])
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_no_number_stays_so(form, length, poison):
+    if form == "native" and not bindings.is_available():
+        pytest.skip("no native kernels on this machine")
+    cache, query = random_cache(300), random_query(length) / 5
+    positions = np.array([[0], [130], [299 - length]]) + np.arange(length)
+    positions = positions.astype(np.int32)
+    finite = attend_in_form(query, cache, positions, form)
+    assert np.isfinite(finite).all()
+    # In row 2, of head 1: its last query, its first key, the value of its first position.
+    place = np.s_[1, 2, 1, 0]
+    poisoned = {
+        "query": (query.at[2, length - 1, 1].set(np.nan), cache),
+        "key": (query, with_slots(cache, place, k=np.nan, v=1)),
+        "value": (query, with_slots(cache, place, k=1, v=poison)),
+    }
+    for name, arguments in poisoned.items():
+        output = np.asarray(attend_in_form(*arguments, positions, form))
+        reached = np.isnan(output) | np.isinf(output)
+        expected = np.zeros_like(reached)
+        expected[2, -1 if name == "query" else slice(None), 1] = True
+        np.testing.assert_array_equal(reached, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("form", ["blocked", "native"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.int8])
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_an_earlier_text_left_in_the_cache_is_not_mixed_in(form, dtype, length):
+    if form == "native" and (dtype != jnp.float32 or not bindings.is_available()):
+        pytest.skip("the native form reads float32")
+    if dtype == jnp.int8:
+        cache, *_ = filled_int8_cache(300)
+    else:
+        cache = random_cache(300, dtype)
+    query = random_query(length) / 5
+    positions = np.array([[0], [130], [250]]) + np.arange(length)
+    expected = attend_in_form(query, cache, positions.astype(np.int32), form)
+    for b in range(B):
+        beyond = np.s_[:, b, :, positions[b, -1] + 1 :]
+        if dtype == jnp.int8:
+            k_scales, v_scales = np.array(cache.k_scales), np.array(cache.v_scales)
+            k_scales[beyond] = v_scales[beyond] = np.nan
+            cache = cache._replace(k_scales=k_scales, v_scales=v_scales)
+        else:
+            cache = with_slots(cache, beyond, k=np.nan, v=np.nan)
+    found = attend_in_form(query, cache, positions.astype(np.int32), form)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.int8])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_cache_of_any_type_keeps_what_is_no_number(dtype, poison):
+    key = normal(1, B, T, C, H).at[1, 2, 0, 3].set(poison)
+    cache = int8_cache(11) if dtype == jnp.int8 else random_cache(11, dtype)
+    positions = np.broadcast_to(np.arange(T), (B, T))
+    written = append_compiled(cache, 1, key, key, positions, np.ones((B, T), bool))
+    if dtype == jnp.int8:
+        written = dequantized(written)
+    for array in (written.k, written.v):
+        finite = np.isfinite(np.asarray(array)[1]).all(axis=-1)
+        expected = np.ones_like(finite)
+        expected[1, 0, 2] = False
+        np.testing.assert_array_equal(finite, expected)
 
 
 # --- int8 -------------------------------------------------------------------------------------

@@ -221,6 +221,32 @@ def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
         assert_close(output, float64_experts(x, one_layer, routing), tolerance)
 
 
+@pytest.mark.parametrize("form", ["dense", "sparse", "native"])
+@pytest.mark.parametrize("num_tokens", [2, 9, 40])
+def test_what_is_no_number_stays_so(form, num_tokens):
+    skip_unless_it_runs_here(form)
+    weights = ExpertWeights(*(quantize_compiled(one) for one in random_weights(3)))
+    x, routing = random_inputs(num_tokens, 3, 1)
+    routing = with_experts(routing, (np.arange(num_tokens) % 2)[:, None])
+    one_is_none = weights.up._replace(scales=weights.up.scales.at[1, 0, 4].set(jnp.nan))
+    of_token, of_expert = np.arange(num_tokens) == 1, np.arange(num_tokens) % 2 == 1
+    gates = routing._replace(expert_weights=routing.expert_weights.at[1].set(jnp.nan))
+    for inputs, expected in (
+        ((x.at[1, 3].set(jnp.nan), weights, routing), of_token),
+        ((x.at[1, 3].set(jnp.inf), weights, routing), of_token),
+        ((x, weights, gates), of_token),
+        ((x, weights._replace(up=one_is_none), routing), of_expert),
+    ):
+        x_here, weights_here, routing_here = inputs
+        valid = np.ones(num_tokens, bool)
+        output = in_form(x_here, weights_here, (), routing_here, valid, form)
+        if form == "dense":
+            # Every expert has to do with every token there.
+            assert not np.isfinite(np.asarray(output)[expected]).any()
+        else:
+            np.testing.assert_array_equal(~np.isfinite(output), np.tile(expected[:, None], D))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 9, 500])
 def test_native_experts_of_few_and_of_many_rows(num_tokens):
     skip_unless_it_runs_here("cpp")

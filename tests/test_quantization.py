@@ -193,6 +193,21 @@ def test_rows_that_do_not_matter_change_nothing(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_rows", [1, 8, 20])
+def test_what_is_no_number_stays_so(num_rows, implementation):
+    skip_unless_it_runs_here(implementation)
+    weight, x = random_weight(), normal(1, num_rows, K)
+    product = jax.jit(lambda x, weight: matmul(x, weight, (), implementation=implementation))
+    for poison in (np.nan, np.inf):
+        output = product(x.at[num_rows // 2, 17].set(poison), weight)
+        expected = np.arange(num_rows) == num_rows // 2
+        np.testing.assert_array_equal(~np.isfinite(output).any(axis=1), expected)
+        scales = weight.scales.at[5, 7].set(poison)
+        output = product(x, weight._replace(scales=scales))
+        np.testing.assert_array_equal(~np.isfinite(output).any(axis=0), np.arange(N) == 7)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_product_on_each_of_several_devices_in_a_loop_over_the_stack(implementation):
     skip_unless_it_runs_here(implementation)
     num_devices, depth = 4, 3

@@ -74,6 +74,35 @@ def test_what_is_no_number_finds_no_token(value, num_devices):
     assert (found < 0).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_the_largest_product_is_no_number_where_one_is_none(num_rows, poison):
+    if not bindings.is_available():
+        pytest.skip("no native kernels on this machine")
+    embedding, x = random(6, V, D), random(7, num_rows, D)
+
+    @jax.jit
+    def largest(embedding, x, allowed):
+        return bindings.most_probable(x, embedding, *screening_table(embedding), allowed)[1]
+
+    allowed = np.ones(V, bool)
+    assert np.isfinite(largest(embedding, x, allowed)).all()
+    of_input = x.copy()
+    of_input[-1, 3] = poison
+    found = largest(embedding, of_input, allowed)
+    np.testing.assert_array_equal(np.isfinite(found), np.arange(num_rows) < num_rows - 1)
+    of_table = embedding.copy()
+    of_table[700, 5] = poison
+    # Infinity may also make a product that is no number, or minus infinity, the least of all.
+    if np.isnan(poison):
+        assert np.isnan(largest(of_table, x, allowed)).all()
+        allowed[700] = False
+        assert np.isfinite(largest(of_table, x, allowed)).all()
+    else:
+        found = np.asarray(largest(of_table, np.abs(x), allowed))
+        assert not np.isfinite(found).any()
+
+
 def test_the_bound_holds_for_every_row_and_is_tight():
     embedding = random(7, V, D) * np.exp(random(8, V, 1))
     embedding[0] = 0

@@ -132,6 +132,7 @@ def attend_blocked(
     # The queries of a head in one axis, so that each head is one product of two matrices.
     query_BCMH = query.transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
     positions_BM = jnp.tile(positions, (1, group))
+    last_B = jnp.max(positions, axis=1)
 
     def cap(products):
         return SOFT_CAP * jnp.tanh(products * (scale / SOFT_CAP))
@@ -150,6 +151,9 @@ def attend_blocked(
 
         key, value = (take(array).astype(query.dtype) for array in (cache.k, cache.v))
         key_positions = start + jnp.arange(block)
+        # What an earlier text has left may be no number, and times a weight of 0 it would be none.
+        is_seen_BS = key_positions <= last_B[:, None]
+        value = jnp.where(is_seen_BS[:, None, :, None], value, 0)
         allowed_BMS = (key_positions <= positions_BM[..., None]) & (key_positions >= i * block)
         allowed_BCMS = allowed_BMS[:, None]
         products_BCMS = exact_einsum("BCMH,BCSH->BCMS", query_BCMH, key)
@@ -163,7 +167,8 @@ def attend_blocked(
         shrink_BCM = jnp.exp(top_BCM - new_top_BCM)
         total_BCM = total_BCM * shrink_BCM + weights_BCMS.sum(axis=-1)
         if cache.v_scales is not None:
-            weights_BCMS *= take(cache.v_scales)[:, :, None]
+            v_scales_BCS = jnp.where(is_seen_BS[:, None], take(cache.v_scales), 0)
+            weights_BCMS *= v_scales_BCS[:, :, None]
         mixed_BCMH *= shrink_BCM[..., None]
         mixed_BCMH += exact_einsum("BCMS,BCSH->BCMH", weights_BCMS.astype(value.dtype), value)
         return new_top_BCM, total_BCM, mixed_BCMH
@@ -230,8 +235,12 @@ def append(
         )
     if cache.k.dtype == jnp.float16:
         # Far outside what normed inputs project to; saturating keeps one outlier from being inf.
+        # What is infinite already stays so, and is noticed.
         limit = float(jnp.finfo(jnp.float16).max)
-        key, value = jnp.clip(key, -limit, limit), jnp.clip(value, -limit, limit)
+        key, value = (
+            jnp.where(jnp.isinf(array), array, jnp.clip(array, -limit, limit))
+            for array in (key, value)
+        )
     return cache._replace(k=put(cache.k, key), v=put(cache.v, value))
 
 

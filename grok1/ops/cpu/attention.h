@@ -170,7 +170,8 @@ inline void attend_many(const Attention& a, int64_t b, int64_t c, int64_t first_
 inline void write_out(const Attention& a, int64_t b, int64_t c, int64_t row, const float* mixed,
                       float total) {
   float* out = a.out + offset_of(a, b, c, row);
-  for (int64_t h = 0; h < a.head_size; ++h) out[h] = total > 0 ? mixed[h] / total : 0.0f;
+  // A query that sees no key mixes nothing; a total that is no number is not 0, and stays so.
+  for (int64_t h = 0; h < a.head_size; ++h) out[h] = total == 0 ? 0.0f : mixed[h] / total;
 }
 
 // One block of rows a head: keys are cut into chunks, whose softmaxes are joined in order.

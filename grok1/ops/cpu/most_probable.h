@@ -99,7 +99,7 @@ struct InputBlock {
     // Half a step in each place, times the largest weight.
     input.uncertainty = 1.001f * static_cast<float>(depth) * 0.5f * input.step * 127;
     for (int64_t k = 0; k < depth; ++k) {
-      // What is no number becomes 0; it finds no row by the norm.
+      // What is no number becomes 0; by the norm no bound is one.
       float steps = input.step > 0 && x[k] == x[k] ? x[k] / input.step : 0;
       int32_t rounded = static_cast<int32_t>(std::lrint(std::clamp(steps, -kSteps, kSteps)));
       int32_t upper = (rounded + 64) >> 7;
@@ -195,7 +195,8 @@ void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t be
   for (; row < end; ++row) screen_rows(row, std::integral_constant<int, 1>{});
 }
 
-// index[M], product[M]: -1 and -infinity where no row is allowed or a product is no number.
+// index[M], product[M]: -1 and -infinity where no row is allowed; a row whose product is no number,
+// and NaN, where there is one.
 inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table, const float* x,
                           int64_t num_inputs, int32_t* index, float* product) {
   int64_t num_units = (table.num_rows + kUnitRows - 1) / kUnitRows;
@@ -249,11 +250,11 @@ inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table
       float best = kLowest;
       const float* input = x + m * table.depth;
       for (int64_t row = begin; row < end; ++row) {
-        // Not so where the product is no number, or the row is not allowed and nothing else is.
-        if (!(highest[m * table.num_rows + row] >= threshold[m]) || !table.allowed[row]) continue;
+        // A bound that is no number is of a product that may be none.
+        if (highest[m * table.num_rows + row] < threshold[m] || !table.allowed[row]) continue;
         float exact;
         dot<1>(table.rows + row * table.depth, input, table.depth, &exact);
-        if (exact > best) {
+        if (exact > best || std::isnan(exact)) {
           best = exact;
           index_of_unit[unit * num_inputs + m] = static_cast<int32_t>(row);
         }
@@ -266,7 +267,7 @@ inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table
     product[m] = kLowest;
     for (int64_t unit = 0; unit < num_units; ++unit) {
       float best = best_of_unit[unit * num_inputs + m];
-      if (best > product[m]) {
+      if (best > product[m] || std::isnan(best)) {
         product[m] = best;
         index[m] = index_of_unit[unit * num_inputs + m];
       }
