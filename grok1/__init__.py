@@ -1,32 +1,41 @@
 """JAX inference for the Grok-1 checkpoint.
 
 import grok1
-model = grok1.load("checkpoints/toy")
+model = grok1.load("toy")
 print(model.generate("The ", max_new_tokens=32).text)
+
+Each name below is imported when it is first used, so that what needs no model need not wait for
+JAX.
 """
 
-from grok1.checkpoint.tensor_file import CheckpointError
-from grok1.comparison import Comparison, compare
-from grok1.config import GROK_1, TOY, ModelConfig
-from grok1.factory import load, random_model, save
-from grok1.generate.completion import Completion
-from grok1.generate.options import GenerationOptions
-from grok1.machine.processes import OtherProcessError, initialize_distributed
-from grok1.model import Model
-from grok1.planning.planning import Plan, plan
-from grok1.study.intervention import (
-    AblateExperts,
-    AddToResidual,
-    CapLayers,
-    ForceExperts,
-    Patch,
-    ScaleHeads,
-    SelectExperts,
-)
-from grok1.study.scoring import Choice, Score
-from grok1.study.tracing import Trace
-from grok1.tokenizer import Tokenizer
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
 from grok1.version import __version__
+
+if TYPE_CHECKING:
+    from grok1.checkpoint.tensor_file import CheckpointError
+    from grok1.comparison import Comparison, compare
+    from grok1.config import GROK_1, TOY, ModelConfig
+    from grok1.factory import load, random_model, save
+    from grok1.generate.completion import Completion
+    from grok1.generate.options import GenerationOptions
+    from grok1.machine.processes import OtherProcessError, initialize_distributed
+    from grok1.model import Model
+    from grok1.planning.planning import Plan, plan
+    from grok1.study.intervention import (
+        AblateExperts,
+        AddToResidual,
+        CapLayers,
+        ForceExperts,
+        Patch,
+        ScaleHeads,
+        SelectExperts,
+    )
+    from grok1.study.scoring import Choice, Score
+    from grok1.study.tracing import Trace
+    from grok1.tokenizer import Tokenizer
 
 __all__ = [
     "GROK_1",
@@ -58,3 +67,41 @@ __all__ = [
     "random_model",
     "save",
 ]
+
+_HOMES = {
+    "checkpoint.tensor_file": ("CheckpointError",),
+    "comparison": ("Comparison", "compare"),
+    "config": ("GROK_1", "TOY", "ModelConfig"),
+    "factory": ("load", "random_model", "save"),
+    "generate.completion": ("Completion",),
+    "generate.options": ("GenerationOptions",),
+    "machine.processes": ("OtherProcessError", "initialize_distributed"),
+    "model": ("Model",),
+    "planning.planning": ("Plan", "plan"),
+    "study.intervention": (
+        "AblateExperts",
+        "AddToResidual",
+        "CapLayers",
+        "ForceExperts",
+        "Patch",
+        "ScaleHeads",
+        "SelectExperts",
+    ),
+    "study.scoring": ("Choice", "Score"),
+    "study.tracing": ("Trace",),
+    "tokenizer": ("Tokenizer",),
+}
+_HOME_OF = {name: f"grok1.{home}" for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        message = f"module 'grok1' has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=sys.modules[__name__])
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

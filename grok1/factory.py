@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grok1.checkpoint.directory import load_config, open_tensors
+from grok1 import bundled
+from grok1.checkpoint.directory import load_config, open_tensors, tokenizer_path
 from grok1.checkpoint.loading import load_params
 from grok1.checkpoint.released import save_checkpoint
 from grok1.checkpoint.stacking import random_params, unstack
@@ -47,7 +48,7 @@ def load(
     Args:
       path: A directory with `ckpt-0/`, or with the files that `python -m grok1 convert --to
         safetensors` makes, and, where they differ from Grok-1's, `config.json` and
-        `tokenizer.model`.
+        `tokenizer.model`; or "toy", the toy that comes with the library.
       mesh: Sizes (data, model), as (1, 8) or "1x8", a `jax.sharding.Mesh` with these axes, or None
         for every device.
       dtype: "float32" or "bfloat16", the type of products with weights; None for float32 on a CPU
@@ -81,7 +82,7 @@ def load(
         budget.
       OtherProcessError: If this is one of several processes and another one failed.
     """
-    path = pathlib.Path(path)
+    path = bundled.named(path)
     whole = load_config(path)
     departures = {"router_softcap": router_softcap, "renormalize_gates": renormalize_gates}
     given = {name: value for name, value in departures.items() if value is not None}
@@ -91,9 +92,8 @@ def load(
     cache_dtype = precision.cache_dtype(cache_dtype)
     embedding_type = precision.embedding_dtype(embedding_dtype)
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer_path = pathlib.Path(tokenizer or path / "tokenizer.model")
-        found = tokenizer is not None or tokenizer_path.exists()
-        tokenizer = Tokenizer.load(tokenizer_path) if found else None
+        file = tokenizer or tokenizer_path(path, config)
+        tokenizer = None if file is None else Tokenizer.load(file)
     stored, tensors = open_tensors(path, whole)
     names = {spec.name for spec in manifest(config)}
     kept = [number for number, spec in enumerate(tensors) if spec.name in names]

@@ -1,9 +1,12 @@
 """Imports point one way, and importing does nothing."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 import grok1
 
@@ -11,7 +14,7 @@ PACKAGE = pathlib.Path(grok1.__file__).parent
 
 # Every room imports only from rooms in lines above its own; this is the diagram of the package.
 ROOMS = [
-    {"reprs", "version"},
+    {"bundled", "reprs", "version"},
     {"config", "machine", "tokenizer"},
     {"ops"},
     {"nn"},
@@ -23,6 +26,7 @@ ROOMS = [
     {"model"},
     {"factory"},
     {"comparison", "lm_eval", "plots"},
+    {"command"},
     {"__init__", "__main__"},
 ]
 # Arrays know nothing of a model.
@@ -73,11 +77,13 @@ def test_imports_have_no_circles():
 
 def test_importing_starts_no_device_and_says_nothing():
     program = (
-        "import grok1, jax, logging\n"
+        "import sys, grok1\n"
+        "assert 'jax' not in sys.modules, 'JAX was imported before it is needed'\n"
+        "from grok1 import *\n"
+        "import jax, logging\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was initialised'\n"
         "assert not logging.getLogger('grok1').handlers\n"
-        "import sys\n"
         "assert 'matplotlib' not in sys.modules, 'an optional extra was imported'\n"
     )
     result = subprocess.run(
@@ -86,6 +92,28 @@ def test_importing_starts_no_device_and_says_nothing():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_everything_promised_is_there():
+def test_everything_promised_is_there_and_nothing_else_is_shown():
     for name in grok1.__all__:
         assert getattr(grok1, name) is not None
+    assert dir(grok1) == sorted(grok1.__all__)
+
+
+def test_what_checkers_read_of_the_facade_is_what_is_imported():
+    (block,) = (node for node in ast.parse(MODULES["__init__"].read_text()).body
+                if isinstance(node, ast.If))  # fmt: skip
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        module = importlib.import_module(node.module or "")
+        for alias in node.names:
+            assert getattr(module, alias.name) is getattr(grok1, alias.name)
+    named = {alias.name for node in block.body for alias in node.names}
+    assert named | {"__version__"} == set(grok1.__all__)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("lod", "load"), ("modelConfig", "ModelConfig")])
+def test_a_name_that_is_none_gets_a_suggestion(name, meant):
+    program = f"import grok1\ngrok1.{name}"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"AttributeError: module 'grok1' has no attribute '{name}'")
+    assert f"Did you mean: '{meant}'?" in said

@@ -253,7 +253,9 @@ def test_a_lone_process_takes_the_gpus_it_is_told(joined, monkeypatch):
 
 def test_run_passes_on_how_processes_meet(monkeypatch):
     given = []
-    monkeypatch.setattr(grok1, "initialize_distributed", lambda *a: given.append(a) or sys.exit())
+    monkeypatch.setattr(
+        processes, "initialize_distributed", lambda *a: given.append(a) or sys.exit()
+    )
     arguments = ["run.py", "--coordinator", "h:1", "--process-id", "1", "--local-devices", "0,3"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+from grok1 import bundled
 from grok1.checkpoint.released import open_checkpoint
 from grok1.checkpoint.safetensors_file import INDEX_NAME, open_safetensors
 from grok1.checkpoint.storage import StoredTensor, from_header
@@ -18,6 +19,21 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """
     config_path = pathlib.Path(path, "config.json")
     return ModelConfig.load(config_path) if config_path.exists() else GROK_1
+
+
+def tokenizer_path(path: str | os.PathLike[str], config: ModelConfig) -> pathlib.Path | None:
+    """Returns the file of a model's tokenizer; None if it has none.
+
+    The released weights are downloaded without one; where the configuration is Grok-1's, it is the
+    one that comes with the library.
+    """
+    own = pathlib.Path(path, "tokenizer.model")
+    # A link that leads nowhere is the model's own too, and an error when it is read.
+    if os.path.lexists(own):
+        return own
+    as_released = (GROK_1.vocab_size, GROK_1.emb_size, GROK_1.num_experts)
+    is_grok_1 = (config.vocab_size, config.emb_size, config.num_experts) == as_released
+    return bundled.tokenizer() if is_grok_1 else None
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:

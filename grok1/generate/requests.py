@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.generate.completion import CompletionBuilder
 from grok1.generate.options import GenerationOptions, check_ids
@@ -34,17 +35,7 @@ class Batch:
         options: GenerationOptions,
     ):
         config = engine.config
-        if tokenizer is None and options.stop_strings():
-            raise ValueError(
-                f"stop string {options.stop_strings()[0]!r} needs a tokenizer, and this model has "
-                "none; stop at token ids instead"
-            )
-        if options.logprobs is not None and options.logprobs > config.vocab_size:
-            raise ValueError(
-                f"logprobs must be at most the vocabulary of {config.vocab_size}, found "
-                f"{options.logprobs}"
-            )
-        check_ids(np.asarray(options.stop_tokens()), config.vocab_size, "stop")
+        check_options(options, config, tokenizer)
         stop_tokens = set(options.stop_tokens())
         if not options.ignore_eos:
             stop_tokens.add(EOS_ID if tokenizer is None else tokenizer.eos_id)
@@ -56,25 +47,9 @@ class Batch:
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
         for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
-            tokens = encode_prompt(
-                prompt,
-                tokenizer,
-                config.vocab_size,
-                add_bos=options.add_bos,
-                allow_control=options.allow_control,
-            )
-            if not tokens:
-                raise ValueError(
-                    "the prompt is empty; give at least one token, or use add_bos=True"
-                )
+            tokens = prompt_tokens(prompt, tokenizer, config, options)
             engine.check_length(len(tokens))
             room = config.sequence_len - len(tokens)
-            if room < 1:
-                raise ValueError(
-                    f"the prompt has {len(tokens)} tokens and the context holds "
-                    f"{config.sequence_len}, of which one must stay free for a new token; shorten "
-                    f"the prompt by {1 - room}"
-                )
             max_tokens = min(options.max_new_tokens, room)
             self._requests.append(Request(tokens, max_tokens, seed, stream))
             self.builders.append(
@@ -103,6 +78,55 @@ class Batch:
             piece = self.builders[i].push(sampled)
             self._requests[i].finished = self.builders[i].stop_reason is not None
             yield i, piece
+
+
+def check_options(
+    options: GenerationOptions, config: ModelConfig, tokenizer: Tokenizer | None
+) -> None:
+    """Checks options against a model, which need not be in memory.
+
+    Raises:
+      ValueError: If a stop string needs a tokenizer and there is none, or there are more
+        alternatives, other stop tokens or other allowed tokens than the vocabulary has.
+    """
+    if tokenizer is None and options.stop_strings():
+        raise ValueError(
+            f"stop string {options.stop_strings()[0]!r} needs a tokenizer, and this model has "
+            "none; stop at token ids instead"
+        )
+    if options.logprobs is not None and options.logprobs > config.vocab_size:
+        raise ValueError(
+            f"logprobs must be at most the vocabulary of {config.vocab_size}, found "
+            f"{options.logprobs}"
+        )
+    check_ids(np.asarray(options.stop_tokens()), config.vocab_size, "stop")
+    options.allowed_mask(config.vocab_size)
+
+
+def prompt_tokens(
+    prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig, options: GenerationOptions
+) -> list[int]:
+    """Returns the token ids of a prompt that a model, which need not be in memory, can continue.
+
+    Raises:
+      ValueError: If the prompt is empty or leaves no room in the context, or as `encode_prompt`.
+    """
+    tokens = encode_prompt(
+        prompt,
+        tokenizer,
+        config.vocab_size,
+        add_bos=options.add_bos,
+        allow_control=options.allow_control,
+    )
+    if not tokens:
+        raise ValueError("the prompt is empty; give at least one token, or use add_bos=True")
+    excess = len(tokens) + 1 - config.sequence_len
+    if excess > 0:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens and the context holds {config.sequence_len}, of "
+            f"which one must stay free for a new token; shorten the prompt by {excess}"
+        )
+    return tokens
 
 
 def encode_prompt(

@@ -1,0 +1,103 @@
+"""Prompts that run side by side, and what is told of them one after another."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from grok1.generate.completion import Completion
+from grok1.generate.options import GenerationOptions
+from grok1.generate.requests import Batch
+from grok1.model import Model
+
+
+class Answer(NamedTuple):
+    """One prompt's continuation and what it cost.
+
+    Attributes:
+      completion: The continuation.
+      num_prompt_tokens: Tokens of the prompt.
+      first: Seconds from the start of the run to the first token.
+      last: Seconds from the start of the run to the last token.
+    """
+
+    completion: Completion
+    num_prompt_tokens: int
+    first: float
+    last: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the completion's fields, with "usage"; seconds are rounded to milliseconds."""
+        rate = tokens_per_second([self])
+        usage = {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": len(self.completion.tokens),
+            "seconds_to_first_token": round(self.first, 3),
+            "tokens_per_second": None if rate is None else round(rate, 2),
+        }
+        return {**dataclasses.asdict(self.completion), "usage": usage}
+
+
+def answers(
+    model: Model, prompts: Sequence[Sequence[int]], options: GenerationOptions
+) -> Iterator[tuple[str, Answer | None]]:
+    """Yields the texts of a batch in the order of its prompts, though all run at once.
+
+    Args:
+      model: The model.
+      prompts: Token ids.
+      options: Of all of them.
+
+    Yields:
+      (text, None) with the text of the first prompt that has not ended, as it becomes certain; then
+      ("", answer) at its end, and the same of the next.
+    """
+    batch = Batch(model.engine, model.tokenizer, prompts, options)
+    start, current = time.perf_counter(), 0
+    waiting, first, last = [""] * len(prompts), [0.0] * len(prompts), [0.0] * len(prompts)
+    for index, piece in batch.run():
+        last[index] = time.perf_counter() - start
+        first[index] = first[index] or last[index]
+        waiting[index] += piece
+        while current < len(prompts):
+            if waiting[current]:
+                yield waiting[current], None
+                waiting[current] = ""
+            builder = batch.builders[current]
+            if builder.stop_reason is None:
+                break
+            num_tokens = len(prompts[current])
+            yield "", Answer(builder.build(), num_tokens, first[current], last[current])
+            current += 1
+
+
+def tokens_per_second(told: Sequence[Answer]) -> float | None:
+    """Returns the rate of the tokens after each answer's first; None where there are none."""
+    count = sum(len(answer.completion.tokens) - 1 for answer in told)
+    seconds = max(answer.last for answer in told) - min(answer.first for answer in told)
+    return count / seconds if count and seconds > 0 else None
+
+
+def cost(told: Sequence[Answer]) -> str:
+    """Returns what a run cost in one line, as "11 prompt tokens, 100 tokens, ..."."""
+    prompt_tokens = sum(answer.num_prompt_tokens for answer in told)
+    tokens = sum(len(answer.completion.tokens) for answer in told)
+    first = min(answer.first for answer in told)
+    parts = [] if len(told) == 1 else [f"{len(told)} prompts"]
+    parts += [
+        _count(prompt_tokens, "prompt token"),
+        _count(tokens, "new token"),
+        f"the first after {first:.2f} s",
+    ]
+    rate = tokens_per_second(told)
+    if rate is not None:
+        parts.append(f"then {_rate(rate)} tokens/s")
+    return ", ".join(parts)
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,98 @@
+"""From a command line to an exit status: what is checked first, and how a program ends."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from grok1.command import advice, streams
+from grok1.command.parser import parse
+
+INTERRUPTED = 128 + 2  # what a shell reports of a program that SIGINT ends
+_BROKEN_PIPE = 128 + 13  # likewise of SIGPIPE
+
+_MODULES = {"generate": "grok1.command.generate"}
+_TOOLS = "grok1.command.tools"
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    program: str = "grok1",
+    command: str | None = None,
+    checkpoints: pathlib.Path = pathlib.Path("checkpoints"),
+) -> int:
+    """Runs one command and returns the exit status.
+
+    Args:
+      arguments: What follows the program's name; None for this process's.
+      program: The name that messages begin with.
+      command: The command that the program is, where it is one alone, as `run.py` is `generate`.
+      checkpoints: Where the model is looked for if no directory is given.
+    """
+    streams.prepare()
+    parsed = argparse.Namespace()
+    try:
+        parsed = parse(sys.argv[1:] if arguments is None else arguments, program, command)
+        parsed.program, parsed.checkpoints = program, checkpoints
+        _check_directories(parsed)
+        with _interruptible_imports():
+            module = importlib.import_module(_MODULES.get(parsed.command, _TOOLS))
+        status = module.run(parsed)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads on, as behind `| head`.
+        streams.hush()
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        after = (
+            "; the same command continues it" if getattr(parsed, "command", "") == "convert" else ""
+        )
+        print(f"\n{program}: interrupted{after}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        message = advice.in_options(str(error), vars(parsed))
+        print(f"{program}: {message}", file=sys.stderr)
+        streams.hush()
+        return 1
+
+
+def _check_directories(parsed: argparse.Namespace) -> None:
+    """Refuses a directory that is not there, before anything large is imported.
+
+    Where there may be several processes, all have to hear of it: the command itself sees to that.
+    """
+    if any(name in os.environ for name in _LAUNCHERS) or getattr(parsed, "coordinator", None):
+        return
+    for name in ("checkpoint", "directory", "source", "a", "b"):
+        path = getattr(parsed, name, None)
+        if isinstance(path, pathlib.Path) and not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such directory")
+
+
+_LAUNCHERS = (
+    "JAX_COORDINATOR_ADDRESS",
+    "SLURM_STEP_NODELIST",
+    "OMPI_COMM_WORLD_SIZE",
+    "JOB_COMPLETION_INDEX",
+    "TPU_WORKER_ID",
+)
+
+
+@contextlib.contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """Lets Ctrl-C end the program at once while it imports, where an exception may be lost."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
