@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from grok1.version import __version__
 
 if TYPE_CHECKING:
-    from grok1.checkpoint.tensor_file import CheckpointError
     from grok1.comparison import Comparison, compare
     from grok1.config import GROK_1, TOY, ModelConfig
     from grok1.factory import load, random_model, save
+    from grok1.files import CheckpointError
     from grok1.generate.completion import Completion
     from grok1.generate.options import GenerationOptions
     from grok1.machine.processes import OtherProcessError, initialize_distributed
@@ -69,10 +69,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoint.tensor_file": ("CheckpointError",),
     "comparison": ("Comparison", "compare"),
     "config": ("GROK_1", "TOY", "ModelConfig"),
     "factory": ("load", "random_model", "save"),
+    "files": ("CheckpointError",),
     "generate.completion": ("Completion",),
     "generate.options": ("GenerationOptions",),
     "machine.processes": ("OtherProcessError", "initialize_distributed"),

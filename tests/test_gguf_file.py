@@ -12,8 +12,8 @@ from grok1.care.conversion import convert
 from grok1.care.gguf_file import check_model, pack_q8_0
 from grok1.checkpoint.directory import open_tensors
 from grok1.checkpoint.storage import dequantize_matrix, read_matrix
-from grok1.checkpoint.tensor_file import CheckpointError
 from grok1.config import TOY as TOY_CONFIG
+from grok1.files import CheckpointError
 from grok1.tokenizer import Tokenizer
 from tests.conftest import TOY
 from tools.compare_llama_cpp import compare

@@ -175,14 +175,14 @@ def test_a_missing_directory_says_what_to_give(nano_copy):
 
 
 def test_an_unreadable_file_is_not_fetched_but_opened(nano_copy, monkeypatch):
-    path, whole = nano_copy / "ckpt-0" / file_name(3), pathlib.Path.open
+    path, whole = nano_copy / "ckpt-0" / file_name(3), os.open
 
-    def refuse(self, *arguments, **options):
-        if self == path:
+    def refuse(opened, *arguments, **options):
+        if opened == path:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return whole(self, *arguments, **options)
+        return whole(opened, *arguments, **options)
 
-    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     report = verification.verify(nano_copy)
     (fault,) = report.faults
     assert fault.path == "ckpt-0/tensor00003_000"
@@ -196,13 +196,12 @@ def test_a_directory_in_a_files_place_is_described(nano_copy):
     path.unlink()
     path.mkdir()
     assert faults_of(nano_copy) == {
-        "ckpt-0/tensor00003_000": "not a regular file, expected a Grok-1 tensor file; move it away"
+        "ckpt-0/tensor00003_000": "not a regular file but a directory; move it away"
     }
 
 
 def test_an_error_without_a_remedy_keeps_its_text():
-    path = pathlib.Path("a/b")
-    fault = verification._fault("b", path, CheckpointError("a/b: ends at byte 7"))
+    fault = verification._fault("b", CheckpointError("a/b", "ends at byte 7"))
     assert fault[1:3] == ("ends at byte 7", "fetch it again")
 
 

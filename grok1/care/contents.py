@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, CheckpointError, open_unchanged, read_at
+from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, open_unchanged, read_at
+from grok1.files import CheckpointError, read_bounded
 from grok1.machine.cache_directory import private_directory
 from grok1.machine.safe_files import is_plain, replacing
 
 _READ_BYTES = 1 << 24  # A thread holds as much.
+_MOST_SUMS_BYTES = 1 << 24
 _HOLE_BYTES = 1 << 18  # As many zeros in a row are no weights: eight rows of an expert.
 _JOURNAL_LINE = re.compile(r"([0-9a-f]{64}) (\S+) (.+)")
 _SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
@@ -172,13 +174,17 @@ class _ArrayCheck:
         """
         if self._not_finite:
             raise CheckpointError(
-                f"{self._path}: {self._not_finite} of {math.prod(self.span.shape)} {self._what} "
-                f"are not finite, the first is {self._first}; the file is damaged: fetch it again"
+                self._path,
+                f"{self._not_finite} of {math.prod(self.span.shape)} {self._what} are not finite, "
+                f"the first is {self._first}",
+                "the file is damaged: fetch it again",
             )
         holes = f"{self._zeros * _HOLE_BYTES:,} bytes of the {self._what} in whole blocks are zero"
         if self._zeros and self.span.dtype == "int8":
             raise CheckpointError(
-                f"{self._path}: {holes}, expected weights; the download left a hole: fetch it again"
+                self._path,
+                f"{holes}, expected weights",
+                "the download left a hole: fetch it again",
             )
         notes = [f"{self._path}: {holes}"] if self._zeros else []
         if self._lowest:
@@ -209,17 +215,18 @@ def read_sums(path: pathlib.Path) -> dict[str, str]:
     Raises:
       CheckpointError: If it cannot be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    known = {}
+    known: dict[str, str] = {}
+    if not path.exists():
+        return known
+    lines = read_bounded(path, _MOST_SUMS_BYTES).decode(errors="surrogateescape").splitlines()
     for number, line in enumerate(lines, 1):
         match = _SUMS_LINE.fullmatch(line)
         if match is None or not is_plain(match[2]):
             raise CheckpointError(
-                f"{path}: line {number} is {line!r:.80}, expected a SHA-256, two spaces and a file "
-                "name, as sha256sum writes them"
+                path,
+                f"line {number} is {line!r:.80}, expected a SHA-256, two spaces and a file name, "
+                "as sha256sum writes them",
+                "repair it, or delete it to begin anew",
             )
         known[os.path.normpath(match[2])] = match[1].lower()
     return known
@@ -233,7 +240,10 @@ def check_writable(path: pathlib.Path) -> None:
     """
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise CheckpointError(
-            f"{path}: cannot be written; give a place for the checksums with --manifest FILE"
+            path,
+            "cannot be written",
+            "give a place for the checksums with --manifest FILE",
+            "unwritable",
         )
 
 
@@ -248,4 +258,9 @@ def write_sums(path: pathlib.Path, sums: dict[str, str]) -> None:
         with replacing(path) as file:
             file.write("".join(lines).encode())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(
+            path,
+            f"cannot be written: {error.strerror}",
+            "give another place for the checksums with --manifest FILE",
+            "unwritable",
+        ) from error

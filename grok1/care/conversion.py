@@ -26,8 +26,9 @@ from grok1.checkpoint.storage import (
     read_matrix,
     transpose,
 )
-from grok1.checkpoint.tensor_file import DTYPES, CheckpointError, tensor_file_pieces
+from grok1.checkpoint.tensor_file import DTYPES, tensor_file_pieces
 from grok1.config import ModelConfig
+from grok1.files import CheckpointError
 from grok1.nn.manifest import file_name, manifest
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
@@ -81,8 +82,10 @@ def convert(
     tensors, specs = open_tensors(source, config)
     if dtype == "int8" and all(spec.scales_shape is None for spec in specs):
         raise CheckpointError(
-            f"{source}: its weights are {_weight_type(specs)}, and int8 was asked for; convert the "
-            "released files instead"
+            source,
+            f"its weights are {_weight_type(specs)}, and int8 was asked for",
+            "convert the released files instead",
+            "foreign",
         )
     if to == "grok1":
         plan = _grok1_plan(config, tensors, specs)
@@ -206,7 +209,7 @@ def _safetensors_plan(config: ModelConfig, tensors, specs, dtype: str | None) ->
                 names = file.keys()  # An iterator of the package's own, no dictionary's.
                 found = {key: tuple(file.get_slice(key).get_shape()) for key in names}
             if found != {named.name: named.shape for named in shard}:
-                raise CheckpointError(f"{path / name}: the safetensors package reads other tensors")
+                raise CheckpointError(path / name, "the safetensors package reads other tensors")
 
     return _Plan(files, check, notes)
 

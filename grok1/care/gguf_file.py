@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grok1.checkpoint.storage import StoredTensor, dequantize_matrix, read_matrix, transpose
-from grok1.checkpoint.tensor_file import DTYPES, CheckpointError
+from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
+from grok1.files import CheckpointError
 from grok1.nn.manifest import TensorSpec
 from grok1.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ EMBEDDING_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _BLOCK = 32  # Values in a block of Q8_0, behind a float16 scale.
 _BLOCK_BYTES = 2 + _BLOCK
+_ELSE = "convert with --to safetensors instead"
 _SOFT_CAP = 30.0  # Of attention logits, as trained.
 _EPSILON = 1e-5  # Of the norms, as trained.
 _NAMES = {
@@ -86,20 +88,27 @@ def check_model(config: ModelConfig, manifest: list[TensorSpec]) -> None:
     heads = config.num_q_heads * config.key_size
     if heads != config.emb_size:
         raise CheckpointError(
-            f"llama.cpp runs Grok-1 only where num_q_heads x key_size is emb_size, found "
-            f"{config.num_q_heads} x {config.key_size} = {heads} and {config.emb_size}; convert "
-            "with --to safetensors instead"
+            None,
+            "llama.cpp runs Grok-1 only where num_q_heads x key_size is emb_size, found "
+            f"{config.num_q_heads} x {config.key_size} = {heads} and {config.emb_size}",
+            _ELSE,
+            "foreign",
         )
     if config.emb_size % _BLOCK or config.ffn_size % _BLOCK:
         raise CheckpointError(
+            None,
             f"GGUF's Q8_0 needs widths that {_BLOCK} divides, found emb_size {config.emb_size} and "
-            f"an expert width of {config.ffn_size}; convert with --to safetensors instead"
+            f"an expert width of {config.ffn_size}",
+            _ELSE,
+            "foreign",
         )
     if config.router_softcap is not None or config.renormalize_gates:
         raise CheckpointError(
+            None,
             "GGUF has no field for router_softcap and renormalize_gates, found "
-            f"{config.router_softcap} and {config.renormalize_gates}; convert with "
-            "--to safetensors instead"
+            f"{config.router_softcap} and {config.renormalize_gates}",
+            _ELSE,
+            "foreign",
         )
 
 
@@ -253,8 +262,11 @@ def scale_report(tensors: list[StoredTensor], layout: list[GgufTensor]) -> Scale
         rounded = _halves(scales).astype(np.float32)
         if not np.isfinite(rounded).all():
             raise CheckpointError(
-                f"{file.path}: a scale of {exact[~np.isfinite(rounded)].flat[0]} does not fit the "
-                "float16 of GGUF's Q8_0 blocks; convert with --dtype bfloat16"
+                file.path,
+                f"a scale of {exact[~np.isfinite(rounded)].flat[0]} does not fit the float16 of "
+                "GGUF's Q8_0 blocks",
+                "convert with --dtype bfloat16",
+                "foreign",
             )
         differs = exact != rounded
         total, inexact = total + exact.size, inexact + int(differs.sum())
@@ -280,8 +292,9 @@ def check_file(path: pathlib.Path, tensors: list[GgufTensor]) -> None:
     if found != expected:
         differs = [pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]]
         raise CheckpointError(
-            f"{path}: the gguf package reads {len(found)} tensors, expected {len(expected)}; "
-            f"first difference {differs[:1]}"
+            path,
+            f"the gguf package reads {len(found)} tensors, expected {len(expected)}, first "
+            f"difference {differs[:1]}",
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from grok1.checkpoint.tensor_file import CheckpointError
+from grok1.files import CheckpointError
 
 _READ_BYTES = 1 << 26
 
@@ -83,7 +83,10 @@ def write_files(
                 if not _path(staging, "").exists():
                     _remove(staging)  # Of a run that was stopped after its last step.
                 raise CheckpointError(
-                    f"{target}: already exists; choose a new place, nothing was written"
+                    target,
+                    "already exists",
+                    "choose a new place, nothing was written",
+                    "unwritable",
                 )
             with _Journal(staging / "journal", identity) as journal:
                 _check_space(target, staging, files, journal)
@@ -96,13 +99,17 @@ def write_files(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
-                f"{target}: {error.strerror} while writing {total:,} bytes; what is written is "
-                f"kept in {staging}: free some space and run the same command to continue, or "
-                "delete that directory"
+                target,
+                f"{error.strerror} while writing {total:,} bytes",
+                f"what is written is kept in {staging}: free some space and run the same command "
+                "to continue, or delete that directory",
+                "unwritable",
             ) from error
         raise CheckpointError(
-            f"{target}: cannot be written: {error.strerror} ({error.filename or staging}); choose "
-            "a place that can be written, or run the same command to continue"
+            target,
+            f"cannot be written: {error.strerror} ({error.filename or staging})",
+            "choose a place that can be written, or run the same command to continue",
+            "unwritable",
         ) from error
 
 
@@ -116,9 +123,11 @@ class _Journal:
             lines.pop()  # The process was killed while it wrote this line.
         if lines and lines[0] != first + "\n":
             raise CheckpointError(
-                f"{path.parent}: holds an unfinished conversion with other sources or options "
-                f"({lines[0].strip()[:200]}); finish that one, or delete this directory to start "
-                "anew"
+                path.parent,
+                "holds an unfinished conversion with other sources or options "
+                f"({lines[0].strip()[:200]})",
+                "finish that one, or delete this directory to start anew",
+                "unwritable",
             )
         if not lines:
             shutil.rmtree(path.parent / "files", ignore_errors=True)
@@ -157,8 +166,10 @@ def _locked(target: Any, staging: pathlib.Path) -> Iterator[None]:
             is_current = False
         if not is_current:
             raise CheckpointError(
-                f"{target}: another process is writing it now; wait for that one, or choose "
-                "another place"
+                target,
+                "another process is writing it now",
+                "wait for that one, or choose another place",
+                "unwritable",
             )
         yield
 
@@ -173,8 +184,10 @@ def _check_space(target, staging, files, journal) -> None:
     free = shutil.disk_usage(staging).free
     if missing > free:
         raise CheckpointError(
-            f"{target}: {missing:,} bytes are still to be written and the disk has {free:,} free; "
-            "free some space, or choose a place on another disk"
+            target,
+            f"{missing:,} bytes are still to be written and the disk has {free:,} free",
+            "free some space, or choose a place on another disk",
+            "unwritable",
         )
 
 
@@ -227,8 +240,11 @@ def _verify(staging, files, journal, total, progress) -> None:
                             file.name, number
                         ):
                             raise CheckpointError(
-                                f"{path}: the disk does not return what was written to it, at "
-                                f"byte {offset}; use another disk"
+                                path,
+                                "the disk does not return what was written to it, at byte "
+                                f"{offset}",
+                                "use another disk",
+                                "unwritable",
                             )
                     offset += piece.nbytes
                     bar.update(piece.nbytes)

@@ -5,7 +5,6 @@ people who have 318 GB to repair and want one list, and the command that fetches
 """
 
 import collections
-import errno
 import os
 import pathlib
 import re
@@ -28,14 +27,9 @@ from grok1.care.contents import (
 from grok1.checkpoint.directory import is_safetensors, load_config
 from grok1.checkpoint.released import LAYER, check_tensor, describe_storage
 from grok1.checkpoint.safetensors_file import INDEX_NAME, examine_safetensors
-from grok1.checkpoint.tensor_file import (
-    CheckpointError,
-    HostileFileError,
-    TensorHeader,
-    read_header,
-    tensor_file_size,
-)
+from grok1.checkpoint.tensor_file import TensorHeader, read_header, tensor_file_size
 from grok1.config import GROK_1, ModelConfig
+from grok1.files import CheckpointError, printable
 from grok1.nn.manifest import TensorSpec, file_name, manifest
 
 SUMS_NAME = "SHA256SUMS"
@@ -86,7 +80,9 @@ class Report(NamedTuple):
 
     def lines(self) -> list[str]:
         """The report as text."""
-        lines = [f"{fault.path}: {fault.problem}; {fault.remedy}" for fault in self.faults]
+        lines = [
+            f"{printable(fault.path)}: {fault.problem}; {fault.remedy}" for fault in self.faults
+        ]
         verdict = f"{len(self.faults)} faults" if self.faults else "no fault"
         lines.append(
             f"{self.directory}: {verdict}; {self.num_tensors} tensors expected, "
@@ -142,14 +138,15 @@ def _safetensors_files(
     try:
         found = examine_safetensors(directory, specs)
     except CheckpointError as error:
-        return [], [_fault(INDEX_NAME, index, error)]
+        return [], [_fault(INDEX_NAME, error)]
     faults = []
-    for path, error in found.faults:
-        name = path.name
-        if isinstance(error.__cause__, FileNotFoundError):
+    for error in found.faults:
+        assert error.path is not None  # each is about a file
+        name = error.path.name
+        if error.kind == "missing":
             faults.append(Fault(name, "missing, expected as the index names it", "copy it again"))
         else:
-            faults.append(_fault(name, path, error))
+            faults.append(_fault(name, error))
     bad = {fault.path for fault in faults}
     known = {shard.path.name for shard in found.shards} | bad
     for name in sorted(os.listdir(directory)):
@@ -185,8 +182,11 @@ def _tensor_files(
         if (directory / file_name(0)).exists():
             hint = "; this directory itself holds tensor files: give the one above it"
         raise CheckpointError(
-            f"{place}: cannot be listed: {error.strerror}; expected the directory of the tensor "
-            f"files. Grok-1's are fetched with {_hf_command(directory)}{hint}"
+            place,
+            f"cannot be listed: {error.strerror}",
+            "expected the directory of the tensor files. Grok-1's are fetched with "
+            f"{_hf_command(directory)}{hint}",
+            "missing" if isinstance(error, FileNotFoundError) else "unreadable",
         ) from error
     faults, headers = [], {}
     for index, spec in enumerate(specs):
@@ -209,7 +209,7 @@ def _tensor_files(
             check_tensor(header, spec)
             headers[index] = header
         except CheckpointError as error:
-            faults.append(_fault(f"ckpt-0/{name}", place / name, error))
+            faults.append(_fault(f"ckpt-0/{name}", error))
     faults += _unlike_faults(headers, specs)
     faults += _extra_faults(place, names, specs)
     bad = {fault.path for fault in faults}
@@ -225,32 +225,28 @@ def _file(header: TensorHeader) -> CheckedFile:
 
 def _header_fault(path: pathlib.Path, spec: TensorSpec, error: CheckpointError) -> Fault:
     name = f"ckpt-0/{path.name}"
-    fault = _fault(name, path, error)
-    if isinstance(error, HostileFileError):
+    fault = _fault(name, error)
+    if error.kind == "hostile":
         return fault._replace(problem=f"hostile: {fault.problem}")
+    if error.kind != "damaged":
+        return fault
     expected = tensor_file_size(spec)
     try:
-        found = path.stat().st_size if path.is_file() else expected
+        found = path.stat().st_size
     except OSError:
-        found = expected
+        return fault
     if found < expected:
         share = f"{100 * found / expected:.0f} %" if found else "nothing of it"
         problem = f"short, {found:,} bytes, expected {expected:,} ({share} is there)"
         return Fault(name, problem, "fetch it again")
-    if found > expected and "byte" in fault.problem:
+    if found > expected:
         return Fault(name, f"long, {found:,} bytes, expected {expected:,}", "fetch it again")
     return fault
 
 
-def _fault(name: str, path: pathlib.Path, error: CheckpointError) -> Fault:
-    """Takes an error about a file apart into the problem and the remedy."""
-    text = str(error).removeprefix(f"{path}: ")
-    problem, found, remedy = text.rpartition("; ")
-    if not found:
-        problem, remedy = text, "fetch it again"
-    cause = error.__cause__
-    is_closed = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM)
-    return Fault(name, problem, remedy, fetch=not is_closed)
+def _fault(name: str, error: CheckpointError) -> Fault:
+    is_closed = isinstance(error.__cause__, PermissionError)
+    return Fault(name, error.problem, error.remedy or "fetch it again", fetch=not is_closed)
 
 
 def _unlike_faults(headers: dict[int, TensorHeader], specs: list[TensorSpec]) -> Iterator[Fault]:
@@ -294,6 +290,10 @@ def _extra_faults(place: pathlib.Path, names: set[str], specs) -> Iterator[Fault
         yield Fault(f"ckpt-0/{name}", f"misnamed, expected {right}", remedy, False)
 
 
+class _StoppedError(Exception):
+    """Ends the threads that read, where another one has failed."""
+
+
 def _read_all(
     directory: pathlib.Path, files: list[CheckedFile], sums_path: pathlib.Path, progress: bool
 ) -> tuple[list[Fault], list[str]]:
@@ -317,7 +317,7 @@ def _read_all(
 
         def advance(num_bytes):
             if stopped.is_set():
-                raise CheckpointError("stopped")
+                raise _StoppedError
             with lock:
                 bar.update(num_bytes)
 
@@ -328,11 +328,12 @@ def _read_all(
                     digest, stamp, found = reading.result()
                     if known.get(file.name, digest) != digest:
                         raise CheckpointError(
-                            f"SHA-256 is {digest}, expected {known[file.name]} as in {sums_path}; "
-                            "the contents have changed: fetch it again"
+                            file.path,
+                            f"SHA-256 is {digest}, expected {known[file.name]} as in {sums_path}",
+                            "the contents have changed: fetch it again",
                         )
                 except CheckpointError as error:
-                    faults.append(_fault(file.name, file.path, error))
+                    faults.append(_fault(file.name, error))
                     continue
                 sums[file.name] = digest
                 notes += found

@@ -12,7 +12,8 @@ import sys
 
 import numpy as np
 
-from grok1.checkpoint.tensor_file import CheckpointError, DataFile, open_unchanged, read_at
+from grok1.checkpoint.tensor_file import CHANGED, DataFile, open_unchanged, read_at
+from grok1.files import CheckpointError
 
 # linux/mman.h; the second since Linux 5.14.
 _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22
@@ -45,14 +46,18 @@ class Window:
                 )
             except ValueError as error:  # it has been cut off since it was opened
                 raise CheckpointError(
-                    f"{file.path}: ends before byte {self._start + self._size}, expected the "
-                    f"{file.file_size} bytes it had when its header was read; do not change a "
-                    "checkpoint while it is read"
+                    file.path,
+                    f"ends before byte {self._start + self._size}, expected the {file.file_size} "
+                    "bytes it had when its header was read",
+                    CHANGED,
                 ) from error
             except OSError as error:
                 raise CheckpointError(
-                    f"{file.path}: cannot be mapped: {error.strerror}; give less memory to other "
-                    "programs, or raise the limit on a process's mapped memory"
+                    file.path,
+                    f"cannot be mapped: {error.strerror}",
+                    "give less memory to other programs, or raise the limit on a process's mapped "
+                    "memory",
+                    "unreadable",
                 ) from error
         # The address outlives the array, which would keep the map from being closed.
         self._base = np.frombuffer(self._map, np.uint8).ctypes.data

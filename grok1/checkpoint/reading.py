@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grok1.checkpoint.storage import StoredArray, transpose_into
-from grok1.checkpoint.tensor_file import DTYPES, CheckpointError, DataFile, open_unchanged, read_at
+from grok1.checkpoint.tensor_file import DTYPES, DataFile, open_unchanged, read_at
+from grok1.files import CheckpointError
 from grok1.machine.processor import available_cores
 
 _MOST_THREADS = 8

@@ -10,13 +10,13 @@ import numpy as np
 
 from grok1.checkpoint.tensor_file import (
     ArraySpan,
-    CheckpointError,
     DataFile,
     TensorHeader,
     read_header,
     tensor_file_size,
     write_tensor,
 )
+from grok1.files import CheckpointError
 from grok1.nn.manifest import TensorSpec, file_name
 
 LAYER = re.compile(r"decoder_layer_\d+")
@@ -52,9 +52,11 @@ def open_checkpoint(
         first = first_of_kind.setdefault(LAYER.sub("decoder_layer_*", spec.name), header)
         if describe_storage(header) != describe_storage(first):
             raise CheckpointError(
-                f"{header.path}: {spec.name} is stored as {describe_storage(header)}, expected "
-                f"{describe_storage(first)} as in {first.path.name} for another layer; these "
-                "files are of different checkpoints"
+                header.path,
+                f"{spec.name} is stored as {describe_storage(header)}, expected "
+                f"{describe_storage(first)} as in {first.path.name} for another layer",
+                "these files are of different checkpoints",
+                "foreign",
             )
     return headers
 
@@ -68,8 +70,11 @@ def check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
     values, scales = header.values, header.scales
     if values.shape != spec.shape or values.dtype not in (spec.dtype, "float32"):
         raise CheckpointError(
-            f"{header.path}: {spec.name} is {_text(values)}, expected "
-            f"{_text(ArraySpan(0, spec.shape, spec.dtype))}; is this a Grok-1 checkpoint?"
+            header.path,
+            f"{spec.name} is {_text(values)}, expected "
+            f"{_text(ArraySpan(0, spec.shape, spec.dtype))}",
+            "is this a Grok-1 checkpoint?",
+            "foreign",
         )
     if scales is not None:
         *lead, rows, columns = spec.shape
@@ -77,8 +82,11 @@ def check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
         if not groups or scales.shape != (*lead, groups, columns) or rows % groups:
             layout = ",".join(map(str, [*lead, "G", columns]))
             raise CheckpointError(
-                f"{header.path}: {spec.name} has scales {_text(scales)}, expected "
-                f"bfloat16[{layout}] with a G that divides {rows}; is this a Grok-1 checkpoint?"
+                header.path,
+                f"{spec.name} has scales {_text(scales)}, expected bfloat16[{layout}] with a G "
+                f"that divides {rows}",
+                "is this a Grok-1 checkpoint?",
+                "foreign",
             )
 
 
@@ -105,9 +113,10 @@ def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | Non
         first = np.unravel_index(np.argmin(finite), finite.shape)
         place = [int(n) for n in np.add(first, 0 if origin is None else origin)]
         raise CheckpointError(
-            f"{file.path}: {finite.size - np.count_nonzero(finite)} of {finite.size} scales are "
-            f"not finite, the first is {scales[first]} at {place}; the file is "
-            "damaged: download it again"
+            file.path,
+            f"{finite.size - np.count_nonzero(finite)} of {finite.size} scales are not finite, the "
+            f"first is {scales[first]} at {place}",
+            "the file is damaged: download it again",
         )
 
 
@@ -133,8 +142,10 @@ def save_checkpoint(
     try:
         if target.exists() and os.listdir(target):
             raise CheckpointError(
-                f"{directory}: already holds {_some(os.listdir(target))}; choose a new directory, "
-                "nothing was written"
+                directory,
+                f"already holds {_some(os.listdir(target))}",
+                "choose a new directory, nothing was written",
+                "unwritable",
             )
         ancestor = next(parent for parent in target.parents if parent.is_dir())
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=ancestor) as scratch:
@@ -152,18 +163,23 @@ def save_checkpoint(
             partial.rename(target)
     except OSError as error:
         raise CheckpointError(
-            f"{directory}: not saved: {error.strerror} on {step}; nothing was left behind, choose "
-            "a directory that can be written and has the space"
+            directory,
+            f"not saved: {error.strerror} on {step}",
+            "nothing was left behind, choose a directory that can be written and has the space",
+            "unwritable",
         ) from error
 
 
 def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory}: there is no such directory; Grok-1's weights (318 GB) come from the "
-            "magnet link in the README of github.com/xai-org/grok-1, or with `hf download "
-            f"xai-org/grok-1 --include 'ckpt-0/*' --local-dir {directory.parent}`. To try the "
-            "library without them, load the bundled checkpoints/toy"
+            directory,
+            "there is no such directory",
+            "Grok-1's weights (318 GB) come from the magnet link in the README of "
+            "github.com/xai-org/grok-1, or with `hf download xai-org/grok-1 --include 'ckpt-0/*' "
+            f"--local-dir {directory.parent}`. To try the library without them, load the bundled "
+            "checkpoints/toy",
+            "missing",
         )
     found = {name for name in os.listdir(directory) if name.startswith("tensor")}
     expected = {file_name(i) for i in range(len(manifest))}
@@ -184,8 +200,10 @@ def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
             f"{(len(manifest) - outside) // in_layer}: is its config.json missing?"
         )
     raise CheckpointError(
-        f"{directory}: found {len(found)} tensor files, expected {len(expected)}: "
-        f"{', '.join(problems)}; {hint}"
+        directory,
+        f"found {len(found)} tensor files, expected {len(expected)}: {', '.join(problems)}",
+        hint,
+        "missing" if expected - found else "foreign",
     )
 
 

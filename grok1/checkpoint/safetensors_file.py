@@ -35,13 +35,26 @@ from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 from grok1.checkpoint.storage import StoredArray, StoredTensor
-from grok1.checkpoint.tensor_file import ArraySpan, CheckpointError
+from grok1.checkpoint.tensor_file import ArraySpan
+from grok1.files import (
+    CheckpointError,
+    is_lfs_pointer,
+    json_object,
+    lfs_pointer,
+    open_file,
+    read_bounded,
+    unreadable,
+)
 from grok1.machine.safe_files import is_plain
 from grok1.nn.manifest import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_HEADER = 100_000_000  # The format's own limit.
+_HEAD_BYTES = 64  # that show a Git LFS pointer
+_CONVERSION = "is it a conversion by grok1?"
+_DAMAGED = "the file is damaged: copy it again"
+_MIXED = "these files are of different checkpoints"
 _TYPES = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
 _TYPE_NAMES = {name: code for code, name in _TYPES.items()}
 _LAYER = re.compile(r"transformer/decoder_layer_(\d+)/(.*)")
@@ -98,9 +111,6 @@ class NamedMatrix(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
-
-Problem = tuple[pathlib.Path, str]
-"""A file and what is wrong with it."""
 
 Found = dict[str, tuple[ShardHeader, ArraySpan]]
 """The tensors of all shards by name, with the shard that each is in."""
@@ -179,20 +189,23 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
         of float32, bfloat16 and int8 arrays that fill it.
     """
     path = pathlib.Path(path)
-    try:
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        try:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(_HEAD_BYTES)
+            length = int.from_bytes(head[:8], "little")
+            if is_lfs_pointer(head):
+                raise lfs_pointer(path)
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(
-                    f"{path}: is {size} bytes long and claims a header of {length}; the file is "
-                    "cut off or no safetensors file: copy it again"
+                    path,
+                    f"is {size} bytes long and claims a header of {length}",
+                    "the file is cut off or no safetensors file: copy it again",
                 )
+            file.seek(8)
             text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
-        ) from error
+        except OSError as error:
+            raise unreadable(path, error) from error
     header = _json_object(path, text)
     header.pop("__metadata__", None)
     spans, end = {}, 8 + length
@@ -218,16 +231,16 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
             end += span.nbytes
     except KeyError as error:
         raise CheckpointError(
-            f"{path}: its header has {error} where a tensor's dtype (F32, BF16 or I8), shape and "
-            "data_offsets are expected; is this a conversion by grok1?"
+            path,
+            f"its header has {error} where a tensor's dtype (F32, BF16 or I8), shape and "
+            "data_offsets are expected",
+            _CONVERSION,
+            "foreign",
         ) from None
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header is damaged: {error}; copy it again") from None
+        raise CheckpointError(path, f"its header is damaged: {error}", "copy it again") from None
     if end != size:
-        raise CheckpointError(
-            f"{path}: is {size} bytes long, expected {end} by its header; the file is damaged: "
-            "copy it again"
-        )
+        raise CheckpointError(path, f"is {size} bytes long, expected {end} by its header", _DAMAGED)
     return ShardHeader(path, size, spans)
 
 
@@ -237,12 +250,12 @@ class Examination(NamedTuple):
     Attributes:
       shards: The files that could be read, of those that the index names.
       tensors: The tensors in manifest order; None for one that is not whole.
-      faults: The file and the error of each fault.
+      faults: The error of each fault.
     """
 
     shards: list[ShardHeader]
     tensors: list[StoredTensor | None]
-    faults: list[tuple[pathlib.Path, CheckpointError]]
+    faults: list[CheckpointError]
 
 
 def open_safetensors(
@@ -263,7 +276,7 @@ def open_safetensors(
         shape than the manifest says; the message names it.
     """
     found = examine_safetensors(directory, manifest)
-    for _, error in found.faults:
+    for error in found.faults:
         raise error
     return [tensor for tensor in found.tensors if tensor is not None]
 
@@ -283,12 +296,12 @@ def examine_safetensors(
     directory = pathlib.Path(directory)
     weight_map = _read_index(directory / INDEX_NAME)
     headers: dict[str, ShardHeader] = {}
-    faults: list[tuple[pathlib.Path, CheckpointError]] = []
+    faults: list[CheckpointError] = []
     for name in sorted(set(weight_map.values())):
         try:
             headers[name] = read_shard_header(directory / name)
         except CheckpointError as error:
-            faults.append((directory / name, error))
+            faults.append(error)
     found = {
         tensor: (header, span)
         for header in headers.values()
@@ -297,23 +310,20 @@ def examine_safetensors(
     # What the index promises and no file has is a fault of the file, said once.
     absent = weight_map.keys() - found.keys()
     tensors: list[StoredTensor | None] = [None] * len(manifest)
-    for path, problem in itertools.chain(
+    faults += itertools.chain(
         _misplaced(directory, weight_map, headers),
         _left_over(directory, manifest, found, absent),
         _stored_tensors(manifest, found, absent, tensors),
         _unlike(manifest, tensors),
-    ):
-        faults.append((path, CheckpointError(f"{path}: {problem}")))
+    )
     return Examination(list(headers.values()), tensors, faults)
 
 
-def _misplaced(directory, weight_map, headers) -> Iterator[Problem]:
+def _misplaced(directory, weight_map, headers) -> Iterator[CheckpointError]:
     for tensor, name in weight_map.items():
         if name in headers and tensor not in headers[name].spans:
-            yield (
-                directory / name,
-                f"lacks {tensor}, which {INDEX_NAME} says is there; these files are of different "
-                "checkpoints",
+            yield CheckpointError(
+                directory / name, f"lacks {tensor}, which {INDEX_NAME} says is there", _MIXED
             )
 
 
@@ -323,7 +333,7 @@ def _wanted(manifest: list[TensorSpec]) -> dict[str, NamedMatrix]:
     return {tensor.name: tensor for shard in shards(plain) for tensor in shard}
 
 
-def _left_over(directory, manifest, found: Found, absent: Set[str]) -> Iterator[Problem]:
+def _left_over(directory, manifest, found: Found, absent: Set[str]) -> Iterator[CheckpointError]:
     wanted = _wanted(manifest)
     allowed = {f"{name}_scale" for name, t in wanted.items() if manifest[t.tensor].scales_shape}
     missing = wanted.keys() - found.keys() - absent
@@ -332,10 +342,11 @@ def _left_over(directory, manifest, found: Found, absent: Set[str]) -> Iterator[
         names.setdefault(found[name][0].path, ("has the unexpected", []))[1].append(name)
     for path, (what, tensors) in names.items():
         more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
-        yield (
+        yield CheckpointError(
             path,
-            f"{what} {tensors[0]}{more}; is its config.json the one it was converted with, and is "
-            "it a conversion by grok1?",
+            f"{what} {tensors[0]}{more}",
+            "is its config.json the one it was converted with, and is it a conversion by grok1?",
+            "foreign",
         )
 
 
@@ -344,7 +355,7 @@ def _stored_tensors(
     found: Found,
     absent: Set[str],
     tensors: list[StoredTensor | None],
-) -> Iterator[Problem]:
+) -> Iterator[CheckpointError]:
     """Fills in the tensors that are whole and yields what is wrong with the others."""
     parts: list[list[Any]] = [[] for _ in manifest]
     scale_parts: list[list[Any]] = [[] for _ in manifest]
@@ -370,7 +381,7 @@ def _lacks_scales(name: str, found: Found) -> bool:
 
 def _problem(
     name: str, tensor: NamedMatrix, spec: TensorSpec, found: Found, absent: Set[str]
-) -> Problem | None:
+) -> CheckpointError | None:
     """What is wrong with one matrix and its scales; an absent one is no fault of its own."""
     if name not in found:
         return None
@@ -379,19 +390,23 @@ def _problem(
     types = {spec.dtype, "float32", "bfloat16"} if spec.scales_shape else {"float32"}
     if span.shape != tensor.shape or span.dtype not in types:
         expected = _text(ArraySpan(0, tensor.shape, spec.dtype))
-        problem = f"{name} is {_text(span)}, expected {expected}; is it a conversion by grok1?"
-        return file.path, problem
+        problem = f"{name} is {_text(span)}, expected {expected}"
+        return CheckpointError(file.path, problem, _CONVERSION, "foreign")
     if span.dtype != "int8":
         if scale_name not in found:
             return None
-        return file.path, (
-            f"{name} is {span.dtype} and has scales, expected int8 for a weight with scales; is it "
-            "a conversion by grok1?"
+        return CheckpointError(
+            file.path,
+            f"{name} is {span.dtype} and has scales, expected int8 for a weight with scales",
+            _CONVERSION,
+            "foreign",
         )
     if scale_name not in found:
         if scale_name in absent:
             return None
-        return file.path, f"{name} is int8 and has no {scale_name}; copy it again"
+        return CheckpointError(
+            file.path, f"{name} is int8 and has no {scale_name}", "copy it again"
+        )
     columns, rows = span.shape
     scale_file, scales = found[scale_name]
     if (
@@ -400,9 +415,12 @@ def _problem(
         or scales.shape[0] != columns
         or rows % scales.shape[1]
     ):
-        return scale_file.path, (
+        return CheckpointError(
+            scale_file.path,
             f"{scale_name} is {_text(scales)}, expected bfloat16[{columns},G] with a G that "
-            f"divides {rows}; is it a conversion by grok1?"
+            f"divides {rows}",
+            _CONVERSION,
+            "foreign",
         )
     return None
 
@@ -416,42 +434,26 @@ def _text(span: ArraySpan) -> str:
 
 
 def _json_object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs):
-        if len(pairs) != len(dict(pairs)):
-            raise ValueError("a name occurs twice")
-        return dict(pairs)
-
     try:
-        found = json.loads(text, object_pairs_hook=unique)
-        if not isinstance(found, dict):
-            raise ValueError(f"found {found!r:.80}")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: expected a JSON object: {error!s:.200}; the file is damaged: copy it again"
-        ) from None
-    return found
+        return json_object(text)
+    except ValueError as error:
+        raise CheckpointError(path, f"expected a JSON object: {error!s:.200}", _DAMAGED) from None
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     """Returns which file holds which tensor."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; the conversion or the copy is not complete"
-        ) from error
-    weight_map = _json_object(path, text).get("weight_map")
+    weight_map = _json_object(path, read_bounded(path, _MAX_HEADER)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{path}: expected a weight_map from tensors to files beside it; the file is damaged: "
-            "copy it again"
+            path, "expected a weight_map from tensors to files beside it", _DAMAGED
         )
     for tensor, name in weight_map.items():
         if not (is_plain(tensor) and isinstance(name, str) and _is_beside(name)):
             raise CheckpointError(
-                f"{path}: its weight_map has {tensor!r:.80} in {name!r:.80}, expected a "
-                "weight_map from tensors to files beside it, by names without control characters; "
-                "the file is damaged: copy it again"
+                path,
+                f"its weight_map has {tensor!r:.80} in {name!r:.80}, expected a weight_map from "
+                "tensors to files beside it, by names without control characters",
+                _DAMAGED,
             )
     return weight_map
 
@@ -470,7 +472,9 @@ def _stored(spec: TensorSpec, parts: list, scale_parts: list) -> StoredTensor:
     return StoredTensor(values, StoredArray(shape, "bfloat16", tuple(scale_parts), transposed))
 
 
-def _unlike(manifest: list[TensorSpec], tensors: list[StoredTensor | None]) -> Iterator[Problem]:
+def _unlike(
+    manifest: list[TensorSpec], tensors: list[StoredTensor | None]
+) -> Iterator[CheckpointError]:
     """Every matrix of a kind, in all layers and experts, must be stored alike, to be stacked."""
     kinds: dict[str, list[tuple[str, pathlib.Path, str]]] = {}
     for spec, tensor in zip(manifest, tensors, strict=True):
@@ -489,8 +493,6 @@ def _unlike(manifest: list[TensorSpec], tensors: list[StoredTensor | None]) -> I
         # A tensor's experts are stored alike as a rule; it is named once.
         for name, path, storage in dict.fromkeys(members):
             if storage != usual:
-                yield (
-                    path,
-                    f"{name} is stored as {storage}, elsewhere as {usual}; these files are of "
-                    "different checkpoints",
+                yield CheckpointError(
+                    path, f"{name} is stored as {storage}, elsewhere as {usual}", _MIXED, "foreign"
                 )

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import stat
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -29,16 +28,15 @@ from grok1.checkpoint.symbolic_pickle import (
     read_notes,
     write_notes,
 )
+from grok1.files import (
+    CheckpointError,
+    is_lfs_pointer,
+    lfs_pointer,
+    open_file,
+    open_regular,
+    unreadable,
+)
 from grok1.nn.manifest import TensorSpec
-
-
-class CheckpointError(ValueError):
-    """Files on disk are missing, damaged or not what the model expects; the message names them."""
-
-
-class HostileFileError(CheckpointError):
-    """A file asks for what no tensor file needs, and would run code where it is unpickled."""
-
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -46,6 +44,9 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 """The types of stored arrays, by name."""
+
+CHANGED = "do not change a checkpoint while it is read"
+"""The remedy where a file is not as it was."""
 
 
 class ArraySpan(NamedTuple):
@@ -107,24 +108,20 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
         the message gives the byte offset, what was found, what was expected and what to do.
     """
     path = pathlib.Path(path)
-    try:
-        # Opening a pipe would wait for a writer.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(
-                f"{path}: not a regular file, expected a Grok-1 tensor file; move it away"
-            )
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        try:
             size = os.fstat(file.fileno()).st_size
             return _header(path, size, read_notes(file, size, _ALLOWED))
-    except PickleRefusedError as error:
-        kind, remedy = CheckpointError, _DAMAGED
-        if error.hostile:
-            kind, remedy = HostileFileError, _DISTRUST
-        raise kind(f"{path}: byte {error.offset}: {error.problem}; {remedy}") from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
-        ) from error
+        except PickleRefusedError as error:
+            problem = f"byte {error.offset}: {error.problem}"
+            if error.hostile:
+                raise CheckpointError(path, problem, _DISTRUST, "hostile") from None
+            file.seek(0)
+            if is_lfs_pointer(file.read(_HEAD_BYTES)):
+                raise lfs_pointer(path) from None
+            raise CheckpointError(path, problem, _DAMAGED) from None
+        except OSError as error:
+            raise unreadable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -134,16 +131,15 @@ def open_unchanged(file: DataFile) -> Iterator[int]:
     Raises:
       CheckpointError: If it cannot be opened, or its length has changed since its header was read.
     """
-    try:
-        descriptor = os.open(file.path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{file.path}: cannot be read: {error.strerror}") from error
+    descriptor = open_regular(file.path)
     try:
         size = os.fstat(descriptor).st_size
         if size != file.file_size:
             raise CheckpointError(
-                f"{file.path}: has {size} bytes, expected the {file.file_size} bytes it had when "
-                "its header was read; do not change a checkpoint while it is read"
+                file.path,
+                f"has {size} bytes, expected the {file.file_size} bytes it had when its header was "
+                "read",
+                CHANGED,
             )
         yield descriptor
     finally:
@@ -169,12 +165,17 @@ def read_at(file: DataFile, descriptor: int, offset: int, buffer: memoryview) ->
             count = os.preadv(descriptor, [buffer[:_READ_BYTES]], offset)
         except OSError as error:
             raise CheckpointError(
-                f"{file.path}: cannot be read at byte {offset}: {error.strerror}"
+                file.path,
+                f"cannot be read at byte {offset}: {error.strerror}",
+                "see whether its disk is in order",
+                "unreadable",
             ) from error
         if not count:
             raise CheckpointError(
-                f"{file.path}: ends at byte {offset}, expected the {file.file_size} bytes it had "
-                "when its header was read; do not change a checkpoint while it is read"
+                file.path,
+                f"ends at byte {offset}, expected the {file.file_size} bytes it had when its "
+                "header was read",
+                CHANGED,
             )
         buffer, offset = buffer[count:], offset + count
 
@@ -275,6 +276,7 @@ def tensor_file_pieces(
 
 _DAMAGED = "the file is damaged or no Grok-1 tensor: download it again"
 _DISTRUST = "nothing was executed. Do not trust this file: download it again"
+_HEAD_BYTES = 64  # that show a Git LFS pointer
 _READ_BYTES = 1 << 26  # Of one call; Linux reads at most 2 GiB at a time.
 _MAX_NDIM = 32  # NumPy 1's own limit.
 _MAX_SIZE = 2**31 - 1  # Of one dimension; larger ones take other opcodes.

@@ -18,9 +18,9 @@ import jax
 
 from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.checkpoint.loading import expert_arrays
-from grok1.checkpoint.tensor_file import CheckpointError
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
+from grok1.files import CheckpointError
 from grok1.generate.scheduler import MAX_ROWS
 from grok1.machine.host_memory import gigabytes, host_bytes_available
 from grok1.nn import precision
