@@ -1,8 +1,11 @@
 """ModelConfig: the released constants, derived sizes, JSON, and what each error names."""
 
+import copy
 import dataclasses
 import json
+import math
 import pathlib
+import re
 
 import pytest
 
@@ -161,8 +164,10 @@ def test_missing_field_is_named(name):
 
 
 def test_unknown_field_is_named_with_the_known_ones():
-    fields = json.loads(TOY.to_json()) | {"hidden_size": 128}
-    with pytest.raises(ValueError, match=r"unknown configuration field 'hidden_size'.*'emb_size'"):
+    fields = json.loads(TOY.to_json()) | {"embedding_size": 128}
+    with pytest.raises(
+        ValueError, match=r"unknown configuration field 'embedding_size'.*'emb_size'"
+    ):
         ModelConfig.from_json(json.dumps(fields))
 
 
@@ -181,6 +186,10 @@ def test_json_that_is_no_object():
             "vocab_size must be a whole number above 0",
         ),
         (b"\xff\xfe{}", "codec can't decode"),
+        (b'{"emb_size": 1, "emb_size": 1}', "each name once, found 'emb_size' twice"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b" " * (1 << 20) + b"{}", "is longer than 1,048,576 bytes, which no such file is"),
     ],
 )
 def test_load_names_the_file(tmp_path, content, message):
@@ -193,3 +202,111 @@ def test_load_names_the_file(tmp_path, content, message):
 def test_a_widening_factor_that_leaves_no_hidden_width_is_refused():
     with pytest.raises(ValueError, match=r"^widening_factor 0.001 leaves the experts no hidden"):
         dataclasses.replace(TOY, widening_factor=0.001)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("digits", ["1" + "0" * 18, "9" * 5000, "1" + "0" * 4299])
+def test_absurd_sizes_are_refused_by_field_and_bound(name, digits):
+    text = re.sub(rf'"{name}": \d+', f'"{name}": {digits}', TOY.to_json())
+    shown = digits if len(digits) < 40 else f"an integer of {len(digits):,} digits"
+    with pytest.raises(ValueError, match=rf"^{name} must be at most [\d,]+, found {shown}$"):
+        ModelConfig.from_json(text)
+
+
+def test_absurd_sizes_of_python_are_refused_too():
+    with pytest.raises(ValueError, match=r"^num_layers must be at most 1,024, found 1025$"):
+        dataclasses.replace(TOY, num_layers=1025)
+    with pytest.raises(
+        ValueError,
+        match=r"^num_layers must be at most 1,024, found an integer of some 5,000 digits$",
+    ):
+        dataclasses.replace(TOY, num_layers=10**5000)
+    with pytest.raises(ValueError, match=r"^widening_factor must be at most 1,024, found 1e\+29$"):
+        dataclasses.replace(TOY, widening_factor=1e29)
+
+
+def test_multipliers_follow_the_sizes_unless_they_are_given():
+    wide = dataclasses.replace(TOY, emb_size=512, key_size=64)
+    assert wide.embedding_multiplier_scale == math.sqrt(512)
+    assert wide.attn_output_multiplier == 0.125
+    # Through a file and a second change as well, and where only the last digit differs.
+    again = dataclasses.replace(ModelConfig.from_json(wide.to_json()), emb_size=256, num_layers=2)
+    assert (again.embedding_multiplier_scale, again.attn_output_multiplier) == (16.0, 0.125)
+    nano = ModelConfig.load(NANO)
+    assert nano.attn_output_multiplier == 0.35355339059327373 != 8**-0.5
+    assert dataclasses.replace(nano, key_size=16).attn_output_multiplier == 0.25
+    given = dataclasses.replace(TOY, embedding_multiplier_scale=3.0, attn_output_multiplier=0.5)
+    for config in (given, ModelConfig.from_json(given.to_json())):
+        kept = dataclasses.replace(config, emb_size=512, key_size=64)
+        assert (kept.embedding_multiplier_scale, kept.attn_output_multiplier) == (3.0, 0.5)
+    assert dataclasses.replace(copy.deepcopy(TOY), key_size=64).attn_output_multiplier == 0.125
+
+
+PORT = {  # As conversions on Hugging Face have it.
+    "architectures": ["Grok1ModelForCausalLM"],
+    "attn_output_multiplier": 0.08838834764831845,
+    "auto_map": {"AutoConfig": "configuration_grok1.Grok1Config"},
+    "bos_token_id": 1,
+    "embedding_multiplier_scale": 78.38367176906169,
+    "hidden_size": 6144,
+    "intermediate_size": 32768,
+    "max_attn_value": 30.0,
+    "max_position_embeddings": 8192,
+    "model_type": "grok-1",
+    "num_attention_heads": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "output_multiplier_scale": 0.5773502691896257,
+    "output_router_logits": False,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 131072,
+}
+
+
+def test_the_configuration_of_a_port_is_read():
+    config = ModelConfig.from_json(json.dumps(PORT))
+    assert config == GROK_1
+    assert config.to_json() == GROK_1.to_json()
+    assert ModelConfig.from_json(json.dumps(PORT | {"head_dim": 64})).key_size == 64
+
+
+@pytest.mark.parametrize("config", [GROK_1, TOY, OTHER_ROUTER], ids=["grok_1", "toy", "router"])
+def test_what_is_written_for_ports_reads_the_same(config):
+    fields = json.loads(config.to_json(hugging_face=True))
+    assert fields["model_type"] == "grok-1"
+    assert fields["architectures"] == ["Grok1ModelForCausalLM"]
+    assert fields["intermediate_size"] == config.ffn_size
+    assert ModelConfig.from_json(json.dumps(fields)) == config
+    own = {field.name for field in dataclasses.fields(ModelConfig)} - {
+        "vocab_size", "num_experts", "router_softcap", "renormalize_gates",
+        "embedding_multiplier_scale", "output_multiplier_scale", "attn_output_multiplier",
+    }  # fmt: skip
+    port = {name: value for name, value in fields.items() if name not in own}
+    assert dataclasses.replace(ModelConfig.from_json(json.dumps(port))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', expected a Grok-1 model's, 'grok-1'"),
+        ({"max_attn_value": 1.0}, "max_attn_value is 1.0, expected 30.0 as in Grok-1"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False, expected True as in Gro"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is {'type': 'yarn'}, expected null as"),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu', expected 'gelu' or 'gelu_new' or 'gelu_"),
+        ({"emb_size": 64}, "hidden_size is 6144, and emb_size 64"),
+        ({"intermediate_size": 32766}, "intermediate_size is 32766, expected 32768 by the other"),
+        ({"intermediate_size": "wide"}, "intermediate_size must be a whole number above 0, found"),
+        ({"num_hidden_layers": 10**18}, "num_hidden_layers must be at most 1,024, found 10{18}"),
+        ({"hidden_size": [6144]}, r"hidden_size must be a whole number above 0, found \[6144\]"),
+        ({"num_key_value_heads": None}, "configuration field 'num_kv_heads' is missing"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number above 0, found 0"),
+    ],
+)
+def test_the_configuration_of_another_model_is_refused_by_field(change, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ModelConfig.from_json(json.dumps(PORT | change))
