@@ -4,7 +4,8 @@ import json
 
 from grok1.checkpoint.tensor_file import tensor_file_size
 from grok1.config import GROK_1, ModelConfig
-from grok1.nn.manifest import file_name, manifest
+from grok1.nn.manifest import abstract_params, arrange, file_name, manifest
+from grok1.nn.transformer import naming
 from tests.conftest import GOLDEN
 
 
@@ -25,3 +26,8 @@ def test_layers_sort_as_text(nano_config: ModelConfig):
     layers = [spec.name for spec in manifest(nano_config) if spec.name.endswith("router/w")]
     numbers = [int(name.split("_")[2].split("/")[0]) for name in layers]
     assert numbers == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_names_are_arranged_as_haiku_arranges_them(nano_config: ModelConfig):
+    named = abstract_params(nano_config)
+    assert arrange(named, nano_config) == naming(nano_config).apply(named, None)

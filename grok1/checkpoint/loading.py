@@ -22,9 +22,9 @@ from grok1.checkpoint.released import check_scales
 from grok1.checkpoint.storage import StoredArray, StoredTensor
 from grok1.config import ModelConfig
 from grok1.machine.processes import together
-from grok1.nn.manifest import TensorSpec
+from grok1.nn.manifest import TensorSpec, arrange
 from grok1.nn.sharding import abstract_stack
-from grok1.nn.transformer import NamedParams, Params, naming
+from grok1.nn.transformer import NamedParams, Params
 from grok1.ops.experts import ExpertWeights
 from grok1.ops.quantized import QuantizedArray, refine_groups
 
@@ -102,7 +102,7 @@ def _load_params(
     progress: bool,
     select: Callable[[Params], Params],
 ) -> Params:
-    stored = naming(config).apply(_named_leaves(tensors, manifest), None)
+    stored = arrange(_named_leaves(tensors, manifest), config)
     target = abstract_stack(stored, config, mesh)
     sources = Params(
         embedding=[stored.embedding],
@@ -175,7 +175,7 @@ def expert_arrays(
     Raises:
       ValueError: If the experts are not int8.
     """
-    stored = naming(config).apply(_named_leaves(tensors, manifest), None)
+    stored = arrange(_named_leaves(tensors, manifest), config)
     layers = []
     for layer in stored.layers:
         for weight in layer.experts:

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from grok1.config import ModelConfig
-from grok1.nn.manifest import TensorSpec, abstract_params
+from grok1.nn.manifest import TensorSpec, abstract_params, arrange
 from grok1.nn.sharding import abstract_stack
-from grok1.nn.transformer import Params, naming
+from grok1.nn.transformer import Params
 from grok1.ops.quantized import QuantizedArray, refine_groups
 
 # Standard deviation of the uniform integers from -127 to 127.
 _INT8_DEVIATION = 73.3
-
-
-class _Place(NamedTuple):
-    """Stands for tensor `number` of a manifest while Haiku arranges the names."""
-
-    number: int
-    shape: tuple[int, ...]
 
 
 def unstack(
@@ -37,25 +30,23 @@ def unstack(
       config: Its architecture.
       tensors: The files' tensors, with the scale grouping to write.
     """
-    places: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     for number, spec in enumerate(tensors):
         module, _, parameter = spec.name.rpartition("/")
-        places.setdefault(module, {})[parameter] = _Place(number, spec.shape)
-    arranged = naming(config).apply(places, None)
+        numbers.setdefault(module, {})[parameter] = number
+    arranged = arrange(numbers, config)
 
     def is_weight(node: Any) -> bool:
-        return isinstance(node, (QuantizedArray, _Place))
+        return isinstance(node, QuantizedArray)
 
     source: dict[int, tuple[Any, int | None]] = {
-        arranged.embedding.number: (params.embedding, None),
-        arranged.final_norm.number: (params.final_norm, None),
+        arranged.embedding: (params.embedding, None),
+        arranged.final_norm: (params.final_norm, None),
     }
     weights = jax.tree.leaves(params.layers, is_leaf=is_weight)
-    for layer, layer_places in enumerate(arranged.layers):
-        for place, weight in zip(
-            jax.tree.leaves(layer_places, is_leaf=is_weight), weights, strict=True
-        ):
-            source[place.number] = (weight, layer)
+    for layer, of_layer in enumerate(arranged.layers):
+        for number, weight in zip(jax.tree.leaves(of_layer), weights, strict=True):
+            source[number] = (weight, layer)
 
     for number, spec in enumerate(tensors):
         weight, layer = source[number]
@@ -77,7 +68,8 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
       mesh: Where they go; the same values on every mesh.
       seed: Seed of the values.
     """
-    abstract = naming(config).apply(abstract_params(config), None)
+    abstract = arrange(abstract_params(config.first_layers(1)), config.first_layers(1))
+    abstract = abstract._replace(layers=list(abstract.layers) * config.num_layers)
     target = abstract_stack(abstract, config, mesh)
     groups = jax.tree.map(_file_groups, abstract.layers[0], is_leaf=_is_weight)
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(target))))

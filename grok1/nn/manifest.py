@@ -1,19 +1,23 @@
 """Which tensor is in which file: the order of a checkpoint, derived from the model itself.
 
 The files carry no names. Their order is that of the parameters' names sorted as text, so that
-layer 10 comes before layer 2.
+layer 10 comes before layer 2. Layers are alike: Haiku is asked for one, and the others follow,
+because tracing 64 takes a second.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from grok1.config import ModelConfig
-from grok1.nn.transformer import NamedParams, naming
+from grok1.nn.transformer import NamedParams, Params, naming
 from grok1.ops.quantized import QuantizedArray
 
 EMBEDDING = "language_model/in_out_embed/embeddings"
+
+_FIRST_LAYER = "transformer/decoder_layer_0/"
 
 
 class TensorSpec(NamedTuple):
@@ -46,7 +50,37 @@ def abstract_params(config: ModelConfig, *, quantized: bool = True) -> NamedPara
 
 def manifest(config: ModelConfig) -> list[TensorSpec]:
     """Returns the tensors of a checkpoint of `config`, in the order of its files."""
-    return [_spec(name, leaf) for name, leaf in named_leaves(abstract_params(config))]
+    one = _one_layer(config.first_layers(1))
+    in_layers = [
+        spec._replace(name=_in_layer(spec.name, number))
+        for number in range(config.num_layers)
+        for spec in one
+        if spec.name.startswith(_FIRST_LAYER)
+    ]
+    outside = [spec for spec in one if not spec.name.startswith(_FIRST_LAYER)]
+    return sorted([*outside, *in_layers], key=lambda spec: spec.name.rpartition("/")[::2])
+
+
+def arrange(named: NamedParams, config: ModelConfig) -> Params:
+    """Arranges named parameters as `naming(config).apply(named, None)` does; checks no shape.
+
+    Args:
+      named: By module and parameter, anything.
+      config: The model.
+
+    Returns:
+      `Params` with one `LayerParams` a layer.
+    """
+    names = _names(config.first_layers(1))
+
+    def of_layer(number: int) -> Any:
+        return jax.tree.map(lambda name: _named(named, _in_layer(name, number)), names.layers[0])
+
+    return Params(
+        embedding=_named(named, names.embedding),
+        layers=[of_layer(number) for number in range(config.num_layers)],
+        final_norm=_named(named, names.final_norm),
+    )
 
 
 def in_memory(specs: list[TensorSpec], embedding_dtype: Any) -> list[TensorSpec]:
@@ -72,6 +106,41 @@ def named_leaves(named: NamedParams) -> list[tuple[str, Any]]:
         for module in sorted(named)
         for parameter in sorted(named[module])
     ]
+
+
+@functools.lru_cache(maxsize=16)
+def _one_layer(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(name, leaf) for name, leaf in named_leaves(abstract_params(config)))
+
+
+@functools.lru_cache(maxsize=16)
+def _names(config: ModelConfig) -> Params:
+    """The names of a model of one layer, where its parameters go."""
+    places: dict[str, dict[str, Any]] = {}
+    for spec in _one_layer(config):
+        module, _, parameter = spec.name.rpartition("/")
+        places.setdefault(module, {})[parameter] = _Place(spec.name, spec.shape)
+    return jax.tree.map(
+        lambda place: place.name,
+        naming(config).apply(places, None),
+        is_leaf=lambda node: isinstance(node, _Place),
+    )
+
+
+class _Place(NamedTuple):
+    """Stands for a parameter of which Haiku checks the shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def _named(named: NamedParams, name: str) -> Any:
+    module, _, parameter = name.rpartition("/")
+    return named[module][parameter]
+
+
+def _in_layer(name: str, number: int) -> str:
+    return name.replace(_FIRST_LAYER, f"transformer/decoder_layer_{number}/", 1)
 
 
 def _spec(name: str, leaf) -> TensorSpec:

@@ -10,9 +10,9 @@ import jax
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.machine.host_memory import gigabytes, host_bytes_available
-from grok1.nn.manifest import TensorSpec, manifest
+from grok1.nn.manifest import TensorSpec, arrange, manifest
 from grok1.nn.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
-from grok1.nn.transformer import NamedParams, Params, naming
+from grok1.nn.transformer import NamedParams, Params
 from grok1.ops import forms
 from grok1.ops.quantized import QuantizedArray
 
@@ -46,7 +46,7 @@ def abstract_weights(tensors: list[TensorSpec], config: ModelConfig) -> Params:
             leaf = QuantizedArray(leaf, jax.ShapeDtypeStruct(spec.scales_shape, "bfloat16"))
         named.setdefault(module, {})[parameter] = leaf
     stored: NamedParams = named
-    return naming(config).apply(stored, None)
+    return arrange(stored, config)
 
 
 def released_weights(config: ModelConfig, tensors: list[TensorSpec] | None = None) -> Params:
