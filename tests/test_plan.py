@@ -21,7 +21,7 @@ from grok1.config import GROK_1, TOY
 from grok1.machine import host_memory
 from grok1.nn.manifest import in_memory, manifest
 from grok1.nn.sharding import abstract_mesh, make_mesh
-from grok1.planning import compiled_memory, memory, planning
+from grok1.planning import compiled_memory, devices, memory, planning, report
 from grok1.planning.memory import (
     abstract_engine,
     fewest_devices,
@@ -154,7 +154,10 @@ def test_what_does_not_fit_as_asked_says_what_does(compiled):
     text = "\n".join(grok1.plan(devices=8, memory=45, batch=32).lines())
     assert "It does not fit: " in text
     assert "A smaller batch or context does, or perhaps --cache-dtype int8." in text
-    assert "Largest batch at context 8192 with 95% of the memory: 32" in text
+    assert (
+        "Largest batch at context 8192 with 95% of the memory: all 32 that run side by side;\n"
+        "largest context at batch 32: the model's whole 8192." in text
+    )
 
 
 def test_what_fits_only_beyond_three_quarters_says_what_to_set(compiled, monkeypatch):
@@ -201,7 +204,7 @@ def test_a_cpu_shares_its_memory_and_bandwidth_between_devices(compiled):
 
 
 def test_the_devices_present_are_the_default(compiled, monkeypatch):
-    monkeypatch.setattr(planning, "host_bytes_available", lambda: 16 * 10**9)
+    monkeypatch.setattr(devices, "host_bytes_available", lambda: 16 * 10**9)
     found = grok1.plan(TOY)
     assert found.num_devices == len(jax.devices())
     assert found.memory_bytes * found.num_devices == 16e9
@@ -262,6 +265,78 @@ def test_the_command_prints_a_table_for_another_model(compiled, capsys):
     assert all(len(line) <= 100 for line in text.splitlines())
     assert main(["plan", str(TOY_PATH / "absent"), "--devices", "2"]) == 1
     assert "absent: there is no such directory" in capsys.readouterr().err
+
+
+def test_small_models_are_told_in_small_units(compiled, monkeypatch):
+    monkeypatch.setitem(ROOM, "working", 4096)
+    found = grok1.plan(TOY, devices=2, memory=1)
+    text = str(found)
+    sizes = [line[40:].strip() for line in text.split("on each device\n")[1].splitlines()[:5]]
+    weights, cache, needed = found.weights_bytes, found.cache_bytes, found.needed_bytes
+    assert sizes == [
+        f"{weights / 1e6:.2f} MB",
+        f"{cache / 1e3:.2f} kB",
+        "4.10 kB",
+        f"{needed / 1e6:.2f} MB",
+        "750.00 MB",
+    ]
+    assert " 0.00 " not in text
+    assert report._size(999) == "999 bytes"
+    # One unit for all where it shows all.
+    monkeypatch.setitem(ROOM, "working", 210_000_000)
+    large = str(grok1.plan(devices=8, memory=80))
+    assert "GB\n  weights                                    39.80\n" in large
+
+
+def test_what_does_not_fit_has_no_speed(compiled):
+    found = grok1.plan(devices=8, memory=80)
+    speeds = {estimate.name: estimate.tokens_per_second for estimate in found.estimates}
+    assert speeds["TPU v6e"] is None
+    assert speeds["A100 80GB SXM"] > 100
+    text = str(found)
+    assert "  8 x TPU v6e               32    1638      no           -" in text
+    assert "An upper bound: the time to read 11.06 GB" in text
+    nowhere = str(grok1.plan(devices=1, memory=80))
+    assert "An upper bound" not in nowhere
+    assert "\nIt would read 88.37 GB on each device for a step of decoding.\n" in nowhere
+    # What fits once more is taken of a GPU's memory has one.
+    raised = grok1.plan(devices=8, memory=48, bandwidth=1000).estimates[0]
+    assert (raised.needed_share, raised.tokens_per_second > 0) == (0.95, True)
+
+
+@pytest.mark.parametrize(
+    ("number", "mesh", "wider"), [(7, (7, 1), (1, 4)), (12, (3, 4), (1, 8)), (24, (3, 8), (1, 16))]
+)
+def test_devices_that_cannot_share_one_model_are_told(compiled, number, mesh, wider):
+    found = grok1.plan(devices=number, memory=80)
+    assert (found.mesh, found.wider_mesh) == (mesh, wider)
+    each = f"each {mesh[1]} of them hold" if mesh[1] > 1 else "each of them holds"
+    assert (
+        f"The model does not divide over {number} devices: {each} a whole copy;\n"
+        f"--mesh {wider[0]}x{wider[1]} shares one among {wider[1]}.\n" in str(found)
+    )
+    assert grok1.plan(devices=number, memory=80, mesh=mesh).wider_mesh is None
+    assert grok1.plan(devices=8, memory=80).wider_mesh is None
+
+
+def test_a_plan_prints_as_its_table(compiled):
+    found = grok1.plan(TOY, devices=2, memory=1)
+    assert str(found) == "\n".join(found.lines())
+    assert repr(found).startswith("Plan(fits, ")
+    assert repr(found).endswith(" MB needed of 750.00 MB on each of 2 devices, mesh 1x2 gpu)")
+    assert found._repr_html_().startswith("<pre>4 million weights on 2 devices (GPU), mesh 1x2,")
+
+
+def test_the_readme_shows_what_is_printed(on_eight_gpus):
+    found, _ = on_eight_gpus
+    fields = {field.name for field in dataclasses.fields(report.Plan)}
+    read = {name: value for name, value in found.items() if name in fields}
+    estimates = tuple(report.Estimate(**estimate) for estimate in found["estimates"])
+    text = str(report.Plan(**read | {"estimates": estimates}))
+    shown = "".join(f"    {line}\n" if line else "\n" for line in text.splitlines())
+    root = pathlib.Path(grok1.__file__).parent.parent
+    for page in ("README.md", "docs/running-grok-1.md"):
+        assert shown in (root / page).read_text(), f"{page} shows another plan"
 
 
 def test_a_plan_round_trips_through_json(compiled):
