@@ -42,19 +42,27 @@ def draw_plots(model: grok1.Model) -> None:
         figure.savefig(IMAGES / f"{name}.png", dpi=90)
 
 
-def photograph(name: str, fragments: Sequence[str], height: int, browser: str) -> None:
-    """Saves HTML as a picture: the same fragments on a light page and on a dark one beside it."""
+def photograph(name: str, fragments: Sequence[str], size: tuple[int, int], browser: str) -> None:
+    """Saves HTML as a picture: the same fragments on a light page and, below it, on a dark one.
+
+    Args:
+      name: Of the picture.
+      fragments: The HTML.
+      size: Width and height in pixels of a page, of which the picture has two for each; as wide as
+        the documentation's text, so that letters keep their size there.
+      browser: The Chromium.
+    """
     themes = {"#ffffff": "#111111", "#111111": "#e0e0e0"}
     pages = "".join(
-        f'<div style="background: {background}; color: {text}; padding: 12px; flex: 1;">'
-        f"{'<hr>'.join(fragments)}</div>"
+        f'<div style="background: {background}; color: {text}; padding: 12px; height: 50vh; '
+        f'box-sizing: border-box;">{"<hr>".join(fragments)}</div>'
         for background, text in themes.items()
     )
     with tempfile.TemporaryDirectory() as private:
         page = pathlib.Path(private) / "page.html"
         page.write_text(
             '<!DOCTYPE html><meta charset="utf-8">'
-            '<body style="margin: 0; font: 13px sans-serif; display: flex;">'
+            '<body style="margin: 0; font: 15px sans-serif;">'
             f"{pages}</body>",
             encoding="utf-8",
         )
@@ -64,7 +72,8 @@ def photograph(name: str, fragments: Sequence[str], height: int, browser: str) -
                 browser,
                 *options,
                 f"--user-data-dir={private}/profile",
-                f"--window-size=1180,{height}",
+                "--force-device-scale-factor=2",
+                f"--window-size={size[0]},{2 * size[1]}",
                 f"--screenshot={IMAGES / name}.png",
                 page.as_uri(),
             ],
@@ -83,14 +92,14 @@ def main() -> None:
         print("no Chromium: surprisal.png, reprs.png and config.png stay as they are")
         return
     score = model.score(SCORED)
-    photograph("surprisal", [plots.surprisal(score)], 190, browser)
+    photograph("surprisal", [plots.surprisal(score)], (920, 160), browser)
     completion = model.generate(
         "The first argument is", max_new_tokens=40, temperature=0, logprobs=0
     )
     trace = model.trace(TEXT, capture=("router", "attention"), attention_layers=[3])
     shown = [reprs.Fragment(each._repr_html_()) for each in (model, completion, trace)]
-    photograph("reprs", shown, 620, browser)
-    photograph("config", [reprs.Fragment(grok1.GROK_1._repr_html_())], 440, browser)
+    photograph("reprs", shown, (920, 680), browser)
+    photograph("config", [reprs.Fragment(grok1.GROK_1._repr_html_())], (920, 520), browser)
 
 
 if __name__ == "__main__":
