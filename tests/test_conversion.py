@@ -1,5 +1,6 @@
 """Conversions: exact, resumable from any point, atomic, by one process, and clear when refused."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -49,6 +50,29 @@ def tree(directory: pathlib.Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def staging_of(target: pathlib.Path) -> pathlib.Path | None:
+    """The directory in which a target is put together."""
+    return next(target.parent.glob(f".{target.name}.partial-*"), None)
+
+
+def journal_of(target: pathlib.Path) -> bytes:
+    staging = staging_of(target)
+    with contextlib.suppress(FileNotFoundError):
+        return (staging / "journal").read_bytes() if staging else b""
+    return b""
+
+
+def interrupted(target: pathlib.Path, num_pieces: int, to: str = "grok1") -> pathlib.Path:
+    """Converts the toy as far as some pieces and returns the directory that is left."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, num_pieces)
+        with pytest.raises(KeyboardInterrupt):
+            convert(TOY, target, to=to, progress=False)
+    staging = staging_of(target)
+    assert staging is not None
+    return staging
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +162,19 @@ def test_bfloat16_is_rounded_once_and_loads(tmp_path, toy):
 @pytest.mark.parametrize("to", ["safetensors", "gguf"])
 def test_interrupted_at_three_points_and_resumed_is_identical(how, to, tmp_path, toy_safetensors):
     pytest.importorskip(to)
-    journal = tmp_path / ".out.partial" / "journal"
     stops = sorted(random.Random(f"{how} {to}").sample(range(2, 100), 3))
     for stop in stops:
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW_CONVERSION, str(TOY), str(tmp_path / "out"), to],
             stderr=subprocess.DEVNULL,
         )
-        while not journal.exists() or journal.read_bytes().count(b"\n") <= stop:
+        while journal_of(tmp_path / "out").count(b"\n") <= stop:
             assert process.poll() is None, "it ended before it was interrupted"
             time.sleep(0.002)
         process.send_signal(how)
         assert process.wait() != 0
-        assert os.listdir(tmp_path) == [".out.partial"]
-        assert stop <= journal.read_bytes().count(b"\n")
+        assert [tmp_path / name for name in os.listdir(tmp_path)] == [staging_of(tmp_path / "out")]
+        assert stop <= journal_of(tmp_path / "out").count(b"\n")
     written = []
     whole = staging._write_piece
 
@@ -172,40 +195,140 @@ def test_interrupted_at_three_points_and_resumed_is_identical(how, to, tmp_path,
         assert tree(tmp_path / "out") == tree(tmp_path / "whole") == tree(toy_safetensors)
 
 
-def test_a_journal_cut_off_in_a_line_is_continued(tmp_path, monkeypatch):
-    interrupt_after(monkeypatch, 30)
-    with pytest.raises(KeyboardInterrupt):
-        convert(TOY, tmp_path / "out", to="grok1", progress=False)
-    monkeypatch.undo()
-    journal = tmp_path / ".out.partial" / "journal"
+def test_a_journal_cut_off_in_a_line_is_continued(tmp_path):
+    journal = interrupted(tmp_path / "out", 30) / "journal"
     journal.write_bytes(journal.read_bytes()[:-5])
-    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert convert(TOY, tmp_path / "out", to="grok1", progress=False) == []
     assert released(tmp_path / "out") == released(TOY)
 
 
-def test_bytes_that_the_disk_lost_are_written_again(tmp_path, monkeypatch):
-    interrupt_after(monkeypatch, 30)
-    with pytest.raises(KeyboardInterrupt):
-        convert(TOY, tmp_path / "out", to="grok1", progress=False)
-    monkeypatch.undo()
-    lost = tmp_path / ".out.partial" / "files" / "ckpt-0" / "tensor00000_000"
+@pytest.mark.parametrize(
+    ("number", "damage"),
+    [
+        (7, b"12 "),
+        (7, b"x 12 ckpt-0/tensor00002_000"),
+        (20, b"\xff\xfe\x00\x1b[31m"),
+        (3, b""),
+        (1, b"{"),
+        (1, b"\x80"),
+    ],
+)
+def test_a_damaged_line_of_the_journal_is_named_and_all_begun_anew(number, damage, tmp_path):
+    journal = interrupted(tmp_path / "out", 30) / "journal"
+    lines = journal.read_bytes().split(b"\n")
+    lines[number - 1] = damage
+    journal.write_bytes(b"\n".join(lines))
+    (note,) = convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert note.startswith(f"{journal}: line {number} was damaged, found '")
+    assert note.endswith("; the conversion was begun anew")
+    assert note.isprintable()
+    assert released(tmp_path / "out") == released(TOY)
+
+
+def test_bytes_that_the_disk_lost_are_written_again(tmp_path):
+    files = interrupted(tmp_path / "out", 30) / "files" / "ckpt-0"
+    lost = files / "tensor00000_000"
     lost.write_bytes(bytes(lost.stat().st_size))
-    os.truncate(tmp_path / ".out.partial" / "files" / "ckpt-0" / "tensor00001_000", 100)
+    os.truncate(files / "tensor00001_000", 100)
     convert(TOY, tmp_path / "out", to="grok1", progress=False)
     assert released(tmp_path / "out") == released(TOY)
 
 
-def test_an_unfinished_conversion_of_something_else_is_refused(tmp_path, monkeypatch):
-    interrupt_after(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        convert(TOY, tmp_path / "out", to="grok1", progress=False)
-    monkeypatch.undo()
+def test_an_unfinished_conversion_of_something_else_is_refused(tmp_path):
+    interrupted(tmp_path / "out", 3)
     for source, to in ((TOY, "safetensors"), (GOLDEN / "nano", "grok1")):
         with pytest.raises(
-            CheckpointError, match=r"\.out\.partial: holds an unfinished conversion"
+            CheckpointError, match=r"\.out\.partial-.*: holds an unfinished conversion"
         ):
             convert(source, tmp_path / "out", to=to, progress=False)
     convert(TOY, tmp_path / "out", to="grok1", progress=False)
+
+
+@pytest.mark.parametrize("foretold", [".out.partial", ".out.partial-0", "out"])
+def test_links_that_were_prepared_are_not_followed(foretold, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "ckpt-0").mkdir(parents=True)
+    (mine / "ckpt-0" / "tensor00000_000").write_text("precious")
+    (mine / "journal").write_text("precious")
+    place = tmp_path / foretold
+    if foretold == "out":
+        place.symlink_to(mine)
+        with pytest.raises(CheckpointError, match="out: already exists; choose a new place"):
+            convert(TOY, place, to="grok1", progress=False)
+    else:
+        place.mkdir()
+        (place / "files").symlink_to(mine)
+        (place / "journal").symlink_to(mine / "journal")
+        (place / "lock").symlink_to(mine / "journal")
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+        assert released(tmp_path / "out") == released(TOY)
+    assert set(tree(mine).values()) == {b"precious"}
+
+
+@pytest.mark.parametrize(
+    "what", ["files", "ckpt-0", "tensor00000_000", "another", "hard", "journal"]
+)
+def test_a_link_among_what_is_continued_is_refused(what, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "precious").write_text("precious")
+    staging = interrupted(tmp_path / "out", 30)
+    place = next((path for path in staging.rglob("*") if path.name == what), None)
+    if place is None:
+        place = staging / "files" / "ckpt-0" / "tensor00000_000"
+        if what == "another":
+            place = place.with_name(what)
+    if place.is_dir():
+        shutil.rmtree(place)
+        place.symlink_to(mine)
+    else:
+        place.unlink(missing_ok=True)
+        link = os.link if what == "hard" else os.symlink
+        link(mine / "precious", place)
+    with pytest.raises(
+        CheckpointError, match=f"{place.name}: is no file of this|cannot be written: .*{place.name}"
+    ):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert tree(mine) == {"precious": b"precious"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_directory_in_the_place_of_an_unfinished_one_is_not_used(tmp_path):
+    staging = interrupted(tmp_path / "out", 30)
+    staging.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", staging)
+    staging.chmod(0o700)
+    before = tree(staging)
+    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert tree(staging) == before
+
+
+def test_what_comes_to_the_place_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    verified = staging._verify
+
+    def race(*arguments):
+        verified(*arguments)
+        (tmp_path / "out").write_text("precious")
+
+    monkeypatch.setattr(staging, "_verify", race)
+    with pytest.raises(CheckpointError, match="out: something has come there meanwhile; what is"):
+        convert(TOY, tmp_path / "out", to="gguf", progress=False)
+    assert (tmp_path / "out").read_text() == "precious"
+    monkeypatch.undo()
+
+
+def test_without_a_private_directory_nothing_is_left_to_continue(tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "grok1").mkdir(mode=0o777)
+    (tmp_path / "cache" / "grok1").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    interrupt_after(monkeypatch, 3, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(CheckpointError, match="bytes; nothing of it is kept: free some space"):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["cache"]
+    assert os.listdir(tmp_path / "cache" / "grok1") == []
 
 
 @pytest.mark.parametrize("changed", ["config.json", "tokenizer.model", "version"])
@@ -226,7 +349,7 @@ def test_what_is_resumed_depends_on_all_that_is_written(changed, tmp_path, monke
         (source / changed).write_text(config.to_json())
     else:
         (source / changed).unlink()
-    with pytest.raises(CheckpointError, match=r"\.out\.partial: holds an unfinished conversion"):
+    with pytest.raises(CheckpointError, match=r"\.out\.partial-.*: holds an unfinished conversion"):
         convert(source, tmp_path / "out", to="safetensors", progress=False)
 
 
@@ -249,11 +372,12 @@ def test_a_full_disk_is_said_and_can_be_continued(tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 30, full)
     with pytest.raises(CheckpointError) as caught:
         convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    staging = staging_of(tmp_path / "out")
     assert str(caught.value).startswith(
         f"{tmp_path}/out: No space left on device while writing 4,7"
     )
     assert str(caught.value).endswith(
-        f"bytes; what is written is kept in {tmp_path}/.out.partial: free some space and run the "
+        f"bytes; what is written is kept in {staging}: free some space and run the "
         "same command to continue, or delete that directory"
     )
     monkeypatch.undo()
@@ -274,7 +398,7 @@ def test_two_processes_to_one_place_the_second_is_refused(tmp_path):
     first = subprocess.Popen(
         [sys.executable, "-c", SLOW_CONVERSION, str(TOY), str(tmp_path / "out"), "grok1"]
     )
-    while not (tmp_path / ".out.partial" / "journal").exists():
+    while not journal_of(tmp_path / "out"):
         assert first.poll() is None
         time.sleep(0.002)
     with pytest.raises(CheckpointError, match="out: another process is writing it now; wait for"):

@@ -110,8 +110,7 @@ def convert(
         "source files": _digest(tensors),
         "versions": _versions(to),
     }
-    write_files(target, plan.files, identity, plan.check, progress)
-    return plan.notes
+    return plan.notes + write_files(target, plan.files, identity, plan.check, progress)
 
 
 def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:

@@ -116,7 +116,7 @@ def open_plain(path: pathlib.Path, flags: int) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise OSError(errno.EEXIST, "not a file of its own, with one name", os.fspath(path))
+        raise OSError(errno.EINVAL, "not a file of its own, with one name", os.fspath(path))
     return descriptor
 
 
