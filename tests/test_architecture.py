@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -66,6 +67,18 @@ def test_imports_between_rooms_point_one_way():
                 assert outside <= allowed, f"{name} imports {outside - allowed}"
         above |= rooms
     assert above == {room_of(name) for name in MODULES}
+
+
+def test_the_page_shows_the_rooms_and_their_order():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    table = re.search(r"\| rooms \| .*?\n\|---\|---\|\n(.*?)\n\n", page, re.DOTALL)
+    assert table, "docs/architecture.md: the table of rooms is gone"
+    shown = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table[1].splitlines()]
+    assert shown == ROOMS, "docs/architecture.md: give its table of rooms the lines of ROOMS here"
+    for room in (path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()):
+        about = PACKAGE.parent / "docs" / "design" / f"{room}.md"
+        assert about.exists(), f"{about.relative_to(PACKAGE.parent)}: write why {room} is as it is"
+        assert f"`{room}`](design/{room}.md)" in table[1]
 
 
 def test_imports_have_no_circles():

@@ -1,8 +1,10 @@
-"""Hooks of the documentation site: the notebooks beside `docs` become pages of it.
+"""Hooks of the documentation site: notebooks become pages of it, and modules say what they are.
 
-A page holds a notebook's text, code and stored outputs, so that building the site runs nothing.
+A page holds a notebook's text, code and stored outputs, so that building the site runs nothing. A
+page about a room lists its modules with the first lines of their docstrings.
 """
 
+import ast
 import html
 import json
 import pathlib
@@ -27,9 +29,26 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads links to a notebook's file, as a reader of the repository needs them, to its page."""
-    del page, config, files
+    """Leads links to a notebook's file, as a reader of the repository needs them, to its page.
+
+    Where a page has the comment `modules of ROOM`, the modules of that room are listed.
+    """
+    del page, files
+    root = pathlib.Path(config.config_file_path).parent
+    markdown = re.sub(
+        r"<!-- modules of (\w+) -->", lambda found: _modules(root / "grok1" / found[1]), markdown
+    )
     return re.sub(r"\]\(\.\./notebooks/([\w-]+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
+
+
+def _modules(folder: pathlib.Path) -> str:
+    lines = ["| module | |", "|---|---|"]
+    for path in sorted(folder.rglob("*.py")):
+        if path.name != "__init__.py":
+            first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+            name = ".".join(path.relative_to(folder).with_suffix("").parts)
+            lines.append(f"| `{name}` | {first} |")
+    return "\n".join(lines)
 
 
 def _cell(cell: dict[str, Any]) -> str:
