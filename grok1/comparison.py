@@ -495,7 +495,8 @@ def _compare_runs(a: _Run, b: _Run, top_k: int) -> Comparison:
         same_top_k += int((tops[0][:, :, None] == tops[1][:, None, :]).sum())
         difference += float(np.sum((logits[0] - logits[1]) ** 2))
         norm += float(np.sum(logits[0] ** 2))
-        following = np.asarray(a.tokens[start + 1 : start + rows + 1])
+        # None where the block ends with the text after one row.
+        following = np.asarray(a.tokens[start + 1 : start + rows + 1], np.int64)
         places = np.arange(len(following)), following
         logprobs += logprobs_a[places].sum(), logprobs_b[places].sum()
     # A divergence of float64 rounding may come out just below zero.

@@ -10,14 +10,18 @@ It needs the package lm-eval: `pip install 'grok1[lm-eval]'`.
 """
 
 import collections
+import inspect
 import json
 import pathlib
-from collections.abc import Sequence
+import sys
+import traceback
 from typing import Any
 
 from tqdm import tqdm
 
+from grok1.checkpoint.tensor_file import CheckpointError
 from grok1.factory import load
+from grok1.machine.processes import OtherProcessError
 from grok1.model import Model
 from grok1.study.scoring import continuation_logprobs, encode_pair
 
@@ -31,7 +35,24 @@ except ImportError as error:
 
 _REQUESTS_AT_ONCE = 64  # between two movements of the progress bar
 _MAX_NEW_TOKENS = 256  # the harness's own default
+_LOAD_OPTIONS = tuple(name for name in inspect.signature(load).parameters if name != "path")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_IDLE: dict[str, tuple[Any, ...]] = {  # and the values with which it changes nothing
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1.0,),
+    "length_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "diversity_penalty": (0.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "early_stopping": (False,),
+    "use_cache": (True, False),
+}
 
 
 @register_model("grok1")
@@ -43,35 +64,49 @@ class Grok1LM(LM):
 
     Args:
       path: The model's directory; or a loaded `Model`, in Python.
-      mesh: As for `load`; on a command line "1x8".
-      dtype: As for `load`.
-      cache_dtype: As for `load`.
       max_length: Most tokens that the model sees at a time; None for its context.
       add_bos: Begin contexts with [BOS]; the released model does not.
       seed: Seed of what is sampled.
       batch_size: What the harness passes; rows are chosen by the engine, whatever it says.
       max_batch_size: As `batch_size`.
       device: What the harness passes; JAX has chosen the devices. `mesh` says how many are used.
+      **options: Those of `load`, as mesh="1x8", dtype, cache_dtype, layers, offload, memory,
+        tokenizer, embedding_dtype, router_softcap and renormalize_gates; none with a loaded model.
+
+    Raises:
+      TypeError: If an option is unknown, or given with a loaded model.
+      ValueError: If the model has no tokenizer, or max_length is out of range; or as `load`.
     """
 
     def __init__(
         self,
         path: str | pathlib.Path | Model,
-        mesh: str | Sequence[int] | None = None,
-        dtype: str | None = None,
-        cache_dtype: str | None = None,
         max_length: int | None = None,
         add_bos: bool = False,
         seed: int = 0,
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
+        **options: Any,
     ):
         super().__init__()
-        if isinstance(path, Model):
-            self.model = path
+        unknown = sorted(set(options) - set(_LOAD_OPTIONS))
+        if unknown:
+            raise TypeError(
+                f"model_args {', '.join(unknown)} are unknown; known are path, max_length, "
+                f"add_bos, seed, {', '.join(_LOAD_OPTIONS)}"
+            )
+        if not isinstance(path, Model):
+            if options.get("offload", "auto") is None:
+                options["offload"] = "none"  # the harness takes the word for Python's
+            self.model = load(path, **options)
+        elif options:
+            raise TypeError(
+                f"{', '.join(options)} cannot be chosen for a model that is loaded; give them to "
+                "load"
+            )
         else:
-            self.model = load(path, mesh=mesh, dtype=dtype, cache_dtype=cache_dtype)
+            self.model = path
         if self.model.tokenizer is None:
             raise ValueError(f"{path}: the harness needs a tokenizer, and this model has none")
         self._tokenizer = self.model.tokenizer
@@ -174,7 +209,8 @@ class Grok1LM(LM):
 
 def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
     """The harness's words for a generation in ours; it samples only where a task says so."""
-    given = dict(given)
+    # null is the harness's word for what is left as it is.
+    given = {name: value for name, value in given.items() if value is not None}
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     limits = [given.pop(name) for name in names if name in given]
     stop = given.pop("until", None) or []
@@ -184,25 +220,45 @@ def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
         "temperature": 0,
     }
     sampled = {name: given.pop(name) for name in _SAMPLING if name in given}
+    if sampled.get("top_k") in (0, -1):  # off, as others spell it
+        del sampled["top_k"]
     do_sample = given.pop("do_sample", None)
     if do_sample is None:
-        do_sample = sampled.get("temperature", 0) > 0
+        temperature = sampled.get("temperature", 0)
+        do_sample = not isinstance(temperature, (int, float)) or temperature > 0
     if do_sample:
         # What is not mentioned is off in the harness.
         options |= {"temperature": 1.0, "top_p": 1.0, **sampled}
-    if given:
+    changing = [
+        f"{name}: {value!r}"
+        for name, value in sorted(given.items())
+        if name not in _IDLE or value not in _IDLE[name]
+    ]
+    if changing:
+        idle = ", ".join(f"{name} ({values[0]!r})" for name, values in _IDLE.items())
         raise ValueError(
-            f"generation options {', '.join(sorted(given))} are unknown here; known are until, "
-            f"max_gen_toks, do_sample, {', '.join(_SAMPLING)}"
+            f"generation options {', '.join(changing)} cannot be had here; known are until, "
+            f"max_gen_toks, do_sample, {', '.join(_SAMPLING)}, and, with the value that changes "
+            f"nothing, {idle}"
         )
     return options
 
 
 def main() -> None:
-    """Runs the harness's own command line with the model type registered."""
+    """Runs the harness's own command line with the model type registered.
+
+    What this package refuses is one line; an error of the harness's is left as it is.
+    """
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (CheckpointError, OSError, OtherProcessError, TypeError, ValueError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and not module.startswith("grok1."):
+            raise
+        sys.exit(f"grok1.lm_eval: {error}")
 
 
 if __name__ == "__main__":

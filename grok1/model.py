@@ -215,8 +215,10 @@ class Model:
     def choose(self, context: Prompt, options: Sequence[Prompt], **encoding: Any) -> Choice:
         """Computes how probable each of several continuations of a context is.
 
-        Context and option are encoded together and cut where the context alone would end; white
-        space at the end of the context counts as the options' (lm-evaluation-harness's rule).
+        Context and option are encoded together and cut where that parts from the context alone;
+        white space at the end of the context counts as the options' (lm-evaluation-harness's rule),
+        and so does a token in which the two join, as "an" and "d" in " and". What then has nothing
+        before it is scored after [BOS].
 
         Args:
           context: Text or token ids; an empty text stands for [BOS].

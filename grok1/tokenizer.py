@@ -11,10 +11,13 @@ import operator
 import pathlib
 import re
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 import sentencepiece
+
+_SPACE = "▁"  # U+2581, as pieces spell it
 
 # Values of the enum SentencePiece.Type in sentencepiece_model.proto.
 _ORDINARY, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -29,7 +32,9 @@ class Tokenizer:
     """A SentencePiece model as Grok-1 uses it.
 
     Encoding and decoding are SentencePiece's own, with its rule for the first space: encoding puts
-    one before the text, and decoding takes one away from the start.
+    one before the text, and decoding takes one away from the start. Pieces spell a space as "▁"
+    (U+2581), so that a text in which that character stands cannot be told from one with a space
+    there: it is read as one, with a warning. Every other character comes back as it was.
 
     Attributes:
       vocab_size: V, the number of pieces; token ids are in [0, V).
@@ -84,6 +89,9 @@ class Tokenizer:
             one id. Pass it only for text that the caller wrote: a user could otherwise forge them.
             The spelling "[BOS]" is plain characters in either case.
 
+        Warns:
+          UserWarning: If the text holds "▁" (U+2581), which is read as a space.
+
         Raises:
           TypeError: If the text is not a str.
           ValueError: If the text holds half a surrogate pair, or [BOS] is asked of a model that
@@ -99,6 +107,12 @@ class Tokenizer:
                 f"{error.start}, which is no character; decode its source again with "
                 'errors="replace"'
             ) from None
+        if _SPACE in text:
+            warnings.warn(
+                "text holds the character U+2581, with which the vocabulary spells a space: it is "
+                "read as one; put another in its place, such as _, if it matters",
+                stacklevel=2,
+            )
         if add_bos and self.bos_id < 0:
             raise ValueError("add_bos needs a [BOS] piece, and this tokenizer has none")
         processor = self._processor if allow_control else self._plain_processor
@@ -154,7 +168,7 @@ class Tokenizer:
         piece = self._processor.id_to_piece(token)
         if self._processor.is_byte(token):  # "<0xE5>"
             return bytes.fromhex(piece[3:5])
-        return piece.replace("▁", " ").encode()
+        return piece.replace(_SPACE, " ").encode()
 
     @property
     def vocabulary(self) -> list[tuple[bytes, float, int]]:

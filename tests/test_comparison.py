@@ -77,6 +77,29 @@ def test_a_text_longer_than_the_context_is_run_in_pieces(nano):
     assert found.perplexity_a == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 6, 9])
+def test_a_text_of_any_length_modulo_the_block_of_rows(num_tokens, tmp_path, monkeypatch):
+    rng = np.random.default_rng(num_tokens)
+    tokens = rng.integers(0, 16, num_tokens)
+    runs = [rng.standard_normal((num_tokens, 16)) for _ in range(2)]
+    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for file, logits in zip(files, runs, strict=True):
+        np.savez(file, logits=logits, tokens=tokens)
+    whole = compare(*files, top_k=2)
+    monkeypatch.setattr("grok1.comparison._ROWS_BYTES", 4 * 8 * 16)  # four rows at a time
+    found = compare(*files, top_k=2)
+    np.testing.assert_allclose(found.divergences, whole.divergences)
+    logprobs = [np.log(np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)) for x in runs]
+    np.testing.assert_allclose(
+        found.divergences, (np.exp(logprobs[0]) * (logprobs[0] - logprobs[1])).sum(axis=-1)
+    )
+    if num_tokens == 1:
+        assert found.perplexity_a is None
+    else:
+        chosen = logprobs[1][np.arange(num_tokens - 1), tokens[1:]]
+        assert found.perplexity_b == pytest.approx(np.exp(-chosen.mean()))
+
+
 def test_meshes_and_types_on_the_command_line(capsys):
     arguments = ["compare", str(TOY), str(TOY), "--prompt", TEXT, "--json"]
     sides = ["--mesh-a", "1x1", "--mesh-b", "2x2", "--dtype-a", "float32", "--dtype-b", "bfloat16"]

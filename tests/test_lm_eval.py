@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     pytest.importorskip(
         "lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[lm-eval]'"
     )
-    from grok1.lm_eval import Grok1LM, _generation_options
+    from grok1.lm_eval import Grok1LM, _generation_options, main
 
 QUESTIONS = [
     {"question": "The first argument is a", "choices": ["string", "purple cow"], "answer": 0},
@@ -270,15 +270,107 @@ def test_bos_stands_before_what_has_no_context_or_where_it_is_asked_for(toy):
             {"do_sample": True},
             {"max_new_tokens": 256, "stop": [], "temperature": 1.0, "top_p": 1.0},
         ),
+        (
+            {"num_beams": 1, "repetition_penalty": 1, "top_k": 0, "temperature": None},
+            {"max_new_tokens": 256, "stop": [], "temperature": 0},
+        ),
+        (
+            {"max_gen_toks": None, "do_sample": True, "top_k": -1, "typical_p": 1.0},
+            {"max_new_tokens": 256, "stop": [], "temperature": 1.0, "top_p": 1.0},
+        ),
+        (
+            {"until": "a", "do_sample": None, "temperature": 0.2, "top_p": None, "min_p": None},
+            {"max_new_tokens": 256, "stop": ["a"], "temperature": 0.2, "top_p": 1.0},
+        ),
     ],
 )
 def test_generation_options_mean_what_the_harness_means(given, expected):
     assert _generation_options(given) == expected
 
 
+def test_the_options_of_load_are_its_own(monkeypatch, toy):
+    given = {}
+    monkeypatch.setattr("grok1.lm_eval.load", lambda path, **options: given.update(options) or toy)
+    Grok1LM.create_from_arg_string(
+        "path=toy,mesh=1x1,dtype=float32,cache_dtype=int8,layers=2,router_softcap=30,"
+        "renormalize_gates=true,embedding_dtype=bfloat16,offload=disk,memory=16GB,"
+        "tokenizer=tokenizer.model,progress=false"
+    )
+    assert given == {
+        "mesh": "1x1", "dtype": "float32", "cache_dtype": "int8", "layers": 2,
+        "router_softcap": 30, "renormalize_gates": True, "embedding_dtype": "bfloat16",
+        "offload": "disk", "memory": "16GB", "tokenizer": "tokenizer.model", "progress": False,
+    }  # fmt: skip
+    given.clear()
+    # The harness takes this word for Python's None.
+    Grok1LM.create_from_arg_string("path=toy,offload=none")
+    assert given == {"offload": "none"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("path=nowhere", r"nowhere\S*: there is no such directory"),
+        ("path=toy,mesh=all", "mesh must be two sizes above 0"),
+        ("path=toy,tokenizer=nowhere.model", "nowhere.model: no such file"),
+        ("path=toy,dtyp=float32", "model_args dtyp are unknown"),
+    ],
+)
+def test_what_the_command_refuses_is_one_line(arguments, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = ["lm_eval", "run", "--model", "grok1", "--model_args", arguments, "--tasks", "none"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(
+        "lm_eval.__main__.cli_evaluate", lambda: Grok1LM.create_from_arg_string(arguments)
+    )
+    with pytest.raises(SystemExit, match=rf"^grok1.lm_eval: .*{said}") as stopped:
+        main()
+    assert "\n" not in str(stopped.value)
+
+
+def test_errors_of_the_harness_stay_as_they_are(monkeypatch):
+    def fail():
+        json.loads("{")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", fail)
+    with pytest.raises(json.JSONDecodeError):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("context", "option"), [("an", "d"), ("an", " elephant"), ("retur", "n"), ("an", "d the n")]
+)
+def test_what_joins_is_scored_whole(toy, context, option):
+    before, joined = (toy.tokenizer.encode(text) for text in (context, context + option))
+    same = [one == other for one, other in zip(before, joined, strict=False)]
+    cut = same.index(False) if False in same else len(same)
+    # Nothing precedes the first token of a text; [BOS] stands before it where it is scored.
+    score = toy.score(context + option, top_k=0, add_bos=cut == 0)
+    scored = slice(max(cut, 1), None)
+    (found,) = Grok1LM(toy).loglikelihood([request(context, option)])
+    assert found[0] == pytest.approx(score.logprobs[scored].sum(), abs=1e-4)
+    assert found[1] == (score.ranks[scored] == 0).all()
+    assert found[0] < 0
+
+
+def test_no_likelihood_is_of_nothing(toy):
+    found = Grok1LM(toy).loglikelihood(
+        [request("The file", ""), request("", "a"), request(" ", "")]
+    )
+    assert all(logprob < 0 for logprob, _ in found)
+    with pytest.raises(ValueError, match="context and continuation are both empty; give some text"):
+        Grok1LM(toy).loglikelihood([request("", "")])
+
+
 def test_what_it_cannot_do_is_said(toy, nano_path):
-    with pytest.raises(ValueError, match="generation options num_beams are unknown here; known"):
-        _generation_options({"num_beams": 4})
+    for given in ({"num_beams": 4}, {"repetition_penalty": 1.1}, {"penalty_alpha": 0.6}):
+        [(name, value)] = given.items()
+        with pytest.raises(ValueError, match=f"generation options {name}: {value} cannot be had"):
+            _generation_options({"until": [], "num_beams": 1, **given})
+    with pytest.raises(TypeError, match="model_args batch, pretrained are unknown; known are path"):
+        Grok1LM(nano_path, pretrained=True, batch=2)
+    with pytest.raises(TypeError, match="mesh, layers cannot be chosen for a model that is loaded"):
+        Grok1LM(toy, mesh="1x1", layers=2)
     with pytest.raises(ValueError, match="the harness needs a tokenizer, and this model has none"):
         Grok1LM(nano_path, mesh="1x1")
     with pytest.raises(ValueError, match=r"mesh must be two sizes above 0, .* as 1x8, found 'all'"):

@@ -170,7 +170,19 @@ def test_generation_ends_at_the_context(nano):
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
-        ([], ValueError, r"the prompt is empty; give at least one token"),
+        ([], ValueError, r"no prompt in an empty sequence; give text, token ids, or a list of"),
+        ((), ValueError, r"no prompt in an empty sequence; give text, token ids, or a list of"),
+        (np.zeros((0, 3), int), ValueError, r"no prompt in an empty sequence"),
+        (b"ab", TypeError, r"a prompt is text or token ids, found bytes; decode it to text"),
+        (bytearray(b"ab"), TypeError, r"a prompt is text or token ids, found bytearray; decode"),
+        (memoryview(b"ab"), TypeError, r"found memoryview; decode .* or give list\(prompt\)"),
+        ([b"ab", [1]], TypeError, r"a prompt is text or token ids, found bytes"),
+        (np.array(["a", "bc"]), TypeError, r"found one of <U2; give a list of texts: prompts.tol"),
+        (np.array(["a", "bc"], object), TypeError, r"found one of object; give a list of texts"),
+        (np.array([b"a", b"bc"]), TypeError, r"found one of \|S2; give a list of texts"),
+        (np.array(5), TypeError, r"a prompt is text or a sequence of token ids, found ndarray"),
+        ([[[1], [2, 3]]], ValueError, r"must be one sequence of whole numbers, found \[\[1\]"),
+        ([1, "a"], TypeError, r"a prompt is text or a sequence of token ids, found int"),
         (
             list(range(96)),
             ValueError,
@@ -189,6 +201,23 @@ def test_generation_ends_at_the_context(nano):
 def test_prompts_that_are_refused(nano, prompt, error, message):
     with pytest.raises(error, match=message):
         nano.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [jnp.array([1, 2, 3]), jnp.array([4])],
+        [np.array([1, 2, 3]), jnp.array([4])],
+        [(1, 2, 3), np.array([4])],
+    ],
+    ids=["jax", "numpy and jax", "tuple and numpy"],
+)
+def test_arrays_of_different_lengths_are_a_batch(nano, prompts):
+    found = nano.generate(prompts, max_new_tokens=2, temperature=0)
+    expected = nano.generate([[1, 2, 3], [4]], max_new_tokens=2, temperature=0)
+    assert [out.tokens for out in found] == [out.tokens for out in expected]
+    numbers = [jnp.int32(1), np.int32(2), np.array(3)]
+    assert nano.generate(numbers, max_new_tokens=2, temperature=0).tokens == found[0].tokens
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,15 @@ def test_values_out_of_range_are_refused(params, message):
 def test_the_ends_of_the_ranges_are_accepted():
     SamplingParams(temperature=0.0, top_p=1.0, top_k=1, min_p=0.0)
     SamplingParams(min_p=1.0)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p"])
+def test_a_number_in_quotes_is_shown_in_quotes(name):
+    given = types.SimpleNamespace(temperature=0.7, top_p=0.95, top_k=None, min_p=None)
+    setattr(given, name, "1")
+    with pytest.raises(ValueError, match=rf"{name} must be .*, found '1'"):
+        # The method itself: a test run puts a type checker around the class.
+        inspect.unwrap(SamplingParams.__post_init__)(given)
 
 
 def test_sampling_state_has_a_row_for_each_key():

@@ -11,7 +11,7 @@ import pytest
 
 import grok1
 from grok1.nn.unembedding import _LOGITS_BYTES
-from grok1.study.scoring import Window, score_windows, window_bounds
+from grok1.study.scoring import Window, encode_pair, score_windows, window_bounds
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (
@@ -283,16 +283,60 @@ def test_the_same_choice_as_ids_and_behind_an_empty_context(toy, nano):
     assert nano.choose([5], [[6], [7, 8]]).best_per_byte is None
 
 
-def test_an_option_that_melts_into_the_context_keeps_its_last_token(toy):
-    context, option = next(
-        (word[:cut], word[cut:])
-        for word in ("The", "return", "is", "of")
-        for cut in range(1, len(word))
-        if len(toy.tokenizer.encode(word)) == 1 and toy.tokenizer.encode(word[:cut])
+REAL = grok1.Tokenizer.load(ROOT / "checkpoints" / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("context", "option", "before", "after"),
+    [
+        ("un", "fair", ["[BOS]"], ["▁unfair"]),
+        ("Ans", "wer", ["[BOS]"], ["▁Answer"]),
+        ("A", "I", ["[BOS]"], ["▁AI"]),
+        ("retur", "n the", ["[BOS]"], ["▁return", "▁the"]),
+        ("the an", "d", ["▁the"], ["▁and"]),
+        ("an", " elephant", ["▁an"], ["▁elephant"]),
+        ("an ", "elephant", ["▁an"], ["▁elephant"]),
+        ("", "a", ["[BOS]"], ["▁a"]),
+        ("  ", "a", ["[BOS]"], ["▁▁", "▁a"]),
+        ("the an", "", ["▁the"], ["▁an"]),
+        ("an", "", ["[BOS]"], ["▁an"]),
+    ],
+)
+def test_a_continuation_begins_where_the_whole_parts_from_the_context(
+    context, option, before, after
+):
+    found = encode_pair(REAL, context, option, REAL.vocab_size)
+    assert [[REAL.piece(token) for token in tokens] for tokens in found] == [before, after]
+    behind_bos = encode_pair(REAL, context, option, REAL.vocab_size, add_bos=True)
+    assert behind_bos[0] == [REAL.bos_id, *(found[0] if before != ["[BOS]"] else [])]
+    assert behind_bos[1] == found[1]
+
+
+def test_options_that_join_the_context_are_scored(toy):
+    choice = toy.choose("an", ["d", " elephant"])
+    whole = toy.tokenizer.encode("and")
+    assert choice.tokens[0] == whole
+    assert choice.logprobs[0] == pytest.approx(
+        toy.score("and", add_bos=True).logprobs[1:].sum(), abs=1e-4
     )
-    assert toy.choose(context, [option], add_bos=True).tokens == [
-        toy.tokenizer.encode(context + option)
-    ]
+    assert choice.logprobs[0] < 0
+    assert toy.choose("retur", ["n"]).logprobs[0] < 0
+    assert toy.choose("an", ["d"], add_bos=True).logprobs[0] == pytest.approx(
+        choice.logprobs[0], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_has_no_finite_probability_is_an_error(nano, poison):
+    norm = nano.params.final_norm.at[3].set(poison)
+    damaged = grok1.Model(
+        nano.params._replace(final_norm=norm), nano.config, nano.mesh, "float32", nano.tensors
+    )
+    message = "token 1 of a text cannot be scored: the model's logits must be finite, found NaN"
+    with pytest.raises(ValueError, match=message):
+        damaged.score([5, 6, 7])
+    with pytest.raises(ValueError, match=message):
+        damaged.choose([5], [[6], [7]])
 
 
 @pytest.mark.parametrize(

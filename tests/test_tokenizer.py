@@ -84,6 +84,16 @@ def test_released_sizes_and_special_ids(released):
     assert [released.pad_id, released.bos_id, released.eos_id, released.unk_id] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("text", ["a▁b", "▁", "x = '▁the'\n"])
+def test_the_spelling_of_a_space_is_read_as_one_and_said(released, text):
+    with pytest.warns(UserWarning, match="text holds the character U\\+2581, .* read as one; put"):
+        tokens = released.encode(text)
+    assert tokens == released.encode(text.replace("▁", " "))
+    # Every other character comes back: these are the ones that look like it or stand near it.
+    others = "a_b\u2580\u2582\uff3f\xa0\u2423"
+    assert released.decode(released.encode(others)) == others
+
+
 def test_bos_only_on_request(released):
     tokens = released.encode("Hello")
     assert 1 not in tokens

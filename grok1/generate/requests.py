@@ -147,7 +147,8 @@ def encode_prompt(
       allow_control: As in `Tokenizer.encode`, for text.
 
     Raises:
-      ValueError: If ids are out of range, or a text has no tokenizer.
+      TypeError: If it is neither text nor a sequence.
+      ValueError: If ids are out of range or no such sequence, or a text has no tokenizer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -155,7 +156,15 @@ def encode_prompt(
                 "this model has no tokenizer; give token ids, or load it with tokenizer="
             )
         return tokenizer.encode(prompt, add_bos=add_bos, allow_control=allow_control)
-    array = np.asarray(prompt)
+    _check_kind(prompt)
+    try:
+        array = np.asarray(prompt)
+    except ValueError:  # sequences of different lengths
+        array = np.asarray(prompt, object)
+    if array.ndim != 1 or array.dtype == object:
+        raise ValueError(
+            f"a prompt of token ids must be one sequence of whole numbers, found {prompt!r:.80}"
+        )
     check_ids(array, vocab_size, "the prompt")
     return array.tolist()
 
@@ -165,13 +174,34 @@ def is_batch(prompt: Any) -> bool:
 
     Raises:
       TypeError: If it is neither.
+      ValueError: If it is an empty sequence, which may be either.
     """
     if isinstance(prompt, str):
         return False
+    _check_kind(prompt)
+    if len(prompt) == 0:
+        raise ValueError(
+            "there is no prompt in an empty sequence; give text, token ids, or a list of these"
+        )
     if isinstance(prompt, (np.ndarray, jax.Array)):
         return prompt.ndim > 1
-    if not isinstance(prompt, Sequence):
+    return any(isinstance(item, (str, Sequence)) or getattr(item, "ndim", 0) for item in prompt)
+
+
+def _check_kind(prompt: Any) -> None:
+    """Checks that a prompt that is no text is a sequence, and not one of bytes or of strings."""
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise TypeError(
+            f"a prompt is text or token ids, found {type(prompt).__name__}; decode it to text, as "
+            "bytes(prompt).decode(), or give list(prompt) if the bytes are ids"
+        )
+    if isinstance(prompt, (np.ndarray, jax.Array)) and prompt.ndim > 0:
+        if prompt.dtype.kind in "SUO":
+            raise TypeError(
+                f"an array of prompts must be of token ids, found one of {prompt.dtype}; give a "
+                "list of texts: prompts.tolist()"
+            )
+    elif not isinstance(prompt, Sequence):
         raise TypeError(
             f"a prompt is text or a sequence of token ids, found {type(prompt).__name__}"
         )
-    return any(isinstance(item, (str, Sequence, np.ndarray)) for item in prompt)

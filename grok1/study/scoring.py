@@ -8,6 +8,7 @@ Dimension key: T token of a text, V vocabulary, k alternative, O option.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -239,7 +240,7 @@ def choose(
     allow_control: bool = False,
 ) -> Choice:
     """Scores continuations of one context, as `Model.choose` says."""
-    if isinstance(options, str) or not is_batch(options):
+    if isinstance(options, (str, bytes)) or not len(options) or not is_batch(options):
         raise TypeError("options must be a list of continuations, texts or sequences of token ids")
     limit = engine.config.sequence_len + 1
     pairs = []
@@ -286,22 +287,27 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
     """Returns the token ids of a context and of what continues it.
 
-    Texts are encoded joined, as the model would meet them, and cut where the context alone would
-    end; white space at the context's end goes to the continuation, since a piece begins with its
-    space. This is lm-evaluation-harness's rule. Where the joined text has no token of its own for
-    the continuation, the last token is the continuation's. An empty context is [BOS].
+    Texts are encoded joined, as the model would meet them, and cut where that parts from the
+    context alone; white space at the context's end goes to the continuation, since a piece begins
+    with its space. This is lm-evaluation-harness's rule, but for a token in which the two join: it
+    is the continuation's. At least the last token is. Where nothing is left before it, as behind an
+    empty context, there is [BOS].
 
     Args:
       tokenizer: For texts.
       context: Text or token ids.
-      continuation: As the context, and of the same kind; not empty.
+      continuation: As the context, and of the same kind.
       vocab_size: Ids are below it.
       add_bos: Put [BOS] before a context that is text.
       allow_control: As in `Tokenizer.encode`.
 
+    Returns:
+      Two lists, neither empty.
+
     Raises:
       TypeError: If one is text and the other is not.
-      ValueError: If the context is empty and there is no [BOS], or as `requests.encode_prompt`.
+      ValueError: If there is no text at all, a sequence of ids is empty, there is no [BOS], or as
+        `requests.encode_prompt`.
     """
     if isinstance(context, str) != isinstance(continuation, str):
         raise TypeError("context and options must both be text, or both be token ids")
@@ -315,12 +321,16 @@ def encode_pair(
         before, after = encode(context), encode(continuation)
         if not before:
             raise ValueError("the context is empty; begin it with the id of [BOS]")
+        if not after:
+            raise ValueError("the continuation is empty; give at least one token")
         return before, after
-    bare = context.rstrip()
-    with_bos = add_bos or not bare
-    before = encode(bare, with_bos)
-    joined = encode(context + continuation, with_bos)
-    cut = min(len(before), len(joined) - 1)
+    before, joined = encode(context.rstrip(), add_bos), encode(context + continuation, add_bos)
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, joined, strict=False))
+    cut = min(sum(1 for _ in shared), len(joined) - 1)
+    if cut < 1:
+        if not context + continuation:
+            raise ValueError("context and continuation are both empty; give some text to score")
+        return encode("", with_bos=True), joined
     return joined[:cut], joined[cut:]
 
 
@@ -381,6 +391,9 @@ def score_windows(
       engine: The model.
       windows: Of at least two tokens, and at most one more than the context holds.
       num_top: How many of the most probable tokens to report.
+
+    Raises:
+      ValueError: If a token has no finite log-probability.
     """
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index].tokens))
     while order:
@@ -414,12 +427,20 @@ def _score_batch(
         done += chunk
     on_host = jax.device_get(parts)
     for row, window in enumerate(windows):
-        yield TokenStatistics(
+        statistics = TokenStatistics(
             *(
                 np.concatenate([part[row] for part in leaf])[window.first - 1 : lengths[row]]
                 for leaf in zip(*on_host, strict=True)
             )
         )
+        finite = np.isfinite(statistics.logprobs)
+        if not finite.all():
+            raise ValueError(
+                f"token {window.first + int(finite.argmin())} of a text cannot be scored: the "
+                "model's logits must be finite, found NaN or infinity; a weight is damaged or too "
+                "large (verify --deep looks at every one), or an intervention makes it so"
+            )
+        yield statistics
 
 
 def _empty_statistics(num_tokens: int, top_k: int) -> TokenStatistics:
