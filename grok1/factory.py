@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grok1 import bundled
+from grok1 import bundled, keywords
 from grok1.checkpoint.directory import load_config, open_tensors, tokenizer_path
 from grok1.checkpoint.loading import load_params
 from grok1.checkpoint.released import save_checkpoint
@@ -27,6 +27,7 @@ MeshLike = Mesh | Sequence[int] | str | None
 """A mesh with axes (data, model), its two sizes as (1, 8) or "1x8", or None for every device."""
 
 
+@keywords.suggesting()
 @together()
 def load(
     path: str | pathlib.Path,
@@ -108,6 +109,7 @@ def load(
     return Model(engine.params, config, device_mesh, dtype, tensors, tokenizer, engine=engine)
 
 
+@keywords.suggesting()
 def random_model(
     config: ModelConfig,
     *,
@@ -124,7 +126,15 @@ def random_model(
       dtype: As for `load`.
       cache_dtype: As for `load`.
       seed: Seed of the weights; they are the same on every mesh.
+
+    Raises:
+      TypeError: If the architecture is no `ModelConfig`.
+      ValueError: As for `load`.
     """
+    if not isinstance(config, ModelConfig):
+        raise TypeError(
+            f"config must be a ModelConfig, such as grok1.TOY, found {type(config).__name__}"
+        )
     device_mesh = make_mesh(config, mesh)
     dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
     cache_dtype = precision.cache_dtype(cache_dtype)

@@ -1,21 +1,19 @@
 """The model as a user holds it: logits, generate, stream."""
 
-import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import reprs
+from grok1 import keywords, reprs
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.generate.completion import Completion
-from grok1.generate.options import GenerationOptions, check_ids
+from grok1.generate.options import GenerationArguments, GenerationOptions, check_ids
 from grok1.generate.requests import Batch, Prompt, is_batch
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec
@@ -178,14 +176,29 @@ class Model:
 
     @overload
     def score(  # pyright: ignore[reportOverlappingOverload]
-        self, text: Prompt, **options: Any
+        self,
+        text: Prompt,
+        *,
+        top_k: int = 5,
+        window: int | None = None,
+        stride: int | None = None,
+        add_bos: bool = False,
+        allow_control: bool = False,
     ) -> Score: ...
     @overload
     def score(
-        self, text: Sequence[str] | Sequence[Sequence[int]], **options: Any
+        self,
+        text: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        top_k: int = 5,
+        window: int | None = None,
+        stride: int | None = None,
+        add_bos: bool = False,
+        allow_control: bool = False,
     ) -> list[Score]: ...
 
-    def score(self, text, **options):
+    @keywords.suggesting()
+    def score(self, text, *, top_k=5, window=None, stride=None, add_bos=False, allow_control=False):
         """Computes how probable each token of a text is, given those before it.
 
         Logits never leave the devices, and exist for some rows at a time. A text of more than
@@ -196,10 +209,12 @@ class Model:
 
         Args:
           text: Text or token ids of any length; or a list of these.
-          **options: top_k=5, the alternatives to report for each token; window=None, most tokens
-            run at a time, the context if None; stride=None, how far apart windows begin, half of
-            the window if None; add_bos=False and allow_control=False, as for `generate`. Without
-            [BOS] nothing precedes the first token, which is not scored.
+          top_k: The alternatives to report for each token.
+          window: Most tokens run at a time; None for the context.
+          stride: How far apart windows begin; None for half of the window.
+          add_bos: Begin with [BOS]; without it nothing precedes the first token, which is not
+            scored.
+          allow_control: Let control pieces such as `<|separator|>` in a text be themselves.
 
         Returns:
           A `Score`, or for a list of texts a list of them.
@@ -210,9 +225,26 @@ class Model:
             into windows.
           TypeError: If the text is of another type.
         """
-        return scoring.score(self.engine, self.tokenizer, text, **options)
+        return scoring.score(
+            self.engine,
+            self.tokenizer,
+            text,
+            top_k=top_k,
+            window=window,
+            stride=stride,
+            add_bos=add_bos,
+            allow_control=allow_control,
+        )
 
-    def choose(self, context: Prompt, options: Sequence[Prompt], **encoding: Any) -> Choice:
+    @keywords.suggesting()
+    def choose(
+        self,
+        context: Prompt,
+        options: Sequence[Prompt],
+        *,
+        add_bos: bool = False,
+        allow_control: bool = False,
+    ) -> Choice:
         """Computes how probable each of several continuations of a context is.
 
         Context and option are encoded together and cut where that parts from the context alone;
@@ -223,7 +255,8 @@ class Model:
         Args:
           context: Text or token ids; an empty text stands for [BOS].
           options: The continuations, of the context's kind; begin a new word with its space.
-          **encoding: add_bos=False and allow_control=False, as for `generate`.
+          add_bos: Put [BOS] before a context that is text.
+          allow_control: Let control pieces such as `<|separator|>` in texts be themselves.
 
         Returns:
           A `Choice`: log-likelihoods, raw, per token and per byte, and the best by each.
@@ -233,19 +266,29 @@ class Model:
             and option are too long.
           TypeError: If the options are no list, or of another kind than the context.
         """
-        return scoring.choose(self.engine, self.tokenizer, context, options, **encoding)
+        return scoring.choose(
+            self.engine,
+            self.tokenizer,
+            context,
+            options,
+            add_bos=add_bos,
+            allow_control=allow_control,
+        )
 
     # A str is also a Sequence[str]; the first overload that fits wins.
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload]
-        self, prompt: Prompt, **options: Any
+        self, prompt: Prompt, **options: Unpack[GenerationArguments]
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        **options: Unpack[GenerationArguments],
     ) -> list[Completion]: ...
 
-    def generate(self, prompt, **options):
+    @keywords.suggesting(GenerationOptions)
+    def generate(self, prompt, **options: Unpack[GenerationArguments]):
         """Continues a prompt, or a batch of prompts.
 
         Args:
@@ -270,7 +313,8 @@ class Model:
         completions = [builder.build() for builder in batch.builders]
         return completions if many else completions[0]
 
-    def stream(self, prompt: Prompt, **options: Any) -> "TextStream":
+    @keywords.suggesting(GenerationOptions)
+    def stream(self, prompt: Prompt, **options: Unpack[GenerationArguments]) -> "TextStream":
         """Continues one prompt, yielding text as it becomes certain: whole characters, no stops.
 
         On a CPU the tokens of a tenth of a second come together, unless there are stop strings.
@@ -292,36 +336,72 @@ class Model:
         batch = Batch(self.engine, self.tokenizer, [prompt], GenerationOptions(**options))
         return TextStream(batch)
 
+    @keywords.suggesting()
     def trace(
-        self, text: Prompt, capture: Sequence[str] = ("router", "residual"), **options: Any
+        self,
+        text: Prompt,
+        capture: Sequence[str] = ("router", "residual"),
+        *,
+        attention_layers: int | Sequence[int] | None = None,
+        lens_top: int = 5,
+        add_bos: bool = False,
+        allow_control: bool = False,
     ) -> Trace:
         """Runs a text and keeps what happens inside; see `tracing.trace`.
 
         Args:
           text: Text or token ids, up to the context.
           capture: Any of "router", "residual", "branches", "attention", "logit_lens", "logits".
-          **options: attention_layers, lens_top=5, add_bos=False, allow_control=False.
+          attention_layers: With "attention", the layers to map; None for all.
+          lens_top: With "logit_lens", how many tokens to name.
+          add_bos: Begin with the beginning-of-sequence token.
+          allow_control: Let control pieces such as `<|separator|>` in a text be themselves.
         """
-        return trace(self.engine, self.tokenizer, text, capture, **options)
+        return trace(
+            self.engine,
+            self.tokenizer,
+            text,
+            capture,
+            attention_layers=attention_layers,
+            lens_top=lens_top,
+            add_bos=add_bos,
+            allow_control=allow_control,
+        )
 
+    @keywords.suggesting(GenerationOptions)
     def trace_generation(
-        self, prompt: Prompt, capture: Sequence[str] = ("router", "residual"), **options: Any
+        self,
+        prompt: Prompt,
+        capture: Sequence[str] = ("router", "residual"),
+        *,
+        attention_layers: int | Sequence[int] | None = None,
+        lens_top: int = 5,
+        **options: Unpack[GenerationArguments],
     ) -> tuple[Completion, Trace]:
         """Continues a prompt as `generate` and keeps what happens inside; see `tracing`.
 
         Args:
           prompt: Text or token ids.
           capture: As for `trace`, but "logits".
-          **options: attention_layers, lens_top=5, and those of `generate`.
+          attention_layers: As for `trace`.
+          lens_top: As for `trace`.
+          **options: Those of `GenerationOptions`, as for `generate`.
         """
-        return trace_generation(self.engine, self.tokenizer, prompt, capture, **options)
+        return trace_generation(
+            self.engine,
+            self.tokenizer,
+            prompt,
+            capture,
+            attention_layers=attention_layers,
+            lens_top=lens_top,
+            **options,
+        )
 
-    @contextlib.contextmanager
-    def intervene(self, *interventions: Intervention) -> Iterator["Model"]:
+    def intervene(self, *interventions: Intervention) -> "IntervenedModel":
         """Gives a model with the same weights in which these act, in this order; it can be nested.
 
-        `with model.intervene(AblateExperts(3, layers=5)) as m: m.generate(...)`. This model stays
-        as it is.
+        `with model.intervene(AblateExperts(3, layers=5)) as m: m.generate(...)`, or
+        `m = model.intervene(...)`. This model stays as it is.
 
         Args:
           *interventions: Those of `grok1.study.intervention`.
@@ -331,10 +411,21 @@ class Model:
           ValueError: If one does not fit the model, or lets the router choose anew what one before
             it has forced; a patch of another length says so when a text is run.
         """
-        changed = copy.copy(self)
+        changed = IntervenedModel.__new__(IntervenedModel)
+        changed.__dict__.update(self.__dict__)
         everything = (*self.engine.interventions, *interventions)
         changed.engine = self.engine.intervened(everything, prepare(everything, self.config))
-        yield changed
+        return changed
+
+
+class IntervenedModel(Model):
+    """A model in which interventions act, made by `Model.intervene`; a `with` block may hold it."""
+
+    def __enter__(self) -> "IntervenedModel":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 def _bytes(count: int) -> str:
@@ -358,5 +449,10 @@ class TextStream(Iterator[str]):
         try:
             return next(self._pieces)
         except StopIteration:
-            self.completion = self._batch.builders[0].build()
+            builder = self._batch.builders[0]
+            if builder.stop_reason is None:
+                raise RuntimeError(
+                    "this stream was interrupted, or failed, before its end; begin a new one"
+                ) from None
+            self.completion = builder.build()
             raise

@@ -143,6 +143,7 @@ def test_random_texts_are_cut_at_the_first_stop_that_becomes_complete():
         else:
             ends = [(whole.find(s) + len(s), whole.find(s)) for s in stops if s in whole]
             assert completion.text == whole[: min(ends)[1]]
+            assert completion.stop_match == whole[slice(*min(ends)[::-1])]
             assert completion.stop_reason == "stop"
             num_stopped += 1
         assert len(streamed) == count
@@ -160,7 +161,7 @@ def test_random_texts_are_cut_at_the_first_stop_that_becomes_complete():
 def test_a_stop_token_ends_without_its_text():
     streamed, completion = run(["a", "b", "<eos>", "c"], stop_tokens=[2, 7])
     assert streamed == ["a", "b", ""]
-    assert completion == Completion("ab", [0, 1, 2], None, None, "stop")
+    assert completion == Completion("ab", [0, 1, 2], None, None, "stop", stop_match=2)
 
 
 def test_a_stop_token_releases_what_was_held_for_a_stop_string():
@@ -192,6 +193,25 @@ def test_the_end_flushes_an_unfinished_character(pieces, options):
 def test_a_stop_string_in_what_the_end_flushes():
     _, completion = run([b"a\xe6\x97"], ["a\ufffd"])
     assert (completion.text, completion.stop_reason) == ("", "stop")
+    assert completion.stop_match == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "options", "match"),
+    [
+        (["a", "<eos>"], {"stop_tokens": [1, 7]}, 1),
+        (["a", "END"], {"stop_tokens": [7]}, "END"),
+        (["aE", "N", "<eos>"], {"stop_tokens": [2]}, 2),  # held for a stop that did not come
+        (["xyz"], {}, "y"),  # complete first
+        (["a", "b"], {"max_tokens": 1}, None),
+    ],
+)
+def test_what_ended_it_is_told(pieces, options, match):
+    stops = ["END", "z", "y"]
+    _, completion = run(pieces, stops, num_prompt_tokens=5, **options)
+    assert completion.stop_match == match
+    assert completion.num_prompt_tokens == 5
+    assert ("stop_match" in repr(completion)) == (match is not None)
 
 
 # --- what is reported -------------------------------------------------------------------------
@@ -200,7 +220,7 @@ def test_a_stop_string_in_what_the_end_flushes():
 def test_without_a_tokenizer_there_is_no_text():
     builder = CompletionBuilder(None, max_tokens=5, limit_reason="length", stop_tokens=[31])
     assert [builder.push(sampled(token)) for token in (17, 5, 31)] == ["", "", ""]
-    assert builder.build() == Completion(None, [17, 5, 31], None, None, "stop")
+    assert builder.build() == Completion(None, [17, 5, 31], None, None, "stop", 31)
 
 
 def test_log_probabilities_of_every_token_also_of_those_that_are_no_text():

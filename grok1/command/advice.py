@@ -10,6 +10,10 @@ _NAME = re.compile(r"(?<![\w/.'\"=-])[a-z]+(?:_[a-z]+)+(?![\w/.'\"=])")
 _SUBJECT = re.compile(r"^(?P<name>[a-z_]+)(?= (?:must|takes|needs|of|holds)\b)")
 
 
+class FileError(ValueError):
+    """Something wrong in a file that has words of its own, which are not those of options."""
+
+
 def in_options(message: str, names: Collection[str]) -> str:
     """Returns a message with `add_bos=True` as `--add-bos` and `top_p must` as `--top-p must`.
 

@@ -16,26 +16,25 @@ class Answer(NamedTuple):
 
     Attributes:
       completion: The continuation.
-      num_prompt_tokens: Tokens of the prompt.
       first: Seconds from the start of the run to the first token.
       last: Seconds from the start of the run to the last token.
     """
 
     completion: Completion
-    num_prompt_tokens: int
     first: float
     last: float
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the completion's fields, with "usage"; seconds are rounded to milliseconds."""
         rate = tokens_per_second([self])
+        fields = dataclasses.asdict(self.completion)
         usage = {
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": fields.pop("num_prompt_tokens"),
             "completion_tokens": len(self.completion.tokens),
             "seconds_to_first_token": round(self.first, 3),
             "tokens_per_second": None if rate is None else round(rate, 2),
         }
-        return {**dataclasses.asdict(self.completion), "usage": usage}
+        return {**fields, "usage": usage}
 
 
 def answers(
@@ -66,8 +65,7 @@ def answers(
             builder = batch.builders[current]
             if builder.stop_reason is None:
                 break
-            num_tokens = len(prompts[current])
-            yield "", Answer(builder.build(), num_tokens, first[current], last[current])
+            yield "", Answer(builder.build(), first[current], last[current])
             current += 1
 
 
@@ -80,7 +78,7 @@ def tokens_per_second(told: Sequence[Answer]) -> float | None:
 
 def cost(told: Sequence[Answer]) -> str:
     """Returns what a run cost in one line, as "11 prompt tokens, 100 tokens, ..."."""
-    prompt_tokens = sum(answer.num_prompt_tokens for answer in told)
+    prompt_tokens = sum(answer.completion.num_prompt_tokens or 0 for answer in told)
     tokens = sum(len(answer.completion.tokens) for answer in told)
     first = min(answer.first for answer in told)
     parts = [] if len(told) == 1 else [f"{len(told)} prompts"]

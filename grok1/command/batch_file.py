@@ -1,13 +1,14 @@
 """Many prompts from a file: a JSON object a line, each with options of its own."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from grok1 import keywords
+from grok1.command.advice import FileError
 from grok1.command.answers import Answer, answers
 from grok1.generate.options import GenerationOptions
 from grok1.model import Model
@@ -47,7 +48,7 @@ def parse(text: str, name: str, defaults: GenerationOptions, encode: Encode) -> 
       encode: Turns a prompt into token ids.
 
     Raises:
-      ValueError: If a line is no such object, or its prompt or options are refused; the message
+      FileError: If a line is no such object, or its prompt or options are refused; the message
         names the file and the line. If there is no line.
     """
     lines = []
@@ -58,9 +59,9 @@ def parse(text: str, name: str, defaults: GenerationOptions, encode: Encode) -> 
         try:
             lines.append(_line(raw, len(lines), defaults, encode))
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{name}, line {number}: {error}") from None
+            raise FileError(f"{name}, line {number}: {error}") from None
     if not lines:
-        raise ValueError(f"{name}: no prompts; give a JSON object a line, with a prompt in each")
+        raise FileError(f"{name}: no prompts; give a JSON object a line, with a prompt in each")
     return lines
 
 
@@ -92,11 +93,7 @@ def _line(raw: str, index: int, defaults: GenerationOptions, encode: Encode) -> 
     if not isinstance(given, dict) or "prompt" not in given:
         raise ValueError('expected an object with a "prompt", as {"prompt": "text"}')
     own = {name: value for name, value in given.items() if name not in ("prompt", "id")}
-    for name in own:
-        if name not in _OPTIONS:
-            near = difflib.get_close_matches(name, _OPTIONS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_OPTIONS)}"
-            raise ValueError(f'"{name}" is no option; {hint} ("id" may hold anything)')
+    keywords.check(own, ["id", *_OPTIONS], "a line of this file")
     if isinstance(own.get("seed", 0), list):
         raise ValueError(f"seed must be one whole number, found {own['seed']}")
     seed = (int(np.asarray(defaults.seed)) + index) % 2**32

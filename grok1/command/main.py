@@ -56,7 +56,9 @@ def main(
         print(f"\n{program}: interrupted{after}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        message = advice.in_options(str(error), vars(parsed))
+        message = str(error)
+        if not isinstance(error, advice.FileError):
+            message = advice.in_options(message, vars(parsed))
         print(f"{program}: {message}", file=sys.stderr)
         streams.hush()
         return 1

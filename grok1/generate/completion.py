@@ -26,6 +26,9 @@ class Completion:
         first; None unless asked for.
       stop_reason: "stop" for a stop token or string, "length" for `max_new_tokens`, "context" when
         prompt and continuation filled the context.
+      stop_match: The stop string, or the id of the stop token, that ended it: the tokenizer's
+        `eos_id` for the end of sequence. None where a limit did.
+      num_prompt_tokens: How many tokens it continues.
     """
 
     text: str | None
@@ -33,17 +36,21 @@ class Completion:
     logprobs: list[float] | None
     top_logprobs: list[dict[int, float]] | None
     stop_reason: StopReason
+    stop_match: str | int | None = None
+    num_prompt_tokens: int | None = None
 
     def __repr__(self) -> str:
+        match = "" if self.stop_match is None else f", stop_match={self.stop_match!r}"
         return (
             f"Completion(text={self.text!r}, {len(self.tokens)} tokens, "
-            f"stop_reason={self.stop_reason!r})"
+            f"stop_reason={self.stop_reason!r}{match})"
         )
 
     def _repr_html_(self) -> str:
+        match = "" if self.stop_match is None else f" {self.stop_match!r}"
         rows: list[tuple[str, object]] = [
             ("tokens", len(self.tokens)),
-            ("ended by", self.stop_reason),
+            ("ended by", f"{self.stop_reason}{match}"),
         ]
         if self.logprobs is not None:
             mean = sum(self.logprobs) / len(self.logprobs)
@@ -69,8 +76,11 @@ class CompletionBuilder:
         stop_tokens: Collection[int] = (),
         stop_strings: Sequence[str] = (),
         with_logprobs: bool = False,
+        num_prompt_tokens: int | None = None,
     ):
         self.stop_reason: StopReason | None = None
+        self._stop_match: str | int | None = None
+        self._num_prompt_tokens = num_prompt_tokens
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
         self._max_tokens = max_tokens
         self._limit_reason: StopReason = limit_reason
@@ -84,7 +94,7 @@ class CompletionBuilder:
         """Takes the next token and returns the text that has become certain, perhaps none."""
         self._sampled.append(sampled)
         if sampled.token in self._stop_tokens:
-            return self._finish("stop")
+            return self._finish("stop", sampled.token)
         certain = self._extend(self._decoder.push(sampled.token) if self._decoder else "")
         if self.stop_reason is None and len(self._sampled) == self._max_tokens:
             certain += self._finish(self._limit_reason)
@@ -100,24 +110,27 @@ class CompletionBuilder:
             logprobs=list(logprobs) if self._with_logprobs else None,
             top_logprobs=list(alternatives) if self._with_logprobs else None,
             stop_reason=self.stop_reason,
+            stop_match=self._stop_match,
+            num_prompt_tokens=self._num_prompt_tokens,
         )
 
     def _extend(self, text: str) -> str:
         """Adds text, and releases all that no stop string can begin in any more."""
         self._held += text
-        found = [(self._held.find(stop), len(stop)) for stop in self._stop_strings]
-        ends = [(at + length, at) for at, length in found if at >= 0]
+        found = [(self._held.find(stop), stop) for stop in self._stop_strings]
+        ends = [(at + len(stop), at, stop) for at, stop in found if at >= 0]
         if ends:
             # The stop that was complete first, so that the cut does not depend on how the text was
             # divided into tokens.
+            _, begin, self._stop_match = min(ends)
             self.stop_reason = "stop"
-            return self._release(min(ends)[1], drop_rest=True)
+            return self._release(begin, drop_rest=True)
         return self._release(len(self._held) - self._possible_stop_length())
 
-    def _finish(self, reason: StopReason) -> str:
+    def _finish(self, reason: StopReason, match: int | None = None) -> str:
         certain = self._extend(self._decoder.flush() if self._decoder else "")
         if self.stop_reason is None:
-            self.stop_reason = reason
+            self.stop_reason, self._stop_match = reason, match
             certain += self._release(len(self._held))
         return certain
 

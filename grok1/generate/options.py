@@ -1,13 +1,32 @@
 """What a caller may ask of a generation, checked in one place."""
 
 import dataclasses
+import numbers
 from collections.abc import Sequence, Set
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from grok1.engine.sampling import SamplingParams
 from grok1.engine.steps import LogitsProcessor
+
+
+class GenerationArguments(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keyword arguments of a function."""
+
+    max_new_tokens: int
+    temperature: int | float
+    top_p: int | float
+    top_k: int | None
+    min_p: int | float | None
+    seed: int | Sequence[int]
+    stop: str | int | Sequence[str | int] | None
+    ignore_eos: bool
+    logprobs: int | None
+    add_bos: bool
+    allow_control: bool
+    allowed_tokens: Any
+    logits_processor: LogitsProcessor | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +54,7 @@ class GenerationOptions:
 
     Raises:
       ValueError: If a value is out of range; the message names it.
-      TypeError: If `stop` holds anything but strings and token ids.
+      TypeError: If a value is of another type; the message names it.
     """
 
     max_new_tokens: int = 64
@@ -53,6 +72,7 @@ class GenerationOptions:
     logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self):
+        self._check_types()
         if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(
                 f"max_new_tokens must be a whole number above 0, found {self.max_new_tokens!r}"
@@ -77,10 +97,31 @@ class GenerationOptions:
                 raise ValueError("stop must not hold an empty string: it would end at once")
         self.sampling()
 
+    def _check_types(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number and (name != "min_p" or value is not None):
+                raise TypeError(f"{name} must be a number, found {value!r}")
+        for name in ("ignore_eos", "add_bos", "allow_control"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise TypeError(
+                "logits_processor must be a function of (logits, tokens, length), found "
+                f"{self.logits_processor!r}"
+            )
+
     def sampling(self) -> SamplingParams:
         """Returns the part of the options that shapes a draw."""
+        names = ("temperature", "top_p", "top_k", "min_p")
+        values = {name: getattr(self, name) for name in names}
+        # NumPy's numbers are numbers, but not Python's.
         return SamplingParams(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p
+            **{
+                name: value.item() if isinstance(value, np.generic) else value
+                for name, value in values.items()
+            }
         )
 
     def stop_strings(self) -> list[str]:

@@ -60,6 +60,7 @@ class Batch:
                     stop_tokens=stop_tokens,
                     stop_strings=options.stop_strings(),
                     with_logprobs=options.logprobs is not None,
+                    num_prompt_tokens=len(tokens),
                 )
             )
 

@@ -130,7 +130,7 @@ def mesh_sizes(
             if num_devices % size == 0 and not _indivisible(config, size)
         )
         return num_devices // model_size, model_size
-    found: tuple[Any, ...] = tuple(sizes)
+    found: tuple[Any, ...] = tuple(sizes) if isinstance(sizes, Sequence) else ()
     if isinstance(sizes, str):
         found = tuple(int(size) for size in sizes.split("x") if size.isdecimal())
     if len(found) != 2 or any(not isinstance(n, int) or n < 1 for n in found):

@@ -1,0 +1,61 @@
+"""Keyword arguments of public functions: what there is, and what a mistyped one may have meant."""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def check(given: Collection[str], known: Collection[str], function: str) -> None:
+    """Refuses a keyword that a function does not have.
+
+    Raises:
+      TypeError: If one of `given` is not `known`; the message has the one that is nearest.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{function} has no argument {name!r}; {hint}")
+
+
+def suggesting(options: type | None = None) -> Callable[[F], F]:
+    """Lets a function refuse unknown keywords by `check`.
+
+    Args:
+      options: The dataclass whose fields are the function's `**options`. `inspect.signature`, which
+        notebooks ask for completions, then shows them one by one.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        parameters = [
+            parameter
+            for parameter in signature.parameters.values()
+            if parameter.kind != inspect.Parameter.VAR_KEYWORD
+        ]
+        if options is not None:
+            parameters += [
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=field.type,
+                )
+                for field in dataclasses.fields(options)
+            ]
+        known = [one.name for one in parameters if one.name != "self"]
+
+        @functools.wraps(function)
+        def checked(*arguments, **given):
+            check(given, known, function.__name__)
+            return function(*arguments, **given)
+
+        checked.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore
+        return checked  # pyright: ignore[reportReturnType]
+
+    return decorate

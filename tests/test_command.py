@@ -1,0 +1,385 @@
+"""The command line in one process: options, prompts, what is printed, and how errors read."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from grok1 import bundled
+from grok1.care import conversion, gguf_file
+from grok1.command import advice, escapes, generate, interactive, parser, streams
+from grok1.command.main import main
+from grok1.planning import planning
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded(toy):
+    """Every command runs the model that the tests share; what it would load is not at issue."""
+    with mock.patch.object(generate, "load", return_value=toy):
+        yield
+
+
+def run(capsys, *arguments: str, stdin: str | bytes = "") -> tuple[int, str, str]:
+    """Runs `grok1 generate` on the toy: status, stdout and stderr."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    given = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+    with mock.patch.object(sys, "stdin", given):
+        status = main(["generate", "--checkpoint", str(bundled.toy()), *arguments])
+    return status, *capsys.readouterr()
+
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
+
+
+# --- the parser -------------------------------------------------------------------------------
+
+
+def test_choices_are_the_librarys():
+    assert parser.FORMATS == conversion.FORMATS
+    assert parser.EMBEDDING_TYPES == gguf_file.EMBEDDING_TYPES
+    assert (*planning.DEVICE_KINDS, "cpu") == parser.DEVICES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "generate"),
+        (["--version"], 0, "grok1 0."),
+        ([], 2, "usage: grok1"),
+        (["generate", "--temprature", "1"], 2, "--temprature 1; did you mean --temperature?"),
+        (["plan", "--contxt=5"], 2, "--contxt=5; did you mean --context?"),
+        (["generate", "--checkpoint", "absent"], 1, "absent: there is no such directory"),
+        (["inspect", "absent"], 1, "absent: there is no such directory"),
+        (["compare", "absent.npz", "b"], 1, "absent.npz: there is no such directory"),
+        (["generate", "--stop", r"\d"], 2, r"holds \d, which is no escape"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_is_answered_without_jax(arguments, status, said):
+    program = (
+        "import sys\nfrom grok1.__main__ import main\n"
+        "try:\n    status = main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    status = end.code\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules\n"
+        "sys.exit(status)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == status
+    assert said in " ".join((result.stdout + result.stderr).split())
+    assert "Traceback" not in result.stderr
+
+
+def test_defaults_are_shown():
+    with pytest.raises(SystemExit), mock.patch("sys.stdout", io.StringIO()) as shown:
+        parser.parse(["generate", "--help"], "grok1")
+    text = " ".join(shown.getvalue().split())
+    for option in ("--max-new-tokens N default: 100", "--top-p P 1 is off; default: 0.95",
+                   "--seed N of the draws; default: 2", "0 is greedy; default: 0.7"):  # fmt: skip
+        assert option in text
+
+
+# --- escapes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\n",
+        r"a\tb",
+        r"\\n",
+        r"\x41é",
+        r"\u00e9",
+        r"\U0001f600",
+        r"\N{BULLET}",
+        r"\101",
+        r"\'\"",
+        "é",
+    ],
+)
+def test_escapes_are_pythons(text):
+    assert escapes.decoded(text) == eval(f'"{text}"' if '"' not in text else f"'''{text}'''")
+
+
+@pytest.mark.parametrize("text", [r"\d", r"\x4", "a\\", r"\u12", r"\ud800", r"\N{NO SUCH}", "\\é"])
+def test_other_backslashes_are_refused(text):
+    with pytest.raises(ValueError, match=r"which is no (escape|character)"):
+        escapes.decoded(text)
+
+
+# --- advice -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("the prompt is empty; use add_bos=True", "the prompt is empty; use --add-bos"),
+        ("temperature must be 0 or above", "--temperature must be 0 or above"),
+        ("top_p must be above 0", "--top-p must be above 0"),
+        ("or load it with tokenizer=", "or load it with --tokenizer"),
+        ("load it with offload='none'", "load it with --offload none"),
+        ("set memory=\"16GB\" and max_new_tokens", "set --memory 16GB and --max-new-tokens"),
+        ("/data/layers=3/ckpt-0: there is none", "/data/layers=3/ckpt-0: there is none"),
+        ("window=5 is no option of this command", "window=5 is no option of this command"),
+        ("the temperature of the room", "the temperature of the room"),
+        ("mesh 1x99 needs 99 devices", "mesh 1x99 needs 99 devices"),
+    ],
+)  # fmt: skip
+def test_advice_speaks_of_options(message, expected):
+    names = ("add_bos", "temperature", "top_p", "tokenizer", "offload", "memory", "layers", "mesh",
+             "max_new_tokens")  # fmt: skip
+    assert advice.in_options(message, names) == expected
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+
+def test_several_prompts_are_a_batch_in_their_order(capsys, toy):
+    prompts = ["The first", "A list of"]
+    status, out, err = run(capsys, *GREEDY, "--prompt", prompts[0], "--prompt", prompts[1])
+    texts = [found.text for found in toy.generate(prompts, temperature=0, max_new_tokens=6)]
+    assert status == 0
+    assert out == f"The first{texts[0]}\n\nA list of{texts[1]}\n"
+    assert err.splitlines()[-1].startswith("grok1: 2 prompts, 5 prompt tokens, 12 new tokens, the ")
+
+
+@pytest.mark.parametrize("stdin", ["The é", "\ufeffThe é"])
+@pytest.mark.parametrize("way", ["-", "file"])
+def test_text_from_a_file_and_from_standard_input(stdin, way, tmp_path, capsys, toy):
+    path = tmp_path / "prompt.txt"
+    path.write_text(stdin, encoding="utf-8")
+    status, out, _ = run(capsys, *GREEDY, "--json", "--prompt-file",
+                         str(path) if way == "file" else "-", stdin=stdin)  # fmt: skip
+    found = json.loads(out)
+    expected = toy.generate("The é", temperature=0, max_new_tokens=6)
+    assert status == 0
+    assert (found["prompt"], found["tokens"]) == ("The é", expected.tokens)
+    assert "é" in out
+    assert found["usage"]["prompt_tokens"] == len(toy.tokenizer.encode("The é"))
+    assert found["usage"]["completion_tokens"] == 6
+    assert found["usage"]["seconds_to_first_token"] > 0
+    assert found["usage"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"caf\xe9", "not UTF-8: byte 0xe9 at 3; convert it, for instance with: iconv -f ISO-8859"),
+        ("The".encode("utf-16"), "not UTF-8: byte 0xff at 0; convert it, for instance with: iconv "
+                                 "-f UTF-16"),
+        (b"", "the prompt is empty; give at least one token, or use --add-bos"),
+        (b"x" * ((1 << 26) + 1), "more than 64 MB"),
+    ],
+    ids=["latin-1", "utf-16", "empty", "huge"],
+)  # fmt: skip
+def test_text_that_is_none_is_named(data, message, tmp_path, capsys):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(data)
+    status, out, err = run(capsys, "--prompt-file", str(path))
+    assert (status, out) == (1, "")
+    assert message in err
+    assert str(path) in err or not data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--temperature", "-1"), "--temperature must be 0"),
+        (("--min-p", "2"), "--min-p must be from 0 to 1"),
+        (("--seed", "-1"), "--seed must be a whole number from 0"),
+        (("--max-new-tokens", "0"), "--max-new-tokens must be a whole number above 0"),
+        (("--logprobs", "999999"), "--logprobs must be at most the vocabulary"),
+        (("--prompt", ""), "the prompt is empty; give at least one token, or use --add-bos"),
+        (("--prompt", "word " * 9000), "shorten the prompt by"),
+        (("--prompt-file", "absent.txt"), "absent.txt"),
+        (("--tokenizer", "absent.model"), "absent.model: no such file"),
+        (("--tokenizer", str(bundled.toy() / "config.json")), "not a SentencePiece model"),
+        (("--batch-file", "absent.jsonl"), "absent.jsonl"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_everything_is_checked_before_the_model_is_loaded(arguments, message, capsys):
+    with mock.patch.object(generate, "load", side_effect=AssertionError("loaded")):
+        status, out, err = run(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "piped \n"])
+def test_a_silent_pipe_is_not_waited_for_and_a_speaking_one_is_read(text, capsys):
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    if text:
+        os.close(writing)
+    with (
+        open(reading, encoding="utf-8") as reader,
+        mock.patch.object(sys, "stdin", reader),
+        mock.patch.object(streams, "_PATIENCE", 0.05),
+    ):
+        assert streams.piped_text() == (text or None)
+    if not text:
+        os.close(writing)
+    assert ("nothing came from standard input" in capsys.readouterr().err) == (not text)
+
+
+# --- batch files ------------------------------------------------------------------------------
+
+
+def test_a_batch_file_gives_each_line_its_own_options(capsys, toy, tmp_path):
+    lines = [
+        {"prompt": "The first", "max_new_tokens": 2, "id": {"mine": 1}},
+        {"prompt": toy.tokenizer.encode("A list"), "temperature": 1.5},
+        {"prompt": "The first", "seed": 7, "max_new_tokens": 2},
+        {"prompt": "The first"},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    status, out, err = run(capsys, "--max-new-tokens", "5", "--batch-file", str(path))
+    assert status == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [one["prompt"] for one in found] == [line["prompt"] for line in lines]
+    assert [one.get("id") for one in found] == [{"mine": 1}, None, None, None]
+    defaults = {"max_new_tokens": 5}
+    for index, (line, one) in enumerate(zip(lines, found, strict=True)):
+        options = {name: value for name, value in line.items() if name not in ("prompt", "id")}
+        options = defaults | {"seed": 2 + index} | options
+        expected = toy.generate([line["prompt"]], **{**options, "seed": [options["seed"]]})[0]
+        assert one["tokens"] == expected.tokens
+        assert one["usage"]["prompt_tokens"] > 0
+    assert "grok1: 4 prompts, " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: no JSON: "),
+        ("[1]", 'line 2: expected an object with a "prompt"'),
+        ('{"text": "a"}', 'line 2: expected an object with a "prompt"'),
+        (
+            '{"prompt": "a", "temprature": 0}',
+            "no argument 'temprature'; did you mean 'temperature'?",
+        ),
+        ('{"prompt": "a", "metadata": 0}', "has no argument 'metadata'; it takes id, add_bos"),
+        ('{"prompt": "a", "temperature": "0"}', "line 2: temperature must be a number, found '0'"),
+        ('{"prompt": ""}', "line 2: the prompt is empty"),
+        ('{"prompt": [-1]}', "line 2: the prompt must be token ids"),
+        ('{"prompt": 5}', "line 2: the prompt must be text or a list of token ids, found 5"),
+        ('{"prompt": "\\ud800"}', "line 2: text holds the lone surrogate"),
+        ('{"prompt": "a", "seed": [1]}', "line 2: seed must be one whole number"),
+        ("[" * 100_000, "line 2: "),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_line_that_is_none_is_named_before_anything_runs(line, message, capsys):
+    with mock.patch.object(generate, "load", side_effect=AssertionError("loaded")):
+        status, out, err = run(capsys, "--batch-file", "-", stdin=f'{{"prompt": "a"}}\n{line}\n')
+    assert (status, out) == (1, "")
+    assert err.startswith("grok1: standard input, line 2: ")
+    assert "--" not in err  # a file has names, not options
+    assert message in err
+
+
+# --- what is printed --------------------------------------------------------------------------
+
+
+def test_json_has_no_number_that_json_has_not(capsys):
+    streams.print_json({"a": float("-inf"), "b": [float("nan"), 1.5], "ü": {"1": float("inf")}})
+    assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "ü": {"1": null}}\n'
+
+
+def test_output_in_another_encoding_is_replaced_and_json_escaped(toy):
+    for arguments, expected in ((["--logprobs", "1"], "?"), (["--json"], r"\u2581")):
+        data = io.BytesIO()
+        shown = io.TextIOWrapper(data, encoding="cp1252", errors="strict")
+        with mock.patch.object(sys, "stdout", shown):
+            status = main(
+                ["generate", "--checkpoint", "toy", *GREEDY, "--prompt", "The ▁", *arguments]
+            )
+            shown.flush()
+        assert status == 0
+        assert expected in data.getvalue().decode("cp1252")
+
+
+# --- interactive ------------------------------------------------------------------------------
+
+
+def session(toy, capsys, *typed: str | BaseException, is_terminal=True) -> tuple[int, str, str]:
+    """Types lines, or raises what they are, and returns status, stdout and stderr."""
+
+    def answer(mark):
+        if not waiting:
+            raise EOFError
+        if isinstance(waiting[0], BaseException):
+            raise waiting.pop(0)
+        return waiting.pop(0)
+
+    waiting = list(typed)
+    options = generate.GenerationOptions(temperature=0, max_new_tokens=4)
+    one = interactive.Session(toy, options, "grok1")
+    one._is_terminal = is_terminal
+    with mock.patch("builtins.input", answer):
+        status = one.run()
+    assert not waiting
+    return status, *capsys.readouterr()
+
+
+def test_a_session_outlives_what_is_wrong(toy, capsys):
+    text = toy.generate("The first", temperature=0, max_new_tokens=4).text
+    status, out, err = session(
+        toy, capsys, "", "   ", "word " * 9000, KeyboardInterrupt(), "/temprature 1",
+        "/temperature x", "/temperature -1", "/top-k off", "/nothing", "The first",
+    )  # fmt: skip
+    assert status == 0
+    assert text in out
+    for words in ("shorten the prompt by", "did you mean /temperature?", "give a number",
+                  "--temperature must be 0", "/nothing is no command", "top-k off",
+                  "2 prompt tokens, 4 new tokens, the first after "):  # fmt: skip
+        assert words in err
+
+
+def test_ctrl_c_ends_an_answer_alone(toy, capsys):
+    calls = []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    whole = interactive.answers.answers
+    with mock.patch.object(interactive.answers, "answers", once):
+        status, out, err = session(toy, capsys, "The first", "The first")
+    assert (status, len(calls)) == (0, 2)
+    assert "grok1: interrupted" in err
+    assert toy.generate("The first", temperature=0, max_new_tokens=4).text in out
+
+
+def test_a_block_of_several_lines_is_one_prompt(toy, capsys):
+    for typed in (('"""/A', 'B:"""'), ('"""', "/A", 'B:"""'), ('"""/A B"""',)):
+        prompt = "\n".join(typed).replace('"""', "")
+        with mock.patch.object(interactive, "prompt_tokens", wraps=interactive.prompt_tokens) as p:
+            session(toy, capsys, *typed)
+        assert p.call_args.args[0] == prompt
+
+
+def test_options_change_between_answers(toy, capsys):
+    options = {"temperature": 0.5, "seed": 9, "stop": "\n", "max_new_tokens": 7, "min_p": 0.1}
+    typed = ["/temperature 0.5", "/seed 9", r"/stop \n", "/max_new_tokens 7", "/min-p 0.1"]
+    _, out, err = session(toy, capsys, *typed, "The first", "/options", "/help")
+    assert out.startswith(f"{toy.generate('The first', **options).text}\n")
+    assert "max-new-tokens 7" in err
+    assert "Ctrl-D the program" in err
+
+
+def test_piped_lines_are_prompts_and_a_bad_one_is_the_status(toy, capsys):
+    status, out, _ = session(toy, capsys, "The first", "A list", is_terminal=False)
+    assert (status, len(out.splitlines()) >= 2) == (0, True)
+    status, _, err = session(toy, capsys, "word " * 9000, "A list", is_terminal=False)
+    assert status == 1
+    assert "shorten the prompt by" in err
