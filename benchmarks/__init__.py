@@ -11,16 +11,12 @@ of the ratio within each. The other sides are
 * llama.cpp, on a CPU, where it is given.
 
     __main__   the command line
-    suite      what is measured, and against what
+    suite      what is measured, and against what, in rounds
     models     which models, and their files
-    measure    rounds and ratios
-    process    the child process that holds a model
-    peers      llama.cpp
+    machine    the child process that holds a model, and the disk
+    peers      llama.cpp, and the dense reference
     report     the table and the JSON
     worker     what runs in the child
-    workload   generation with a clock
-    roofline   bytes, operations, and the machine's rates
-    dense      the dense reference
-    programs   what the compiled steps hold in memory
-    profile    what a device does in a step, kernel by kernel
+    workload   generation with a clock; bytes, operations, and the machine's rates
+    device     what the compiled steps hold in memory, and do, kernel by kernel
 """

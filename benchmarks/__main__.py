@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from benchmarks import models, report
+from benchmarks.machine import ROOT, BenchmarkError, Worker, available_threads
 from benchmarks.peers import LlamaCpp
-from benchmarks.process import ROOT, BenchmarkError, Worker, available_threads
 from benchmarks.suite import (
     ACCELERATOR_SECTIONS,
     CPU_SECTIONS,
@@ -61,7 +61,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "default: all, and with --gguf one",
     )
     parser.add_argument("--repeats", type=int, help=f"rounds; default: {FULL.repeats}")
-    parser.add_argument("--quick", action="store_true", help="few tokens, one round: a smoke test")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few tokens, one round: a smoke test of some minutes, whose ratios mean little",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     parser.add_argument("--gguf", type=pathlib.Path, help="the model as a file of llama.cpp")
     parser.add_argument(
         "--llama-cpp", type=pathlib.Path, help="directory of llama-bench; default: the PATH"
@@ -72,7 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--output",
         type=pathlib.Path,
-        help="where the JSON file goes; default: benchmarks/results, and nowhere with --quick",
+        help="directory of the JSON file; default: benchmarks/results, and nowhere with --quick",
     )
     return parser.parse_args(arguments)
 
@@ -132,13 +137,30 @@ def directory_for_models(scratch: pathlib.Path | None) -> Iterator[pathlib.Path]
     yield scratch.absolute()
 
 
+def cost(
+    chosen: Sequence[models.BenchModel],
+    arguments: argparse.Namespace,
+    on_cpu: bool,
+    directory: pathlib.Path,
+) -> str:
+    """Says beforehand what a run takes."""
+    disk = max((m.num_bytes for m in chosen if m.bundled is None), default=0)
+    memory = max(m.num_bytes for m in chosen)
+    parts = [f"{1.3 * memory / 1e9:.2g} GB of memory"]
+    if disk and (on_cpu or Suite.needs_files(arguments.only)):
+        parts.append(f"{disk / 1e9:.2g} GB of disk in {directory}")
+    if on_cpu and set(arguments.model) == {"toy", "bench"}:
+        parts.insert(0, "about 4 minutes" if arguments.quick else "about half an hour")
+    return f"{', '.join(model.name for model in chosen)}: this takes {', '.join(parts)}"
+
+
 def say(text: str) -> None:
     """Tells on stderr what is going on."""
     print(f"benchmarks: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Measures, prints the table and then the JSON, and writes the file."""
+    """Measures, prints the table or the JSON, and writes the file."""
     arguments = parse_arguments()
     with Worker() as worker:
         device = worker.call("describe")
@@ -174,6 +196,7 @@ def main() -> None:
         return report.document(device, date, how, results, failures)
 
     with directory_for_models(arguments.scratch) as directory:
+        say(cost(chosen, arguments, on_cpu, directory))
         for model in chosen:
             path = None
             if on_cpu or Suite.needs_files(arguments.only):
@@ -195,8 +218,7 @@ def main() -> None:
                     written = report.write(found(), output)
     if written is not None:
         say(f"written to {written}")
-    print(report.table(found()))
-    print(json.dumps(found()))
+    print(json.dumps(found()) if arguments.json else report.table(found()))
     if failures:
         names = ", ".join(f"{failure.model}: {failure.measurement}" for failure in failures)
         raise BenchmarkError(f"could not be measured: {names}")

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 
 import grok1
-from benchmarks.process import ROOT, BenchmarkError, Worker
+from benchmarks.machine import ROOT, BenchmarkError, Worker
 from grok1.checkpoint.tensor_file import tensor_file_size
 from grok1.nn.manifest import manifest
 

@@ -1,13 +1,29 @@
-"""llama.cpp, run as its own benchmark programs."""
+"""What grok1 is compared to: llama.cpp, and the dense form of the released code.
+
+Dimension key: D model dim, K key/value head, S cache capacity, H head dim, E expert, L layer.
+"""
 
 import json
+import operator
 import os
 import pathlib
 import shutil
 import subprocess
 from typing import Any
 
-from benchmarks.process import BenchmarkError, on_cpus
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import grok1
+from benchmarks.machine import BenchmarkError, on_cpus
+from grok1.nn.transformer import Params
+from grok1.ops.attention import attend
+from grok1.ops.experts import route
+from grok1.ops.layers import apply_rope, exact_einsum, rms_norm
+from grok1.ops.quantized import Weight, dequantize
+
+_CAPACITY = 256
 
 # Two counts of one model may differ by what a converter leaves out or stores twice.
 _SAME_MODEL = 0.1
@@ -110,3 +126,101 @@ def _run(command: list[str], threads: int | None) -> str:
         lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
         raise BenchmarkError(f"{' '.join(command)} failed: {lines[-1]}")
     return result.stdout
+
+
+class DenseDecoder:
+    """Greedy decoding of one sequence, a token a call, as the released code does it.
+
+    Every weight of every layer, all experts included, is turned from int8 to floats and then
+    multiplied; the router's weights pick the experts' outputs afterwards. Written with the
+    functions of the readable forward pass (`transformer`), plus a cache, so that attention does not
+    recompute the past. XLA may fuse what it can, as it may in the released code. Experts come one
+    after the other: the floats of all at once would not fit where the model itself does.
+
+    Args:
+      model: Gives the weights, and the type of the products.
+    """
+
+    def __init__(self, model: grok1.Model):
+        self._params, config, dtype = model.params, model.config, model.dtype
+        shape = (config.num_layers, config.num_kv_heads, _CAPACITY, config.key_size)
+        self._keys, self._values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        self._position = 0
+
+        def step(params, keys, values, token, position):
+            return _dense_step(params, config, dtype, keys, values, token, position)
+
+        self._step = jax.jit(step, donate_argnums=(1, 2))
+
+    def next_token(self, token: int) -> int:
+        """Runs one token, at the next position, and returns the most probable one after it."""
+        if self._position == _CAPACITY:
+            self._position = 0
+        following, self._keys, self._values = self._step(
+            self._params, self._keys, self._values, token, self._position
+        )
+        self._position += 1
+        return int(following)
+
+
+def _dense_step(
+    params: Params,
+    config: grok1.ModelConfig,
+    dtype: Any,
+    keys: Float[Array, "L K S H"],
+    values: Float[Array, "L K S H"],
+    token: Int[Array, ""],
+    position: Int[Array, ""],
+) -> tuple[Int[Array, ""], Float[Array, "L K S H"], Float[Array, "L K S H"]]:
+    stack = params.layers
+    x_D = params.embedding[token].astype(jnp.float32) * config.embedding_multiplier_scale
+    visible_S = jnp.arange(keys.shape[2]) <= position
+
+    def dot(x, weight: Weight, *index):
+        matrix = dequantize(jax.tree.map(operator.itemgetter(index), weight)).astype(dtype)
+        return exact_einsum("D,DN->N", x.astype(dtype), matrix)
+
+    def heads(x_D, weight, layer):
+        return dot(x_D, weight, layer).reshape(1, 1, -1, config.key_size)
+
+    def run_layer(carry, layer):
+        x_D, keys, values = carry
+        normed_D = rms_norm(x_D, stack.attention_pre_norm[layer])
+        at = position[None, None]
+        query = apply_rope(heads(normed_D, stack.query, layer), at).astype(dtype)
+        key = apply_rope(heads(normed_D, stack.key, layer), at)[0, 0].astype(dtype)
+        value = heads(normed_D, stack.value, layer)[0, 0].astype(dtype)
+        keys = keys.at[layer, :, position].set(key)
+        values = values.at[layer, :, position].set(value)
+        mixed = attend(
+            query.reshape(1, 1, config.num_kv_heads, -1, config.key_size),
+            keys[layer][None],
+            values[layer][None],
+            visible_S[None, None],
+            config.attn_output_multiplier,
+        )
+        branch_D = dot(mixed.reshape(-1), stack.attention_out, layer)
+        x_D += rms_norm(branch_D, stack.attention_post_norm[layer])
+
+        normed_D = rms_norm(x_D, stack.moe_pre_norm[layer])
+        routing = route(normed_D[None], stack.router[layer], config.num_selected_experts)
+        weights_E = jnp.zeros(config.num_experts)
+        weights_E = weights_E.at[routing.expert_indices[0]].set(routing.expert_weights[0])
+
+        def add_expert(total_D, expert):
+            hidden = jax.nn.gelu(
+                dot(normed_D, stack.experts.gate, layer, expert), approximate=True
+            ) * dot(normed_D, stack.experts.up, layer, expert)
+            out_D = dot(hidden, stack.experts.down, layer, expert)
+            return total_D + weights_E[expert] * out_D, None
+
+        branch_D, _ = jax.lax.scan(add_expert, jnp.zeros_like(x_D), jnp.arange(config.num_experts))
+        x_D += rms_norm(branch_D, stack.moe_post_norm[layer])
+        return (x_D, keys, values), None
+
+    carry = (x_D, keys, values)
+    (x_D, keys, values), _ = jax.lax.scan(run_layer, carry, jnp.arange(config.num_layers))
+    logits_V = exact_einsum(
+        "VD,D->V", params.embedding.astype(jnp.float32), rms_norm(x_D, params.final_norm)
+    )
+    return jnp.argmax(logits_V), keys, values

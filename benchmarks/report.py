@@ -6,7 +6,7 @@ import pathlib
 import re
 from typing import Any
 
-from benchmarks.process import BenchmarkError
+from benchmarks.machine import BenchmarkError
 from benchmarks.suite import Failure, Result
 
 _RATIOS = {"roofline": "of roofline", "dense": "x dense", "llama.cpp": "x llama.cpp"}
@@ -56,7 +56,7 @@ def table(found: dict[str, Any]) -> str:
                 result["measurement"],
                 str(result["threads"] or ""),
                 f"{_three_digits(result['value'])} {result['unit']}",
-                *(f"{ratios[name]:.2f}" if name in ratios else "" for name in _RATIOS),
+                *(_ratio(name, ratios[name]) if name in ratios else "" for name in _RATIOS),
                 _note(result),
             ]
         )
@@ -65,12 +65,18 @@ def table(found: dict[str, Any]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
         for row in rows
     ]
+    if any(result["ratios"].get("roofline", 0) > 1 for result in found["results"]):
+        lines += [
+            "",
+            "?: faster than its bound, which was measured while the machine did something else;",
+            "measure again with nothing beside it, or with more --repeats.",
+        ]
     return "\n".join([f"{device['name']}, {versions}, {found['date']}", "", *lines])
 
 
 def line(result: Result) -> str:
     """Returns one figure as one line, for those who wait."""
-    ratios = (f"{value:.2f} {_RATIOS.get(name, name)}" for name, value in result.ratios.items())
+    ratios = (f"{_ratio(n, value)} {_RATIOS.get(n, n)}" for n, value in result.ratios.items())
     figure = f"{_three_digits(result.value)} {result.unit}"
     return f"{result.model}: {result.measurement}: " + ", ".join([figure, *ratios])
 
@@ -139,6 +145,11 @@ def _note(result: dict[str, Any]) -> str:
         for name, text in _OTHER_RATIOS.items()
         if name in result["ratios"]
     )
+
+
+def _ratio(name: str, value: float) -> str:
+    # Above its bound nothing runs: the machine was slower when the bound was measured.
+    return "?" if name == "roofline" and value > 1 else f"{value:.2f}"
 
 
 def _three_digits(value: float) -> str:

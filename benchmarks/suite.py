@@ -6,19 +6,21 @@ import functools
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import disk
-from benchmarks.measure import Rounds, interleave, ratio
+from benchmarks import machine
+from benchmarks.machine import BenchmarkError, Worker
 from benchmarks.models import BenchModel
 from benchmarks.peers import LlamaCpp
-from benchmarks.process import BenchmarkError, Worker
 
 SECTIONS = ("start", "load", "context", "programs", "profile", "decode", "prefill")
 CPU_SECTIONS = ("start", "load", "context", "decode", "prefill")
 ACCELERATOR_SECTIONS = ("programs", "profile", "decode", "prefill")
 """What is measured unless something else is asked; an accelerator's model then needs no files."""
+
+Rounds = dict[str, list[float]]
+"""For each contestant its rate in every round."""
 
 _NEEDS_FILES = {"start", "load", "context"}
 
@@ -223,9 +225,10 @@ class Suite:
         yield result("load", load["seconds"], "s", details={"file_bytes": size})
         if built["available"]:
             yield result("build of the kernels", built["seconds"], "s")
-        compiles = [tokens["cold"] - tokens["compiled"] for tokens in (first, second)]
+        # A difference of two times: where nothing was compiled it can come out below zero.
+        compiles = [max(0, tokens["cold"] - tokens["compiled"]) for tokens in (first, second)]
         yield result("compile, first process", compiles[0], "s")
-        of_first = {"first process": compiles[1] / compiles[0]}
+        of_first = {"first process": compiles[1] / compiles[0]} if compiles[0] else {}
         yield result("compile, second process", compiles[1], "s", ratios=of_first)
         prompt = {"prompt": first["prompt"], "of_a_first_call": first["cold"]}
         yield result("time to first token", first["warm"], "s", details=prompt)
@@ -240,13 +243,13 @@ class Suite:
         def load():
             with Worker(threads) as worker:
                 worker.call("describe")  # it has started
-                disk.forget(files)
-                disk.use_memory(files)
+                machine.forget_files(files)
+                machine.use_memory(files)
                 found = worker.call("load", path=str(self.path))
                 shares.append(worker.call("peak_memory") / found["kept_bytes"])
             return found["file_bytes"] / found["seconds"]
 
-        contestants = {"disk": lambda: disk.read_rate(files), "grok1": load}
+        contestants = {"disk": lambda: machine.read_rate(files), "grok1": load}
         rounds = interleave(contestants, self.effort.repeats, self._say)
         rounds = {name: [rate / 1e9 for rate in rates] for name, rates in rounds.items()}
         yield Result(
@@ -365,3 +368,34 @@ class Suite:
 
     def _say(self, text: str) -> None:
         self.say(f"{self.model.name}: {text}")
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], float]], repeats: int, say: Callable[[str], None]
+) -> Rounds:
+    """Measures every contestant once a round, in turn; the roofline also after the last round.
+
+    A bound is what the machine can do, and that changes from one moment to the next: of a round the
+    larger of the two figures counts between which the others were measured.
+
+    Args:
+      contestants: By name, a function that measures once and returns a rate.
+      repeats: Number of rounds.
+      say: Told which round it is.
+    """
+    rounds: Rounds = {name: [] for name in contestants}
+    for i in range(repeats):
+        say(f"round {i + 1} of {repeats}")
+        for name, measure in contestants.items():
+            rounds[name].append(measure())
+    if "roofline" in contestants:
+        after = [*rounds["roofline"][1:], contestants["roofline"]()]
+        rounds["roofline"] = [*map(max, rounds["roofline"], after)]
+    return rounds
+
+
+def ratio(rounds: Rounds, name: str, other: str) -> float:
+    """Returns the median over the rounds of how many times faster `name` was than `other`."""
+    return statistics.median(
+        mine / theirs for mine, theirs in zip(rounds[name], rounds[other], strict=True)
+    )

@@ -1,5 +1,6 @@
 """The benchmark command: what it counts, what it reports, and how it refuses. No time is judged."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -14,14 +15,12 @@ import numpy as np
 import pytest
 
 import grok1
-from benchmarks import disk, models, peers, report, roofline, suite, workload
-from benchmarks.__main__ import parse_arguments, plan
-from benchmarks.dense import DenseDecoder
-from benchmarks.measure import interleave, ratio
-from benchmarks.process import BenchmarkError, Worker
-from benchmarks.profile import summed
-from benchmarks.programs import copies_of
-from benchmarks.suite import Suite
+from benchmarks import machine, models, peers, report, suite, workload
+from benchmarks.__main__ import cost, parse_arguments, plan
+from benchmarks.device import copies_of, summed
+from benchmarks.machine import BenchmarkError, Worker
+from benchmarks.peers import DenseDecoder
+from benchmarks.suite import Suite, interleave, ratio
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -34,10 +33,11 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_quick_run_of_the_toy_reports_every_figure(tmp_path, monkeypatch):
     # The kernels would be built anew for the figure of a first process.
     monkeypatch.setenv("GROK1_NATIVE", "0")
-    result = run("--model", "toy", "--quick", "--threads", "1", "--output", str(tmp_path))
+    result = run("--model", "toy", "--quick", "--threads", "1", "--json", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    *table, last = result.stdout.splitlines()
-    found = json.loads(last)
+    assert "benchmarks: toy: this takes 0.0061 GB of memory\n" in result.stderr
+    found = json.loads(result.stdout)
+    table = report.table(found).splitlines()
     [written] = tmp_path.iterdir()
     assert json.loads(written.read_text()) == found
     assert written.name.endswith(f"-{found['date']}.json")
@@ -67,6 +67,7 @@ def test_quick_run_of_the_toy_reports_every_figure(tmp_path, monkeypatch):
     assert set(by_name["decode, batch 1"]["ratios"]) == {"roofline", "dense"}
     assert set(by_name["decode, batch 8"]["ratios"]) == {"roofline"}
     assert set(by_name["prefill, 128 tokens"]["ratios"]) == {"roofline"}
+    assert all(figure["value"] >= 0 for figure in by_name.values())
     loading = by_name["load, files not in memory"]
     assert loading["ratios"]["disk"] == pytest.approx(
         loading["value"] / loading["rounds"]["disk"][0]
@@ -195,6 +196,43 @@ def test_interleaved_ratios_are_medians_of_rounds():
     assert ratio(rounds, "a", "b") == 2
 
 
+def test_a_bound_is_the_larger_of_what_stands_on_both_sides():
+    rates = {"roofline": iter([5.0, 20.0, 10.0]), "grok1": iter([7.0, 9.0])}
+    rounds = interleave({name: lambda it=it: next(it) for name, it in rates.items()}, 2, print)
+    assert rounds == {"roofline": [20.0, 20.0], "grok1": [7.0, 9.0]}
+
+
+def test_what_is_faster_than_its_bound_is_shown_as_doubtful():
+    result = suite.Result("toy", "decode", 9.0, "tokens/s", 1, {"roofline": 1.4, "dense": 2})
+    device = {"name": "A CPU", "versions": {}}
+    table = report.table(report.document(device, "2026-01-31", {}, [result], []))
+    assert "1.40" not in table
+    assert "| ?           | 2.00    |" in table
+    assert "?: faster than its bound" in table
+    assert report.line(result) == "toy: decode: 9 tokens/s, ? of roofline, 2.00 x dense"
+
+
+def test_times_that_differ_by_nothing_are_no_compilation(monkeypatch):
+    tokens = {"prompt": 128, "cold": 1.0, "warm": 0.5, "compiled": 1.2}
+    answers = {"build_kernels": {"available": False}, "first_tokens": tokens, "peak_memory": 2}
+    answers["load"] = {"seconds": 1.0, "file_bytes": 1}
+    worker = types.SimpleNamespace(call=lambda command, **_: answers[command])
+    monkeypatch.setattr(suite, "Worker", lambda *_: contextlib.nullcontext(worker))
+    model = models.model_named("toy", 1)
+    running = suite.Suite(model, ROOT, ["start"], suite.QUICK, None, None, lambda _: None).run()
+    compiled = [result for result in running if "compile" in result.measurement]
+    assert [(result.value, result.ratios) for result in compiled] == [(0, {}), (0, {})]
+
+
+def test_what_a_run_takes_is_said_before_it_starts():
+    arguments = parse_arguments(["--quick"])
+    device = {"platform": "cpu", "name": "a device", "memory_bytes": 10**11}
+    said = cost(plan(arguments, device), arguments, True, pathlib.Path("somewhere"))
+    assert said == (
+        "toy, bench: this takes about 4 minutes, 2.5 GB of memory, 1.9 GB of disk in somewhere"
+    )
+
+
 def test_workload_generates_what_generate_does(toy):
     prompts = workload.random_prompts(toy.config.vocab_size, 2, 5)
     timing = workload.run(toy, prompts, 4)
@@ -230,7 +268,7 @@ def test_experts_read_are_those_that_the_router_chose(toy):
 
 def test_decode_bytes_of_all_experts_are_the_whole_model_and_the_filled_cache(toy):
     all_experts = toy.config.num_layers * toy.config.num_experts
-    parts = roofline.decode_bytes(toy, 2, 10, 3, all_experts)
+    parts = workload.decode_bytes(toy, 2, 10, 3, all_experts)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params))
     if toy.engine.screening_table is not None:  # read instead of the embedding
         table = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.engine.screening_table))
@@ -238,18 +276,18 @@ def test_decode_bytes_of_all_experts_are_the_whole_model_and_the_filled_cache(to
     assert parts["layers"] + parts["experts"] + parts["head"] == weights
     row = 2 * toy.config.num_layers * toy.config.num_kv_heads * toy.config.key_size * 4
     assert parts["cache"] == 2 * row * (11 + 12 + 13) / 3
-    chosen = roofline.decode_bytes(toy, 2, 10, 3, all_experts / 4)
+    chosen = workload.decode_bytes(toy, 2, 10, 3, all_experts / 4)
     assert chosen["experts"] == parts["experts"] / 4
 
 
 def test_prefill_operations_are_those_of_the_products():
     config = grok1.TOY
-    one = roofline.prefill_operations(config, 1)
+    one = workload.prefill_operations(config, 1)
     # From the checkpoint: 2 for each weight that a token meets, and attention to itself.
     attention = 2 * 128 * 128 + 2 * 128 * 64
     experts = 2 * 3 * 128 * config.ffn_size + 128 * 8
     assert one == 2 * 6 * (attention + experts + 2 * 128)
-    assert roofline.prefill_operations(config, 3) == 3 * one + 2 * 6 * 2 * 128 * (0 + 1 + 2)
+    assert workload.prefill_operations(config, 3) == 3 * one + 2 * 6 * 2 * 128 * (0 + 1 + 2)
 
 
 def test_copies_of_weights_are_found_in_a_compiled_program():
@@ -368,9 +406,9 @@ def test_llama_cpp_that_fails_is_quoted(tmp_path):
 
 def test_memory_that_cannot_be_used_is_one_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"1")
-    monkeypatch.setattr(disk, "host_bytes_available", lambda: None)
+    monkeypatch.setattr(machine, "host_bytes_available", lambda: None)
     monkeypatch.setattr(
-        disk.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=-9)
+        machine.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=-9)
     )
     with pytest.raises(BenchmarkError, match=r"could not use 0\.0 GB .*status -9.*leave out"):
-        disk.use_memory(tmp_path)
+        machine.use_memory(tmp_path)

@@ -1,14 +1,18 @@
-"""What the compiled steps hold in memory, by XLA's own account.
+"""What the compiled steps hold in memory, and what a device does in them, kernel by kernel.
 
-The question on an accelerator is whether XLA fuses the conversion of int8 weights into the
-products, and reads a layer's matrix where it lies in the stack. Where it does not, the optimised
-program has an instruction, outside any fusion, whose result is an array as large as a weight
-matrix, of floats or of int8; such instructions are listed.
+The first is XLA's own account, the second what JAX's profiler saw. The question on an accelerator
+is whether XLA fuses the conversion of int8 weights into the products, and reads a layer's matrix
+where it lies in the stack. Where it does not, the optimised program has an instruction, outside any
+fusion, whose result is an array as large as a weight matrix, of floats or of int8; such
+instructions are listed.
 """
 
+import collections
 import math
+import pathlib
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,6 +22,10 @@ import grok1
 from grok1.engine.engine import CHUNK_LENGTHS
 from grok1.ops.quantized import QuantizedArray
 
+Kernels = dict[str, tuple[int, float]]
+"""For each kernel how often it ran and its seconds in all, the longest first."""
+
+_MOST = 15  # kernels to name; the rest are one
 _FUSED = re.compile(r"\bfusion\(.*\bcalls=%?([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%?[\w.\-]+) = (.+?) ([\w\-]+)\(")
@@ -92,3 +100,50 @@ def copies_of(program: str, weights: Iterable[tuple[int, int]]) -> list[str]:
             if any(columns == n and rows and rows % k == 0 for k, n in weights):
                 found.append(f"{match[1]} = {array[0]} {match[3]}")
     return found
+
+
+def profile(work: Callable[[], Any]) -> Kernels:
+    """Profiles a function that has run before.
+
+    Args:
+      work: What to run; returns arrays to wait for.
+
+    Raises:
+      ValueError: If the profiler saw nothing on an accelerator.
+    """
+    with tempfile.TemporaryDirectory(prefix="grok1-benchmark-profile-") as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(work())
+        files = pathlib.Path(directory).rglob("*.xplane.pb")
+        kernels = [
+            (event.name, event.duration_ns / 1e9)
+            for file in files
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+            if plane.name.startswith("/device:")
+            for line in plane.lines
+            if _is_of_kernels(line.name)
+            for event in line.events
+        ]
+    if not kernels:
+        raise ValueError("the profiler saw no kernel; it does on GPUs and TPUs, not on CPUs")
+    return summed(kernels)
+
+
+def summed(kernels: list[tuple[str, float]]) -> Kernels:
+    """Adds up the runs of each kernel, of (name, seconds) each; those after the longest are one."""
+    times: dict[str, int] = collections.defaultdict(int)
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for name, duration in kernels:
+        times[name] += 1
+        seconds[name] += duration
+    longest = sorted(seconds, key=lambda name: seconds[name], reverse=True)
+    found = {name: (times[name], seconds[name]) for name in longest[:_MOST]}
+    if rest := longest[_MOST:]:
+        found["others"] = sum(times[n] for n in rest), sum(seconds[n] for n in rest)
+    return found
+
+
+def _is_of_kernels(line: str) -> bool:
+    # GPUs have a line a stream, beside lines that group the same kernels by module or by scope; of
+    # a TPU's lines the operations are one.
+    return line.startswith("Stream") or line == "XLA Ops"
