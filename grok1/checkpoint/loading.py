@@ -165,8 +165,8 @@ def expert_arrays(
     """Returns where the int8 values of each layer's experts lie.
 
     Args:
-      tensors: As for `load_params`.
-      manifest: Likewise.
+      tensors: The checkpoint's, in the order of `manifest`.
+      manifest: What they are, with their types.
       config: The model.
 
     Returns:

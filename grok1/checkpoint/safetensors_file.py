@@ -287,8 +287,8 @@ def examine_safetensors(
     """Checks a safetensors checkpoint as `open_safetensors` does, and goes on after a fault.
 
     Args:
-      directory: As for `open_safetensors`.
-      manifest: Likewise.
+      directory: Where the shards and their index are.
+      manifest: The tensors that a checkpoint of the model has.
 
     Raises:
       CheckpointError: If the index cannot be read.

@@ -54,7 +54,7 @@ def attend(
 
     Args:
       query: Queries, rotary phases applied.
-      key: Keys, likewise.
+      key: Keys, rotary phases applied.
       value: Values.
       mask: True where the query may attend.
       scale: Factor on the query-key products, before the soft cap.

@@ -87,7 +87,16 @@ def route(
 def router_logits(
     x: Float[Array, "M D"], router: Float[Array, "D E"], softcap: float | None = None
 ) -> Float[Array, "M E"]:
-    """What the router's softmax is taken of; arguments as for `route`."""
+    """What the router's softmax is taken of.
+
+    Args:
+      x: float32 or bfloat16 `[M, D]`, the router's input.
+      router: float32 `[D, E]`.
+      softcap: Bounds the logits to (-softcap, softcap); None for no bound, as trained.
+
+    Returns:
+      float32 `[M, E]`.
+    """
     logits = exact_einsum("MD,DE->ME", x.astype(jnp.float32), router)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
@@ -95,7 +104,17 @@ def router_logits(
 def choose_experts(
     logits: Float[Array, "M E"], num_selected: int, renormalize: bool = False
 ) -> Routing:
-    """The most probable experts of each token; arguments as for `route`."""
+    """The most probable experts of each token.
+
+    Args:
+      logits: float32 `[M, E]`.
+      num_selected: Experts a token.
+      renormalize: Divide the weights of a token's experts by their sum.
+
+    Returns:
+      Probabilities of all experts, float32 `[M, E]`, and the chosen ones' indices, int32, and
+      weights, float32, `[M, A]`.
+    """
     probs = jax.nn.softmax(logits, axis=-1)
     expert_weights, expert_indices = jax.lax.top_k(probs, num_selected)
     if renormalize:
@@ -313,7 +332,7 @@ def expert_ffn(
       x: Input, in the type of the products.
       weights: Experts of a stack of layers.
       index: Index of the layer, if there is such an axis, and of the expert.
-      num_valid: As for `matmul`.
+      num_valid: Rows from this one on do not matter, int32; None for all rows.
     """
     hidden = jax.nn.gelu(matmul(x, weights.gate, index, num_valid), approximate=True)
     hidden *= matmul(x, weights.up, index, num_valid)

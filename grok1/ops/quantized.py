@@ -151,7 +151,7 @@ def matmul_split(
     Args:
       x: float32 `[*M, K]`.
       weight: Float or quantised `[*lead, K, N]`.
-      index: As for `matmul`.
+      index: Index of the matrix in the leading axes, one for each.
       dtype: float32 or bfloat16.
 
     Returns:

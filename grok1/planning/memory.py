@@ -77,7 +77,7 @@ def abstract_engine(
       config: The model.
       mesh: A mesh, which may be abstract.
       dtype: Type of the products with weights.
-      cache_dtype: As for `Engine`.
+      cache_dtype: Type of cached keys and values; None for that which goes with `dtype`.
     """
     return Engine(abstract_stack(weights, config, mesh), config, mesh, dtype, cache_dtype)
 

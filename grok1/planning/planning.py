@@ -75,19 +75,22 @@ def plan(
         `device`, or for what is there.
       device: A name in `DEVICE_KINDS`, or "cpu"; None for the devices present, or, with a number in
         `devices`, for GPUs.
-      mesh: Sizes (data, model), as (1, 8) or "1x8"; None for all devices, as `load`.
+      mesh: Sizes (data, model), as (1, 8) or "1x8"; None for all devices, as many on `model` as the
+        model divides by.
       batch: Prompts side by side, up to 32.
       context: Positions, prompt and generated tokens together; None for the model's context.
-      dtype: As for `load`.
-      cache_dtype: As for `load`.
+      dtype: "float32" or "bfloat16", the type of products with weights; None for float32 on a CPU
+        and bfloat16 elsewhere.
+      cache_dtype: "float32", "float16" or "int8", the type of cached keys and values; None for
+        float32 where `dtype` is, float16 otherwise.
       bandwidth: GB/s of a device's memory; on a CPU those of the machine. None for the names' own,
         or, for a model that a CPU reads from disk, for what is measured here.
       disk: GB/s that the disk delivers. None for 2, those of one NVMe drive in the cloud, or, for a
         model that is read from disk token by token, for what is measured of `checkpoint`.
       checkpoint: A directory with the weights, whose types then count: weights without scales are
         float32 in memory. Part of a download is taken for a release.
-      layers: As for `load`.
-      embedding_dtype: As for `load`.
+      layers: Only so many layers, the first ones; None for all.
+      embedding_dtype: "float32", or "bfloat16" for half of the embedding's memory.
 
     Raises:
       ValueError: If a number is out of range, the model does not divide over the mesh, or the

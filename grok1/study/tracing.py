@@ -220,9 +220,10 @@ def trace_generation(
       engine: The model.
       tokenizer: Its tokenizer, if any.
       prompt: Text or token ids.
-      capture: As for `trace`, but "logits", which a generation does not keep.
-      attention_layers: As for `trace`.
-      lens_top: As for `trace`.
+      capture: Any of "router", "residual", "branches", "attention" and "logit_lens"; a generation
+        does not keep "logits".
+      attention_layers: With "attention", the layers to map; None for all.
+      lens_top: With "logit_lens", how many tokens to name.
       **options: Those of `GenerationOptions`.
 
     Returns:

@@ -109,7 +109,7 @@ def experts(
     Args:
       x: float32 `[M, D]`.
       gate: int8 values `[*lead, E, D, F]` and bfloat16 scales `[*lead, E, G, F]`; read in place.
-      up: Likewise.
+      up: Values and scales of these shapes and types; read in place.
       down: int8 values `[*lead, E, F, D]` and bfloat16 scales `[*lead, E, G, D]`.
       layer: Index of the layer, 0 where there is no such axis.
       expert_indices: int32; one outside 0 to E-1 is not run.
@@ -179,7 +179,7 @@ def fetched_experts(
       x: float32 `[M, D]`.
       handle: Of a `Fetch`, which is asked for one chosen expert after another.
       gate_scales: bfloat16 `[L, E, G, F]`.
-      up_scales: Likewise.
+      up_scales: bfloat16 `[L, E, G, F]`.
       down_scales: bfloat16 `[L, E, G, D]`.
       layer: Index of the layer.
       expert_indices: int32; one outside 0 to E-1 is not run, and not asked for.
