@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.machine import BenchmarkError
 from benchmarks.suite import Failure, Result
+from grok1.machine.safe_files import replacing
 
 _RATIOS = {"roofline": "of roofline", "dense": "x dense", "llama.cpp": "x llama.cpp"}
 _OTHER_RATIOS = {
@@ -97,7 +98,8 @@ def write(found: dict[str, Any], directory: pathlib.Path) -> pathlib.Path:
         directory.mkdir(parents=True, exist_ok=True)
         if path.exists():
             found = _added(json.loads(path.read_text(encoding="utf-8")), found)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        with replacing(path) as file:
+            file.write(json.dumps(found, indent=1).encode() + b"\n")
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from None
     return path

@@ -151,7 +151,8 @@ def save(model: Model, path: str | pathlib.Path) -> None:
         `tokenizer.model`.
 
     Raises:
-      CheckpointError: If the directory already holds a checkpoint, or cannot be written.
+      CheckpointError: If the directory already holds a checkpoint, in this format or another, or
+        a file of these names, or cannot be written; nothing is replaced or left half-written.
       ValueError: If the model lies on the devices of several processes, or its experts on disk.
     """
     if model.offload_stats is not None:
@@ -164,8 +165,8 @@ def save(model: Model, path: str | pathlib.Path) -> None:
             f"save needs the whole model in one process, found it on {jax.process_count()}; load "
             "and save it in a process of its own, on a CPU if need be"
         )
-    path = pathlib.Path(path)
-    save_checkpoint(path / "ckpt-0", unstack(model.params, model.config, model.tensors))
-    (path / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+    beside = {"config.json": model.config.to_json().encode()}
     if model.tokenizer is not None:
-        (path / "tokenizer.model").write_bytes(model.tokenizer.model_proto)
+        beside["tokenizer.model"] = model.tokenizer.model_proto
+    tensors = unstack(model.params, model.config, model.tensors)
+    save_checkpoint(pathlib.Path(path, "ckpt-0"), tensors, beside)

@@ -37,6 +37,7 @@ def manifest_of(num_layers: int) -> list[TensorSpec]:
 
 
 MANIFEST = manifest_of(NUM_LAYERS)
+BESIDE = {"config.json": b"{}" * 10, "tokenizer.model": b"a tokenizer"}
 DOWN = [i for i, spec in enumerate(MANIFEST) if spec.name.endswith("linear_1/w")]
 
 
@@ -327,6 +328,69 @@ def test_a_full_disk_is_one_clear_message(directory, tmp_path, monkeypatch):
         "directory that can be written and has the space"
     )
     assert os.listdir(tmp_path) == ["ckpt-0"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.model",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors",
+    ],
+)
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_file_of_another_checkpoint_is_not_replaced(name, is_link, tmp_path):
+    place = tmp_path / "model"
+    place.mkdir()
+    if is_link:  # one that leads nowhere, where the file would come to be
+        (place / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        (place / name).write_text("precious")
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(place / "ckpt-0", tensors_of(MANIFEST), BESIDE)
+    assert str(caught.value) == (
+        f"{place}: already holds {name}; choose a new directory, nothing was written"
+    )
+    assert os.listdir(place) == [name]
+    assert os.listdir(tmp_path) == ["model"]
+    assert is_link or (place / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("when", ["config.json", "tokenizer.model", "ckpt-0"])
+@pytest.mark.parametrize("before", ["nothing", "a directory"])
+def test_a_disk_that_is_full_after_the_tensors_leaves_nothing(when, before, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    place = tmp_path / "model"
+    if before == "a directory":
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+    moved, written = released.move_new, pathlib.Path.write_bytes
+
+    def move(source, target):
+        if target.name == when:
+            raise full
+        moved(source, target)
+
+    def write(path, data):
+        if path.name == when:
+            written(path, data[:5])
+            raise full
+        return written(path, data)
+
+    monkeypatch.setattr(released, "move_new", move)
+    if when == "tokenizer.model":
+        monkeypatch.setattr(pathlib.Path, "write_bytes", write)
+    with pytest.raises(CheckpointError, match="not saved: No space left on device on"):
+        save_checkpoint(place / "ckpt-0", tensors_of(MANIFEST), BESIDE)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == (
+        ["notes.txt"] if before == "a directory" else []
+    )
+    save_checkpoint(place / "ckpt-0", tensors_of(MANIFEST), BESIDE)
+    open_checkpoint(place / "ckpt-0", MANIFEST)
+    assert {name: (place / name).read_bytes() for name in BESIDE} == BESIDE
 
 
 def test_a_place_that_cannot_hold_a_directory_is_refused(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 
 from grok1.checkpoint.tensor_file import DTYPES, write_tensor
 from grok1.config import GROK_1, ModelConfig
+from grok1.machine.safe_files import creating
 from grok1.nn.manifest import TensorSpec, file_name, manifest
 
 _LAYER = re.compile(r"decoder_layer_\d+/")
@@ -44,7 +45,8 @@ def make_full_size(
     """
     files = directory / "ckpt-0"
     files.mkdir(parents=True)
-    (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
+    with creating(directory / "config.json") as file:
+        file.write(config.to_json().encode())
     one_layer = dataclasses.replace(config, num_layers=1)
     kinds = {_kind(spec.name): i for i, spec in enumerate(manifest(one_layer))}
     generator = np.random.default_rng(seed)

@@ -286,8 +286,8 @@ def write_checkpoint(quantized: NamedParams, directory: pathlib.Path) -> None:
             else (np.asarray(leaf), None)
             for _, leaf in named_leaves(quantized)
         ],
+        {"config.json": TOY.to_json().encode()},
     )
-    (directory / "config.json").write_text(TOY.to_json())
 
 
 def expert_table(shares: np.ndarray) -> str:

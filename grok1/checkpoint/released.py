@@ -3,11 +3,12 @@
 import os
 import pathlib
 import re
-import tempfile
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from grok1.checkpoint.safetensors_file import INDEX_NAME
 from grok1.checkpoint.tensor_file import (
     ArraySpan,
     DataFile,
@@ -17,6 +18,7 @@ from grok1.checkpoint.tensor_file import (
     write_tensor,
 )
 from grok1.files import CheckpointError
+from grok1.machine.safe_files import move_new, scratch_directory
 from grok1.nn.manifest import TensorSpec, file_name
 
 LAYER = re.compile(r"decoder_layer_\d+")
@@ -123,34 +125,30 @@ def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | Non
 def save_checkpoint(
     directory: str | os.PathLike[str],
     tensors: Iterable[tuple[np.ndarray, np.ndarray | None]],
+    beside: Mapping[str, bytes] = types.MappingProxyType({}),
 ) -> None:
-    """Writes a checkpoint directory, whole or not at all.
+    """Writes a checkpoint directory and what lies beside it, whole or not at all.
 
-    The files are written beside their place and moved there at the end, so that a save that is
-    interrupted leaves nothing behind.
+    The files are written to a directory of their own and moved to their place at the end, so that a
+    save that fails leaves nothing behind. Nothing that is there is replaced.
 
     Args:
       directory: Where the files go; must be absent or empty.
       tensors: (values, scales or None) of each tensor in manifest order, as for `write_tensor`.
+      beside: Content of other files by name, such as `config.json`; they go beside `directory`.
 
     Raises:
-      CheckpointError: If the directory already holds something, or the disk refuses.
+      CheckpointError: If the directory already holds something, or the one around it a file of
+        these names or a checkpoint in safetensors; or if the disk refuses.
       ValueError: If a tensor is of a type or shape that no tensor file has.
     """
     target = pathlib.Path(os.path.abspath(directory))
     step, written = "creating the directory", 0
     try:
-        if target.exists() and os.listdir(target):
-            raise CheckpointError(
-                directory,
-                f"already holds {_some(os.listdir(target))}",
-                "choose a new directory, nothing was written",
-                "unwritable",
-            )
-        ancestor = next(parent for parent in target.parents if parent.is_dir())
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=ancestor) as scratch:
-            # Inside, because the temporary directory itself is closed to other users.
-            partial = pathlib.Path(scratch, target.name)
+        _check_nothing_is_replaced(target, beside)
+        with scratch_directory(target.parent) as scratch:
+            # Inside, because the scratch directory itself is closed to other users.
+            partial = scratch / target.name
             partial.mkdir()
             for i, (values, scales) in enumerate(tensors):
                 scales_shape = None if scales is None else scales.shape
@@ -158,9 +156,12 @@ def save_checkpoint(
                 step = f"writing {file_name(i)} ({size:,} bytes, {written:,} before it)"
                 write_tensor(partial / file_name(i), values, scales)
                 written += size
+            for name, data in beside.items():
+                step = f"writing {name} ({len(data):,} bytes, {written:,} before it)"
+                (scratch / name).write_bytes(data)
             step = "moving the files to their place"
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial.rename(target)
+            _move([*beside, target.name], scratch, target.parent)
     except OSError as error:
         raise CheckpointError(
             directory,
@@ -168,6 +169,39 @@ def save_checkpoint(
             "nothing was left behind, choose a directory that can be written and has the space",
             "unwritable",
         ) from error
+
+
+def _check_nothing_is_replaced(target: pathlib.Path, beside: Iterable[str]) -> None:
+    around = os.listdir(target.parent) if target.parent.is_dir() else []
+    of_another = [name for name in around if name.endswith((".safetensors", INDEX_NAME))]
+    for place, found in (
+        (target, os.listdir(target) if os.path.lexists(target) else []),
+        (target.parent, [*(set(beside) & set(around)), *of_another]),
+    ):
+        if found:
+            raise CheckpointError(
+                place,
+                f"already holds {_some(found)}",
+                "choose a new directory, nothing was written",
+                "unwritable",
+            )
+
+
+def _move(names: list[str], source: pathlib.Path, target: pathlib.Path) -> None:
+    """Moves all, or none; the last one, without which the others mean nothing, may be a directory.
+
+    Raises:
+      OSError: If one cannot be moved, or something is in its place.
+    """
+    moved: list[pathlib.Path] = []
+    try:
+        for name in names:
+            move_new(source / name, target / name)
+            moved.append(target / name)
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
