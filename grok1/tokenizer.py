@@ -240,6 +240,11 @@ class StreamDecoder:
         return _ESCAPED_BYTE.sub("\ufffd", self._utf8.decode(data, final))
 
 
+def is_control_spelling(piece: bytes) -> bool:
+    """Whether a piece is spelt `<|...|>`, as those that steer the model."""
+    return _CONTROL_SPELLING.fullmatch(piece) is not None
+
+
 def _token_id(token: Any, vocab_size: int) -> int:
     try:
         index = None if isinstance(token, bool) else operator.index(token)

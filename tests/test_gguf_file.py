@@ -1,7 +1,10 @@
 """GGUF: the int8 weights unchanged, what llama.cpp cannot run refused, and its logits ours."""
 
 import dataclasses
+import itertools
 import pathlib
+import random
+import re
 
 import ml_dtypes
 import numpy as np
@@ -9,9 +12,10 @@ import pytest
 
 import grok1
 from grok1.care.conversion import convert
-from grok1.care.gguf_file import check_model, pack_q8_0
+from grok1.care.gguf_file import check_model, header, llama_cpp_vocabulary, pack_q8_0
 from grok1.checkpoint.directory import open_tensors
 from grok1.checkpoint.storage import dequantize_matrix, read_matrix
+from grok1.config import GROK_1
 from grok1.config import TOY as TOY_CONFIG
 from grok1.files import CheckpointError
 from grok1.tokenizer import Tokenizer
@@ -19,6 +23,21 @@ from tests.conftest import TOY
 from tools.compare_llama_cpp import compare
 
 gguf = pytest.importorskip("gguf")
+ONE_WAY = "this library does not read GGUF, and there is no way back from it: keep the source"
+RELEASED_TOKENIZER = TOY.parent / "tokenizer.model"
+# The prompts of the README, and what user-defined pieces are of: line ends, tabs, spaces, digits.
+TEXTS = [
+    "The answer to life the universe and everything is of course",
+    'def is_prime(n: int) -> bool:\n    """Whether n is a prime number."""\n',
+    "A short story in three paragraphs.\n\nThe lighthouse keeper had not seen a ship for forty "
+    "days when",
+    'Q: What is the capital of France?\nA: Paris\nQ: Who wrote "Middlemarch"?\nA: George Eliot\n'
+    "Q: What is the boiling point of water at sea level, in Celsius?\nA:",
+    *("\n\nfoo", "42", "def f(x):\n    return x", "1 2  345", "\n" * 23, "\t" * 11, " " * 19),
+    *("\t\tx\t", "\n \n  \n\n", "a\r\nb", " the", "  the", "a   the", "▁▁a▁", "3.14159\n2.71828"),
+    *("日本語 текст é", "😀 a😀", "\x00a\x1b", "٣１"),
+    *("<|separator|>", "a<|mask|>b", "[BOS]x[EOS]", "<0x0A>", "[UNUSED5]", "[UNK]"),
+]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -31,6 +50,7 @@ def toy_gguf(tmp_path_factory) -> pathlib.Path:
         "exactly a float16",
         "12 tensors are float32, exactly, because their scale groups are no multiples of the 32 "
         "rows of a Q8_0 block",
+        ONE_WAY,
     ]
     return target
 
@@ -82,10 +102,78 @@ def test_the_tokenizer_is_in_the_file(toy_gguf):
     pieces = fields["tokenizer.ggml.tokens"].contents()
     assert pieces == [tokenizer.piece(token) for token in range(tokenizer.vocab_size)]
     kinds = fields["tokenizer.ggml.token_type"].contents()
-    assert [kinds[i] for i in (0, 1, 2, 3, 4, 260)] == [3, 3, 3, 2, 4, 6]
+    assert [kinds[i] for i in (0, 1, 2, 3, 4, 260)] == [3, 3, 3, 2, 1, 6]
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
     assert fields["grok.embedding_scale"].contents() == pytest.approx(128**0.5)
+
+
+def llama_cpp_ids(vocabulary: list[tuple[bytes, float, int]], text: str) -> list[int]:
+    """What llama.cpp makes of a text: pieces it cuts out first, then pairs joined by score."""
+    ids = {piece.decode(errors="replace"): i for i, (piece, _, _) in enumerate(vocabulary)}
+    cut_out = [piece.decode() for piece, _, kind in vocabulary if kind == 4]
+    parts = re.split("|".join(map(re.escape, sorted(cut_out, key=len, reverse=True))) or "$^", text)
+    assert len(parts) == 1 or cut_out
+    found = []
+    for part, cut in itertools.zip_longest(
+        parts, re.findall("|".join(map(re.escape, cut_out)) or "$^", text)
+    ):
+        symbols = list(f" {part}".replace(" ", "▁")) if part else []
+        while pairs := [
+            (-vocabulary[ids[a + b]][1], place)
+            for place, (a, b) in enumerate(itertools.pairwise(symbols))
+            if a + b in ids
+        ]:
+            _, place = min(pairs)
+            symbols[place : place + 2] = ["".join(symbols[place : place + 2])]
+        for symbol in symbols:
+            in_bytes = [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+            found += [ids[symbol]] if symbol in ids else in_bytes
+        found += [ids[cut]] if cut else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "model", [TOY / "tokenizer.model", RELEASED_TOKENIZER], ids=["toy", "real"]
+)
+def test_llama_cpp_is_given_a_vocabulary_that_makes_our_ids(model):
+    tokenizer = Tokenizer.load(model)
+    vocabulary = llama_cpp_vocabulary(tokenizer)
+    expected = [tokenizer.encode(text) for text in TEXTS]
+    assert [llama_cpp_ids(vocabulary, text) for text in TEXTS] == expected
+    # Were the types those of the model, pieces would be cut out, and spaces put between.
+    as_it_is = [llama_cpp_ids(tokenizer.vocabulary, text) for text in TEXTS[4:6]]
+    assert as_it_is != expected[4:6]
+    highest = max(score for _, score, kind in tokenizer.vocabulary if kind == 1)
+    for (piece, score, kind), (_, new_score, new_kind) in zip(
+        tokenizer.vocabulary, vocabulary, strict=True
+    ):
+        if kind != 4:
+            assert (new_score, new_kind) == (score, kind)
+        elif piece.startswith(b"<|"):
+            assert new_kind == 3
+        else:
+            assert (new_score, new_kind) == (len(piece), 1)
+            assert new_score > highest
+
+
+@pytest.mark.parametrize(
+    "model", [TOY / "tokenizer.model", RELEASED_TOKENIZER], ids=["toy", "real"]
+)
+def test_llama_cpp_makes_our_ids(model, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokenizer = Tokenizer.load(model)
+    config = TOY_CONFIG if model.parent == TOY else GROK_1
+    data, _ = header("vocabulary", config, [], tokenizer)
+    (tmp_path / "vocabulary.gguf").write_bytes(data)
+    theirs = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+    generator = random.Random(0)
+    letters = [*" \n\t0123456789abcXYZ.,()<|>▁é日_", "  ", "\n\n", "the", " of"]
+    texts = TEXTS + ["".join(generator.choices(letters, k=k % 40 + 1)) for k in range(1000)]
+    text = pathlib.Path(__file__).read_text()
+    texts += [text[start : start + 100] for start in range(0, len(text), 50)]
+    found = [theirs.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
+    assert found == [tokenizer.encode(text) for text in texts]
 
 
 def test_scales_that_float16_rounds_are_reported(tmp_path):
@@ -125,7 +213,10 @@ def test_a_shape_that_llama_cpp_cannot_run_is_refused():
 
 @pytest.mark.parametrize("embedding", ["f16", "bf16", "q8_0"])
 def test_the_embedding_can_be_smaller(embedding, tmp_path):
-    convert(TOY, tmp_path / "toy", to="gguf", embedding=embedding, progress=False)
+    notes = convert(TOY, tmp_path / "toy", to="gguf", embedding=embedding, progress=False)
+    assert notes[0].startswith("30 tensors hold the int8 weights unchanged in Q8_0 blocks")
+    assert notes[1] == f"the embedding is rounded to {embedding}"
+    assert notes[-1] == ONE_WAY
     stored = gguf.GGUFReader(tmp_path / "toy").tensors[0]
     assert stored.tensor_type.name.lower() == embedding
     decoded = gguf.quants.dequantize(stored.data, stored.tensor_type)

@@ -61,7 +61,7 @@ def convert(
       source: A directory that `grok1.load` reads.
       target: A new directory; with `to="gguf"` a new file.
       to: "grok1", the released format; "safetensors", see `safetensors_file`; or "gguf", see
-        `gguf_file`.
+        `gguf_file`, which this library writes and does not read.
       dtype: "bfloat16" for dequantised weights; "int8" to be refused if the source has none; None
         to keep what the source has.
       embedding: With `to="gguf"`, the type of the embedding, one of `gguf_file.EMBEDDING_TYPES`;
@@ -238,12 +238,16 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
         padding = -entry.nbytes % alignment
         if padding:
             pieces += content("", bytes(padding)).pieces
-    kinds = [entry.kind for entry in layout]
+    num_unchanged = sum(
+        entry.kind == "q8_0" and specs[entry.tensor].scales_shape is not None for entry in layout
+    )
     notes = [
-        f"{kinds.count('q8_0')} tensors hold the int8 weights unchanged in Q8_0 blocks; "
+        f"{num_unchanged} tensors hold the int8 weights unchanged in Q8_0 blocks; "
         f"{report.num_inexact:,} of {report.num_scales:,} scales are not exactly a float16"
         + (f", the worst is off by {report.largest_error:.1e}" if report.num_inexact else "")
     ]
+    if embedding != "f32":
+        notes.append(f"the embedding is rounded to {embedding}")
     widened = sum(
         entry.kind == "f32" and specs[entry.tensor].scales_shape is not None for entry in layout
     )
@@ -252,6 +256,9 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
             f"{widened} tensors are float32, exactly, because their scale groups are no multiples "
             "of the 32 rows of a Q8_0 block"
         )
+    notes.append(
+        "this library does not read GGUF, and there is no way back from it: keep the source"
+    )
     if tokenizer is None:
         notes.append(f"{tokenizer_path} is not there: llama.cpp will have tokens but no text")
     return _Plan([OutputFile("", pieces)], lambda path: gguf_file.check_file(path, layout), notes)

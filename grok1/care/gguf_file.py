@@ -20,13 +20,15 @@ from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
 from grok1.nn.manifest import TensorSpec
-from grok1.tokenizer import Tokenizer
+from grok1.tokenizer import Tokenizer, is_control_spelling
 
 EMBEDDING_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _BLOCK = 32  # Values in a block of Q8_0, behind a float16 scale.
 _BLOCK_BYTES = 2 + _BLOCK
 _ELSE = "convert with --to safetensors instead"
+# Types of pieces, in llama.cpp as in SentencePiece.
+_ORDINARY, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _SOFT_CAP = 30.0  # Of attention logits, as trained.
 _EPSILON = 1e-5  # Of the norms, as trained.
 _NAMES = {
@@ -298,6 +300,29 @@ def check_file(path: pathlib.Path, tensors: list[GgufTensor]) -> None:
         )
 
 
+def llama_cpp_vocabulary(tokenizer: Tokenizer) -> list[tuple[bytes, float, int]]:
+    """Returns a vocabulary from which llama.cpp makes the ids that `Tokenizer.encode` makes.
+
+    SentencePiece puts user-defined pieces together before it joins others, the longest first. In
+    llama.cpp that type means that a piece is cut out of a text, and the rest encoded as texts of
+    their own, each behind a space. Ordinary pieces whose scores, above all others, grow with their
+    length are joined as SentencePiece does it. The pieces spelt `<|...|>`, which no plain text
+    becomes, are of the type of [BOS].
+
+    Returns:
+      As `Tokenizer.vocabulary`.
+    """
+
+    def adapted(piece: bytes, score: float, kind: int) -> tuple[bytes, float, int]:
+        if kind != _USER_DEFINED:
+            return piece, score, kind
+        if is_control_spelling(piece):
+            return piece, score, _CONTROL
+        return piece, float(len(piece.decode(errors="replace"))), _ORDINARY
+
+    return [adapted(*entry) for entry in tokenizer.vocabulary]
+
+
 def _kind(spec: TensorSpec, dtype: str | None) -> str:
     if spec.scales_shape is None:
         return {"float32": "f32", "bfloat16": "bf16"}[spec.dtype]
@@ -324,9 +349,11 @@ def _add_tokenizer(writer: Any, config: ModelConfig, tokenizer: Tokenizer | None
         writer.add_tokenizer_model("no_vocab")
         writer.add_vocab_size(config.vocab_size)
         return
-    vocabulary = tokenizer.vocabulary
+    vocabulary = llama_cpp_vocabulary(tokenizer)
     # Rows of the embedding without a piece: llama.cpp counts the vocabulary by its pieces.
-    vocabulary += [(b"[UNUSED%d]" % i, 0.0, 5) for i in range(len(vocabulary), config.vocab_size)]
+    vocabulary += [
+        (b"[UNUSED%d]" % i, 0.0, _UNUSED) for i in range(len(vocabulary), config.vocab_size)
+    ]
     pieces, scores, kinds = zip(*vocabulary, strict=True)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
