@@ -308,11 +308,11 @@ def attend_in_form(query, cache, positions, form):
     return attend_cache(query, cache, layer, positions, SCALE, implementation=form)
 
 
-@pytest.mark.parametrize("form", ["blocked", "native"])
+@pytest.mark.parametrize("form", ["blocked", "cpp"])
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_what_is_no_number_stays_so(form, length, poison):
-    if form == "native" and not bindings.is_available():
+    if form == "cpp" and not bindings.is_available():
         pytest.skip("no native kernels on this machine")
     cache, query = random_cache(300), random_query(length) / 5
     positions = np.array([[0], [130], [299 - length]]) + np.arange(length)
@@ -334,11 +334,11 @@ def test_what_is_no_number_stays_so(form, length, poison):
         np.testing.assert_array_equal(reached, expected, err_msg=name)
 
 
-@pytest.mark.parametrize("form", ["blocked", "native"])
+@pytest.mark.parametrize("form", ["blocked", "cpp"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.int8])
 @pytest.mark.parametrize("length", [1, 40])
 def test_what_an_earlier_text_left_in_the_cache_is_not_mixed_in(form, dtype, length):
-    if form == "native" and (dtype != jnp.float32 or not bindings.is_available()):
+    if form == "cpp" and (dtype != jnp.float32 or not bindings.is_available()):
         pytest.skip("the native form reads float32")
     if dtype == jnp.int8:
         cache, *_ = filled_int8_cache(300)

@@ -221,7 +221,7 @@ def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
         assert_close(output, float64_experts(x, one_layer, routing), tolerance)
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse", "native"])
+@pytest.mark.parametrize("form", ["dense", "sparse", "cpp"])
 @pytest.mark.parametrize("num_tokens", [2, 9, 40])
 def test_what_is_no_number_stays_so(form, num_tokens):
     skip_unless_it_runs_here(form)
