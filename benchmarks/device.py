@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 import grok1
 from grok1.engine.engine import CHUNK_LENGTHS
@@ -42,7 +41,7 @@ def decode_report(model: grok1.Model, batch: int, capacity: int) -> dict[str, An
     state = engine.abstract_state(batch, capacity)
     arguments = engine.abstract_decode_arguments(batch)
     program = engine.decode_program(None, None)
-    return _report(model, program.lower(model.params, state, *arguments).compile())
+    return _report(model, program.lower(engine.weights, state, *arguments).compile())
 
 
 def prefill_report(model: grok1.Model, capacity: int) -> dict[str, Any]:
@@ -50,9 +49,8 @@ def prefill_report(model: grok1.Model, capacity: int) -> dict[str, Any]:
     engine = model.engine
     chunk = max(length for length in CHUNK_LENGTHS if length <= capacity)
     state = engine.abstract_state(1, capacity)
-    num_valid = np.full(1, chunk, np.int32)
     program = engine.prefill_program(chunk)
-    found = _report(model, program.lower(model.params, state, num_valid).compile())
+    found = _report(model, program.lower(engine.weights, state, engine.abstract_rows(1)).compile())
     return {"chunk": chunk, **found}
 
 

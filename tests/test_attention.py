@@ -10,19 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1.ops.attention import KVCache, append, attend, attend_cache, attention_map
+from grok1.ops.attention import KVCache, Place, append, attend, attend_cache, attention_map
 from grok1.ops.cpu import bindings
 from tests.helpers import relative_error
 
 B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
 SCALE = 0.6
 
-append_compiled = jax.jit(append)
+
+def in_order(positions, valid=None):
+    """The place of rows that are the cache's, in its order."""
+    positions = np.asarray(positions, np.int32)
+    valid = np.ones(positions.shape, bool) if valid is None else valid
+    return Place(np.arange(len(positions), dtype=np.int32), positions, valid)
 
 
 @jax.jit
+def append_at(cache, layer, place, key, value):
+    return append(cache, layer, place, key, value)
+
+
+def append_compiled(cache, layer, key, value, positions, valid):
+    return append_at(cache, layer, in_order(positions, valid), key, value)
+
+
+@jax.jit
+def attend_at(query, cache, layer, place):
+    return attend_cache(query, cache, layer, place, SCALE)
+
+
 def attend_cached(query, cache, layer, positions):
-    return attend_cache(query, cache, layer, positions, SCALE)
+    return attend_at(query, cache, layer, in_order(positions))
 
 
 @jax.jit
@@ -126,7 +144,7 @@ def test_a_map_holds_the_weights_that_the_values_are_mixed_with(dtype):
     cache = filled_int8_cache(11)[0] if dtype == jnp.int8 else random_cache(11)
     query = random_query()
     positions = jnp.array([[0, 1, 2], [9, 10, 4], [5, 5, 8]])
-    found = attention_map(query, cache, jnp.int32(1), positions, SCALE)
+    found = attention_map(query, cache, jnp.int32(1), in_order(positions), SCALE)
     assert found.shape == (B, C * G, T, 11)
     np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-5)
     values = np.asarray(cache.v[1], np.float32)
@@ -203,6 +221,87 @@ def test_attend_cache_with_many_queries(length):
     positions = np.arange(length) + np.array([[0], [200], [332]])
     expected = attend_plainly(query, cache, 1, positions)
     np.testing.assert_allclose(attend_cached(query, cache, 1, positions), expected, atol=2e-6)
+
+
+# --- slots ------------------------------------------------------------------------------------
+
+
+FORMS = ["blocked", *(["cpp"] if bindings.is_available() else [])]
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def attend_by(form, query, cache, layer, place):
+    return attend_cache(query, cache, layer, place, SCALE, form)
+
+
+@pytest.mark.parametrize("length", [1, T, 64], ids=lambda length: f"{length} queries")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["float32", "int8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_sees_its_slot_alone(form, dtype, length):
+    if form == "cpp" and dtype == jnp.int8:
+        pytest.skip("the kernel is of float32")
+    cache = filled_int8_cache(600)[0] if dtype == jnp.int8 else random_cache(600)
+    query = random_query(length) / 5
+    positions = np.arange(length) + np.array([[0], [500], [37]])
+    expected = np.asarray(attend_by(form, query, cache, 1, in_order(positions)))
+    for slots in ([2, 0, 1], [1], [2, 0]):
+        place = Place(np.array(slots, np.int32), positions[slots].astype(np.int32), None)
+        found = attend_by(form, query[np.array(slots)], cache, 1, place)
+        # XLA orders the sums of other shapes otherwise.
+        atol = 0 if form == "cpp" else 2e-6
+        np.testing.assert_allclose(found, expected[slots], rtol=0, atol=atol)
+    # A row without a slot changes nothing for the others, and is finite.
+    place = in_order(positions)._replace(slots=np.array([0, B, 2], np.int32))
+    found = np.asarray(attend_by(form, query, cache, 1, place))
+    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_lies_in_other_slots_is_not_read(form):
+    cache, query = random_cache(37), random_query()[:1]
+    place = Place(np.array([1], np.int32), np.array([[3, 4, 5]], np.int32), None)
+    others = with_slots(cache, np.s_[:, [0, 2]], k=np.nan, v=np.nan)
+    np.testing.assert_array_equal(
+        attend_by(form, query, others, 1, place), attend_by(form, query, cache, 1, place)
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["float32", "int8"])
+def test_slots_are_read_and_written_in_place(form, dtype):
+    if form == "cpp" and dtype == jnp.int8:
+        pytest.skip("the kernel is of float32")
+    cache = int8_cache(4096) if dtype == jnp.int8 else random_cache(4096)
+    place = Place(np.array([1], np.int32), np.array([[3, 4, 5]], np.int32), np.ones((1, T), bool))
+    key, value = (new[:1] for new in random_new())
+
+    def step(cache, query, key, value):
+        layer = jnp.int32(1)
+        cache = append(cache, layer, place, key, value)
+        return cache, attend_cache(query, cache, layer, place, SCALE, form)
+
+    compiled = (
+        jax.jit(step, donate_argnums=0).lower(cache, random_query()[:1], key, value).compile()
+    )
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.k.nbytes + cache.v.nbytes
+    # A slot's keys are a sixth of them.
+    assert memory.temp_size_in_bytes < cache.k.nbytes / 6
+
+
+def test_append_writes_the_slots_of_its_rows():
+    cache = random_cache(11)
+    key, value = random_new()
+    positions = np.array([[0, 1, 2], [7, 8, 9], [10, 3, 6]], np.int32)
+    place = Place(np.array([2, B, 0], np.int32), positions, np.ones((B, T), bool))
+    written = append_at(cache, 1, place, key, value)
+    for new, before, after in ((key, cache.k, written.k), (value, cache.v, written.v)):
+        expected = np.array(before)
+        for row, slot in ((0, 2), (2, 0)):
+            for t in range(T):
+                expected[1, slot, :, positions[row, t]] = np.asarray(new)[row, t]
+        np.testing.assert_array_equal(after, expected)
 
 
 # --- append -----------------------------------------------------------------------------------
@@ -293,7 +392,7 @@ def test_native_attention_with_long_rows(length, group):
     query = normal(3, batch, length, heads, group, head_dim) / 5
     positions = np.array([[1299], [length + 60]]) - np.arange(length)[::-1]
     output = jax.jit(lambda *arguments: attend_cache(*arguments, SCALE, implementation="cpp"))(
-        query, cache, 1, positions.astype(np.int32)
+        query, cache, 1, in_order(positions)
     )
     expected = attend_plainly(query, cache, 1, positions)
     np.testing.assert_allclose(output, expected, atol=2e-6)

@@ -118,7 +118,7 @@ def test_no_step_subtracts_a_number_from_itself(nano_config):
         (engine.decode_program(2, None), others),
         (engine.token_score_program(16, 2), [following]),
     ):
-        text = program.lower(params, state, rows, *arguments).as_text()
+        text = program.lower(engine.weights, state, rows, *arguments).as_text()
         assert "stablehlo.reduce_precision" in text
         assert cancelled_differences(text) == []
 
@@ -206,7 +206,7 @@ def test_grok_1_compiles_for_eight_devices_from_shapes_alone():
     engine = Engine(params, GROK_1, mesh, "bfloat16")
     compiled = (
         engine.decode_program(None, None)
-        .lower(params, engine.abstract_state(1, 8192), *engine.abstract_decode_arguments(1))
+        .lower(engine.weights, engine.abstract_state(1, 8192), *engine.abstract_decode_arguments(1))
         .compile()
     )
     memory = compiled.memory_analysis()

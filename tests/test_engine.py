@@ -84,7 +84,7 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
     # Another batch size is another shape, once.
     model.generate([[1, 2], [3]], max_new_tokens=2)
     model.generate([[4], [5, 6, 7]], max_new_tokens=5)
-    assert len(programs["decode", None, None].executables) == 2
+    assert len(programs["decode", None, None, False].executables) == 2
     assert len(programs["prefill", 16].executables) == 2
 
 
@@ -96,7 +96,7 @@ def test_a_decode_step_does_not_pay_for_capacity(mesh, cache_dtype):
     arguments = engine.abstract_decode_arguments(1)
     for capacity in (256, 1024):
         state = engine.abstract_state(1, capacity)
-        lowered = engine.decode_program(None, None).lower(model.params, state, *arguments)
+        lowered = engine.decode_program(None, None).lower(engine.weights, state, *arguments)
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
         held = sum(

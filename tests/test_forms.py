@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grok1.ops import forms
-from grok1.ops.attention import KVCache
+from grok1.ops.attention import KVCache, Place
 from grok1.ops.cpu import bindings
 from grok1.ops.experts import ExpertWeights, choose_experts
 from grok1.ops.quantized import quantize
@@ -36,7 +36,9 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         return x, weights, (), choose_experts(jnp.ones((3, 4)), 2), jnp.ones(3, bool)
     k = jnp.ones((1, 1, 1, 6, 8), cache_dtype)
     cache = KVCache(k, k, jnp.zeros(1, jnp.int32))
-    return jnp.ones((1, 1, 1, 1, 8)), cache, jnp.int32(0), jnp.zeros((1, 1), jnp.int32)
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    place = Place(jnp.zeros(1, jnp.int32), zeros, zeros == 0)
+    return jnp.ones((1, 1, 1, 1, 8)), cache, jnp.int32(0), place
 
 
 @pytest.mark.parametrize("operation", list(forms.PREFERRED))

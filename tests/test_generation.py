@@ -10,7 +10,7 @@ import pytest
 import grok1
 from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams, sampling_state
-from grok1.engine.steps import DecodeState, Ends, Step, run_steps
+from grok1.engine.steps import NUM_ENDS, DecodeState, Ends, Rows, Step, run_steps
 from grok1.generate import scheduler
 from grok1.nn.capture import as_capture
 
@@ -27,13 +27,14 @@ def following(token):
     return (3 * token + 1) % 17
 
 
-def count_up(state: DecodeState, active: jax.Array) -> tuple[DecodeState, Step]:
+def count_up(state: DecodeState, rows: Rows) -> tuple[DecodeState, Step]:
     """Draws `following` of each active row's last token; of another row nonsense."""
-    rows = jnp.arange(len(active))
-    length = state.cache.length + active.astype(jnp.int32)
-    drawn = jnp.where(active, following(state.tokens[rows, state.cache.length]), -7)
-    places = jnp.where(active, length, state.tokens.shape[1])
-    tokens = state.tokens.at[rows, places].set(drawn, mode="drop")
+    slots, active = rows.slots, rows.count > 0
+    before = state.cache.length[slots]
+    length = state.cache.length.at[slots].add(rows.count)
+    drawn = jnp.where(active, following(state.tokens[slots, before]), -7)
+    places = jnp.where(active, before + 1, state.tokens.shape[1])
+    tokens = state.tokens.at[slots, places].set(drawn, mode="drop")
     nothing = jnp.zeros((len(active), 0))
     return DecodeState(Lengths(length), tokens), Step(
         drawn, drawn.astype(jnp.float32) / 2, nothing, nothing
@@ -44,11 +45,17 @@ def test_rows_run_their_own_steps_or_to_their_own_end():
     # 2 is followed by 7, 5, 16, 15, 12, 3, 10, 14, 9, 11, 0, 1, 4, 13, 6, 2; 8 by itself.
     prompts = np.array([[2, 0], [2, 0], [16, 7], [8, 8], [2, 0]])
     begin = np.array([1, 1, 2, 2, 1], np.int32)
-    ends = Ends(jnp.zeros(17, bool).at[jnp.array([16, 8])].set(True), jnp.asarray(begin))
-    num_steps = jnp.array([5, 2, 6, 3, 0])
-    tokens = jnp.zeros((5, 12), jnp.int32).at[:, :2].set(prompts)
-    state = DecodeState(Lengths(jnp.asarray(begin - 1)), tokens)
-    state, drawn = jax.jit(lambda *args: run_steps(count_up, 6, *args))(state, num_steps, ends)
+    ends = Ends(jnp.tile(jnp.array([-1, 16, 8]), (5, 1)), jnp.asarray(begin))
+    # The requests are in any slots; what is in others stays as it is.
+    slots = np.array([3, 0, 5, 1, 6], np.int32)
+    rows = Rows(jnp.asarray(slots), jnp.array([5, 2, 6, 3, 0]))
+    tokens = jnp.full((7, 12), 1, jnp.int32).at[slots].set(0).at[slots, :2].set(prompts)
+    lengths = jnp.full(7, 4, jnp.int32).at[slots].set(begin - 1)
+    state = DecodeState(Lengths(lengths), tokens)
+    state, drawn = jax.jit(lambda *args: run_steps(count_up, 6, *args))(state, rows, ends)
+    assert state.cache.length[np.array([2, 4])].tolist() == [4, 4]
+    assert (state.tokens[np.array([2, 4])] == 1).all()
+    state = DecodeState(Lengths(state.cache.length[slots]), state.tokens[slots])
     # Own number; fewer; an end in the prompt that is none, then one; an end as the last of a prompt
     # is run, what it draws ends; nothing.
     expected = [[7, 5, 16], [7, 5], [5, 16], [8], []]
@@ -73,8 +80,8 @@ def calls(monkeypatch) -> list[tuple[np.ndarray, np.ndarray]]:
     for name in ("decode", "decode_greedily"):
         method = getattr(Engine, name)
 
-        def spy(self, state, num_steps, *arguments, method=method):
-            state, step = method(self, state, num_steps, *arguments)
+        def spy(self, state, num_steps, *arguments, method=method, **options):
+            state, step = method(self, state, num_steps, *arguments, **options)
             seen.append((num_steps, np.asarray(state.cache.length)))
             return state, step
 
@@ -141,7 +148,7 @@ def test_a_request_that_is_broken_off_leaves_the_model_usable(nano):
     requests = [scheduler.Request(PROMPTS[0], 40, seed=0)]
     everything = np.ones(nano.config.vocab_size, bool)
     params = grok1.GenerationOptions(temperature=0).sampling()
-    stream = scheduler.generate(nano.engine, requests, params, everything, ~everything)
+    stream = scheduler.generate(nano.engine, requests, params, everything, ())
     for place, (row, sampled) in enumerate(stream):
         assert row == 0
         assert sampled.token == expected.tokens[place]
@@ -162,8 +169,9 @@ def test_more_steps_than_a_call_runs_are_refused(nano, greedily, capture):
     most = engine.most_steps
     assert most == (1 if capture else 8)
     state = engine.new_state(np.ones((1, 256), np.int32))
-    nowhere = np.zeros(nano.config.vocab_size, bool)
-    arguments = (np.array([most + 1]), Ends(nowhere, np.array([1])), jnp.asarray(~nowhere))
+    everything = jnp.ones(nano.config.vocab_size, bool)
+    ends = Ends(np.full((1, NUM_ENDS), -1), np.array([1]))
+    arguments = (np.array([most + 1]), ends, everything)
     decode = engine.decode_greedily
     if not greedily:
         decode = engine.decode

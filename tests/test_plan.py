@@ -9,7 +9,6 @@ import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,7 +63,7 @@ def compiled(monkeypatch):
 def decode_analysis(engine, batch: int, capacity: int):
     state = engine.abstract_state(batch, capacity)
     lowered = engine.decode_program(None, None).lower(
-        engine.params, state, *engine.abstract_decode_arguments(batch)
+        engine.weights, state, *engine.abstract_decode_arguments(batch)
     )
     return lowered.compile().memory_analysis()
 
@@ -109,8 +108,8 @@ def test_working_memory_is_that_of_the_toys_compiled_programs():
     found = grok1.plan(TOY, devices=2, memory=1, batch=2, context=256, dtype="float32")
     engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
     state = engine.abstract_state(2, 256)
-    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
-    prefill = engine.prefill_program(256).lower(engine.params, state, rows).compile()
+    rows = engine.abstract_rows(2)
+    prefill = engine.prefill_program(256).lower(engine.weights, state, rows).compile()
     # Here with the native kernels, which need less.
     assert found.working_bytes >= prefill.memory_analysis().temp_size_in_bytes > 0
     assert found.cache_bytes == state_bytes(engine, 2, 256)

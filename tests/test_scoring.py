@@ -114,8 +114,8 @@ def test_logits_of_all_tokens_never_exist():
     chunk = 1024
     program = engine.token_score_program(chunk, 5)
     state = engine.abstract_state(1, chunk)
-    counts = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1, chunk), np.int32)
-    memory = program.lower(engine.params, state, *counts).compile().memory_analysis()
+    counts = engine.abstract_rows(1), jax.ShapeDtypeStruct((1, chunk), np.int32)
+    memory = program.lower(engine.weights, state, *counts).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * _LOGITS_BYTES < chunk * config.vocab_size * 4
 
 

@@ -316,13 +316,14 @@ def lowered(engine: Engine) -> dict[str, str]:
         return jax.ShapeDtypeStruct((2, *shape), dtype)
 
     num_steps, ends, allowed, sampling = engine.abstract_decode_arguments(2)
+    run = engine.abstract_rows(2)
     programs = {
         "decode": (engine.decode_program(None, None), num_steps, ends, allowed, sampling),
-        "prefill": (engine.prefill_program(64), rows(jnp.int32)),
-        "score": (engine.score_program(64, ()), rows(jnp.int32)),
+        "prefill": (engine.prefill_program(64), run),
+        "score": (engine.score_program(64, ()), run),
         "score tokens": (
             engine.token_score_program(64, 2),
-            rows(jnp.int32),
+            run,
             rows(jnp.int32, 64),
         ),
     }
@@ -330,7 +331,7 @@ def lowered(engine: Engine) -> dict[str, str]:
         greedy = engine.greedy_program()
         programs["decode greedily"] = (greedy, num_steps, ends, engine.screening_table, allowed)
     return {
-        name: program.lower(engine.params, state, *arguments).as_text()
+        name: program.lower(engine.weights, state, *arguments).as_text()
         for name, (program, *arguments) in programs.items()
     }
 
@@ -355,9 +356,7 @@ def test_what_is_off_costs_nothing(mesh, nano_on_mesh, monkeypatch):
     observed = model.engine.observed(tracing._capture(model.config, ALL, None, 5, 8), 256, print)
     assert (
         observed.prefill_program(64)
-        .lower(
-            observed.params, observed.abstract_state(2, 256), jax.ShapeDtypeStruct((2,), jnp.int32)
-        )
+        .lower(observed.weights, observed.abstract_state(2, 256), observed.abstract_rows(2))
         .as_text()
         != before["prefill"]
     )
@@ -370,5 +369,5 @@ def test_what_is_off_costs_nothing(mesh, nano_on_mesh, monkeypatch):
 
 def lowered_prefill(engine: Engine) -> str:
     program = engine.prefill_program(64)
-    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
-    return program.lower(engine.params, engine.abstract_state(2, 256), rows).as_text()
+    rows = engine.abstract_rows(2)
+    return program.lower(engine.weights, engine.abstract_state(2, 256), rows).as_text()

@@ -4,7 +4,8 @@ State goes in and comes out; nothing here knows text, requests or files. Each st
 for each set of shapes: chunk lengths and cache capacities come from short lists, so that requests
 of any length share a few programs.
 
-Dimension key: B batch row, T position in a chunk, S cache capacity, V vocabulary.
+Dimension key: B slot of a state, R row of a call, T position in a chunk, S cache capacity,
+V vocabulary.
 """
 
 import copy
@@ -23,23 +24,27 @@ from grok1.config import ModelConfig
 from grok1.engine.compilation import Program
 from grok1.engine.sampling import SamplingState
 from grok1.engine.steps import (
+    NUM_ENDS,
     DecodeState,
     Ends,
     Head,
     LogitsProcessor,
+    Rows,
     Step,
+    assigned,
     greedy_head,
     logits_head,
     next_tokens,
     no_head,
     one_step,
+    rows_here,
     run_steps,
     sampling_head,
     scoring_head,
 )
 from grok1.machine.pages import use_huge_pages
 from grok1.nn.capture import NOTHING, Capture, as_capture
-from grok1.nn.decoder import Captures, forward
+from grok1.nn.decoder import Captures, Run, forward
 from grok1.nn.precision import default_cache_dtype
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, abstract_cache, put, specs_of
 from grok1.nn.transformer import Params
@@ -55,13 +60,14 @@ _SMALLEST_CAPACITY = 256
 _LOGITS_BYTES = 1 << 28  # most memory that the logits of one scored chunk take
 _CAPTURED_BYTES = 1 << 28  # and the captures of one chunk of an observed engine
 _ROWS = P(DATA_AXIS)
+_ROW_SPECS = Rows(_ROWS, _ROWS)
 
 Observer = Callable[[np.ndarray, Captures], None]
-"""Takes what a step captured: (tokens it ran in each row, int32 `[B]`; values on the devices)."""
+"""Takes what a step captured: (tokens it ran in each row, int32 `[R]`; values on the devices)."""
 
 
-class Intervened(NamedTuple):
-    """A model and what intervenes in it.
+class Weights(NamedTuple):
+    """What a program reads: a model, and what intervenes in it.
 
     Attributes:
       params: The model.
@@ -69,15 +75,15 @@ class Intervened(NamedTuple):
     """
 
     params: Params
-    interventions: Any
+    interventions: tuple[Any, ...] = ()
 
 
 class Engine:
     """Runs one model on its mesh.
 
     Attributes:
-      params: The model as it lies on the devices (or abstractly, to compile without weights); with
-        interventions, the first argument of every step: `Intervened`.
+      weights: The first argument of every program: the model as it lies on the devices (or
+        abstractly, to compile without weights), and what intervenes.
       config: The model's architecture.
       mesh: Axes (data, model).
       dtype: Type of the products with weights, float32 or bfloat16.
@@ -98,14 +104,14 @@ class Engine:
         dtype: Any,
         cache_dtype: Any = None,
     ):
-        self.params: Any = params
+        self.weights = Weights(params)
         self.config, self.dtype = config, jnp.dtype(dtype)
         # Without devices there are shapes, but no programs.
         self.mesh = cast(Mesh, mesh)
         if cache_dtype is None:
             cache_dtype = default_cache_dtype(self.dtype)
         self.cache_dtype = jnp.dtype(cache_dtype)
-        self._param_specs: Any = specs_of(params)
+        self._weight_specs: Any = specs_of(self.weights)
         self._programs: dict[tuple, Program] = {}
         self._stores_programs = True
         # Other forms of this engine keep programs of their own, which forms of one kind share.
@@ -128,11 +134,14 @@ class Engine:
         view.interventions = tuple(interventions)
         everywhere = NamedSharding(self.mesh, P())
         on_device = jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), hooks)
-        if on_device:
-            root = self._root
-            view.params = Intervened(root.params, on_device)
-            view._param_specs = Intervened(root._param_specs, P())
+        view.weights = Weights(self.params, on_device)
+        view._weight_specs = specs_of(view.weights)
         return view._in_form_of_its_own()
+
+    @property
+    def params(self) -> Params:
+        """The model."""
+        return self.weights.params
 
     @property
     def most_steps(self) -> int:
@@ -162,14 +171,11 @@ class Engine:
 
     def _in_form_of_its_own(self) -> "Engine":
         # What else a program is compiled for beside its key; not the arrays that intervene.
-        structure = jax.tree.structure(self.params[1]) if self._is_intervened else None
-        self._form = f"{self.capture} {structure}" if self.capture or structure else ""
+        hooks = self.weights.interventions
+        structure = jax.tree.structure(hooks) if hooks else None
+        self._form = f"{self.capture} {structure}" if self.capture or hooks else ""
         self._programs = self._programs_of_form.setdefault(self._form, {})
         return self
-
-    @property
-    def _is_intervened(self) -> bool:
-        return isinstance(self.params, Intervened)
 
     def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
         """Checks that the interventions fit a text of this many tokens.
@@ -253,17 +259,39 @@ class Engine:
         )
         return np.asarray(program(seeds, streams))
 
-    def prefill(
-        self, state: DecodeState, num_valid: Int[np.ndarray, " B"], chunk: int
+    def assign(
+        self,
+        state: DecodeState,
+        slots: Int[np.ndarray, " R"],
+        tokens: Int[np.ndarray, "R S"],
     ) -> DecodeState:
-        """Runs up to `chunk` tokens of every row, `num_valid` of them, into the cache.
+        """Gives slots new tokens, padded on the right, of which nothing is run yet.
+
+        Args:
+          state: Consumed: its memory goes to the result.
+          slots: As for `prefill`.
+          tokens: As for `new_state`.
+        """
+        program = self._root.assign_program()
+        return program(state, self._rows(slots), self._rows(tokens.astype(np.int32)))
+
+    def prefill(
+        self,
+        state: DecodeState,
+        num_valid: Int[np.ndarray, " R"],
+        chunk: int,
+        slots: Int[np.ndarray, " R"] | None = None,
+    ) -> DecodeState:
+        """Runs up to `chunk` tokens of each row, `num_valid` of them, into the cache.
 
         Args:
           state: Consumed: its memory goes to the result.
           num_valid: Tokens to run in each row; 0 leaves a row as it is.
           chunk: One of `CHUNK_LENGTHS`.
+          slots: The slot of each row, as `steps.Rows` says; None for all slots in their order.
         """
-        state, _ = self._run(self.prefill_program(chunk), state, num_valid)
+        program = self.prefill_program(chunk)
+        state, _ = self._run(program, state, self._placed(num_valid, slots))
         return state
 
     @functools.cached_property
@@ -275,7 +303,7 @@ class Engine:
             return None
         if self.params.embedding.dtype != jnp.float32:
             return None
-        spec = self._param_specs.embedding
+        spec = self._weight_specs.params.embedding
         make = jax.shard_map(
             screening_table,
             mesh=self.mesh,
@@ -290,35 +318,38 @@ class Engine:
     def decode_greedily(
         self,
         state: DecodeState,
-        num_steps: Int[np.ndarray, " B"],
+        num_steps: Int[np.ndarray, " R"],
         ends: Ends,
-        allowed: Bool[Array, " V"],
+        allowed: Bool[Array, "*R V"],
+        slots: Int[np.ndarray, " R"] | None = None,
     ) -> tuple[DecodeState, Step]:
         """As `decode` at temperature 0, where there is a `screening_table`; no log-probabilities.
 
         Args:
           state: Consumed: its memory goes to the result.
           num_steps: As for `decode`.
-          ends: Likewise.
-          allowed: Likewise.
+          ends: As for `decode`.
+          allowed: As for `decode`.
+          slots: As for `prefill`.
 
         Raises:
           ValueError: As `decode`.
         """
         self._check_steps(num_steps)
-        return self._run(
-            self.greedy_program(), state, num_steps, ends, self.screening_table, allowed
-        )
+        rows = self._placed(num_steps, slots)
+        program = self.greedy_program(allowed.ndim > 1)
+        return self._run(program, state, rows, ends, self.screening_table, allowed)
 
     def decode(
         self,
         state: DecodeState,
-        num_steps: Int[np.ndarray, " B"],
+        num_steps: Int[np.ndarray, " R"],
         ends: Ends,
-        allowed: Bool[Array, " V"],
+        allowed: Bool[Array, "*R V"],
         sampling: SamplingState,
         num_top: int | None = None,
         processor: LogitsProcessor | None = None,
+        slots: Int[np.ndarray, " R"] | None = None,
     ) -> tuple[DecodeState, Step]:
         """Runs the last token of each row and draws the next one, once or several times.
 
@@ -326,10 +357,11 @@ class Engine:
           state: Consumed: its memory goes to the result.
           num_steps: Tokens to draw for each row, up to `most_steps`; 0 leaves a row as it is.
           ends: What ends a row earlier. With `most_steps` 1 it may go unheeded.
-          allowed: False for tokens that must not be drawn.
+          allowed: False for tokens that must not be drawn, `[V]` for all rows or `[R, V]`.
           sampling: Each row's parameters and key.
           num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
           processor: Changes the logits before the draw. Each function compiles a program.
+          slots: As for `prefill`.
 
         Returns:
           The state, and the draws with a leading axis of `most_steps`; those that a row did not
@@ -339,25 +371,30 @@ class Engine:
           ValueError: If a row is given more steps than one call runs.
         """
         self._check_steps(num_steps)
-        program = self.decode_program(num_top, processor)
-        return self._run(program, state, num_steps, ends, allowed, sampling)
+        program = self.decode_program(num_top, processor, allowed.ndim > 1)
+        return self._run(program, state, self._placed(num_steps, slots), ends, allowed, sampling)
 
-    def _check_steps(self, num_steps: Int[np.ndarray, " B"]) -> None:
+    def _check_steps(self, num_steps: Int[np.ndarray, " R"]) -> None:
         if num_steps.max() > self.most_steps:
             raise ValueError(
                 f"a call decodes at most {self.most_steps} steps of a row here, found "
                 f"{num_steps.max()}; make several calls"
             )
 
-    def abstract_decode_arguments(self, batch: int) -> tuple[Any, Ends, Any, SamplingState]:
-        """Returns the shapes and types of what `decode_program` takes beside parameters and state.
+    def abstract_rows(self, num_rows: int) -> Rows:
+        """Returns the shapes and types of the `Rows` that programs take."""
+        of_rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+        return Rows(of_rows, of_rows)
+
+    def abstract_decode_arguments(self, num_rows: int) -> tuple[Rows, Ends, Any, SamplingState]:
+        """Returns the shapes and types of what `decode_program` takes beside weights and state.
 
         Args:
-          batch: Rows.
+          num_rows: R.
         """
 
         def rows(dtype, *shape):
-            return jax.ShapeDtypeStruct((batch, *shape), dtype)
+            return jax.ShapeDtypeStruct((num_rows, *shape), dtype)
 
         of_tokens = jax.ShapeDtypeStruct((self.config.vocab_size,), bool)
         sampling = SamplingState(
@@ -367,32 +404,37 @@ class Engine:
             min_p=rows(jnp.float32),
             keys=rows(jnp.uint32, 2),
         )
-        return rows(jnp.int32), Ends(of_tokens, rows(jnp.int32)), of_tokens, sampling
+        ends = Ends(rows(jnp.int32, NUM_ENDS), rows(jnp.int32))
+        return self.abstract_rows(num_rows), ends, of_tokens, sampling
 
     def score(
         self,
         state: DecodeState,
-        num_valid: Int[np.ndarray, " B"],
+        num_valid: Int[np.ndarray, " R"],
         chunk: int,
         capture: Capture | Collection[str] = (),
+        slots: Int[np.ndarray, " R"] | None = None,
     ) -> tuple[DecodeState, Array, Captures]:
-        """As `prefill`; also returns the chunk's float32 logits `[B, chunk, V]` and captures.
+        """As `prefill`; also returns the chunk's float32 logits `[R, chunk, V]` and captures.
 
         Args:
           state: Consumed: its memory goes to the result.
           num_valid: Tokens to run in each row.
           chunk: One of `CHUNK_LENGTHS`.
-          capture: As in `decoder.forward`.
+          capture: As in `decoder.Run`.
+          slots: As for `prefill`.
         """
         program = self.score_program(chunk, capture)
-        return program(self.params, state, self._rows(num_valid))
+        placed = Rows(*map(self._rows, self._placed(num_valid, slots)))
+        return program(self.weights, state, placed)
 
     def score_tokens(
         self,
         state: DecodeState,
-        num_valid: Int[np.ndarray, " B"],
-        tokens: Int[np.ndarray, "B chunk"],
+        num_valid: Int[np.ndarray, " R"],
+        tokens: Int[np.ndarray, "R chunk"],
         num_top: int,
+        slots: Int[np.ndarray, " R"] | None = None,
     ) -> tuple[DecodeState, TokenStatistics]:
         """As `prefill`; also scores the token that follows each position, without its logits.
 
@@ -401,20 +443,49 @@ class Engine:
           num_valid: Tokens to run in each row.
           tokens: int32, what follows each token that is run; its width is one of `CHUNK_LENGTHS`.
           num_top: How many of the most probable tokens to report.
+          slots: As for `prefill`.
 
         Returns:
-          The state, and statistics `[B, chunk]`, meaningless past `num_valid`.
+          The state, and statistics `[R, chunk]`, meaningless past `num_valid`.
         """
         program = self.token_score_program(tokens.shape[1], num_top)
-        return self._run(program, state, num_valid, self._rows(tokens))
+        rows = self._placed(num_valid, slots)
+        return self._run(program, state, rows, self._rows(tokens))
+
+    def _placed(self, count: np.ndarray, slots: np.ndarray | None) -> Rows:
+        slots = np.arange(len(count)) if slots is None else slots
+        return Rows(slots.astype(np.int32), count.astype(np.int32))
 
     def _run(
-        self, program: Callable, state: DecodeState, count: np.ndarray, *arguments: Any
+        self, program: Callable, state: DecodeState, rows: Rows, *arguments: Any
     ) -> tuple[DecodeState, Any]:
-        state, outputs, captured = program(self.params, state, self._rows(count), *arguments)
+        placed = Rows(*map(self._rows, rows))
+        state, outputs, captured = program(self.weights, state, placed, *arguments)
         if self._observer is not None:
-            self._observer(count.astype(np.int32), captured)
+            self._observer(rows.count, captured)
         return state, outputs
+
+    def assign_program(self):
+        """The program behind `assign`."""
+
+        def assign(state, slots, tokens):
+            rows = rows_here(state, Rows(slots, slots))
+            return assigned(state, rows.slots, tokens)
+
+        in_specs = (self._state_specs, _ROWS, _ROWS)
+        return self._program(
+            ("assign",),
+            lambda: jax.jit(
+                jax.shard_map(
+                    assign,
+                    mesh=self.mesh,
+                    in_specs=in_specs,
+                    out_specs=self._state_specs,
+                    check_vma=False,
+                ),
+                donate_argnums=0,
+            ),
+        )
 
     def prefill_program(self, chunk: int):
         """The program behind `prefill`."""
@@ -436,24 +507,31 @@ class Engine:
             TokenStatistics(*(_ROWS,) * len(TokenStatistics._fields)),
         )
 
-    def decode_program(self, num_top: int | None, processor: LogitsProcessor | None):
-        """The program behind `decode`."""
+    def decode_program(
+        self, num_top: int | None, processor: LogitsProcessor | None, masks_differ: bool = False
+    ):
+        """The program behind `decode`; `masks_differ` where each row has tokens of its own."""
         return self._decode_program(
-            ("decode", num_top, processor),
+            ("decode", num_top, processor, masks_differ),
             sampling_head(num_top, processor),
-            (P(), SamplingState(*(_ROWS,) * len(SamplingState._fields))),
+            (
+                _ROWS if masks_differ else P(),
+                SamplingState(*(_ROWS,) * len(SamplingState._fields)),
+            ),
         )
 
-    def greedy_program(self):
-        """The program behind `decode_greedily`."""
+    def greedy_program(self, masks_differ: bool = False):
+        """The program behind `decode_greedily`; `masks_differ` as for `decode_program`."""
         return self._decode_program(
-            ("decode greedily",), greedy_head, (specs_of(self.screening_table), P())
+            ("decode greedily", masks_differ),
+            greedy_head,
+            (specs_of(self.screening_table), _ROWS if masks_differ else P()),
         )
 
     def _decode_program(self, key: tuple, head: Head, argument_specs: tuple) -> Any:
-        """The program (params, state, num_steps, ends, *arguments) -> (state, draws, captured)."""
+        """The program (weights, state, rows, ends, *arguments) -> (state, draws, captured)."""
         most = self.most_steps
-        argument_specs = (Ends(P(), _ROWS), *argument_specs)
+        argument_specs = (Ends(_ROWS, _ROWS), *argument_specs)
         output_specs = Step(*(P(None, DATA_AXIS),) * len(Step._fields))
         if most == 1:
             return self._step_program(
@@ -461,17 +539,17 @@ class Engine:
             )
         step = self._step(1, head, NOTHING)
 
-        def steps(params, state, num_steps, ends, *arguments):
-            def run(state, active):
-                state, drawn, _ = step(params, state, active, *arguments)
+        def steps(weights, state, rows, ends, *arguments):
+            def run(state, rows):
+                state, drawn, _ = step(weights, state, rows, *arguments)
                 return state, drawn
 
-            return *run_steps(run, most, state, num_steps, ends), {}
+            return *run_steps(run, most, state, rows_here(state, rows), ends), {}
 
         return self._program(
             key,
             lambda: self._compile(
-                key, steps, (_ROWS, *argument_specs), (self._state_specs, output_specs, {})
+                key, steps, (_ROW_SPECS, *argument_specs), (self._state_specs, output_specs, {})
             ),
         )
 
@@ -486,6 +564,10 @@ class Engine:
     ) -> Program:
         """The program of `_step`."""
         step = self._step(length, head, capture)
+
+        def step_here(weights, state, rows, *arguments):
+            return step(weights, state, rows_here(state, rows), *arguments)
+
         captured_specs = {name: P(None, DATA_AXIS) for name in capture.names}
         if "attention_probs" in capture:
             captured_specs["attention_probs"] = P(None, DATA_AXIS, MODEL_AXIS)
@@ -493,36 +575,30 @@ class Engine:
             key,
             lambda: self._compile(
                 key,
-                step,
-                (_ROWS, *argument_specs),
+                step_here,
+                (_ROW_SPECS, *argument_specs),
                 (self._state_specs, output_specs, captured_specs),
             ),
         )
 
     def _step(self, length: int, head: Head, capture: Capture) -> Callable:
-        """The function (params, state, count, *arguments) -> (state, outputs, captured).
+        """The function (weights, state, rows, *arguments) -> (state, outputs, captured).
 
-        `count` says how many of the next `length` tokens each row runs.
+        It runs `rows.count` of the next `length` tokens of each row, on a device that knows its own
+        slots alone (`steps.rows_here`).
         """
         # Programs outlive the views that they are built for; they must not hold what these hold.
-        config, dtype, is_intervened = self.config, self.dtype, self._is_intervened
+        config, dtype = self.config, self.dtype
 
-        def step(params, state, count, *arguments):
-            params, interventions = params if is_intervened else (params, ())
-            tokens = next_tokens(state, length)
-            num_valid = count.astype(jnp.int32)
+        def step(weights, state, rows, *arguments):
+            params, interventions = weights
+            run = Run(config, dtype, capture, interventions)
+            tokens = next_tokens(state, rows.slots, length)
             hidden, cache, captured = forward(
-                params,
-                config,
-                tokens,
-                num_valid,
-                state.cache,
-                dtype,
-                capture,
-                interventions,
+                params, run, state.cache, rows.slots, tokens, rows.count
             )
             state = state._replace(cache=cache)
-            state, outputs = head(params.embedding, config, state, hidden, count, *arguments)
+            state, outputs = head(params.embedding, config, state, hidden, rows, *arguments)
             return state, outputs, captured
 
         return step
@@ -546,12 +622,12 @@ class Engine:
         return self._programs[key]
 
     def _compile(self, key: tuple, function: Callable, more_in_specs: tuple, out_specs):
-        """Jits `function(params, state, ...)` per device; the state's memory goes to the result."""
+        """Jits `function(weights, state, ...)` per device; the state's memory is the result's."""
         function.__name__ = key[0].replace(" ", "_")
         per_device = jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=(self._param_specs, self._state_specs, *more_in_specs),
+            in_specs=(self._weight_specs, self._state_specs, *more_in_specs),
             out_specs=out_specs,
             # Loops with a data-dependent length cannot be checked for replication.
             check_vma=False,
@@ -584,11 +660,18 @@ def _in_words(key: tuple, *args) -> str:
     kind, *details = key
     if kind in ("screening table", "request keys"):
         return f"the {kind}"
+    if kind == "assign":
+        batch, capacity = args[0].tokens.shape
+        return f"the start of a request for batch {batch}, cache {capacity}"
     if kind == "piece of a step":
         name, length, *_ = details
         return f"the {name} of a step of {length} tokens"
     if kind in ("prefill", "score", "score tokens"):
         verb = kind if kind == "prefill" else "scoring"
         kind = f"{verb} of {details[0]} tokens"
-    batch, capacity = args[1].tokens.shape if args else details[0]
-    return f"{kind} for batch {batch}, cache {capacity}"
+    if not args:
+        return "{} for batch {}, cache {}".format(kind, *details[0])
+    batch, capacity = args[1].tokens.shape
+    num_rows = len(args[2].slots)
+    rows = f"batch {batch}" if num_rows == batch else f"{num_rows} rows of batch {batch}"
+    return f"{kind} for {rows}, cache {capacity}"

@@ -1,11 +1,15 @@
 """A step of a batch: the tokens to run, what is made of the last hidden states, and when to stop.
 
+A state has a fixed number of slots, each for one request at a time; a step runs some of them, its
+rows. What a step does not run stays as it is, so that a step costs what its rows cost.
+
 A head runs per device, inside `jax.shard_map`, behind the layers, whichever way these were run. It
 takes this device's embedding, the configuration, the state with the cache that the layers have
-grown, their output `[B, T, D]`, how many of the T tokens of each row are real, and arguments of its
-own; it returns the state and its outputs.
+grown, their output `[R, T, D]`, the rows that were run, and arguments of its own; it returns the
+state and its outputs.
 
-Dimension key: B batch row, T position in this step, D model dim, S cache capacity, V vocabulary.
+Dimension key: B slot of the state, R row of a step, T position in this step, D model dim, S cache
+capacity, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -23,6 +27,7 @@ from grok1.engine.sampling import (
     sample,
     top_logprobs,
 )
+from grok1.nn.sharding import DATA_AXIS
 from grok1.nn.unembedding import (
     ScreeningTable,
     TokenStatistics,
@@ -33,15 +38,18 @@ from grok1.nn.unembedding import (
 from grok1.ops.attention import KVCache
 
 LogitsProcessor = Callable[[Array, Array, Array], Array]
-"""A user's hook: (logits `[B, V]`, tokens `[B, S]`, length `[B]`) -> logits, in JAX operations."""
+"""A user's hook: (logits `[R, V]`, tokens `[R, S]`, length `[R]`) -> logits, in JAX operations."""
+
+NUM_ENDS = 8
+"""How many tokens can end a row on the device."""
 
 
 class DecodeState(NamedTuple):
-    """A batch in progress.
+    """Requests in progress, one a slot.
 
     Attributes:
       cache: Keys and values of the positions run so far, and their number `length`.
-      tokens: int32 `[B, S]`, each row's prompt and generated tokens; those from `length` on are
+      tokens: int32 `[B, S]`, each slot's prompt and generated tokens; those from `length` on are
         still to be run, then come zeros.
     """
 
@@ -49,15 +57,28 @@ class DecodeState(NamedTuple):
     tokens: Any
 
 
+class Rows(NamedTuple):
+    """Which slots a call runs, and how far.
+
+    Attributes:
+      slots: int32 `[R]`, the slot of each row, no slot twice; one outside the state belongs to no
+        request. Over several devices the rows are shared out as the slots are.
+      count: int32 `[R]`, how many tokens, or steps, of each row are run; 0 leaves it as it is.
+    """
+
+    slots: Any
+    count: Any
+
+
 class Step(NamedTuple):
     """What one decode step drew, or, with a leading axis on every leaf, several.
 
     Attributes:
-      tokens: int32 `[B]`; meaningless for rows that were not active. Where no token can be drawn,
+      tokens: int32 `[R]`; meaningless for rows that were not active. Where no token can be drawn,
         the negative number that `sampling.no_token_error` explains; the state then has token 0.
-      logprobs: float32 `[B]`.
-      top_tokens: int32 `[B, top]`, the most probable tokens.
-      top_logprobs: float32 `[B, top]`.
+      logprobs: float32 `[R]`.
+      top_tokens: int32 `[R, top]`, the most probable tokens.
+      top_logprobs: float32 `[R, top]`.
     """
 
     tokens: Any
@@ -70,8 +91,8 @@ class Ends(NamedTuple):
     """What ends a row before it has run the steps that it was given.
 
     Attributes:
-      tokens: bool `[V]`, True for those after which a row is over.
-      begin: int32 `[B]`, the length of each row's prompt, in which they end nothing.
+      tokens: int32 `[R, NUM_ENDS]`, those after which a row is over; -1 for none.
+      begin: int32 `[R]`, the length of each row's prompt, in which they end nothing.
     """
 
     tokens: Any
@@ -81,18 +102,39 @@ class Ends(NamedTuple):
 Head = Callable[..., tuple[DecodeState, Any]]
 
 
-def next_tokens(state: DecodeState, count: int) -> Int[Array, "B count"]:
+def rows_here(state: DecodeState, rows: Rows) -> Rows:
+    """A device's rows, with their slots among those that this device has."""
+    num_slots = len(state.cache.length)
+    slots = rows.slots - jax.lax.axis_index(DATA_AXIS) * num_slots
+    # No index is negative, which would count from the end.
+    return rows._replace(slots=jnp.where(slots < 0, num_slots, slots))
+
+
+def lengths(state: DecodeState, slots: Int[Array, " R"]) -> Int[Array, " R"]:
+    """How many tokens of each row have been run; 0 where there is no slot."""
+    return state.cache.length.at[slots].get(mode="fill", fill_value=0)
+
+
+def next_tokens(state: DecodeState, slots: Int[Array, " R"], count: int) -> Int[Array, "R count"]:
     """The next `count` tokens of each row; zeros, never other tokens, past the end."""
-    places = state.cache.length[:, None] + jnp.arange(count)
-    return jnp.take_along_axis(state.tokens, places, axis=1, mode="fill", fill_value=0)
+    places = lengths(state, slots)[:, None] + jnp.arange(count)
+    return state.tokens.at[slots[:, None], places].get(mode="fill", fill_value=0)
+
+
+def assigned(state: DecodeState, slots: Int[Array, " R"], tokens: Int[Array, "R S"]) -> DecodeState:
+    """The state with these tokens in these slots, and nothing run of them."""
+    return DecodeState(
+        state.cache._replace(length=state.cache.length.at[slots].set(0, mode="drop")),
+        state.tokens.at[slots].set(tokens, mode="drop"),
+    )
 
 
 def no_head(
     embedding: Float[Array, "V D"],
     config: ModelConfig,
     state: DecodeState,
-    hidden: Float[Array, "B T D"],
-    num_valid: Int[Array, " B"],
+    hidden: Float[Array, "R T D"],
+    rows: Rows,
 ) -> tuple[DecodeState, tuple[()]]:
     """For prompts, of which only the cache is wanted."""
     return state, ()
@@ -102,9 +144,9 @@ def logits_head(
     embedding: Float[Array, "V D"],
     config: ModelConfig,
     state: DecodeState,
-    hidden: Float[Array, "B T D"],
-    num_valid: Int[Array, " B"],
-) -> tuple[DecodeState, Float[Array, "B T vocab"]]:
+    hidden: Float[Array, "R T D"],
+    rows: Rows,
+) -> tuple[DecodeState, Float[Array, "R T vocab"]]:
     """The logits after every position."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = unembed(embedding, config, flat)
@@ -118,9 +160,9 @@ def scoring_head(num_top: int) -> Head:
         embedding: Float[Array, "V D"],
         config: ModelConfig,
         state: DecodeState,
-        hidden: Float[Array, "B T D"],
-        num_valid: Int[Array, " B"],
-        tokens: Int[Array, "B T"],
+        hidden: Float[Array, "R T D"],
+        rows: Rows,
+        tokens: Int[Array, "R T"],
     ) -> tuple[DecodeState, TokenStatistics]:
         flat = hidden.reshape(-1, hidden.shape[-1])
         found = token_statistics(embedding, config, flat, tokens.reshape(-1), num_top)
@@ -134,20 +176,20 @@ def scoring_head(num_top: int) -> Head:
 def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Head:
     """Returns the head that draws a token a row, as `Engine.decode` says."""
 
-    def draw(embedding, config, state, hidden, active, allowed, sampling: SamplingState):
-        length = state.cache.length
+    def draw(embedding, config, state, hidden, rows: Rows, allowed, sampling: SamplingState):
+        length = lengths(state, rows.slots)
         logits = unembed(embedding, config, hidden[:, 0])
         if processor is None:
             drawn = sample(logits, allowed, sampling, length)
         else:
-            processed = processor(logits, state.tokens, length)
+            processed = processor(logits, state.tokens[rows.slots], length)
             drawn = sample(processed, allowed, sampling, length)
             drawn = jnp.where(drawn == NOT_FINITE, PROCESSED_NOT_FINITE, drawn)
         drawn = jnp.where(jnp.isfinite(logits).all(axis=-1), drawn, NOT_FINITE)
         step = _without_logprobs(drawn)
         if num_top is not None:
             step = Step(drawn, *top_logprobs(logits, drawn, num_top))
-        return _advanced(state, active, drawn), step
+        return _advanced(state, rows, drawn), step
 
     return draw
 
@@ -156,41 +198,42 @@ def greedy_head(
     embedding: Float[Array, "V D"],
     config: ModelConfig,
     state: DecodeState,
-    hidden: Float[Array, "B 1 D"],
-    active: Bool[Array, " B"],
+    hidden: Float[Array, "R 1 D"],
+    rows: Rows,
     table: ScreeningTable,
-    allowed: Bool[Array, " vocab"],
+    allowed: Bool[Array, "*R vocab"],
 ) -> tuple[DecodeState, Step]:
     """The most probable token of each row, by way of the `ScreeningTable`."""
     chosen = most_probable(embedding, table, hidden[:, 0], allowed)
     chosen = jnp.where(chosen < 0, NOT_FINITE, chosen)
-    return _advanced(state, active, chosen), _without_logprobs(chosen)
+    return _advanced(state, rows, chosen), _without_logprobs(chosen)
 
 
 def one_step(head: Head) -> Head:
     """Returns a head that draws once for the rows whose count is not 0, whatever may end them."""
 
-    def draw(embedding, config, state, hidden, count, ends: Ends, *arguments):
-        state, step = head(embedding, config, state, hidden, count > 0, *arguments)
+    def draw(embedding, config, state, hidden, rows: Rows, ends: Ends, *arguments):
+        state, step = head(embedding, config, state, hidden, rows, *arguments)
         return state, jax.tree.map(lambda leaf: leaf[None], step)
 
     return draw
 
 
 def run_steps(
-    step: Callable[[DecodeState, Array], tuple[DecodeState, Step]],
+    step: Callable[[DecodeState, Rows], tuple[DecodeState, Step]],
     most: int,
     state: DecodeState,
-    num_steps: Int[Array, " B"],
+    rows: Rows,
     ends: Ends,
 ) -> tuple[DecodeState, Step]:
     """Runs decode steps until each row has run its own number of them, or is over.
 
     Args:
-      step: Takes the state and bool `[B]`, the rows to run; returns the new state and the draws.
-      most: The largest `num_steps` that there may be.
-      state: The batch.
-      num_steps: Steps of each row.
+      step: Takes the state and the rows, with a count of 1 for those to run; returns the new state
+        and the draws.
+      most: The largest count that there may be.
+      state: The requests.
+      rows: Which run, and how many steps of each.
       ends: What ends a row earlier.
 
     Returns:
@@ -199,12 +242,13 @@ def run_steps(
     """
 
     def active_in(number, state):
-        is_new = state.cache.length >= ends.begin
-        return (number < num_steps) & ~(ends.tokens[next_tokens(state, 1)[:, 0]] & is_new)
+        is_new = lengths(state, rows.slots) >= ends.begin
+        is_end = (next_tokens(state, rows.slots, 1) == ends.tokens).any(axis=1)
+        return (number < rows.count) & ~(is_end & is_new)
 
     def run(carry):
         number, state, active, drawn = carry
-        state, one = step(state, active)
+        state, one = step(state, running(active))
         drawn = jax.tree.map(lambda all_steps, leaf: all_steps.at[number].set(leaf), drawn, one)
         return number + 1, state, active_in(number + 1, state), drawn
 
@@ -212,19 +256,21 @@ def run_steps(
         number, _, active, _ = carry
         return (number < most) & active.any()
 
+    def running(active):
+        return rows._replace(count=active.astype(jnp.int32))
+
     active = active_in(0, state)
-    _, shapes = jax.eval_shape(step, state, active)
+    _, shapes = jax.eval_shape(step, state, running(active))
     drawn = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
     _, state, _, drawn = jax.lax.while_loop(goes_on, run, (0, state, active, drawn))
     return state, drawn
 
 
-def _advanced(state: DecodeState, active: Array, drawn: Array) -> DecodeState:
-    """The state with the drawn tokens at the active rows' ends."""
-    # Written beyond the last row's end when inactive, so that the scatter drops it.
-    places = jnp.where(active, state.cache.length, state.tokens.size)
-    row = jnp.arange(len(drawn))
-    tokens = state.tokens.at[row, places].set(jnp.maximum(drawn, 0), mode="drop")
+def _advanced(state: DecodeState, rows: Rows, drawn: Array) -> DecodeState:
+    """The state with the drawn tokens at the ends of the rows that run."""
+    # Written beyond the last position when a row does not run, so that the scatter drops it.
+    places = jnp.where(rows.count > 0, lengths(state, rows.slots), state.tokens.shape[1])
+    tokens = state.tokens.at[rows.slots, places].set(jnp.maximum(drawn, 0), mode="drop")
     return state._replace(tokens=tokens)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
+from grok1.engine.steps import NUM_ENDS
 from grok1.generate.completion import CompletionBuilder
 from grok1.generate.options import GenerationOptions, check_ids
 from grok1.generate.scheduler import Request, generate
@@ -42,8 +43,8 @@ class Batch:
         self._engine, self._options = engine, options
         self._allowed = options.allowed_mask(config.vocab_size)
         self._ends = None
-        if not options.stop_strings():
-            self._ends = np.isin(np.arange(config.vocab_size), list(stop_tokens))
+        if not options.stop_strings() and len(stop_tokens) <= NUM_ENDS:
+            self._ends = tuple(sorted(stop_tokens))
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
         for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams, no_token_error, sampling_state
-from grok1.engine.steps import Ends, LogitsProcessor, Step
+from grok1.engine.steps import NUM_ENDS, Ends, LogitsProcessor, Step
 from grok1.machine.processor import waiting_politely
 from grok1.nn.sharding import DATA_AXIS, put
 
@@ -67,7 +67,7 @@ def generate(
     requests: Sequence[Request],
     sampling: SamplingParams,
     allowed: np.ndarray,
-    ends: np.ndarray | None = None,
+    ends: Sequence[int] | None = None,
     num_top: int | None = None,
     processor: LogitsProcessor | None = None,
 ) -> Iterator[tuple[int, Sampled]]:
@@ -80,8 +80,8 @@ def generate(
       requests: What to continue.
       sampling: How every request draws.
       allowed: bool `[V]`, False for tokens that must not be drawn.
-      ends: bool `[V]`, True for tokens that end a request; None where other things than a token may
-        end one, so that the caller is to be asked after each.
+      ends: Tokens that end a request, at most `NUM_ENDS`; None where other things may end one, so
+        that the caller is to be asked after each token.
       num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
       processor: Changes the logits before the draw.
 
@@ -101,7 +101,7 @@ def _generate_batch(
     requests: Sequence[Request],
     sampling: SamplingParams,
     allowed: np.ndarray,
-    ends: np.ndarray | None,
+    ends: Sequence[int] | None,
     num_top: int | None,
     processor: LogitsProcessor | None,
 ) -> Iterator[tuple[int, Sampled]]:
@@ -121,8 +121,9 @@ def _generate_batch(
     everywhere = NamedSharding(engine.mesh, P())
     allowed_everywhere = put(allowed, everywhere)
     most_steps = 1 if ends is None else engine.most_steps
-    ending = put(np.zeros_like(allowed) if ends is None else ends, everywhere)
-    ends_of_rows = Ends(ending, put(prompts, rows))
+    ending = np.full((batch, NUM_ENDS), -1, np.int32)
+    ending[:, : len(ends or ())] = ends or ()
+    ends_of_rows = Ends(put(ending, rows), put(prompts, rows))
     state = engine.new_state(tokens)
     needs_logits = sampling.temperature > 0 or num_top is not None or processor is not None
     greedily = not needs_logits and engine.screening_table is not None

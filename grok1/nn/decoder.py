@@ -7,26 +7,26 @@ in the `psum`s that are written out. `transformer.forward` is the same computati
 What is captured and what intervenes is known when the program is traced; without either, the
 program is as if there were neither.
 
-Dimension key: B batch row, T position in this call, M = B*T, D model dim, C key/value head held
-here, H head dim, V vocabulary rows held here, L layer, N query head held here, S cache capacity,
-E expert, A selected experts a token.
+Dimension key: R row of this call, T position in this call, M = R*T, D model dim, C key/value head
+held here, H head dim, V vocabulary rows held here, L layer, N query head held here, S cache
+capacity, E expert, A selected experts a token.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from grok1.config import ModelConfig
-from grok1.nn.capture import Capture, as_capture
+from grok1.nn.capture import NOTHING, Capture
 from grok1.nn.hooks import apply, redirect
 from grok1.nn.sharding import MODEL_AXIS
 from grok1.nn.transformer import LayerParams, Params
 from grok1.nn.unembedding import logit_lens
-from grok1.ops.attention import KVCache, append, attend_cache, attention_map
+from grok1.ops.attention import KVCache, Place, append, attend_cache, attention_map
 from grok1.ops.experts import Routing, choose_experts, experts, router_logits
 from grok1.ops.layers import apply_rope, rms_norm
 from grok1.ops.quantized import QuantizedArray, Weight, matmul_split
@@ -35,197 +35,181 @@ Captures = dict[str, Array]
 """Values kept on the way, each with a leading axis L; see `forward`."""
 
 
+class Run(NamedTuple):
+    """How a forward pass is run, the same in all its layers.
+
+    Attributes:
+      config: The model.
+      dtype: Type of the products with weights; the residual stream stays float32. In bfloat16 only
+        the experts' inputs are rounded to it; attention, a small part of the work that decides
+        where the router sends a token, keeps 16 bits (`matmul_split`).
+      capture: What to keep; what is not named is not computed. For every layer: "residual_in",
+        "residual_mid", "residual", "attention_out" and "moe_out" `[L, R, T, D]`, the stream before,
+        within and after the layer and what its branches add; "router_probs" `[L, M, E]`,
+        "expert_indices" and "expert_weights" `[L, M, A]`; "lens_tokens" and "lens_logprobs"
+        `[L, M, lens_top]`. Of `attention_layers`: "attention_probs" `[layers, R, N, T, S]`.
+      interventions: Hooks, as `study.intervention.prepare` makes them.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    capture: Capture = NOTHING
+    interventions: Sequence[Any] = ()
+
+
 def forward(
     params: Params,
-    config: ModelConfig,
-    tokens: Int[Array, "B T"],
-    num_valid: Int[Array, " B"],
+    run: Run,
     cache: KVCache,
-    dtype: Any,
-    capture: Capture | Collection[str] = (),
-    interventions: Sequence[Any] = (),
-) -> tuple[Float[Array, "B T D"], KVCache, Captures]:
-    """Runs the next tokens of every row through all layers and appends them to the cache.
+    slots: Int[Array, " R"],
+    tokens: Int[Array, "R T"],
+    num_valid: Int[Array, " R"],
+) -> tuple[Float[Array, "R T D"], KVCache, Captures]:
+    """Runs the next tokens of some rows through all layers and appends them to the cache.
 
     Args:
       params: This device's shard of the model, layers stacked.
-      config: The model.
-      tokens: Token ids; row b continues at position `cache.length[b]`.
+      run: How.
+      cache: This device's shard of the cache.
+      slots: Which row of the cache each row is; one outside the cache belongs to none.
+      tokens: Token ids; row r continues at position `cache.length[slots[r]]`.
       num_valid: How many of the T tokens of each row are real; the rest is padding, which is
         computed on but neither dispatched to experts nor cached.
-      cache: This device's shard of the cache.
-      dtype: Type of the products with weights; the residual stream stays float32.
-      capture: What to keep; what is not named is not computed. For every layer: "residual_in",
-        "residual_mid", "residual", "attention_out" and "moe_out" `[L, B, T, D]`, the stream before,
-        within and after the layer and what its branches add; "router_probs" `[L, M, E]`,
-        "expert_indices" and "expert_weights" `[L, M, A]`; "lens_tokens" and "lens_logprobs"
-        `[L, M, lens_top]`. Of `attention_layers`: "attention_probs" `[layers, B, N, T, S]`.
-      interventions: Hooks, as `study.intervention.prepare` makes them.
 
     Returns:
       The final norm's output, float32; the cache, grown by `num_valid`; the captured values.
     """
-    capture = as_capture(capture)
-    offsets_T = jnp.arange(tokens.shape[1])
-    positions_BT = cache.length[:, None] + offsets_T
-    valid_BT = offsets_T < num_valid[:, None]
-    x_BTD = embed(params.embedding, tokens) * config.embedding_multiplier_scale
+    config, capture = run.config, run.capture
+    place = place_of(cache, slots, tokens.shape[1], num_valid)
+    x_RTD = embed(params.embedding, tokens) * config.embedding_multiplier_scale
 
     def run_layer(carry, layer):
-        x_BTD, cache, maps = carry
-        x_BTD, cache, captured = decoder_layer(
-            params.layers,
-            layer,
-            config,
-            x_BTD,
-            cache,
-            positions_BT,
-            valid_BT,
-            dtype,
-            capture,
-            interventions,
-        )
-        captured |= lens(params, config, x_BTD, capture)
+        x_RTD, cache, maps = carry
+        x_RTD, cache, captured = decoder_layer(params.layers, layer, run, place, x_RTD, cache)
+        captured |= lens(params, config, x_RTD, capture)
         if maps is not None:
             # Of the chosen layers alone: a stack of all could be many times as large.
-            slot = jnp.asarray(slots)[layer]
-            maps = maps.at[slot].set(captured.pop("attention_probs"), mode="drop")
-        return (x_BTD, cache, maps), captured
+            number = jnp.asarray(numbers)[layer]
+            maps = maps.at[number].set(captured.pop("attention_probs"), mode="drop")
+        return (x_RTD, cache, maps), captured
 
     maps = None
-    slots = np.full(config.num_layers, len(capture.attention_layers), np.int32)
-    slots[list(capture.attention_layers)] = np.arange(len(capture.attention_layers))
+    numbers = np.full(config.num_layers, len(capture.attention_layers), np.int32)
+    numbers[list(capture.attention_layers)] = np.arange(len(capture.attention_layers))
     if "attention_probs" in capture:
         shape = _map_shape(config, tokens.shape, cache)
         maps = jnp.zeros((len(capture.attention_layers), *shape))
     layers = jnp.arange(config.num_layers)
-    (x_BTD, cache, maps), captured = jax.lax.scan(run_layer, (x_BTD, cache, maps), layers)
-    cache = cache._replace(length=cache.length + num_valid)
+    (x_RTD, cache, maps), captured = jax.lax.scan(run_layer, (x_RTD, cache, maps), layers)
+    cache = grown(cache, slots, num_valid)
     if maps is not None:
         captured["attention_probs"] = maps
-    return rms_norm(x_BTD, params.final_norm), cache, captured
+    return rms_norm(x_RTD, params.final_norm), cache, captured
+
+
+def place_of(
+    cache: KVCache, slots: Int[Array, " R"], length: int, num_valid: Int[Array, " R"]
+) -> Place:
+    """Where the next `length` tokens of some rows stand, of which `num_valid` are real."""
+    filled = cache.length.at[slots].get(mode="fill", fill_value=0)
+    offsets = jnp.arange(length)
+    return Place(slots, filled[:, None] + offsets, offsets < num_valid[:, None])
+
+
+def grown(cache: KVCache, slots: Int[Array, " R"], num_valid: Int[Array, " R"]) -> KVCache:
+    """The cache once every layer has written so many tokens of these rows."""
+    return cache._replace(length=cache.length.at[slots].add(num_valid, mode="drop"))
 
 
 def decoder_layer(
     params: LayerParams,
     layer: Int[Array, ""],
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
+    run: Run,
+    place: Place,
+    x: Float[Array, "R T D"],
     cache: KVCache,
-    positions: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
-    dtype: Any,
-    capture: Capture | Collection[str] = (),
-    interventions: Sequence[Any] = (),
-) -> tuple[Float[Array, "B T D"], KVCache, Captures]:
+) -> tuple[Float[Array, "R T D"], KVCache, Captures]:
     """One layer of a stack: attention, then experts, each between its two norms.
 
     Args:
       params: The stack; only matrices that are used are read from it.
       layer: Which layer, in the stack and in the cache.
-      config: The model.
+      run: How.
+      place: Where the tokens stand.
       x: Residual stream, float32.
       cache: Keys and values so far.
-      positions: Absolute position of each token.
-      valid: False for padding.
-      dtype: Type of the products with weights. In bfloat16 only the experts' inputs are rounded to
-        it; attention, a small part of the work that decides where the router sends a token, keeps
-        16 bits (`matmul_split`).
-      capture: As for `forward`.
-      interventions: As for `forward`.
 
     Returns:
       The residual stream after the layer, the cache with the layer's keys and values, and what is
       captured of the layer, as `forward` does without the axis of layers; "attention_probs" are 0
       for a layer that is not of `attention_layers`. The lens is left to `lens`.
     """
-    x, cache, normed_MD, routing, captured = attend_and_route(
-        params, layer, config, x, cache, positions, valid, dtype, capture, interventions
-    )
+    x, cache, normed_MD, routing, captured = attend_and_route(params, layer, run, place, x, cache)
     branch_MD = experts(
-        normed_MD.astype(dtype), params.experts, (layer,), routing, valid.reshape(-1)
+        normed_MD.astype(run.dtype), params.experts, (layer,), routing, place.valid.reshape(-1)
     )
-    x, more = add_experts(params, layer, config, x, branch_MD, positions, capture, interventions)
+    x, more = add_experts(params, layer, run, place, x, branch_MD)
     return x, cache, captured | more
 
 
 def attend_and_route(
     params: LayerParams,
     layer: Int[Array, ""],
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
+    run: Run,
+    place: Place,
+    x: Float[Array, "R T D"],
     cache: KVCache,
-    positions: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
-    dtype: Any,
-    capture: Capture | Collection[str] = (),
-    interventions: Sequence[Any] = (),
-) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "M D"], Routing, Captures]:
+) -> tuple[Float[Array, "R T D"], KVCache, Float[Array, "M D"], Routing, Captures]:
     """The first half of a layer, up to the choice of experts; arguments as for `decoder_layer`.
 
     Returns:
       The residual stream between the branches, the cache, the input of the experts and their
       choice, and what is captured of this half.
     """
-    visit, captured = _visitor(layer, positions, capture, interventions)
-    capture = as_capture(capture)
+    config = run.config
+    visit, captured = _visitor(layer, run, place)
     x = visit("residual_in", x)
     normed = rms_norm(x, params.attention_pre_norm[layer])
-    branch, cache = _attention(
-        params,
-        layer,
-        config,
-        normed,
-        cache,
-        positions,
-        valid,
-        dtype,
-        capture,
-        interventions,
-        captured,
-    )
+    branch, cache, maps = _attention(params, layer, run, place, normed, cache)
+    captured |= maps
     x += visit("attention_out", rms_norm(branch, params.attention_post_norm[layer]))
     x = visit("residual_mid", x)
 
     normed_MD = rms_norm(x, params.moe_pre_norm[layer]).reshape(-1, config.emb_size)
     logits_ME = router_logits(normed_MD, params.router[layer], config.router_softcap)
     routing = choose_experts(logits_ME, config.num_selected_experts, config.renormalize_gates)
-    routing = redirect(interventions, logits_ME, routing, layer, positions.reshape(-1))
+    routing = redirect(run.interventions, logits_ME, routing, layer, place.positions.reshape(-1))
     routed = {
         "router_probs": routing.probs,
         "expert_indices": routing.expert_indices,
         "expert_weights": routing.expert_weights,
     }
-    captured |= {name: value for name, value in routed.items() if name in capture}
+    captured |= {name: value for name, value in routed.items() if name in run.capture}
     return x, cache, normed_MD, routing, captured
 
 
 def add_experts(
     params: LayerParams,
     layer: Int[Array, ""],
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
+    run: Run,
+    place: Place,
+    x: Float[Array, "R T D"],
     branch: Float[Array, "M D"],
-    positions: Int[Array, "B T"],
-    capture: Capture | Collection[str] = (),
-    interventions: Sequence[Any] = (),
-) -> tuple[Float[Array, "B T D"], Captures]:
+) -> tuple[Float[Array, "R T D"], Captures]:
     """The second half of a layer.
 
     Args:
       params: As for `decoder_layer`.
-      layer: Likewise.
-      config: Likewise.
+      layer: As for `decoder_layer`.
+      run: As for `decoder_layer`.
+      place: As for `decoder_layer`.
       x: The residual stream between the branches.
       branch: What `experts.experts` makes of the choice, on this device.
-      positions: As for `decoder_layer`.
-      capture: Likewise.
-      interventions: Likewise.
 
     Returns:
       The residual stream after the layer, and what is captured of this half.
     """
-    visit, captured = _visitor(layer, positions, capture, interventions)
+    visit, captured = _visitor(layer, run, place)
     summed = jax.lax.psum(branch, MODEL_AXIS).reshape(x.shape)
     x += visit("moe_out", rms_norm(summed, params.moe_post_norm[layer]))
     x = visit("residual", x)
@@ -233,18 +217,14 @@ def add_experts(
 
 
 def _visitor(
-    layer: Int[Array, ""],
-    positions: Int[Array, "B T"],
-    capture: Capture | Collection[str],
-    interventions: Sequence[Any],
+    layer: Int[Array, ""], run: Run, place: Place
 ) -> tuple[Callable[[str, Array], Array], Captures]:
     """What the points of a layer's stream go through, and where it keeps what is captured."""
-    capture = as_capture(capture)
     captured: Captures = {}
 
     def visit(point: str, value: Array) -> Array:
-        value = apply(interventions, point, value, layer, positions)
-        if point in capture:
+        value = apply(run.interventions, point, value, layer, place.positions)
+        if point in run.capture:
             captured[point] = value
         return value
 
@@ -252,7 +232,7 @@ def _visitor(
 
 
 def lens(
-    params: Params, config: ModelConfig, x: Float[Array, "B T D"], capture: Capture
+    params: Params, config: ModelConfig, x: Float[Array, "R T D"], capture: Capture
 ) -> Captures:
     """The logit lens of a layer's output, where it is captured; empty where it is not."""
     if "lens_tokens" not in capture and "lens_logprobs" not in capture:
@@ -263,7 +243,7 @@ def lens(
     return {name: value for name, value in named if name in capture}
 
 
-def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "R T"]) -> Float[Array, "R T D"]:
     """Looks tokens up in a table whose rows are shared out over the devices; float32."""
     rows = embedding.shape[0]
     local = tokens - jax.lax.axis_index(MODEL_AXIS) * rows
@@ -275,54 +255,51 @@ def embed(embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Ar
 def _attention(
     params: LayerParams,
     layer: Int[Array, ""],
-    config: ModelConfig,
-    x: Float[Array, "B T D"],
+    run: Run,
+    place: Place,
+    x: Float[Array, "R T D"],
     cache: KVCache,
-    positions: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
-    dtype: Any,
-    capture: Capture,
-    interventions: Sequence[Any],
-    captured: Captures,
-) -> tuple[Float[Array, "B T D"], KVCache]:
-    batch, length, _ = x.shape
+) -> tuple[Float[Array, "R T D"], KVCache, Captures]:
+    config, dtype = run.config, run.dtype
+    rows, length, _ = x.shape
     heads_here = cache.k.shape[2]
 
     def heads(weight, index):
         projected = matmul_split(x, weight, index, dtype)
-        return projected.reshape(batch, length, -1, config.key_size)
+        return projected.reshape(rows, length, -1, config.key_size)
 
-    query = apply_rope(heads(params.query, (layer,)), positions)
+    query = apply_rope(heads(params.query, (layer,)), place.positions)
     key_weight = _columns_of_device(params.key, layer, heads_here, config)
     value_weight = _columns_of_device(params.value, layer, heads_here, config)
-    key = apply_rope(heads(*key_weight), positions)
+    key = apply_rope(heads(*key_weight), place.positions)
     value = heads(*value_weight)
-    cache = append(cache, layer, key, value, positions, valid)
+    cache = append(cache, layer, place, key, value)
     # Int8 is exact in any type of product; queries of a float cache are rounded as its keys.
     as_keys = dtype != jnp.float32 and cache.k.dtype != jnp.int8
-    query_BTCGH = query.astype(cache.k.dtype if as_keys else dtype).reshape(
-        batch, length, heads_here, -1, config.key_size
+    query_RTCGH = query.astype(cache.k.dtype if as_keys else dtype).reshape(
+        rows, length, heads_here, -1, config.key_size
     )
     scale = config.attn_output_multiplier
-    mixed = attend_cache(query_BTCGH, cache, layer, positions, scale)
-    if "attention_probs" in capture:
+    mixed = attend_cache(query_RTCGH, cache, layer, place, scale)
+    captured: Captures = {}
+    if "attention_probs" in run.capture:
         captured["attention_probs"] = jax.lax.cond(
-            jnp.isin(layer, jnp.array(capture.attention_layers)),
-            lambda: attention_map(query_BTCGH, cache, layer, positions, scale),
-            lambda: jnp.zeros(_map_shape(config, (batch, length), cache)),
+            jnp.isin(layer, jnp.array(run.capture.attention_layers)),
+            lambda: attention_map(query_RTCGH, cache, layer, place, scale),
+            lambda: jnp.zeros(_map_shape(config, (rows, length), cache)),
         )
-    if any(form.point == "heads" for form in interventions):
-        by_head = mixed.reshape(batch, length, -1, config.key_size)
-        mixed = apply(interventions, "heads", by_head, layer, positions)
-    out = matmul_split(mixed.reshape(batch, length, -1), params.attention_out, (layer,), dtype)
-    return jax.lax.psum(out, MODEL_AXIS), cache
+    if any(form.point == "heads" for form in run.interventions):
+        by_head = mixed.reshape(rows, length, -1, config.key_size)
+        mixed = apply(run.interventions, "heads", by_head, layer, place.positions)
+    out = matmul_split(mixed.reshape(rows, length, -1), params.attention_out, (layer,), dtype)
+    return jax.lax.psum(out, MODEL_AXIS), cache, captured
 
 
 def _map_shape(config: ModelConfig, shape: tuple[int, ...], cache: KVCache) -> tuple[int, ...]:
-    """Shape of this device's attention map of a layer: `[B, N, T, S]`."""
-    batch, length = shape
+    """Shape of this device's attention map of a layer: `[R, N, T, S]`."""
+    rows, length = shape
     heads_here = config.num_q_heads // jax.lax.axis_size(MODEL_AXIS)
-    return batch, heads_here, length, cache.k.shape[3]
+    return rows, heads_here, length, cache.k.shape[3]
 
 
 def _columns_of_device(

@@ -201,7 +201,7 @@ def most_probable(
     embedding: Float[Array, "V D"],
     table: ScreeningTable,
     x: Float[Array, "M D"],
-    allowed: Bool[Array, " vocab"],
+    allowed: Bool[Array, "*M vocab"],
 ) -> Int[Array, " M"]:
     """The allowed token with the largest logit, as `unembed` and an argmax would find it; on CPUs.
 
@@ -209,14 +209,14 @@ def most_probable(
       embedding: This device's rows.
       table: Their `screening_table`.
       x: The final norm's output.
-      allowed: False for tokens that must not be found.
+      allowed: False for tokens that must not be found, `[vocab]` for all rows or `[M, vocab]`.
 
     Returns:
       int32; -1 where no token is found, because the largest product is no number or infinite.
     """
     rows = len(embedding)
     first = jax.lax.axis_index(MODEL_AXIS) * rows
-    here = jax.lax.dynamic_slice_in_dim(allowed, first, rows)
+    here = jax.lax.dynamic_slice_in_dim(allowed, first, rows, axis=-1)
     index, product = bindings.most_probable(x, embedding, *table, here)
     products = jax.lax.all_gather(product, MODEL_AXIS)
     indices = jax.lax.all_gather(jnp.maximum(index, 0) + first, MODEL_AXIS)

@@ -5,7 +5,7 @@ that are not there (`device_experts`). As one program a step could not wait for 
 up the device. A CPU with the kernels needs none of this: there a step is one program, and experts
 are computed with where the host has them.
 
-Dimension key: B batch row, T position, M = B*T, D model dim, A selected experts a token.
+Dimension key: R row, T position, M = R*T, D model dim, A selected experts a token.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from grok1.config import ModelConfig
-from grok1.engine.steps import DecodeState, Head, next_tokens
+from grok1.engine.engine import Weights
+from grok1.engine.steps import DecodeState, Head, Rows, next_tokens
 from grok1.nn.capture import Capture
-from grok1.nn.decoder import Captures, add_experts, attend_and_route, embed, lens
+from grok1.nn.decoder import (
+    Captures,
+    Run,
+    add_experts,
+    attend_and_route,
+    embed,
+    grown,
+    lens,
+    place_of,
+)
 from grok1.offload.device_experts import DeviceExperts
 from grok1.ops.experts import fetched_expert
 from grok1.ops.layers import rms_norm
@@ -28,7 +38,7 @@ Compile = Callable[..., Callable]
 
 
 class LayerwiseStep:
-    """What a step's program is, (params, state, count, *arguments) -> (state, outputs, captured).
+    """What a step's program is, (weights, state, rows, *arguments) -> (state, outputs, captured).
 
     See `Engine._step_program`; the parameters are without the experts' values.
     """
@@ -42,7 +52,6 @@ class LayerwiseStep:
         length: int,
         head: Head,
         capture: Capture,
-        is_intervened: bool,
     ):
         """Compiles nothing yet.
 
@@ -54,62 +63,41 @@ class LayerwiseStep:
           length: Tokens of a row.
           head: What is made of the last hidden states.
           capture: What is captured.
-          is_intervened: Whether the parameters are an `engine.Intervened`.
         """
 
-        def unpacked(params):
-            return params if is_intervened else (params, ())
+        def run_of(weights):
+            return Run(config, dtype, capture, weights.interventions)
 
-        def positions_of(cache):
-            return cache.length[:, None] + jnp.arange(length)
-
-        def begin(params, state):
-            params, _ = unpacked(params)
-            x = embed(params.embedding, next_tokens(state, length))
+        def begin(weights, state, rows):
+            x = embed(weights.params.embedding, next_tokens(state, rows.slots, length))
             return x * config.embedding_multiplier_scale
 
-        def attend(params, layer, count, x, cache):
-            params, interventions = unpacked(params)
-            valid = jnp.arange(length) < count.astype(jnp.int32)[:, None]
+        def attend(weights, layer, rows, x, cache):
+            place = place_of(cache, rows.slots, length, rows.count)
             x, cache, normed, routing, captured = attend_and_route(
-                params.layers,
-                layer,
-                config,
-                x,
-                cache,
-                positions_of(cache),
-                valid,
-                dtype,
-                capture,
-                interventions,
+                weights.params.layers, layer, run_of(weights), place, x, cache
             )
             # Padding goes to none.
             chosen = jnp.where(
-                valid.reshape(-1)[:, None], routing.expert_indices, config.num_experts
+                place.valid.reshape(-1)[:, None], routing.expert_indices, config.num_experts
             )
             out = jnp.zeros(normed.shape)
             return x, cache, out, normed.astype(dtype), chosen, routing.expert_weights, captured
 
-        def add_expert(params, layer, expert, values, out, *routed):
-            params, _ = unpacked(params)
-            return out + fetched_expert(
-                routed[0], values, params.layers.experts, layer, expert, *routed[1:]
-            )
+        def add_expert(weights, layer, expert, values, out, *routed):
+            experts = weights.params.layers.experts
+            return out + fetched_expert(routed[0], values, experts, layer, expert, *routed[1:])
 
-        def finish(params, layer, cache, out, x):
-            params, interventions = unpacked(params)
-            positions = positions_of(cache)
-            x, captured = add_experts(
-                params.layers, layer, config, x, out, positions, capture, interventions
-            )
-            return x, captured | lens(params, config, x, capture)
+        def finish(weights, layer, rows, cache, out, x):
+            place = place_of(cache, rows.slots, length, rows.count)
+            x, captured = add_experts(weights.params.layers, layer, run_of(weights), place, x, out)
+            return x, captured | lens(weights.params, config, x, capture)
 
-        def end(params, state, count, x, captured, *arguments):
-            params, _ = unpacked(params)
-            length = state.cache.length + count.astype(jnp.int32)
-            state = state._replace(cache=state.cache._replace(length=length))
+        def end(weights, state, rows, x, captured, *arguments):
+            params = weights.params
+            state = state._replace(cache=grown(state.cache, rows.slots, rows.count))
             hidden = rms_norm(x, params.final_norm)
-            state, outputs = head(params.embedding, config, state, hidden, count, *arguments)
+            state, outputs = head(params.embedding, config, state, hidden, rows, *arguments)
             return state, outputs, jax.tree.map(jnp.stack, captured, is_leaf=_is_list)
 
         self._config, self._capture, self._experts = config, capture, experts
@@ -120,7 +108,7 @@ class LayerwiseStep:
         self._end = compile_piece("end", end, "state")
 
     def __call__(
-        self, params: Any, state: DecodeState, count: Any, *arguments: Any
+        self, weights: Weights, state: DecodeState, rows: Rows, *arguments: Any
     ) -> tuple[DecodeState, Any, Captures]:
         """Runs the step; may return before the device is done.
 
@@ -129,17 +117,17 @@ class LayerwiseStep:
           CancelledError: After the store's `cancel`.
         """
         self._experts.cache.step()
-        x, cache = self._begin(params, state), state.cache
+        x, cache = self._begin(weights, state, rows), state.cache
         captured: dict[str, list[Any]] = {}
         for number in range(self._config.num_layers):
             layer = np.int32(number)
-            x, cache, out, *routed, of_layer = self._attend(params, layer, count, x, cache)
+            x, cache, out, *routed, of_layer = self._attend(weights, layer, rows, x, cache)
             chosen = np.unique(np.asarray(routed[1]))
             for expert, values in self._experts.fetch(
                 number, chosen[chosen < self._config.num_experts].tolist()
             ):
-                out = self._add_expert(params, layer, np.int32(expert), values, out, *routed)
-            x, more = self._finish(params, layer, cache, out, x)
+                out = self._add_expert(weights, layer, np.int32(expert), values, out, *routed)
+            x, more = self._finish(weights, layer, rows, cache, out, x)
             for name, value in (of_layer | more).items():
                 if name != "attention_probs" or number in self._capture.attention_layers:
                     captured.setdefault(name, []).append(value)
@@ -151,7 +139,7 @@ class LayerwiseStep:
                 )
             )
             captured["attention_probs"] = [maps[n] for n in self._capture.attention_layers]
-        return self._end(params, state._replace(cache=cache), count, x, captured, *arguments)
+        return self._end(weights, state._replace(cache=cache), rows, x, captured, *arguments)
 
 
 def _is_list(node: Any) -> bool:

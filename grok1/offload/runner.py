@@ -193,7 +193,6 @@ class OffloadedEngine(Engine):
                 length,
                 head,
                 capture,
-                self._is_intervened,
             )
         kind = "decode" if key[0].startswith("decode") else "prompt"
         # A token is its own progress, and a bar would get into the line that tokens are written to.

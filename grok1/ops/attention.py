@@ -1,7 +1,10 @@
 """Grouped-query attention with a soft cap: the readable form and the one that reads a cache.
 
-Dimension key: B batch row, T query position, S key position, C key/value head held here,
-G query heads that share it, M = G*T, H head dim, L layer.
+A cache holds more rows than a call runs: `slots` says which row of the cache each row of a call is.
+One outside the cache belongs to none: nothing is written, and what is read for it means nothing.
+
+Dimension key: B row of the cache, R row of a call, T query position, S key position, C key/value
+head held here, G query heads that share it, M = G*T, H head dim, L layer.
 """
 
 from typing import Any, NamedTuple
@@ -43,6 +46,21 @@ class KVCache(NamedTuple):
     v_scales: Any = None
 
 
+class Place(NamedTuple):
+    """Where the tokens of a call stand.
+
+    Attributes:
+      slots: int32 `[R]`, the row of the cache of each row of the call; one outside the cache
+        belongs to none.
+      positions: int32 `[R, T]`, each token's absolute position.
+      valid: bool `[R, T]`, False for padding.
+    """
+
+    slots: Any
+    positions: Any
+    valid: Any
+
+
 def attend(
     query: Float[Array, "B T C G H"],
     key: Float[Array, "B C S H"],
@@ -70,20 +88,20 @@ def attend(
 
 
 def attend_cache(
-    query: Float[Array, "B T C G H"],
+    query: Float[Array, "R T C G H"],
     cache: KVCache,
     layer: Int[Array, ""],
-    positions: Int[Array, "B T"],
+    place: Place,
     scale: float,
     implementation: str | None = None,
-) -> Float[Array, "B T C G H"]:
+) -> Float[Array, "R T C G H"]:
     """`attend` over the cached positions up to each query's own; only those are read.
 
     Args:
       query: Queries, rotary phases applied, in the type of the products.
       cache: Keys and values, those of the queries' own positions included.
       layer: Which layer of the cache to read.
-      positions: Absolute position of each query; it sees keys at positions up to its own.
+      place: Of the queries; each sees the keys of its slot at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
       implementation: "blocked" goes through XLA, "cpp" through C++, from a float32 cache; None for
         that of `forms.PREFERRED`.
@@ -91,34 +109,36 @@ def attend_cache(
     Returns:
       float32.
     """
-    arguments = query, cache, layer, positions
+    arguments = query, cache, layer, place
     return forms.run("attend_cache", *arguments, implementation=implementation, scale=scale)
 
 
-def _is_not_float32(query, cache, layer, positions) -> str | None:
+def _is_not_float32(query, cache, layer, place) -> str | None:
     return None if cache.k.dtype == jnp.float32 else f"it reads float32, not {cache.k.dtype}"
 
 
 @forms.form("attend_cache", "cpp", refuses=_is_not_float32)
 def attend_cpp(
-    query: Float[Array, "B T C G H"],
+    query: Float[Array, "R T C G H"],
     cache: KVCache,
     layer: Int[Array, ""],
-    positions: Int[Array, "B T"],
+    place: Place,
     scale: float,
-) -> Float[Array, "B T C G H"]:
+) -> Float[Array, "R T C G H"]:
     """`attend_blocked` in C++."""
-    return bindings.attention(query, cache.k, cache.v, layer, positions, scale, SOFT_CAP)
+    return bindings.attention(
+        query, cache.k, cache.v, layer, place.slots, place.positions, scale, SOFT_CAP
+    )
 
 
 @forms.form("attend_cache", "blocked")
 def attend_blocked(
-    query: Float[Array, "B T C G H"],
+    query: Float[Array, "R T C G H"],
     cache: KVCache,
     layer: Int[Array, ""],
-    positions: Int[Array, "B T"],
+    place: Place,
     scale: float,
-) -> Float[Array, "B T C G H"]:
+) -> Float[Array, "R T C G H"]:
     """`attend` over the cached positions, a block of keys at a time.
 
     The softmax is accumulated over the blocks (Milakov & Gimelshein, arXiv 1805.02867), so that a
@@ -128,102 +148,104 @@ def attend_blocked(
     batch, length, heads, group, head_dim = query.shape
     capacity = cache.k.shape[3]
     block = min(_BLOCK_OF_FEW if length <= _FEW_QUERIES else _BLOCK_OF_MANY, capacity)
-    num_blocks = jnp.minimum(jnp.max(positions) // block + 1, -(-capacity // block))
+    num_blocks = jnp.minimum(jnp.max(place.positions) // block + 1, -(-capacity // block))
     # The queries of a head in one axis, so that each head is one product of two matrices.
-    query_BCMH = query.transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
-    positions_BM = jnp.tile(positions, (1, group))
-    last_B = jnp.max(positions, axis=1)
+    query_RCMH = query.transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
+    positions_RM = jnp.tile(place.positions, (1, group))
+    last_R = jnp.max(place.positions, axis=1)
 
     def cap(products):
         return SOFT_CAP * jnp.tanh(products * (scale / SOFT_CAP))
 
     def add_block(i, carry):
-        top_BCM, total_BCM, mixed_BCMH = carry
+        top_RCM, total_RCM, mixed_RCMH = carry
         # The last block of a capacity that is no multiple of the block starts early and masks what
         # the one before has read.
         start = jnp.minimum(i * block, capacity - block)
 
         def take(array):
-            at = (layer, 0, 0, start, 0)[: array.ndim]
-            return jax.lax.dynamic_slice(
-                array, at, (1, *array.shape[1:3], block, head_dim)[: array.ndim]
-            )[0]
+            def of_slot(slot):
+                at = (layer, slot, 0, start, 0)[: array.ndim]
+                sizes = (1, 1, array.shape[2], block, head_dim)[: array.ndim]
+                return jax.lax.dynamic_slice(array, at, sizes)[0, 0]
+
+            return jax.vmap(of_slot)(place.slots)
 
         key, value = (take(array).astype(query.dtype) for array in (cache.k, cache.v))
         key_positions = start + jnp.arange(block)
         # What an earlier text has left may be no number, and times a weight of 0 it would be none.
-        is_seen_BS = key_positions <= last_B[:, None]
-        value = jnp.where(is_seen_BS[:, None, :, None], value, 0)
-        allowed_BMS = (key_positions <= positions_BM[..., None]) & (key_positions >= i * block)
-        allowed_BCMS = allowed_BMS[:, None]
-        products_BCMS = exact_einsum("BCMH,BCSH->BCMS", query_BCMH, key)
+        is_seen_RS = key_positions <= last_R[:, None]
+        value = jnp.where(is_seen_RS[:, None, :, None], value, 0)
+        allowed_RMS = (key_positions <= positions_RM[..., None]) & (key_positions >= i * block)
+        allowed_RCMS = allowed_RMS[:, None]
+        products_RCMS = exact_einsum("RCMH,RCSH->RCMS", query_RCMH, key)
         if cache.k_scales is not None:
-            products_BCMS *= take(cache.k_scales)[:, :, None]
+            products_RCMS *= take(cache.k_scales)[:, :, None]
         # The cap is monotone, so that the maximum is taken of what the product wrote, and capped.
-        top_products_BCM = jnp.max(products_BCMS, axis=-1, where=allowed_BCMS, initial=-jnp.inf)
-        new_top_BCM = jnp.maximum(top_BCM, cap(top_products_BCM))
-        weights_BCMS = jnp.exp(cap(products_BCMS) - new_top_BCM[..., None])
-        weights_BCMS = jnp.where(allowed_BCMS, weights_BCMS, 0)
-        shrink_BCM = jnp.exp(top_BCM - new_top_BCM)
-        total_BCM = total_BCM * shrink_BCM + weights_BCMS.sum(axis=-1)
+        top_products_RCM = jnp.max(products_RCMS, axis=-1, where=allowed_RCMS, initial=-jnp.inf)
+        new_top_RCM = jnp.maximum(top_RCM, cap(top_products_RCM))
+        weights_RCMS = jnp.exp(cap(products_RCMS) - new_top_RCM[..., None])
+        weights_RCMS = jnp.where(allowed_RCMS, weights_RCMS, 0)
+        shrink_RCM = jnp.exp(top_RCM - new_top_RCM)
+        total_RCM = total_RCM * shrink_RCM + weights_RCMS.sum(axis=-1)
         if cache.v_scales is not None:
-            v_scales_BCS = jnp.where(is_seen_BS[:, None], take(cache.v_scales), 0)
-            weights_BCMS *= v_scales_BCS[:, :, None]
-        mixed_BCMH *= shrink_BCM[..., None]
-        mixed_BCMH += exact_einsum("BCMS,BCSH->BCMH", weights_BCMS.astype(value.dtype), value)
-        return new_top_BCM, total_BCM, mixed_BCMH
+            v_scales_RCS = jnp.where(is_seen_RS[:, None], take(cache.v_scales), 0)
+            weights_RCMS *= v_scales_RCS[:, :, None]
+        mixed_RCMH *= shrink_RCM[..., None]
+        mixed_RCMH += exact_einsum("RCMS,RCSH->RCMH", weights_RCMS.astype(value.dtype), value)
+        return new_top_RCM, total_RCM, mixed_RCMH
 
     # The least a capped logit can be.
-    top_BCM = jnp.full(query_BCMH.shape[:-1], -SOFT_CAP)
-    zeros_BCMH = jnp.zeros(query_BCMH.shape)
-    start = (top_BCM, zeros_BCMH[..., 0], zeros_BCMH)
-    _, total_BCM, mixed_BCMH = jax.lax.fori_loop(0, num_blocks, add_block, start)
-    mixed_BCMH /= total_BCM[..., None]
-    mixed_BCGTH = mixed_BCMH.reshape(batch, heads, group, length, head_dim)
-    return mixed_BCGTH.transpose(0, 3, 1, 2, 4)
+    top_RCM = jnp.full(query_RCMH.shape[:-1], -SOFT_CAP)
+    zeros_RCMH = jnp.zeros(query_RCMH.shape)
+    start = (top_RCM, zeros_RCMH[..., 0], zeros_RCMH)
+    _, total_RCM, mixed_RCMH = jax.lax.fori_loop(0, num_blocks, add_block, start)
+    mixed_RCMH /= total_RCM[..., None]
+    mixed_RCGTH = mixed_RCMH.reshape(batch, heads, group, length, head_dim)
+    return mixed_RCGTH.transpose(0, 3, 1, 2, 4)
 
 
 def attention_map(
-    query: Float[Array, "B T C G H"],
+    query: Float[Array, "R T C G H"],
     cache: KVCache,
     layer: Int[Array, ""],
-    positions: Int[Array, "B T"],
+    place: Place,
     scale: float,
-) -> Float[Array, "B C*G T S"]:
+) -> Float[Array, "R C*G T S"]:
     """The weights with which `attend_cache` mixes, over the whole capacity; arguments as there.
 
     Returns:
       float32; each query's sum to 1, and those of positions after its own are 0.
     """
     batch, length, heads, group, _ = query.shape
-    products_BCGTS = exact_einsum("BTCGH,BCSH->BCGTS", query, cache.k[layer].astype(query.dtype))
+    key = cache.k[layer, place.slots].astype(query.dtype)
+    products_RCGTS = exact_einsum("RTCGH,RCSH->RCGTS", query, key)
     if cache.k_scales is not None:
-        products_BCGTS *= cache.k_scales[layer][:, :, None, None]
-    logits_BCGTS = SOFT_CAP * jnp.tanh(products_BCGTS * (scale / SOFT_CAP))
-    allowed_BTS = jnp.arange(cache.k.shape[3]) <= positions[..., None]
-    logits_BCGTS = jnp.where(allowed_BTS[:, None, None], logits_BCGTS, -jnp.inf)
-    return jax.nn.softmax(logits_BCGTS, axis=-1).reshape(batch, heads * group, length, -1)
+        products_RCGTS *= cache.k_scales[layer, place.slots][:, :, None, None]
+    logits_RCGTS = SOFT_CAP * jnp.tanh(products_RCGTS * (scale / SOFT_CAP))
+    allowed_RTS = jnp.arange(cache.k.shape[3]) <= place.positions[..., None]
+    logits_RCGTS = jnp.where(allowed_RTS[:, None, None], logits_RCGTS, -jnp.inf)
+    return jax.nn.softmax(logits_RCGTS, axis=-1).reshape(batch, heads * group, length, -1)
 
 
 def append(
     cache: KVCache,
     layer: Int[Array, ""],
-    key: Float[Array, "B T C H"],
-    value: Float[Array, "B T C H"],
-    positions: Int[Array, "B T"],
-    valid: Bool[Array, "B T"],
+    place: Place,
+    key: Float[Array, "R T C H"],
+    value: Float[Array, "R T C H"],
 ) -> KVCache:
-    """Writes the keys and values of one layer at their positions; invalid ones are dropped.
+    """Writes the keys and values of one layer at their place; invalid ones are dropped.
 
     Returns:
       The cache with the same `length`: the rows have grown only when every layer has written.
     """
-    rows = jnp.arange(key.shape[0])[:, None]
     # An index beyond the capacity is dropped by the scatter, never clamped onto a real position.
-    slots = jnp.where(valid, positions, cache.k.shape[3])
+    positions = jnp.where(place.valid, place.positions, cache.k.shape[3])
 
     def put(array, new):
-        return array.at[layer, rows, :, slots].set(new.astype(array.dtype), mode="drop")
+        at = array.at[layer, place.slots[:, None], :, positions]
+        return at.set(new.astype(array.dtype), mode="drop")
 
     if cache.k_scales is not None:
         (key, k_scales), (value, v_scales) = _to_int8(key), _to_int8(value)
@@ -244,7 +266,7 @@ def append(
     return cache._replace(k=put(cache.k, key), v=put(cache.v, value))
 
 
-def _to_int8(x: Float[Array, "B T C H"]) -> tuple[Array, Array]:
+def _to_int8(x: Float[Array, "R T C H"]) -> tuple[Array, Array]:
     scales = jnp.abs(x).max(axis=-1) / 127
     values = jnp.round(x / jnp.where(scales == 0, 1, scales)[..., None])
     # A scale too small for a normal number is coarse, or 0.

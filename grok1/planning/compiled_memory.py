@@ -11,9 +11,6 @@ import json
 import sys
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.generate.scheduler import MAX_ROWS
@@ -31,12 +28,11 @@ def working_bytes(engine: Engine, batch: int, capacity: int) -> int:
       capacity: Positions in the cache.
     """
     state = engine.abstract_state(batch, capacity)
-    num_valid = jax.ShapeDtypeStruct((batch,), jnp.int32)
     decode = engine.decode_program(None, None)
     prefill = engine.prefill_program(engine.chunk_for(batch, capacity))
     lowered = (
-        decode.lower(engine.params, state, *engine.abstract_decode_arguments(batch)),
-        prefill.lower(engine.params, state, num_valid),
+        decode.lower(engine.weights, state, *engine.abstract_decode_arguments(batch)),
+        prefill.lower(engine.weights, state, engine.abstract_rows(batch)),
     )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda program: program.compile(), lowered)

@@ -14,11 +14,12 @@ namespace grok1 {
 
 struct Attention {
   const float* query;        // [B, T, C, G, H]
-  const float* keys;         // [B, C, S, H], of one layer
-  const float* values;       // [B, C, S, H]
+  const float* keys;         // [slots, C, S, H], of one layer
+  const float* values;       // [slots, C, S, H]
+  const int32_t* slots;      // [B], which row of the cache a row sees; one outside it sees nothing
   const int32_t* positions;  // [B, T]; a query sees keys at positions up to its own
   float* out;                // [B, T, C, G, H]
-  int64_t batch, length, heads, group, capacity, head_size;
+  int64_t num_slots, batch, length, heads, group, capacity, head_size;
   float scale, soft_cap;
 };
 
@@ -72,7 +73,7 @@ struct Head {
 };
 
 inline Head head_of(const Attention& a, int64_t b, int64_t c) {
-  int64_t start = (b * a.heads + c) * a.capacity * a.head_size;
+  int64_t start = (a.slots[b] * a.heads + c) * a.capacity * a.head_size;
   return {a.keys + start, a.values + start};
 }
 
@@ -82,6 +83,7 @@ inline int64_t offset_of(const Attention& a, int64_t b, int64_t c, int64_t m) {
 }
 
 inline int64_t num_visible(const Attention& a, int64_t b, int64_t m) {
+  if (a.slots[b] < 0 || a.slots[b] >= a.num_slots) return 0;
   return std::clamp<int64_t>(a.positions[b * a.length + m / a.group] + int64_t{1}, 0, a.capacity);
 }
 

@@ -207,14 +207,15 @@ def fetched_experts(
 
 
 def attention(
-    query: Float[Array, "B T C G H"],
+    query: Float[Array, "R T C G H"],
     keys: Float[Array, "L B C S H"],
     values: Float[Array, "L B C S H"],
     layer: int | Array,
-    positions: Int[Array, "B T"],
+    slots: Int[Array, " R"],
+    positions: Int[Array, "R T"],
     scale: float,
     soft_cap: float,
-) -> Float[Array, "B T C G H"]:
+) -> Float[Array, "R T C G H"]:
     """Soft-capped attention over the cached positions up to each query's own.
 
     Args:
@@ -222,6 +223,8 @@ def attention(
       keys: float32; only the filled positions of the layer are read, in place.
       values: float32.
       layer: Which layer of the cache to read.
+      slots: int32, which row of the cache each row of queries sees; one outside it sees nothing,
+        and its result is zeros.
       positions: int32, absolute position of each query.
       scale: Factor on the query-key products, before the soft cap.
       soft_cap: Bounds the logits.
@@ -239,6 +242,7 @@ def attention(
         keys,
         values,
         jnp.asarray(layer, jnp.int32),
+        slots,
         positions,
         scale=np.float32(scale),
         soft_cap=np.float32(soft_cap),
@@ -251,7 +255,7 @@ def most_probable(
     values: Int8[Array, "V D"],
     scales: Float[Array, " V"],
     uncertainty: Float[Array, " V"],
-    allowed: Bool[Array, " V"],
+    allowed: Bool[Array, "*M V"],
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
     """Finds the allowed row of a table with the largest product, reading its int8 copy.
 
@@ -261,7 +265,7 @@ def most_probable(
       values: int8 `[V, D]`.
       scales: float32 `[V]`; `scales * values` is close to `rows`.
       uncertainty: float32 `[V]`, no less than the norm of what `scales * values` leaves out.
-      allowed: False for rows that must not be found.
+      allowed: False for rows that must not be found, `[V]` for all inputs or `[M, V]`.
 
     Returns:
       (index of the row, int32, -1 if there is none; its product, float32).

@@ -138,23 +138,25 @@ ffi::Error FetchedExperts(Pool pool, Floats x, Handle handle, Scales gate_scales
 }
 
 ffi::Error Attention(Pool pool, Floats query, Floats keys, Floats values, Integers layer,
-                     Integers positions, float scale, float soft_cap, FloatsOut out) {
+                     Integers slots, Integers positions, float scale, float soft_cap, FloatsOut out) {
   auto sizes = query.dimensions(), cache_sizes = keys.dimensions();
   int64_t number = layer.typed_data()[0];
   if (number < 0 || number >= cache_sizes[0]) return no_such_matrix(number, cache_sizes[0]);
   int64_t start = number * (keys.element_count() / cache_sizes[0]);
   grok1::attend(pool, {query.typed_data(), keys.typed_data() + start, values.typed_data() + start,
-                       positions.typed_data(), out->typed_data(), sizes[0], sizes[1], sizes[2],
-                       sizes[3], cache_sizes[3], sizes[4], scale, soft_cap});
+                       slots.typed_data(), positions.typed_data(), out->typed_data(),
+                       cache_sizes[1], sizes[0], sizes[1], sizes[2], sizes[3], cache_sizes[3],
+                       sizes[4], scale, soft_cap});
   return ffi::Error::Success();
 }
 
 ffi::Error MostProbable(Pool pool, Floats x, Floats rows, Values values, Floats scales,
                         Floats uncertainty, Flags allowed, IntegersOut index, FloatsOut product) {
-  grok1::ScreenedTable table = {rows.typed_data(),        values.typed_data(),
-                                scales.typed_data(),      uncertainty.typed_data(),
-                                allowed.typed_data(),     rows.dimensions()[0],
-                                rows.dimensions()[1]};
+  int64_t num_rows = rows.dimensions()[0];
+  grok1::ScreenedTable table = {rows.typed_data(),    values.typed_data(),
+                                scales.typed_data(),  uncertainty.typed_data(),
+                                allowed.typed_data(), allowed.dimensions().size() > 1 ? num_rows : 0,
+                                num_rows,             rows.dimensions()[1]};
   grok1::most_probable(pool, table, x.typed_data(), x.dimensions()[0], index->typed_data(),
                        product->typed_data());
   return ffi::Error::Success();
@@ -206,6 +208,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_attention, Attention,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Integers>()
                                   .Arg<Integers>()
                                   .Arg<Integers>()
                                   .Attr<float>("scale")

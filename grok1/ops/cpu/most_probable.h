@@ -23,7 +23,8 @@ struct ScreenedTable {
   const int8_t* values;      // [V, D]
   const float* scales;       // [V]
   const float* uncertainty;  // [V], bounds |row . x - scale * (values . x)| / |x|
-  const bool* allowed;       // [V]
+  const bool* allowed;       // [V], or [M, V] with another row for each input
+  int64_t allowed_stride;    // 0 or V
   int64_t num_rows, depth;
 };
 
@@ -174,7 +175,7 @@ void screen(const int8_t* rows, const InputBlock& block, int64_t depth, float* p
 // `end`; rows that are not allowed have neither.
 template <int kRows, int kCount>
 void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t begin, int64_t end,
-                 float* best, float* upper) {
+                 const bool* allowed_rows, float* best, float* upper) {
   auto screen_rows = [&](int64_t row, auto rows) {
     constexpr int kHere = decltype(rows)::value;
     float products[kHere * kCount];
@@ -184,7 +185,7 @@ void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t be
         const Input& input = block.inputs[m];
         float value = products[r * kCount + m] * table.scales[row];
         float bound = input.norm * table.uncertainty[row] + input.uncertainty * table.scales[row];
-        bool allowed = table.allowed[row];
+        bool allowed = allowed_rows[m * table.allowed_stride + row];
         upper[m * table.num_rows + row] = allowed ? value + bound : kLowest;
         if (allowed) best[m] = std::max(best[m], value - bound);
       }
@@ -226,12 +227,14 @@ inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table
     for (int64_t begin = unit_begin; begin < unit_end; begin += kNearRows) {
       int64_t end = std::min(begin + kNearRows, unit_end);
       float *best = best_of_unit + unit * num_inputs, *upper = highest;
+      const bool* allowed = table.allowed;
       for (const InputBlock& block : blocks) {
         switch (block.inputs.size()) {
-          case 1: screen_unit<4, 1>(table, block, begin, end, best, upper); break;
-          case 2: screen_unit<4, 2>(table, block, begin, end, best, upper); break;
-          default: screen_unit<2, kInputs>(table, block, begin, end, best, upper);
+          case 1: screen_unit<4, 1>(table, block, begin, end, allowed, best, upper); break;
+          case 2: screen_unit<4, 2>(table, block, begin, end, allowed, best, upper); break;
+          default: screen_unit<2, kInputs>(table, block, begin, end, allowed, best, upper);
         }
+        allowed += block.inputs.size() * table.allowed_stride;
         best += block.inputs.size();
         upper += block.inputs.size() * table.num_rows;
       }
@@ -249,9 +252,10 @@ inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table
     for (int64_t m = 0; m < num_inputs; ++m) {
       float best = kLowest;
       const float* input = x + m * table.depth;
+      const bool* allowed = table.allowed + m * table.allowed_stride;
       for (int64_t row = begin; row < end; ++row) {
         // A bound that is no number is of a product that may be none.
-        if (highest[m * table.num_rows + row] < threshold[m] || !table.allowed[row]) continue;
+        if (highest[m * table.num_rows + row] < threshold[m] || !allowed[row]) continue;
         float exact;
         dot<1>(table.rows + row * table.depth, input, table.depth, &exact);
         if (exact > best || std::isnan(exact)) {
