@@ -7,7 +7,7 @@ import random
 import pytest
 
 from grok1.generate.completion import Completion, CompletionBuilder
-from grok1.generate.scheduler import Sampled
+from grok1.generate.request import Sampled
 from grok1.tokenizer import StreamDecoder, Tokenizer
 
 

@@ -11,7 +11,8 @@ import grok1
 from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams, sampling_state
 from grok1.engine.steps import NUM_ENDS, DecodeState, Ends, Rows, Step, run_steps
-from grok1.generate import scheduler
+from grok1.generate import pace, scheduler
+from grok1.generate.request import Request
 from grok1.nn.capture import as_capture
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [11], [100, 101]]
@@ -74,8 +75,11 @@ def test_rows_run_their_own_steps_or_to_their_own_end():
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(steps of each row, lengths after them) of every call that decodes; time is no object."""
-    monkeypatch.setattr(scheduler, "_DELIVERY", 1e9)
+    """(steps of each row, lengths of all slots after them) of every call that decodes.
+
+    Time is no object.
+    """
+    monkeypatch.setattr(pace, "_DELIVERY", 1e9)
     seen = []
     for name in ("decode", "decode_greedily"):
         method = getattr(Engine, name)
@@ -121,7 +125,9 @@ def test_a_token_that_ends_a_row_is_the_last_that_it_runs(model, calls):
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     found = model.generate(prompts, seed=seeds, stop=stop, **options)
-    for prompt, completion, tokens, length in zip(prompts, found, alone, calls[-1][1], strict=True):
+    # Slots are taken from each group of devices in turn.
+    lengths = calls[-1][1].reshape(model.mesh.shape["data"], -1).T.flatten()
+    for prompt, completion, tokens, length in zip(prompts, found, alone, lengths, strict=True):
         ended = stop in tokens
         expected = tokens[: tokens.index(stop) + 1] if ended else tokens
         assert completion.tokens == expected
@@ -138,23 +144,22 @@ def test_what_a_token_cannot_tell_is_asked_after_every_step(toy, calls):
 
 
 def test_slow_tokens_are_not_collected(nano, calls, monkeypatch):
-    monkeypatch.setattr(scheduler, "_DELIVERY", 1e-9)
+    monkeypatch.setattr(pace, "_DELIVERY", 1e-9)
     nano.generate(PROMPTS[0], max_new_tokens=12, ignore_eos=True)
     assert [int(steps.max()) for steps, _ in calls] == [1] * 12
 
 
 def test_a_request_that_is_broken_off_leaves_the_model_usable(nano):
     expected = nano.generate(PROMPTS[0], max_new_tokens=40, temperature=0, ignore_eos=True)
-    requests = [scheduler.Request(PROMPTS[0], 40, seed=0)]
-    everything = np.ones(nano.config.vocab_size, bool)
-    params = grok1.GenerationOptions(temperature=0).sampling()
-    stream = scheduler.generate(nano.engine, requests, params, everything, ())
+    greedy = SamplingParams(temperature=0)
+    requests = [Request(tokens=PROMPTS[0], max_tokens=40, sampling=greedy)]
+    stream = scheduler.generate(nano.engine, requests)
     for place, (row, sampled) in enumerate(stream):
         assert row == 0
         assert sampled.token == expected.tokens[place]
         # In the middle of what one call has brought.
         if place == 20:
-            requests[0].finished = True
+            requests[0].cancelled = True
     assert place == 20
     again = nano.generate(PROMPTS[0], max_new_tokens=40, temperature=0, ignore_eos=True)
     assert again.tokens == expected.tokens

@@ -205,9 +205,15 @@ class Engine:
             rows *= 2
         return rows
 
-    def chunk_for(self, batch: int, remaining: int) -> int:
-        """Length of the next chunk when the longest row has `remaining` tokens to run."""
-        most = _CHUNK_TOKENS
+    def chunk_for(self, batch: int, remaining: int, most_tokens: int = _CHUNK_TOKENS) -> int:
+        """Length of the next chunk when the longest row has `remaining` tokens to run.
+
+        Args:
+          batch: Rows of the chunk.
+          remaining: Tokens of the longest.
+          most_tokens: Most tokens over all rows, where so few can be run.
+        """
+        most = min(most_tokens, _CHUNK_TOKENS)
         if self._captured_bytes_per_token:
             most = min(most, _CAPTURED_BYTES // self._captured_bytes_per_token)
         lengths = [n for n in CHUNK_LENGTHS if n * batch <= most] or [CHUNK_LENGTHS[0]]

@@ -129,7 +129,7 @@ def sampling_state(params: SamplingParams, keys: UInt32[np.ndarray, "B 2"]) -> S
 
 def sample(
     logits: Float[Array, "B V"],
-    allowed: Bool[Array, " V"],
+    allowed: Bool[Array, "*rows V"],
     state: SamplingState,
     positions: Int[Array, " B"],
 ) -> Int[Array, " B"]:
@@ -137,7 +137,8 @@ def sample(
 
     Args:
       logits: float32; -infinity for tokens that must not be drawn.
-      allowed: False for tokens that must not be drawn, whatever their logits.
+      allowed: False for tokens that must not be drawn, whatever their logits; `[V]` for all
+        rows or `[B, V]`.
       state: Each row's parameters and key.
       positions: Position of the token that is drawn.
 

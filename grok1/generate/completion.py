@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from grok1 import reprs
-from grok1.generate.scheduler import Sampled
+from grok1.generate.request import Sampled
 from grok1.tokenizer import Tokenizer
 
 StopReason = Literal["stop", "length", "context"]

@@ -8,10 +8,10 @@ import numpy as np
 
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
-from grok1.engine.steps import NUM_ENDS
 from grok1.generate.completion import CompletionBuilder
 from grok1.generate.options import GenerationOptions, check_ids
-from grok1.generate.scheduler import Request, generate
+from grok1.generate.request import Request
+from grok1.generate.scheduler import generate
 from grok1.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray | jax.Array
@@ -40,11 +40,8 @@ class Batch:
         stop_tokens = set(options.stop_tokens())
         if not options.ignore_eos:
             stop_tokens.add(EOS_ID if tokenizer is None else tokenizer.eos_id)
-        self._engine, self._options = engine, options
-        self._allowed = options.allowed_mask(config.vocab_size)
-        self._ends = None
-        if not options.stop_strings() and len(stop_tokens) <= NUM_ENDS:
-            self._ends = tuple(sorted(stop_tokens))
+        self._engine = engine
+        allowed = options.allowed_mask(config.vocab_size)
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
         for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
@@ -52,7 +49,20 @@ class Batch:
             engine.check_length(len(tokens))
             room = config.sequence_len - len(tokens)
             max_tokens = min(options.max_new_tokens, room)
-            self._requests.append(Request(tokens, max_tokens, seed, stream))
+            self._requests.append(
+                Request(
+                    tokens=tokens,
+                    max_tokens=max_tokens,
+                    seed=seed,
+                    stream=stream,
+                    sampling=options.sampling(),
+                    allowed=allowed,
+                    ends=tuple(sorted(stop_tokens)),
+                    one_by_one=bool(options.stop_strings()),
+                    num_top=options.logprobs,
+                    processor=options.logits_processor,
+                )
+            )
             self.builders.append(
                 CompletionBuilder(
                     tokenizer,
@@ -67,18 +77,9 @@ class Batch:
 
     def run(self) -> Iterator[tuple[int, str]]:
         """Yields (prompt, text that became certain) for every token; ends when all are over."""
-        options = self._options
-        for i, sampled in generate(
-            self._engine,
-            self._requests,
-            options.sampling(),
-            self._allowed,
-            self._ends,
-            options.logprobs,
-            options.logits_processor,
-        ):
+        for i, sampled in generate(self._engine, self._requests):
             piece = self.builders[i].push(sampled)
-            self._requests[i].finished = self.builders[i].stop_reason is not None
+            self._requests[i].cancelled = self.builders[i].stop_reason is not None
             yield i, piece
 
 

@@ -1,14 +1,16 @@
-"""The loop that turns prompts into tokens: batches, chunks, and who is still running.
+"""Requests that come and go, and the steps of the model that they share.
 
-Token ids only; what a token means, and whether it ends a request, is for the caller to say.
+A `Scheduler` has one state with a slot for each request that runs. A request enters as soon as a
+slot is free, its prompt is run in chunks between the steps of those that decode, and it leaves with
+its last token. Its tokens do not depend on which others come and go beside it: draws are keyed by
+request and position, and a prompt is cut into chunks by its own length alone.
+
+Token ids only; what a token means is for the caller to say.
 """
 
-import contextlib
-import dataclasses
-import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,200 +18,335 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.engine.engine import Engine
-from grok1.engine.sampling import SamplingParams, no_token_error, sampling_state
-from grok1.engine.steps import NUM_ENDS, Ends, LogitsProcessor, Step
-from grok1.machine.processor import waiting_politely
+from grok1.engine.sampling import SamplingParams, sampling_state
+from grok1.engine.slots import Layout, Slots
+from grok1.engine.steps import NUM_ENDS, DecodeState, Ends, LogitsProcessor
+from grok1.generate.pace import Call, Pace
+from grok1.generate.request import Request, Running, Sampled, no_token, sampled
 from grok1.nn.sharding import DATA_AXIS, put
 
 MAX_ROWS = 32
-"""Most requests that run side by side; more wait for a place in the next batch."""
+"""Most requests of one call that run side by side; more wait until one of them is over."""
 
-_DELIVERY = 0.1  # seconds; tokens that take longer to come are not collected
-
-_LONG_WAIT = 0.002  # seconds; after shorter steps a model waits for this thread, not the reverse
-
-
-@dataclasses.dataclass
-class Request:
-    """One prompt to continue.
-
-    Attributes:
-      tokens: The prompt.
-      max_tokens: Most tokens to generate; prompt and these together fit the context.
-      seed: Seed of the request's draws.
-      stream: Tells apart requests of one seed, so that equal prompts draw different tokens.
-      finished: Set by the caller, between two tokens, to end the request early.
-    """
-
-    tokens: Sequence[int]
-    max_tokens: int
-    seed: int
-    stream: int = 0
-    finished: bool = False
+_DECODE_ROWS = (8, 32, 128)  # so few that they are soon compiled, so many that few run for nothing
+_GREEDY = SamplingParams(temperature=0)
 
 
-class Sampled(NamedTuple):
-    """One generated token.
+class _Arguments(NamedTuple):
+    """What the decode steps of the same rows share, on the devices."""
+
+    layout: Layout
+    ends: Ends
+    allowed: Any
+    sampling: Any
+    num_top: int | None
+    processor: LogitsProcessor | None
+    greedily: bool
+
+
+class Scheduler:
+    """Runs requests side by side in the slots of one state.
+
+    One thread makes the steps; `submit` and `cancel` may be called from others.
 
     Attributes:
-      token: Its id.
-      logprob: Its log-probability under the model, None when not asked for.
-      alternatives: Log-probabilities by token id, most probable first.
+      num_slots: Most requests that run side by side.
+      capacity: Most tokens of a request, its prompt included.
     """
 
-    token: int
-    logprob: float | None
-    alternatives: dict[int, float]
+    def __init__(
+        self,
+        engine: Engine,
+        num_slots: int,
+        capacity: int,
+        decode_rows: Sequence[int] = _DECODE_ROWS,
+        chunk_tokens: int = 4096,
+    ):
+        """Takes no memory on the devices before the first step.
+
+        Args:
+          engine: The model.
+          num_slots: One of the numbers of `engine.batch_for`.
+          capacity: One of the numbers of `engine.capacity_for`.
+          decode_rows: Numbers of rows that decode steps run, beside `num_slots`, each a program of
+            its own: the least that has room for the requests that decode.
+          chunk_tokens: Most tokens of prompts that a step runs, over all rows.
+        """
+        self.num_slots, self.capacity = num_slots, capacity
+        self._engine, self._chunk_tokens = engine, chunk_tokens
+        self._num_groups = engine.mesh.shape[DATA_AXIS]
+        self._decode_rows = self._row_counts(decode_rows)
+        self._prefill_rows = self._row_counts([self._num_groups * 4**n for n in range(6)])
+        self._waiting: deque[Request] = deque()
+        self._forget()
+
+    def _row_counts(self, wanted: Sequence[int]) -> list[int]:
+        groups = self._num_groups
+        fitting = {n for n in wanted if n < self.num_slots and n % groups == 0}
+        return [*sorted(fitting), self.num_slots]
+
+    def _forget(self) -> None:
+        self._state: DecodeState | None = None
+        self._slots = Slots(self.num_slots, self._num_groups)
+        self._prefilling: deque[Running] = deque()
+        self._decoding: list[Running] = []
+        self._in_flight: list[Call] = []
+        self._arguments: dict[tuple[Running, ...], _Arguments] = {}
+        self._pace = Pace()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot."""
+        return self.num_slots - self._slots.num_free
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do and nothing to hand over."""
+        return not (self._waiting or self._prefilling or self._decoding or self._in_flight)
+
+    def submit(self, request: Request) -> None:
+        """Lets a request wait for a slot, after those that wait already.
+
+        Raises:
+          ValueError: If it has no prompt, or does not fit.
+        """
+        needed = len(request.tokens) + request.max_tokens
+        if not request.tokens or needed > self.capacity:
+            raise ValueError(
+                f"a request takes from 1 token to the {self.capacity} of a slot, found a prompt of "
+                f"{len(request.tokens)} and up to {request.max_tokens} new ones; shorten it"
+            )
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request, wherever it is: the next step frees its slot and draws nothing for it."""
+        request.cancelled = True
+
+    def step(self) -> list[tuple[Request, Sampled]]:
+        """Runs a chunk of prompts and a decode step, and hands over tokens that were drawn.
+
+        The devices work on a step while the host reads the one before, so that tokens come one
+        call later; on a CPU a step may be several (`Engine.most_steps`).
+
+        Returns:
+          Tokens in the order in which they were drawn; none of a request that was cancelled before.
+
+        Raises:
+          Exception: Whatever a step of the model raises. All requests that had a slot are lost
+            then; those that wait can go on.
+        """
+        try:
+            self._let_go()
+            self._admit()
+            calls = self._decode(is_timed=not self._prefill())
+            ready, self._in_flight = self._in_flight, calls
+            if not self._engine.runs_ahead:
+                ready, self._in_flight = [*ready, *calls], []
+            return [drawn for call in ready for drawn in self._take(call)]
+        except BaseException:
+            self._forget()
+            raise
+
+    def _let_go(self) -> None:
+        """Frees the slots of which nothing more will be started."""
+        for running in [*self._prefilling, *self._decoding]:
+            if running.is_done:
+                self._slots.give_back(running.slot)
+        self._prefilling = deque(one for one in self._prefilling if not one.is_done)
+        self._decoding = [one for one in self._decoding if not one.is_done]
+
+    def _admit(self) -> None:
+        admitted: list[Running] = []
+        while self._waiting and self._slots.num_free:
+            request = self._waiting.popleft()
+            if not request.cancelled:
+                # The last prompt token is left for the first decode step, so that prefill needs
+                # no logits.
+                left = len(request.tokens) - 1
+                admitted.append(Running(request, self._slots.take(), np.zeros(2), left))
+        if not admitted:
+            return
+        seeds, streams = np.zeros((2, self.num_slots), np.uint32)
+        tokens = np.zeros((self.num_slots, self.capacity), np.int32)
+        for running in admitted:
+            request, slot = running.request, running.slot
+            seeds[slot], streams[slot] = request.seed, request.stream
+            tokens[slot, : len(request.tokens)] = request.tokens
+        keys = self._engine.request_keys(seeds, streams)
+        for running in admitted:
+            running.key = keys[running.slot]
+            (self._prefilling if running.to_prefill else self._decoding).append(running)
+        if self._state is None:
+            self._state = self._engine.new_state(tokens)
+            return
+        for running in admitted:
+            layout = self._slots.layout([running.slot], [self._num_groups])
+            own = np.where(layout.slots[:, None] == running.slot, tokens[running.slot], 0)
+            self._state = self._engine.assign(self._state, layout.slots, own)
+
+    def _prefill(self) -> bool:
+        """Runs the next chunk of the prompt whose turn it is, and of others that have as long.
+
+        Returns:
+          Whether there was one.
+        """
+        if not self._prefilling:
+            return False
+        engine = self._engine
+
+        def chunk_of(running):
+            return engine.chunk_for(self._num_groups, running.to_prefill, self._chunk_tokens)
+
+        chunk = chunk_of(self._prefilling[0])
+        counts = [rows for rows in self._prefill_rows if rows * chunk <= self._chunk_tokens]
+        counts = counts or self._prefill_rows[:1]
+        chosen: list[Running] = []
+        room = [counts[-1] // self._num_groups] * self._num_groups
+        for running in self._prefilling:
+            group = running.slot * self._num_groups // self.num_slots
+            if room[group] and chunk_of(running) == chunk:
+                room[group] -= 1
+                chosen.append(running)
+        layout = self._slots.layout([one.slot for one in chosen], counts)
+        num_valid = np.zeros(len(layout.slots), np.int32)
+        num_valid[layout.rows] = [min(chunk, one.to_prefill) for one in chosen]
+        assert self._state is not None
+        self._state = engine.prefill(self._state, num_valid, chunk, layout.slots)
+        for running, row in zip(chosen, layout.rows, strict=True):
+            running.to_prefill -= int(num_valid[row])
+            self._prefilling.remove(running)
+            (self._prefilling if running.to_prefill else self._decoding).append(running)
+        return True
+
+    def _decode(self, is_timed: bool) -> list[Call]:
+        """Starts a step of every request that decodes; those of one processor share a call."""
+        by_processor: dict[LogitsProcessor | None, list[Running]] = {}
+        for running in sorted(self._decoding, key=lambda one: one.slot):
+            if not running.is_done:
+                by_processor.setdefault(running.request.processor, []).append(running)
+        groups = list(by_processor.values())
+        # What was placed for rows that have changed is let go.
+        keys = {tuple(group) for group in groups}
+        self._arguments = {key: held for key, held in self._arguments.items() if key in keys}
+        return [self._decode_group(group, is_timed and len(groups) == 1) for group in groups]
+
+    def _decode_group(self, group: list[Running], is_timed: bool) -> Call:
+        key = tuple(group)
+        if key not in self._arguments:
+            self._arguments[key] = self._placed(group)
+        layout, ends, allowed, sampling, num_top, processor, greedily = self._arguments[key]
+        most = 1
+        if not self._prefilling and not any(one.request.is_asked_after_each for one in group):
+            most = self._pace.num_steps(self._engine.most_steps)
+            if self._waiting:
+                # A slot becomes free as soon as the first of these is over.
+                most = min(most, min(one.num_left for one in group))
+        num_steps = np.zeros(len(layout.slots), np.int32)
+        num_steps[layout.rows] = [min(most, one.num_left) for one in group]
+        engine, state = self._engine, self._state
+        assert state is not None
+        if greedily:
+            state, step = engine.decode_greedily(
+                state, num_steps, ends, allowed, slots=layout.slots
+            )
+        else:
+            state, step = engine.decode(
+                state, num_steps, ends, allowed, sampling, num_top, processor, slots=layout.slots
+            )
+        self._state = state
+        for running, row in zip(group, layout.rows, strict=True):
+            running.num_started += int(num_steps[row])
+        return Call(group, layout.rows, num_steps, step, num_top, is_timed)
+
+    def _placed(self, group: list[Running]) -> _Arguments:
+        engine, requests = self._engine, [one.request for one in group]
+        layout = self._slots.layout([one.slot for one in group], self._decode_rows)
+        num_rows = len(layout.slots)
+        ending = np.full((num_rows, NUM_ENDS), -1, np.int32)
+        begin = np.zeros(num_rows, np.int32)
+        # A row that belongs to none is greedy: it must not make the others wait for a draw.
+        sampled = [sampling_state(_GREEDY, np.zeros((1, 2), np.uint32))] * num_rows
+        for one, row in zip(group, layout.rows, strict=True):
+            begin[row] = len(one.request.tokens)
+            if not one.request.is_asked_after_each:
+                ending[row, : len(one.request.ends)] = one.request.ends
+            sampled[row] = sampling_state(one.request.sampling, one.key[None])
+        rows = NamedSharding(engine.mesh, P(DATA_AXIS))
+        sampling = jax.tree.map(lambda *leaves: put(np.concatenate(leaves), rows), *sampled)
+        tops = [request.num_top for request in requests if request.num_top is not None]
+        processor = requests[0].processor
+        needs_logits = bool(tops) or any(request.sampling.temperature > 0 for request in requests)
+        return _Arguments(
+            layout,
+            Ends(put(ending, rows), put(begin, rows)),
+            self._allowed(requests, layout),
+            sampling,
+            max(tops, default=None),
+            processor,
+            not needs_logits and processor is None and engine.screening_table is not None,
+        )
+
+    def _allowed(self, requests: list[Request], layout: Layout) -> Any:
+        """The tokens that may be drawn: one mask where all rows have the same."""
+        engine = self._engine
+        everything = np.ones(engine.config.vocab_size, bool)
+        masks = [everything if one.allowed is None else one.allowed for one in requests]
+        if all(mask is masks[0] or np.array_equal(mask, masks[0]) for mask in masks):
+            return put(masks[0], NamedSharding(engine.mesh, P()))
+        of_rows = np.ones((len(layout.slots), len(everything)), bool)
+        of_rows[layout.rows] = masks
+        return put(of_rows, NamedSharding(engine.mesh, P(DATA_AXIS)))
+
+    def _take(self, call: Call) -> Iterator[tuple[Request, Sampled]]:
+        """Reads what was drawn, and yields what is wanted of it."""
+        on_host = self._pace.read(call)
+        for number in range(call.num_steps.max()):
+            for running, row in zip(call.running, call.rows, strict=True):
+                request = running.request
+                if number >= call.num_steps[row] or running.is_over or request.cancelled:
+                    continue
+                code = int(on_host.tokens[number, row])
+                if code < 0:
+                    running.is_over, request.error = True, no_token(code, request)
+                    continue
+                found = sampled(on_host, number, row, request.num_top)
+                running.num_delivered += 1
+                running.is_over = (
+                    running.num_delivered == request.max_tokens or found.token in request.ends
+                )
+                yield request, found
 
 
-def generate(
-    engine: Engine,
-    requests: Sequence[Request],
-    sampling: SamplingParams,
-    allowed: np.ndarray,
-    ends: Sequence[int] | None = None,
-    num_top: int | None = None,
-    processor: LogitsProcessor | None = None,
-) -> Iterator[tuple[int, Sampled]]:
+def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Sampled]]:
     """Yields (index of the request, token) as the tokens come.
 
-    A row's tokens do not depend on which others run beside it.
+    A request that the caller cancels between two tokens yields no more.
 
     Args:
       engine: The model.
-      requests: What to continue.
-      sampling: How every request draws.
-      allowed: bool `[V]`, False for tokens that must not be drawn.
-      ends: Tokens that end a request, at most `NUM_ENDS`; None where other things may end one, so
-        that the caller is to be asked after each token.
-      num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
-      processor: Changes the logits before the draw.
+      requests: What to continue; more than `MAX_ROWS` take turns.
 
     Raises:
       ValueError: If a request has no token that can be drawn; the message says why.
     """
-    for start in range(0, len(requests), MAX_ROWS):
-        batch = requests[start : start + MAX_ROWS]
-        for row, sampled in _generate_batch(
-            engine, batch, sampling, allowed, ends, num_top, processor
-        ):
-            yield start + row, sampled
-
-
-def _generate_batch(
-    engine: Engine,
-    requests: Sequence[Request],
-    sampling: SamplingParams,
-    allowed: np.ndarray,
-    ends: Sequence[int] | None,
-    num_top: int | None,
-    processor: LogitsProcessor | None,
-) -> Iterator[tuple[int, Sampled]]:
-    batch = engine.batch_for(len(requests))
-    capacity = engine.capacity_for(max(len(r.tokens) + r.max_tokens for r in requests))
-    tokens = np.zeros((batch, capacity), np.int32)
-    seeds, streams = np.zeros((2, batch), np.uint32)
-    prompts, limits = np.zeros((2, batch), np.int32)
-    for row, request in enumerate(requests):
-        tokens[row, : len(request.tokens)] = request.tokens
-        seeds[row], streams[row] = request.seed, request.stream
-        prompts[row], limits[row] = len(request.tokens), request.max_tokens
-
-    rows = NamedSharding(engine.mesh, P(DATA_AXIS))
-    keys = engine.request_keys(seeds, streams)
-    rows_state = jax.tree.map(lambda leaf: put(leaf, rows), sampling_state(sampling, keys))
-    everywhere = NamedSharding(engine.mesh, P())
-    allowed_everywhere = put(allowed, everywhere)
-    most_steps = 1 if ends is None else engine.most_steps
-    ending = np.full((batch, NUM_ENDS), -1, np.int32)
-    ending[:, : len(ends or ())] = ends or ()
-    ends_of_rows = Ends(put(ending, rows), put(prompts, rows))
-    state = engine.new_state(tokens)
-    needs_logits = sampling.temperature > 0 or num_top is not None or processor is not None
-    greedily = not needs_logits and engine.screening_table is not None
-    why = functools.partial(no_token_error, processor=processor, all_allowed=bool(allowed.all()))
-
-    # The last prompt token is left for the first decode step, so that prefill needs no logits.
-    remaining = np.array([len(r.tokens) - 1 for r in requests] + [0] * (batch - len(requests)))
-    while remaining.any():
-        chunk = engine.chunk_for(batch, int(remaining.max()))
-        num_valid = np.minimum(remaining, chunk).astype(np.int32)
-        state = engine.prefill(state, num_valid, chunk)
-        remaining = remaining - num_valid
-
-    # The device works on steps while the host reads those before, so a request may be run past
-    # where the caller ends it; such tokens are never yielded.
-    started = np.zeros(batch, np.int32)
-    in_flight: tuple[np.ndarray, Step] | None = None
-    waited, delivered, num_collected = 0.0, None, 1
-    while True:
-        running = [not request.finished for request in requests]
-        num_steps = np.minimum(limits - started, num_collected)
-        num_steps *= np.array(running + [False] * (batch - len(requests)))
-        upcoming = None
-        if num_steps.any():
-            if greedily:
-                state, step = engine.decode_greedily(
-                    state, num_steps, ends_of_rows, allowed_everywhere
-                )
-            else:
-                state, step = engine.decode(
-                    state,
-                    num_steps,
-                    ends_of_rows,
-                    allowed_everywhere,
-                    rows_state,
-                    num_top,
-                    processor,
-                )
-            started += num_steps
-            upcoming = (num_steps, step)
-            if not engine.runs_ahead:
-                yield from _sampled(num_steps, _on_host(step, num_top), requests, num_top, why)
-                continue
-        if in_flight is not None:
-            num_steps, step = in_flight
-            start = time.perf_counter()
-            with waiting_politely() if waited > _LONG_WAIT else contextlib.nullcontext():
-                on_host = _on_host(step, num_top)
-            end = time.perf_counter()
-            waited = end - start
-            if delivered is not None:
-                of_step = (end - delivered) / num_steps.max()
-                num_collected = int(np.clip(_DELIVERY / of_step, 1, most_steps))
-            delivered = end
-            yield from _sampled(num_steps, on_host, requests, num_top, why)
-        elif upcoming is None:
-            return
-        in_flight = upcoming
-
-
-def _on_host(step: Step, num_top: int | None) -> Step:
-    if num_top is None:
-        # Each array that is read takes time from the model.
-        return step._replace(tokens=jax.device_get(step.tokens))
-    return jax.device_get(step)
-
-
-def _sampled(
-    num_steps: np.ndarray,
-    on_host: Step,
-    requests: Sequence[Request],
-    num_top: int | None,
-    why_no_token: Callable[[int], ValueError],
-) -> Iterator[tuple[int, Sampled]]:
-    for number in range(num_steps.max()):
-        for row in np.flatnonzero(num_steps > number).tolist():
-            if requests[row].finished:
-                continue
-            token = int(on_host.tokens[number, row])
-            if token < 0:
-                raise why_no_token(token)
-            if num_top is None:
-                yield row, Sampled(token, None, {})
-                continue
-            best = zip(
-                on_host.top_tokens[number, row], on_host.top_logprobs[number, row], strict=True
-            )
-            alternatives = {int(candidate): float(logprob) for candidate, logprob in best}
-            yield row, Sampled(token, float(on_host.logprobs[number, row]), alternatives)
+    scheduler = Scheduler(
+        engine,
+        engine.batch_for(min(len(requests), MAX_ROWS)),
+        engine.capacity_for(max(len(one.tokens) + one.max_tokens for one in requests)),
+    )
+    numbers = {}
+    for number, request in enumerate(requests):
+        numbers[request] = number
+        scheduler.submit(request)
+    while not scheduler.is_idle:
+        for request, found in scheduler.step():
+            if not request.cancelled:
+                yield numbers[request], found
+        for request in requests:
+            if request.error is not None:
+                raise request.error

@@ -138,7 +138,8 @@ ffi::Error FetchedExperts(Pool pool, Floats x, Handle handle, Scales gate_scales
 }
 
 ffi::Error Attention(Pool pool, Floats query, Floats keys, Floats values, Integers layer,
-                     Integers slots, Integers positions, float scale, float soft_cap, FloatsOut out) {
+                     Integers slots, Integers positions, float scale, float soft_cap,
+                     FloatsOut out) {
   auto sizes = query.dimensions(), cache_sizes = keys.dimensions();
   int64_t number = layer.typed_data()[0];
   if (number < 0 || number >= cache_sizes[0]) return no_such_matrix(number, cache_sizes[0]);

@@ -1,0 +1,201 @@
+"""Requests that come and go: what each draws is what it draws alone, and slots are never lost."""
+
+import numpy as np
+import pytest
+
+import grok1
+from grok1.engine.engine import Engine
+from grok1.engine.sampling import SamplingParams
+from grok1.engine.slots import Slots
+from grok1.generate import pace
+from grok1.generate.request import Request
+from grok1.generate.scheduler import Scheduler
+
+GREEDY = SamplingParams(temperature=0)
+SAMPLED = SamplingParams(temperature=1.2, top_p=0.9)
+NUM_SLOTS = 4
+
+
+@pytest.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["1x1", "2x2"])
+def engine(request, nano_path) -> Engine:
+    return grok1.load(nano_path, mesh=request.param, dtype="float32", progress=False).engine
+
+
+def request(number: int, **options) -> Request:
+    """One of many, of all lengths up to the largest chunk but one."""
+    random = np.random.default_rng(number)
+    length = int(random.choice([1, 2, 5, 17, 18, 40, 70]))
+    return Request(
+        tokens=random.integers(128, size=length).tolist(),
+        max_tokens=int(random.integers(1, 24)),
+        seed=number,
+        sampling=SAMPLED if number % 2 else GREEDY,
+        **options,
+    )
+
+
+def run(engine: Engine, requests, num_slots=NUM_SLOTS) -> list[list[int]]:
+    """What requests draw that are all known at the start."""
+    one = Scheduler(engine, num_slots, 96)
+    drawn = {each: [] for each in requests}
+    for each in requests:
+        one.submit(each)
+    while not one.is_idle:
+        for each, sampled in one.step():
+            drawn[each].append(sampled.token)
+    assert one.num_running == 0
+    return list(drawn.values())
+
+
+@pytest.fixture(scope="module")
+def alone(engine) -> list[list[int]]:
+    return [run(engine, [request(number)])[0] for number in range(24)]
+
+
+def test_what_a_request_draws_does_not_depend_on_who_comes_and_goes(engine, alone, monkeypatch):
+    monkeypatch.setattr(pace, "_DELIVERY", 1e9)
+    random = np.random.default_rng(0)
+    one = Scheduler(engine, NUM_SLOTS, 96, chunk_tokens=64)
+    waiting = [(number, request(number)) for number in random.permutation(24).tolist()]
+    submitted, drawn, cancelled = dict[Request, int](), dict[int, list[int]](), set()
+    while waiting or not one.is_idle:
+        for number, each in waiting[: int(random.integers(3))]:
+            one.submit(each)
+            submitted[each], drawn[number] = number, []
+        waiting = [pair for pair in waiting if pair[1] not in submitted]
+        for each, sampled in one.step():
+            assert not each.cancelled
+            drawn[submitted[each]].append(sampled.token)
+        assert one.num_running <= NUM_SLOTS
+        if submitted and random.random() < 0.2:
+            # Those that wait, run, and are over.
+            victim = list(submitted)[int(random.integers(len(submitted)))]
+            one.cancel(victim)
+            cancelled.add(submitted[victim])
+    assert one.num_running == one.num_waiting == 0
+    assert 3 < len(cancelled) < 16
+    for number, tokens in drawn.items():
+        expected = alone[number]
+        assert tokens == (expected[: len(tokens)] if number in cancelled else expected)
+
+
+def test_a_slot_is_free_again_when_a_request_is_cancelled(engine):
+    one = Scheduler(engine, NUM_SLOTS, 96)
+    running = [request(0) for _ in range(NUM_SLOTS)]
+    for each in running:
+        each.max_tokens = 20
+        one.submit(each)
+    late = request(2)
+    one.submit(late)
+    one.step()
+    assert (one.num_running, one.num_waiting) == (NUM_SLOTS, 1)
+    one.cancel(running[1])
+    # At once, though the devices work on a token of its.
+    one.step()
+    assert (one.num_running, one.num_waiting) == (NUM_SLOTS, 0)
+    drawn = []
+    while not one.is_idle:
+        drawn += [sampled.token for each, sampled in one.step() if each is late]
+    assert drawn == run(engine, [request(2)])[0]
+
+
+def test_requests_side_by_side_have_options_of_their_own(nano):
+    engine = nano.engine
+    vocab_size = engine.config.vocab_size
+    few = np.isin(np.arange(vocab_size), [5, 70, 81])
+    options = [
+        {"allowed": few, "max_tokens": 9},
+        {"allowed": ~few, "sampling": SAMPLED, "max_tokens": 5},
+        {"num_top": 3},
+        {"num_top": 0, "ends": tuple(range(vocab_size // 2)), "sampling": SAMPLED},
+        {"ends": tuple(range(0, vocab_size, 2)), "one_by_one": True},
+        {"processor": lambda logits, tokens, length: -logits, "max_tokens": 4},
+    ]
+    requests = [Request(**{"tokens": [7, 8, 9], "max_tokens": 12, **one}) for one in options]
+    together = Scheduler(engine, NUM_SLOTS, 96)
+    for each in requests:
+        together.submit(each)
+    drawn = {each: [] for each in requests}
+    while not together.is_idle:
+        for each, sampled in together.step():
+            drawn[each].append(sampled)
+    for each, found in drawn.items():
+        [alone] = run(engine, [Request(**vars(each))])
+        assert [sampled.token for sampled in found] == alone
+        assert {len(sampled.alternatives) for sampled in found} == {each.num_top or 0}
+        ended = [token in each.ends for token in alone]
+        assert ended[-1] or len(alone) == each.max_tokens
+        assert not any(ended[:-1])
+        if each.allowed is not None:
+            assert each.allowed[alone].all()
+    assert len(drawn[requests[3]]) < 12
+
+
+def test_a_prompt_does_not_stop_those_that_decode(engine, monkeypatch):
+    monkeypatch.setattr(pace, "_DELIVERY", 1e-9)
+    monkeypatch.setattr(Engine, "chunk_for", lambda *_: 16)
+    one = Scheduler(engine, NUM_SLOTS, 96)
+    decoding = Request(tokens=[1], max_tokens=30)
+    one.submit(decoding)
+    one.step()
+    for _ in range(2):
+        one.submit(Request(tokens=[1] * 65, max_tokens=1))
+    ready = []
+    for number in range(12):
+        for each, _ in one.step():
+            ready.append((number, each is decoding))
+    # A token a turn, while two prompts of 4 chunks, side by side, are run.
+    assert [number for number, is_decoding in ready if is_decoding] == list(range(12))
+    assert [number for number, is_decoding in ready if not is_decoding] == [4, 4]
+
+
+def test_after_a_step_that_fails_the_others_go_on(engine, monkeypatch):
+    one = Scheduler(engine, NUM_SLOTS, 96)
+    lost = [request(number) for number in range(NUM_SLOTS)]
+    for each in [*lost, request(4)]:
+        one.submit(each)
+    with monkeypatch.context() as patches:
+        patches.setattr(Engine, "prefill", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.step()
+    assert (one.num_running, one.num_waiting) == (0, 1)
+    drawn = []
+    while not one.is_idle:
+        drawn += [sampled.token for _, sampled in one.step()]
+    assert [drawn] == run(engine, [request(4)])
+
+
+@pytest.mark.parametrize(("tokens", "max_tokens"), [([], 1), ([1] * 90, 7), ([1], 96)])
+def test_what_does_not_fit_a_slot_is_refused(engine, tokens, max_tokens):
+    one = Scheduler(engine, NUM_SLOTS, 96)
+    message = f"the 96 of a slot, found a prompt of {len(tokens)} and up to {max_tokens} new ones"
+    with pytest.raises(ValueError, match=message):
+        one.submit(Request(tokens=tokens, max_tokens=max_tokens))
+    assert one.is_idle
+
+
+# --- slots ------------------------------------------------------------------------------------
+
+
+def test_slots_are_taken_from_all_groups_and_given_back():
+    slots = Slots(6, 2)
+    assert [slots.take() for _ in range(5)] == [0, 3, 1, 4, 2]
+    slots.give_back(1)
+    assert slots.num_free == 2
+    assert [slots.take(), slots.take()] == [1, 5]
+    assert slots.num_free == 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected", "rows"),
+    [
+        ([0], [0, 8], [0]),
+        ([5, 2], [2, 5], [1, 0]),
+        ([1, 3], [1, 3, 8, 8], [0, 1]),
+        ([7, 6, 5, 0], [0, 8, 8, 8, 7, 6, 5, 8], [4, 5, 6, 0]),
+    ],
+)
+def test_a_row_lies_where_its_slot_does(slots, expected, rows):
+    layout = Slots(8, 2).layout(slots, [2, 4, 8])
+    assert layout.slots.tolist() == expected
+    assert layout.rows.tolist() == rows
