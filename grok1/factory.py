@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from grok1 import bundled, keywords
-from grok1.checkpoint.directory import load_config, open_tensors, tokenizer_path
+from grok1 import keywords
+from grok1.checkpoint.directory import load_config, located, open_tensors, tokenizer_path
 from grok1.checkpoint.loading import load_params
 from grok1.checkpoint.released import save_checkpoint
 from grok1.checkpoint.stacking import random_params, unstack
@@ -17,7 +17,7 @@ from grok1.config import ModelConfig
 from grok1.machine.processes import together
 from grok1.model import Model
 from grok1.nn import precision
-from grok1.nn.manifest import in_memory, manifest
+from grok1.nn.manifest import manifest
 from grok1.nn.sharding import make_mesh
 from grok1.offload.runner import Offload, is_offloaded, load_offloaded
 from grok1.planning.memory import abstract_engine, abstract_weights
@@ -83,29 +83,29 @@ def load(
         budget.
       OtherProcessError: If this is one of several processes and another one failed.
     """
-    path = bundled.named(path)
+    path = located(path)
     whole = load_config(path)
     departures = {"router_softcap": router_softcap, "renormalize_gates": renormalize_gates}
     given = {name: value for name, value in departures.items() if value is not None}
     config = dataclasses.replace(whole.first_layers(layers), **given)
-    device_mesh = make_mesh(config, mesh)
-    dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
     cache_dtype = precision.cache_dtype(cache_dtype)
     embedding_type = precision.embedding_dtype(embedding_dtype)
     if not isinstance(tokenizer, Tokenizer):
         file = tokenizer or tokenizer_path(path, config)
         tokenizer = None if file is None else Tokenizer.load(file)
-    stored, tensors = open_tensors(path, whole)
-    names = {spec.name for spec in manifest(config)}
-    kept = [number for number, spec in enumerate(tensors) if spec.name in names]
-    stored, tensors = [stored[number] for number in kept], [tensors[number] for number in kept]
-    tensors = in_memory(tensors, embedding_type)
+    if tokenizer is not None:
+        tokenizer.check_vocabulary(config.vocab_size)
+    # What needs devices comes after what needs none: to start them takes a second or more.
+    device_mesh = make_mesh(config, mesh)
+    dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
+    stored = open_tensors(path, whole).only(config).in_memory(embedding_type)
+    tensors = stored.specs
     weights = abstract_weights(tensors, config)
     whole_engine = abstract_engine(weights, config, device_mesh, dtype, cache_dtype)
     if not is_offloaded(whole_engine, offload, memory):
-        params = load_params(stored, tensors, config, device_mesh, progress)
+        params = load_params(stored, config, device_mesh, progress)
         return Model(params, config, device_mesh, dtype, tensors, tokenizer, cache_dtype)
-    engine = load_offloaded(stored, tensors, whole_engine, offload == "host", memory, progress)
+    engine = load_offloaded(stored, whole_engine, offload == "host", memory, progress)
     return Model(engine.params, config, device_mesh, dtype, tensors, tokenizer, engine=engine)
 
 

@@ -22,6 +22,9 @@ Kind = Literal[
 * unwritable: a target exists already, or the system refuses to write it.
 """
 
+LFS_PROBLEM = "is a Git LFS pointer, a few lines of text that stand for the file"
+LFS_REMEDY = "fetch the files themselves: `git lfs pull` in that directory"
+
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 _TYPES = (
     (stat.S_ISDIR, "a directory"),
@@ -136,23 +139,17 @@ def is_lfs_pointer(data: bytes) -> bool:
 
 def lfs_pointer(path: str | os.PathLike[str]) -> CheckpointError:
     """Returns the error of a Git LFS pointer in a file's place."""
-    return CheckpointError(
-        path,
-        "is a Git LFS pointer, a few lines of text that stand for the file",
-        "fetch the files themselves: `git lfs pull` in that directory",
-        "pointer",
-    )
+    return CheckpointError(path, LFS_PROBLEM, LFS_REMEDY, "pointer")
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
     """Returns what an error of the system means for a file that should be read."""
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-    return CheckpointError(
-        path,
-        f"cannot be read: {error.strerror}",
-        "check the path and its permissions",
-        "missing" if is_missing else "unreadable",
-    )
+    problem, remedy = f"cannot be read: {error.strerror}", "check the path and its permissions"
+    if is_missing and os.path.islink(path):
+        problem = f"is a link to {os.readlink(path)}, which is not there"
+        remedy = "put the file there, or remove the link"
+    return CheckpointError(path, problem, remedy, "missing" if is_missing else "unreadable")
 
 
 def json_object(text: bytes | str) -> dict[str, Any]:

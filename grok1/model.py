@@ -50,11 +50,8 @@ class Model:
         cache_dtype: Any = None,
         engine: Engine | None = None,
     ):
-        if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces, the model's vocabulary "
-                f"{config.vocab_size}; give the tokenizer.model that belongs to the checkpoint"
-            )
+        if tokenizer is not None:
+            tokenizer.check_vocabulary(config.vocab_size)
         self.params, self.config, self.mesh = params, config, mesh
         self.dtype = jnp.dtype(dtype)
         self.tokenizer = tokenizer

@@ -8,6 +8,7 @@ spell them by accident: `Tokenizer.encode` reads them as ordinary characters unl
 
 import codecs
 import operator
+import os
 import pathlib
 import re
 import struct
@@ -17,6 +18,9 @@ from typing import Any, SupportsIndex
 
 import sentencepiece
 
+from grok1.files import CheckpointError, read_bounded
+
+_MOST_BYTES = 1 << 28  # of a file; the released one has 2.2 MB
 _SPACE = "▁"  # U+2581, as pieces spell it
 
 # Values of the enum SentencePiece.Type in sentencepiece_model.proto.
@@ -67,17 +71,30 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: If there is no such file.
-          ValueError: If the file is no SentencePiece model.
+          CheckpointError: If the file cannot be read, or is no SentencePiece model.
         """
-        path = pathlib.Path(path)
-        if not path.is_file():
+        path = pathlib.Path(os.path.expanduser(path))
+        if not os.path.lexists(path):
             raise FileNotFoundError(
                 f"{path}: no such file; expected the SentencePiece model of Grok-1, tokenizer.model"
             )
+        data = read_bounded(path, _MOST_BYTES)
         try:
-            return cls(path.read_bytes())
+            return cls(data)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise CheckpointError(path, str(error)) from None
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Checks that this is the tokenizer of a model with so many tokens.
+
+        Raises:
+          ValueError: If it is another model's.
+        """
+        if self.vocab_size != vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} pieces, the model's vocabulary {vocab_size}; "
+                "give the tokenizer.model that belongs to the checkpoint"
+            )
 
     def encode(self, text: str, *, add_bos: bool = False, allow_control: bool = False) -> list[int]:
         """Returns the token ids of a text.

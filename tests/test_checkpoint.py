@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from grok1.checkpoint import released
-from grok1.checkpoint.released import check_scales, open_checkpoint, save_checkpoint
+from grok1.checkpoint.elements import check_finite, check_scales
+from grok1.checkpoint.released import open_checkpoint, save_checkpoint
 from grok1.checkpoint.tensor_file import CheckpointError, read_header, read_span, write_tensor
 from grok1.nn.manifest import TensorSpec, file_name
 
@@ -88,7 +89,7 @@ def test_a_missing_directory_says_where_the_weights_are(tmp_path):
     assert message.startswith(": there is no such directory; Grok-1's weights (318 GB) come from")
     assert "magnet link in the README of github.com/xai-org/grok-1" in message
     assert f"hf download xai-org/grok-1 --include 'ckpt-0/*' --local-dir {tmp_path}" in message
-    assert message.endswith("load the bundled checkpoints/toy")
+    assert message.endswith('load the bundled "toy"')
 
 
 def test_a_file_is_no_directory(tmp_path):
@@ -239,16 +240,46 @@ def test_scales_must_be_finite(directory):
     header = read_header(directory / file_name(3))
     scales = np.ones((E, 4, D), BFLOAT16)
     check_scales(header, scales)
-    check_scales(header, np.full(3, -ml_dtypes.finfo(BFLOAT16).max, BFLOAT16))
+    check_scales(header, np.full(3, -(2.0**20), BFLOAT16))
     scales[0, 2, 5], scales[1, 0, 0], scales[1, 3, 1] = np.inf, np.nan, -np.inf
     with pytest.raises(CheckpointError) as caught:
         check_scales(header, scales)
     assert str(caught.value) == (
-        f"{directory}/tensor00003_000: 3 of 48 scales are not finite, the first is inf at "
-        "[0, 2, 5]; the file is damaged: download it again"
+        f"{directory}/tensor00003_000: 3 of 48 scales are not finite, or above 1,048,576, the "
+        "first is inf at [0, 2, 5]; the file is damaged: download it again"
     )
     with pytest.raises(CheckpointError, match=r"2 of 24 .* the first is nan at \[0, 0\]"):
         check_scales(header, scales[1])
+
+
+@pytest.mark.parametrize("scale", [1e29, -1e29, 1.1e6])
+def test_scales_are_bounded(directory, scale):
+    header = read_header(directory / file_name(3))
+    scales = np.ones((E, 4, D), BFLOAT16)
+    scales[1, 2, 3] = scale
+    with pytest.raises(CheckpointError) as caught:
+        check_scales(header, scales)
+    assert str(caught.value) == (
+        f"{directory}/tensor00003_000: 1 of 48 scales are not finite, or above 1,048,576, the "
+        f"first is {BFLOAT16.type(scale)} at [1, 2, 3]; the file is damaged: download it again"
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_values_that_are_not_finite_are_found_wherever_they_are(directory, value, dtype):
+    header = read_header(directory / file_name(0))
+    values = np.full((3, 50_000), -np.finfo(np.float32).max / 2, dtype)
+    check_finite(header, "x", values)
+    for place in ((0, 0), (1, 31_072), (2, 49_999)):
+        wrong = values.copy()
+        wrong[place] = value
+        with pytest.raises(CheckpointError) as caught:
+            check_finite(header, "x", wrong, (10, 20))
+        assert str(caught.value) == (
+            f"{header.path}: x: 1 of 150000 values are not finite, the first is {value} at "
+            f"[{place[0] + 10}, {place[1] + 20}]; the file is damaged: download it again"
+        )
 
 
 # ----------------------------------------------------------------------------------------- saving

@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import pathlib
 import re
 import shutil
 import sys
@@ -134,16 +135,70 @@ def test_float_weights_load_and_run(nano, nano_path, nano_reference, tmp_path):
     assert relative_error(logits, nano_reference["logits_f64"]) <= 2e-5
 
 
-def test_a_scale_that_is_not_finite_is_refused(nano_path, tmp_path):
-    shutil.copytree(nano_path, tmp_path / "nano")
-    path = tmp_path / "nano" / "ckpt-0" / file_name(5)
-    path.chmod(0o644)
+def spoil(nano_path, tmp_path, name, value) -> pathlib.Path:
+    """A checkpoint by links, but for the last element of one tensor or of its scales."""
+    (tmp_path / "ckpt-0").mkdir()
+    for path in (nano_path / "ckpt-0").iterdir():
+        (tmp_path / "ckpt-0" / path.name).symlink_to(path)
+    shutil.copy(nano_path / "config.json", tmp_path)
+    specs = manifest(grok1.ModelConfig.load(nano_path / "config.json"))
+    index = next(i for i, spec in enumerate(specs) if spec.name.endswith(name))
+    path = tmp_path / "ckpt-0" / file_name(index)
     header = read_header(path)
-    values, scales = read_span(header, header.values), read_span(header, header.scales).copy()
-    scales[0, 7] = ml_dtypes.bfloat16("nan")
-    write_tensor(path, np.array(values), scales)
-    with pytest.raises(grok1.CheckpointError, match=r"tensor00005_000.*finite"):
-        grok1.load(tmp_path / "nano", progress=False)
+    values, scales = read_span(header, header.values), None
+    if header.scales is None:
+        values.reshape(-1)[-1] = float(value)
+    else:
+        scales = read_span(header, header.scales)
+        scales.reshape(-1)[-1] = float(value)
+    path.unlink()
+    write_tensor(path, values, scales)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "layer_3/rms_norm_2/scale",
+            "nan",
+            "NAME: 1 of 64 values are not finite, the first is",
+        ),
+        (
+            "language_model/rms_norm/scale",
+            "inf",
+            r"NAME: 1 of 64 values are .* is inf at \[63\]",
+        ),
+        ("layer_7/router/w", "-inf", r"NAME: 1 of \d+ values are not finite, .* -inf at \[63, 7\]"),
+        ("embeddings", "nan", r"NAME: 1 of \d+ values are not finite, .* nan at \[127, 63\]"),
+        (
+            "layer_2/moe/linear_1/w",
+            "nan",
+            "1 of .* scales are not finite, or .* the first is nan at",
+        ),
+        (
+            "layer_2/multi_head_attention/key/w",
+            "inf",
+            "1 of .* scales are not finite, or above",
+        ),
+        ("layer_0/moe/linear/w", "1e29", "1 of .* scales are not finite, or above 1,048,576, the"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"mesh": (2, 4), "embedding_dtype": "bfloat16"}])
+def test_weights_that_are_not_finite_are_named(name, value, message, options, nano_path, tmp_path):
+    path = spoil(nano_path, tmp_path, name, value)
+    message = message.replace("NAME", rf"\S*{name}")
+    with pytest.raises(grok1.CheckpointError, match=f"^{path}: {message}"):
+        grok1.load(tmp_path, progress=False, **({"mesh": (1, 1)} | options))
+
+
+@pytest.mark.parametrize("name", ["layer_3/rms_norm_2/scale", "layer_7/router/w", "embeddings"])
+def test_weights_that_are_not_finite_are_named_where_experts_stay_on_disk(
+    name, nano_path, tmp_path
+):
+    path = spoil(nano_path, tmp_path, name, "nan")
+    with pytest.raises(grok1.CheckpointError, match=rf"^{path}: \S*{name}: 1 of"):
+        grok1.load(tmp_path, mesh=(1, 1), offload="disk", progress=False)
 
 
 def test_no_config_means_grok_1(nano_path, tmp_path):
@@ -153,7 +208,7 @@ def test_no_config_means_grok_1(nano_path, tmp_path):
 
 
 def test_a_missing_checkpoint_says_where_to_get_it(tmp_path):
-    with pytest.raises(grok1.CheckpointError, match=r"ckpt-0.*xai-org/grok-1.*checkpoints/toy"):
+    with pytest.raises(grok1.CheckpointError, match=r"xai-org/grok-1.*ckpt-0.*bundled \"toy\""):
         grok1.load(tmp_path, progress=False)
 
 

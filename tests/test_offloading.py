@@ -242,8 +242,20 @@ def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
     refused("memory must be a number of GB above 0, as 16 or '16GB', found 'all'",
             memory="all", **on_disk)  # fmt: skip
     refused("memory must be a number of GB above 0", memory=-1, **on_disk)
-    refused(r"a memory budget of 1e\+06 GB is more than the .* available", memory=1e6, **on_disk)
+    refused(
+        r"a memory budget of 1000000.00 GB is more than the .* available", memory=1e6, **on_disk
+    )
     refused(r"a memory budget of 0\.00 GB is too small: .* give at least", memory=1e-6, **on_disk)
+    with pytest.raises(ValueError, match="is too small") as caught:
+        grok1.load(nano_path, memory="1GB", progress=False, **on_disk)
+    found = re.fullmatch(
+        r"a memory budget of (1\.0+) GB is too small: (\d+\.\d+) GB have to be in memory, \d\.\d\d "
+        r"GB of them for keys and values; give at least (\d+\.\d\d\d) GB, or fewer or shorter .*",
+        str(caught.value),
+    )
+    assert found
+    assert float(found[1]) < float(found[2]) <= float(found[3])
+    grok1.load(nano_path, memory=found[3], progress=False, **on_disk)
     with pytest.raises(ValueError, match="save needs the whole model in memory"):
         grok1.save(offloaded, tmp_path / "saved")
 

@@ -432,13 +432,13 @@ def test_load_refuses_what_cannot_fit_before_it_reads(monkeypatch):
     def read(*arguments):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(grok1.factory, "load_params", read)
+    monkeypatch.setattr("grok1.factory.load_params", read)
     monkeypatch.setattr(memory, "host_bytes_available", lambda: needed - 1)
     message = (
         r"the model does not fit: it takes 0\.00 GB of weights, 0\.00 GB of cache and 0\.00 GB of "
-        r"working memory on each of 2 CPU devices, 0\.01 GB together, and 0\.01 GB of memory are "
-        r"available; use a machine with more memory, or more machines\. `python -m grok1 plan` "
-        r"says what fits"
+        rf"working memory on each of 2 CPU devices, {needed:,} bytes together, and {needed - 1:,} "
+        r"bytes of memory are available; use a machine with more memory, or more machines\. "
+        r"`python -m grok1 plan` says what fits"
     )
     with pytest.raises(ValueError, match=message):
         grok1.load(TOY_PATH, mesh=(1, 2), progress=False)
@@ -446,6 +446,20 @@ def test_load_refuses_what_cannot_fit_before_it_reads(monkeypatch):
         monkeypatch.setattr(memory, "host_bytes_available", lambda enough=enough: enough)
         with pytest.raises(AssertionError, match="weights were read"):
             grok1.load(TOY_PATH, mesh=(1, 2), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "shown"),
+    [
+        ((1e9, 2e9), ["1.00 GB", "2.00 GB"]),
+        ((1e9, 1e9), ["1.00 GB", "1.00 GB"]),
+        ((1_000_000_000, 1_002_000_000), ["1.000 GB", "1.002 GB"]),
+        ((1e12, 1e12 + 3e4), ["1000.00000 GB", "1000.00003 GB"]),
+        ((10**9, 10**9 + 1), ["1,000,000,000 bytes", "1,000,000,001 bytes"]),
+    ],
+)
+def test_amounts_are_told_apart(amounts, shown):
+    assert host_memory.gigabytes_apart(*amounts) == shown
 
 
 def test_accelerators_are_asked_one_by_one(monkeypatch):
@@ -467,8 +481,9 @@ def test_accelerators_are_asked_one_by_one(monkeypatch):
     require(needed + 1000, needed + 1000)
     require(None, None)  # an allocator that does not say
     message = (
-        r"takes 2\.00 GB of weights, 1\.00 GB of cache and 1\.00 GB of working memory on each of 4 "
-        r"devices, and 4\.00 GB are available on NVIDIA A100; JAX takes 75% of a GPU's memory: "
+        r"takes 2\.00 GB of weights, 1\.00 GB of cache and 1\.00 GB of working memory, "
+        r"4,000,000,000 bytes together, on each of 4 devices, and 3,999,999,999 bytes are "
+        r"available on NVIDIA A100; JAX takes 75% of a GPU's memory: "
         r"set XLA_PYTHON_CLIENT_MEM_FRACTION=\.95 if that is enough; otherwise use more devices"
     )
     with pytest.raises(ValueError, match=message):

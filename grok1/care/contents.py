@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grok1.checkpoint.elements import MOST_SCALE, are_scales, is_finite
 from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, open_unchanged, read_at
 from grok1.files import CheckpointError, read_bounded
 from grok1.machine.cache_directory import private_directory
@@ -148,6 +149,7 @@ class _ArrayCheck:
     def __init__(self, file: CheckedFile, what: str, span: ArraySpan):
         self.span = span
         self._path, self._what = file.path, what
+        self._is_scales = what.startswith("scales")
         self._not_finite, self._first = 0, ""
         self._lowest, self._zeros = 0, 0
 
@@ -176,7 +178,8 @@ class _ArrayCheck:
             raise CheckpointError(
                 self._path,
                 f"{self._not_finite} of {math.prod(self.span.shape)} {self._what} are not finite, "
-                f"the first is {self._first}",
+                f"{f'or above {MOST_SCALE:,.0f}, ' if self._is_scales else ''}the first is "
+                f"{self._first}",
                 "the file is damaged: fetch it again",
             )
         holes = f"{self._zeros * _HOLE_BYTES:,} bytes of the {self._what} in whole blocks are zero"
@@ -195,9 +198,10 @@ class _ArrayCheck:
         return notes
 
     def _look_for_faults(self, values: np.ndarray, start: int) -> None:
-        if self.span.dtype == "bfloat16":
-            # All bits of the exponent are set in what is infinite or not a number.
-            finite = (values.view(np.uint16) & 0x7F80) != 0x7F80
+        if self._is_scales:
+            finite = are_scales(values)
+        elif is_finite(values):
+            return
         else:
             finite = np.isfinite(values)
         if finite.all():

@@ -16,9 +16,10 @@ import numpy as np
 
 from grok1.care import gguf_file
 from grok1.care.staging import OutputFile, Piece, content, write_files
-from grok1.checkpoint import safetensors_file
-from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.checkpoint import safetensors_layout
+from grok1.checkpoint.directory import load_config, located, open_tensors
 from grok1.checkpoint.released import open_checkpoint
+from grok1.checkpoint.safetensors_file import open_safetensors
 from grok1.checkpoint.storage import (
     StoredArray,
     StoredTensor,
@@ -60,7 +61,7 @@ def convert(
     Args:
       source: A directory that `grok1.load` reads.
       target: A new directory; with `to="gguf"` a new file.
-      to: "grok1", the released format; "safetensors", see `safetensors_file`; or "gguf", see
+      to: "grok1", the released format; "safetensors", see `safetensors_layout`; or "gguf", see
         `gguf_file`, which this library writes and does not read.
       dtype: "bfloat16" for dequantised weights; "int8" to be refused if the source has none; None
         to keep what the source has.
@@ -77,7 +78,7 @@ def convert(
       ModuleNotFoundError: If the package of the format is not installed.
     """
     _check_options(to, dtype, embedding)
-    source = pathlib.Path(source)
+    source = located(source)
     config = load_config(source)
     tensors, specs = open_tensors(source, config)
     if dtype == "int8" and all(spec.scales_shape is None for spec in specs):
@@ -180,20 +181,20 @@ def _safetensors_plan(config: ModelConfig, tensors, specs, dtype: str | None) ->
         else spec
         for spec in specs
     ]
-    shards = safetensors_file.shards(stored)
+    shards = safetensors_layout.shards(stored)
     files = []
     for number, shard in enumerate(shards):
-        pieces = content("", safetensors_file.shard_header(shard)).pieces
+        pieces = content("", safetensors_layout.shard_header(shard)).pieces
         for named in shard:
             tensor, spec = tensors[named.tensor], stored[named.tensor]
-            if safetensors_file.is_transposed(spec):
+            if safetensors_layout.is_transposed(spec):
                 nbytes = int(np.prod(named.shape)) * DTYPES[named.dtype].itemsize
                 make = functools.partial(_transposed, tensor, named)
                 pieces = [*pieces, Piece(nbytes, make)]
             else:
                 pieces = [*pieces, *_array_pieces(tensor.values, named.dtype)]
-        files.append(OutputFile(safetensors_file.shard_name(number, len(shards)), pieces))
-    files.append(content(safetensors_file.INDEX_NAME, safetensors_file.index_json(shards)))
+        files.append(OutputFile(safetensors_layout.shard_name(number, len(shards)), pieces))
+    files.append(content(safetensors_layout.INDEX_NAME, safetensors_layout.index_json(shards)))
     notes = []
     if stored != specs:
         notes.append("weights are rounded to bfloat16 once, from int8 times its scale")
@@ -201,9 +202,9 @@ def _safetensors_plan(config: ModelConfig, tensors, specs, dtype: str | None) ->
     def check(path: pathlib.Path) -> None:
         import safetensors
 
-        safetensors_file.open_safetensors(path, manifest(config))
+        open_safetensors(path, manifest(config))
         for number, shard in enumerate(shards):
-            name = safetensors_file.shard_name(number, len(shards))
+            name = safetensors_layout.shard_name(number, len(shards))
             with safetensors.safe_open(path / name, "numpy") as file:
                 names = file.keys()  # An iterator of the package's own, no dictionary's.
                 found = {key: tuple(file.get_slice(key).get_shape()) for key in names}
@@ -292,7 +293,7 @@ def _plain(array: StoredArray, number: int, start: int, stop: int | None, dtype:
     return read_matrix(array, number, start, stop).astype(DTYPES[dtype], copy=False)
 
 
-def _transposed(tensor: StoredTensor, named: safetensors_file.NamedMatrix) -> np.ndarray:
+def _transposed(tensor: StoredTensor, named: safetensors_layout.NamedMatrix) -> np.ndarray:
     array = tensor.scales if named.is_scales else tensor.values
     assert array is not None  # scales are only planned for a tensor that has them
     matrix = read_matrix(array, named.matrix)

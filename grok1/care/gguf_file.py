@@ -325,7 +325,9 @@ def llama_cpp_vocabulary(tokenizer: Tokenizer) -> list[tuple[bytes, float, int]]
 
 def _kind(spec: TensorSpec, dtype: str | None) -> str:
     if spec.scales_shape is None:
-        return {"float32": "f32", "bfloat16": "bf16"}[spec.dtype]
+        # llama.cpp takes norms and routers as float32 alone.
+        is_weight = "/moe/" in spec.name or "/multi_head_attention/" in spec.name
+        return "bf16" if is_weight and spec.dtype == "bfloat16" else "f32"
     if dtype == "bfloat16":
         return "bf16"
     return "f32" if spec.shape[-2] // spec.scales_shape[-2] % _BLOCK else "q8_0"

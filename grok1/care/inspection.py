@@ -3,13 +3,12 @@
 import collections
 import math
 import os
-import pathlib
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.checkpoint.directory import load_config, located, open_tensors
 from grok1.checkpoint.storage import StoredTensor, read_matrix
 from grok1.checkpoint.tensor_file import ArraySpan, read_span
 
@@ -135,7 +134,7 @@ def inspect(
       CheckpointError: If a file is missing or damaged.
       ValueError: If there is no such layer, or `config.json` is none.
     """
-    directory = pathlib.Path(directory)
+    directory = located(directory)
     config = load_config(directory)
     if layer is not None and not 0 <= layer < config.num_layers:
         raise ValueError(f"layer must be in [0, {config.num_layers}), found {layer}")

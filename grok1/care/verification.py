@@ -24,12 +24,13 @@ from grok1.care.contents import (
     read_sums,
     write_sums,
 )
-from grok1.checkpoint.directory import is_safetensors, load_config
+from grok1.checkpoint.directory import is_safetensors, load_config, located
 from grok1.checkpoint.released import LAYER, check_tensor, describe_storage
-from grok1.checkpoint.safetensors_file import INDEX_NAME, examine_safetensors
+from grok1.checkpoint.safetensors_file import examine_safetensors
+from grok1.checkpoint.safetensors_layout import INDEX_NAME
 from grok1.checkpoint.tensor_file import TensorHeader, read_header, tensor_file_size
 from grok1.config import GROK_1, ModelConfig
-from grok1.files import CheckpointError, printable
+from grok1.files import LFS_PROBLEM, LFS_REMEDY, CheckpointError, printable
 from grok1.nn.manifest import TensorSpec, file_name, manifest
 
 SUMS_NAME = "SHA256SUMS"
@@ -114,11 +115,12 @@ def verify(
       CheckpointError: If there is no such directory, or the checksums cannot be read or written.
       ValueError: If `config.json` is none.
     """
-    directory = pathlib.Path(directory)
+    directory = located(directory)
     config = load_config(directory)
     specs = manifest(config)
     find = _safetensors_files if is_safetensors(directory) else _tensor_files
     files, faults = find(directory, specs)
+    faults = _pointers_as_one(faults)
     notes: list[str] = []
     if deep:
         sums_path = pathlib.Path(sums_file if sums_file is not None else directory / SUMS_NAME)
@@ -129,6 +131,16 @@ def verify(
     return Report(
         directory, len(specs), num_bytes, faults, notes, _advice(directory, config, faults)
     )
+
+
+def _pointers_as_one(faults: list[Fault]) -> list[Fault]:
+    """Says of many Git LFS pointers once what they are: all come with the same command."""
+    pointers = [fault.path for fault in faults if fault.problem == LFS_PROBLEM]
+    if len(pointers) < 2:
+        return faults
+    problem = f"{LFS_PROBLEM}, and so are {len(pointers) - 1} more"
+    others = [fault for fault in faults if fault.problem != LFS_PROBLEM]
+    return [Fault(pointers[0], problem, LFS_REMEDY, fetch=False), *others]
 
 
 def _safetensors_files(

@@ -7,6 +7,7 @@ is in transfer. Beyond the model itself the host needs two such pieces a device 
 
 import itertools
 import math
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,27 +18,37 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from grok1.checkpoint.elements import check_finite, check_scales
 from grok1.checkpoint.reading import Bounds, Reader, Target
-from grok1.checkpoint.released import check_scales
-from grok1.checkpoint.storage import StoredArray, StoredTensor
+from grok1.checkpoint.storage import StoredArray, StoredModel
 from grok1.config import ModelConfig
 from grok1.machine.processes import together
-from grok1.nn.manifest import TensorSpec, arrange
+from grok1.nn.manifest import arrange
 from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import NamedParams, Params
 from grok1.ops.experts import ExpertWeights
 from grok1.ops.quantized import QuantizedArray, refine_groups
 
+# The large tensors, which take as long to look at as to read; `verify --deep` does that.
+_QUANTIZED = re.compile("/(moe|multi_head_attention)/")
 _ALIGNMENT = 64  # bytes; XLA's CPU client adopts host memory so aligned without copying it
 _STAGING_BYTES = 1 << 29  # of all pieces that are read or in transfer to accelerators
 
 
 class _Leaf(NamedTuple):
-    """An array on disk, with the `shape` and `dtype` that it has in memory."""
+    """An array on disk, with the `shape` and `dtype` that it has in memory.
+
+    Attributes:
+      array: The array.
+      dtype: Its type in memory.
+      is_scales: Whether it holds scales.
+      name: Of the tensor, where its elements are to be checked; "" where they are not.
+    """
 
     array: StoredArray
     dtype: np.dtype
     is_scales: bool = False
+    name: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,8 +70,7 @@ class _Shard(NamedTuple):
 
 
 def load_params(
-    tensors: list[StoredTensor],
-    manifest: list[TensorSpec],
+    stored: StoredModel,
     config: ModelConfig,
     mesh: Mesh,
     progress: bool,
@@ -69,8 +79,7 @@ def load_params(
     """Reads a checked checkpoint onto a mesh.
 
     Args:
-      tensors: The tensors on disk, checked against the manifest.
-      manifest: Their names, in the same order, and for those without scales the type in memory.
+      stored: The tensors on disk, checked, with the types in memory of those without scales.
       config: The model.
       mesh: Where it goes.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
@@ -80,11 +89,12 @@ def load_params(
       The parameters selected, layers stacked, sharded as `sharding.abstract_stack` says.
 
     Raises:
-      CheckpointError: If a file changes underneath, or a scale is not finite.
+      CheckpointError: If a file changes underneath, or a scale, a norm, a router's weight or an
+        embedding is not finite; the message names the tensor and the place.
       OtherProcessError: If this is one of several processes and another one failed.
     """
     try:
-        return _load_params(tensors, manifest, config, mesh, progress, select)
+        return _load_params(stored, config, mesh, progress, select)
     except BaseException as error:
         # A notebook keeps the traceback of the last error, and its frames would keep the buffers.
         failure: BaseException | None = error
@@ -95,19 +105,18 @@ def load_params(
 
 
 def _load_params(
-    tensors: list[StoredTensor],
-    manifest: list[TensorSpec],
+    stored_model: StoredModel,
     config: ModelConfig,
     mesh: Mesh,
     progress: bool,
     select: Callable[[Params], Params],
 ) -> Params:
-    stored = arrange(_named_leaves(tensors, manifest), config)
-    target = abstract_stack(stored, config, mesh)
+    named = arrange(_named_leaves(stored_model), config)
+    target = abstract_stack(named, config, mesh)
     sources = Params(
-        embedding=[stored.embedding],
-        layers=jax.tree.map(lambda *layers: list(layers), *stored.layers, is_leaf=_is_leaf),
-        final_norm=[stored.final_norm],
+        embedding=[named.embedding],
+        layers=jax.tree.map(lambda *layers: list(layers), *named.layers, is_leaf=_is_leaf),
+        final_norm=[named.final_norm],
     )
     leaves, structure = jax.tree.flatten(select(target))
     files = structure.flatten_up_to(select(sources))
@@ -148,6 +157,9 @@ def _load_params(
         for leaf, stored, local, filled in zip(leaves, files, shards, buffers, strict=True):
             if stored[0].is_scales:
                 filled = _refine(leaf, stored, local, filled, bar)
+            elif local[0].device.platform == "cpu":
+                for layer, of_layer in enumerate(stored):
+                    _check(of_layer, [shard.bounds for shard in local], [b[layer] for b in filled])
             shape = leaf.sharding.shard_shape(leaf.shape)
             placed = [
                 jax.device_put(buffer.reshape(shape), shard.device)
@@ -159,14 +171,11 @@ def _load_params(
     return jax.tree.unflatten(structure, arrays)
 
 
-def expert_arrays(
-    tensors: list[StoredTensor], manifest: list[TensorSpec], config: ModelConfig
-) -> list[ExpertWeights]:
+def expert_arrays(stored: StoredModel, config: ModelConfig) -> list[ExpertWeights]:
     """Returns where the int8 values of each layer's experts lie.
 
     Args:
-      tensors: The checkpoint's, in the order of `manifest`.
-      manifest: What they are, with their types.
+      stored: As for `load_params`.
       config: The model.
 
     Returns:
@@ -175,9 +184,8 @@ def expert_arrays(
     Raises:
       ValueError: If the experts are not int8.
     """
-    stored = arrange(_named_leaves(tensors, manifest), config)
     layers = []
-    for layer in stored.layers:
+    for layer in arrange(_named_leaves(stored), config).layers:
         for weight in layer.experts:
             if not isinstance(weight, QuantizedArray):
                 raise ValueError(
@@ -235,6 +243,8 @@ def _fill_devices(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> 
 
     def send(number, pieces, place):
         reader.wait(number)
+        layer, start = place
+        _check(stored[layer], [_rows(shard, start, len(pieces[0])) for shard in shards], pieces)
         sent = []
         for i, (shard, piece) in enumerate(zip(shards, pieces, strict=True)):
             # Not an alias: where the device's memory is the host's, the piece is written again.
@@ -250,8 +260,7 @@ def _fill_devices(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> 
         pieces = [piece[:count] for piece in slot]
         targets = []
         for shard, piece in zip(shards, pieces, strict=True):
-            first = shard.bounds[0][0] + start
-            targets.append(Target(((first, first + count), *shard.bounds[1:]), piece))
+            targets.append(Target(_rows(shard, start, count), piece))
         number = reader.submit(stored[layer].array, targets)
         if waiting is not None:
             in_transfer = send(*waiting)
@@ -259,6 +268,20 @@ def _fill_devices(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> 
     if waiting is not None:
         send(*waiting)
     return jax.block_until_ready(stacks)
+
+
+def _rows(shard: _Shard, start: int, count: int) -> tuple[Bounds, ...]:
+    """Bounds of some of a shard's first axis, counted from where the shard begins."""
+    first = shard.bounds[0][0] + start
+    return ((first, first + count), *shard.bounds[1:])
+
+
+def _check(leaf: _Leaf, bounds: list[tuple[Bounds, ...]], parts: list[np.ndarray]) -> None:
+    """Checks the elements of small tensors and the embedding; devices may hold the same part."""
+    if leaf.name:
+        for part, values in dict(zip(bounds, parts, strict=True)).items():
+            origin = [start for start, _ in part]
+            check_finite(leaf.array.parts[0][0], leaf.name, values, origin)
 
 
 def _set_piece(stack: jax.Array, piece: jax.Array, layer: Any, start: Any) -> jax.Array:
@@ -325,13 +348,14 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def _named_leaves(tensors: list[StoredTensor], manifest: list[TensorSpec]) -> NamedParams:
+def _named_leaves(stored: StoredModel) -> NamedParams:
     named: dict[str, dict[str, Any]] = {}
-    for tensor, spec in zip(tensors, manifest, strict=True):
+    for tensor, spec in zip(stored.tensors, stored.specs, strict=True):
         module, _, parameter = spec.name.rpartition("/")
         leaf: Any
         if tensor.scales is None:
-            leaf = _Leaf(tensor.values, jnp.dtype(spec.dtype))
+            name = spec.name if _QUANTIZED.search(spec.name) is None else ""
+            leaf = _Leaf(tensor.values, jnp.dtype(spec.dtype), name=name)
         else:
             leaf = QuantizedArray(
                 _Leaf(tensor.values, jnp.dtype("int8")),

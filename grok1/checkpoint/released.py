@@ -3,15 +3,15 @@
 import os
 import pathlib
 import re
+import shlex
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from grok1.checkpoint.safetensors_file import INDEX_NAME
+from grok1.checkpoint.safetensors_layout import INDEX_NAME
 from grok1.checkpoint.tensor_file import (
     ArraySpan,
-    DataFile,
     TensorHeader,
     read_header,
     tensor_file_size,
@@ -99,29 +99,6 @@ def describe_storage(header: TensorHeader) -> str:
     return f"{_text(header.values)} with scales {_text(header.scales)}"
 
 
-def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | None = None) -> None:
-    """Checks that scales are finite: one that is not would turn every logit into NaN.
-
-    Args:
-      file: The file they come from, for the message.
-      scales: All of its scales, or a slice.
-      origin: Where the slice starts in the file's array; None for zeros.
-
-    Raises:
-      CheckpointError: If one is infinite or not a number.
-    """
-    finite = np.isfinite(scales)
-    if not finite.all():
-        first = np.unravel_index(np.argmin(finite), finite.shape)
-        place = [int(n) for n in np.add(first, 0 if origin is None else origin)]
-        raise CheckpointError(
-            file.path,
-            f"{finite.size - np.count_nonzero(finite)} of {finite.size} scales are not finite, the "
-            f"first is {scales[first]} at {place}",
-            "the file is damaged: download it again",
-        )
-
-
 def save_checkpoint(
     directory: str | os.PathLike[str],
     tensors: Iterable[tuple[np.ndarray, np.ndarray | None]],
@@ -204,15 +181,22 @@ def _move(names: list[str], source: pathlib.Path, target: pathlib.Path) -> None:
         raise
 
 
+def download_advice(directory: pathlib.Path) -> str:
+    """Says how Grok-1's weights come into a model's directory."""
+    return (
+        "Grok-1's weights (318 GB) come from the magnet link in the README of "
+        "github.com/xai-org/grok-1, or with `hf download xai-org/grok-1 --include 'ckpt-0/*' "
+        f"--local-dir {shlex.quote(str(directory))}`. To try the library without them, load the "
+        'bundled "toy"'
+    )
+
+
 def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
     if not directory.is_dir():
         raise CheckpointError(
             directory,
             "there is no such directory",
-            "Grok-1's weights (318 GB) come from the magnet link in the README of "
-            "github.com/xai-org/grok-1, or with `hf download xai-org/grok-1 --include 'ckpt-0/*' "
-            f"--local-dir {directory.parent}`. To try the library without them, load the bundled "
-            "checkpoints/toy",
+            download_advice(directory.parent),
             "missing",
         )
     found = {name for name in os.listdir(directory) if name.startswith("tensor")}

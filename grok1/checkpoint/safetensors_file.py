@@ -1,41 +1,26 @@
-"""Checkpoints in safetensors: the names and layout that Grok-1's ports for PyTorch use.
-
-A file is eight bytes of header length, a JSON header, and the elements; it holds no code. One shard
-a layer, after one for the embedding and the final norm, with `model.safetensors.index.json`.
-Matrices are `[N, K]`, output before input, and every expert is a tensor of its own:
-
-    model.embed_tokens.weight                            in_out_embed, [V, D]; also the head
-    model.layers.0.attn.q_proj.weight                    multi_head_attention/query
-    model.layers.0.attn.k_proj.weight                    multi_head_attention/key
-    model.layers.0.attn.v_proj.weight                    multi_head_attention/value
-    model.layers.0.attn.o_proj.weight                    multi_head_attention/linear
-    model.layers.0.moe_block.gate.weight                 router
-    model.layers.0.moe_block.experts.0.linear.weight     moe/linear, expert 0
-    model.layers.0.moe_block.experts.0.linear_v.weight   moe/linear_v
-    model.layers.0.moe_block.experts.0.linear_1.weight   moe/linear_1
-    model.layers.0.pre_attn_norm.scale                   rms_norm
-    model.layers.0.post_attn_norm.scale                  rms_norm_1
-    model.layers.0.pre_moe_norm.scale                    rms_norm_2
-    model.layers.0.post_moe_norm.scale                   rms_norm_3
-    model.norm.scale                                     final norm
-
-An int8 `weight` has beside it a bfloat16 `weight_scale` `[N, G]`, one column a group of inputs.
-
-Format: https://huggingface.co/docs/safetensors. Names: those of vLLM's Grok1ForCausalLM, which are
-those of the conversions on Hugging Face.
-"""
+"""Checkpoints in safetensors, read against the model; names and layout: `safetensors_layout`."""
 
 import collections
 import itertools
-import json
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from grok1.checkpoint.safetensors_layout import (
+    EMBEDDING,
+    HEAD,
+    INDEX_NAME,
+    LAYER,
+    TYPES,
+    NamedMatrix,
+    is_transposed,
+    shards,
+)
 from grok1.checkpoint.storage import StoredArray, StoredTensor
-from grok1.checkpoint.tensor_file import ArraySpan
+from grok1.checkpoint.tensor_file import ArraySpan, read_span
 from grok1.files import (
     CheckpointError,
     is_lfs_pointer,
@@ -48,34 +33,11 @@ from grok1.files import (
 from grok1.machine.safe_files import is_plain
 from grok1.nn.manifest import TensorSpec
 
-INDEX_NAME = "model.safetensors.index.json"
-
 _MAX_HEADER = 100_000_000  # The format's own limit.
 _HEAD_BYTES = 64  # that show a Git LFS pointer
 _CONVERSION = "is it a conversion by grok1?"
 _DAMAGED = "the file is damaged: copy it again"
 _MIXED = "these files are of different checkpoints"
-_TYPES = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
-_TYPE_NAMES = {name: code for code, name in _TYPES.items()}
-_LAYER = re.compile(r"transformer/decoder_layer_(\d+)/(.*)")
-_OUTSIDE = {
-    "language_model/in_out_embed/embeddings": "model.embed_tokens.weight",
-    "language_model/rms_norm/scale": "model.norm.scale",
-}
-_IN_LAYER = {
-    "multi_head_attention/query/w": "attn.q_proj.weight",
-    "multi_head_attention/key/w": "attn.k_proj.weight",
-    "multi_head_attention/value/w": "attn.v_proj.weight",
-    "multi_head_attention/linear/w": "attn.o_proj.weight",
-    "router/w": "moe_block.gate.weight",
-    "moe/linear/w": "moe_block.experts.{}.linear.weight",
-    "moe/linear_v/w": "moe_block.experts.{}.linear_v.weight",
-    "moe/linear_1/w": "moe_block.experts.{}.linear_1.weight",
-    "rms_norm/scale": "pre_attn_norm.scale",
-    "rms_norm_1/scale": "post_attn_norm.scale",
-    "rms_norm_2/scale": "pre_moe_norm.scale",
-    "rms_norm_3/scale": "post_moe_norm.scale",
-}
 
 
 class ShardHeader(NamedTuple):
@@ -92,93 +54,8 @@ class ShardHeader(NamedTuple):
     spans: dict[str, ArraySpan]
 
 
-class NamedMatrix(NamedTuple):
-    """One tensor of a safetensors checkpoint.
-
-    Attributes:
-      name: Its name.
-      tensor: Number of the manifest's tensor that it belongs to.
-      matrix: Which of its matrices.
-      is_scales: Whether it holds scales rather than values.
-      shape: Its shape in the file.
-      dtype: "float32", "int8" or "bfloat16".
-    """
-
-    name: str
-    tensor: int
-    matrix: int
-    is_scales: bool
-    shape: tuple[int, ...]
-    dtype: str
-
-
 Found = dict[str, tuple[ShardHeader, ArraySpan]]
 """The tensors of all shards by name, with the shard that each is in."""
-
-
-def is_transposed(spec: TensorSpec) -> bool:
-    """Whether a tensor's matrices are `[N, K]` here: all but the embedding and the norms."""
-    return spec.name not in _OUTSIDE and len(spec.shape) > 1
-
-
-def shards(manifest: list[TensorSpec]) -> list[list[NamedMatrix]]:
-    """Returns what is in which shard: the embedding and final norm, then the layers in their order.
-
-    Args:
-      manifest: The tensors, with the types and grouping to store: a weight without `scales_shape`
-        is one tensor, float32 or bfloat16.
-    """
-    num_layers = 1 + max(int(match[1]) for spec in manifest if (match := _LAYER.match(spec.name)))
-    found: list[list[NamedMatrix]] = [[] for _ in range(1 + num_layers)]
-    for number, spec in enumerate(manifest):
-        match = _LAYER.match(spec.name)
-        shard = found[int(match[1]) + 1 if match else 0]
-        name = f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}" if match else _OUTSIDE[spec.name]
-        for matrix in range(spec.shape[0] if len(spec.shape) > 2 else 1):
-            full_name = name.format(matrix)
-            shard.append(
-                NamedMatrix(full_name, number, matrix, False, _shape(spec, spec.shape), spec.dtype)
-            )
-            if spec.scales_shape is not None:
-                shape = _shape(spec, spec.scales_shape)
-                shard.append(
-                    NamedMatrix(f"{full_name}_scale", number, matrix, True, shape, "bfloat16")
-                )
-    return found
-
-
-def shard_name(shard: int, num_shards: int) -> str:
-    """Returns the file name of a shard, counted from 0."""
-    return f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
-
-
-def shard_header(tensors: list[NamedMatrix]) -> bytes:
-    """Returns the bytes before the elements, which follow in the order of `tensors`, unpadded."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + ArraySpan(0, tensor.shape, tensor.dtype).nbytes
-        header[tensor.name] = {
-            "dtype": _TYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # The elements start aligned.
-    return len(text).to_bytes(8, "little") + text
-
-
-def index_json(found: list[list[NamedMatrix]]) -> bytes:
-    """Returns the content of `model.safetensors.index.json`."""
-    names = [shard_name(i, len(found)) for i in range(len(found))]
-    sizes = (ArraySpan(0, t.shape, t.dtype).nbytes for shard in found for t in shard)
-    index = {
-        "metadata": {"total_size": sum(sizes)},
-        "weight_map": {
-            t.name: name for name, shard in zip(names, found, strict=True) for t in shard
-        },
-    }
-    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
@@ -222,7 +99,7 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
                     f"{name} has the data_offsets {entry['data_offsets']!r:.80}, expected two "
                     "whole numbers"
                 )
-            spans[name] = span = ArraySpan(8 + length + begin, tuple(shape), _TYPES[dtype])
+            spans[name] = span = ArraySpan(8 + length + begin, tuple(shape), TYPES[dtype])
             if span.offset != end or stop - begin != span.nbytes:
                 raise ValueError(
                     f"{name} is said to be at {begin} to {stop}, expected {end - 8 - length} to "
@@ -266,7 +143,7 @@ def open_safetensors(
     Args:
       directory: The directory with `model.safetensors.index.json`.
       manifest: The tensors that the model expects, in manifest order. A weight may be int8 with
-        scales of any grouping that divides its rows, or bfloat16, or float32.
+        scales of any grouping that divides its rows, and every tensor bfloat16 or float32.
 
     Returns:
       The tensors, in manifest order.
@@ -303,15 +180,16 @@ def examine_safetensors(
         except CheckpointError as error:
             faults.append(error)
     found = {
-        tensor: (header, span)
-        for header in headers.values()
-        for tensor, span in header.spans.items()
+        tensor: (headers[name], headers[name].spans[tensor])
+        for tensor, name in weight_map.items()
+        if name in headers and tensor in headers[name].spans
     }
     # What the index promises and no file has is a fault of the file, said once.
     absent = weight_map.keys() - found.keys()
     tensors: list[StoredTensor | None] = [None] * len(manifest)
     faults += itertools.chain(
         _misplaced(directory, weight_map, headers),
+        _untied(found),
         _left_over(directory, manifest, found, absent),
         _stored_tensors(manifest, found, absent, tensors),
         _unlike(manifest, tensors),
@@ -325,6 +203,49 @@ def _misplaced(directory, weight_map, headers) -> Iterator[CheckpointError]:
             yield CheckpointError(
                 directory / name, f"lacks {tensor}, which {INDEX_NAME} says is there", _MIXED
             )
+    for header in headers.values():
+        extra = sorted(t for t in header.spans if weight_map.get(t) != header.path.name)
+        extra = [t for t in extra if t not in weight_map or t in _spans(headers, weight_map[t])]
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            place = weight_map.get(extra[0])
+            says = f"says is in {place}" if place else "does not name"
+            yield CheckpointError(
+                header.path, f"holds {extra[0]}{more}, which {INDEX_NAME} {says}", _MIXED, "foreign"
+            )
+
+
+def _spans(headers: dict[str, ShardHeader], name: str) -> dict[str, ArraySpan]:
+    return headers[name].spans if name in headers else {}
+
+
+def _untied(found: Found) -> Iterator[CheckpointError]:
+    """Takes the output head from what was found: in Grok-1 it is the embedding, and read as that.
+
+    Ports may store it a second time, or under its own name alone.
+    """
+    head = found.pop(HEAD, None)
+    if head is None:
+        return
+    file, span = head
+    other, embedding = found.setdefault(EMBEDDING, head)
+    if (span.shape, span.dtype) != (embedding.shape, embedding.dtype):
+        problem = f"{HEAD} is {_text(span)}, and {EMBEDDING} {_text(embedding)}"
+    elif any(
+        not np.array_equal(
+            read_span(file, span, row, row + 1), read_span(other, embedding, row, row + 1)
+        )
+        for row in (0, span.shape[0] // 2, span.shape[0] - 1)
+    ):
+        problem = f"{HEAD} has other elements than {EMBEDDING}"
+    else:
+        return
+    yield CheckpointError(
+        file.path,
+        f"{problem}, expected the same: Grok-1's head is its embedding",
+        _MIXED,
+        "foreign",
+    )
 
 
 def _wanted(manifest: list[TensorSpec]) -> dict[str, NamedMatrix]:
@@ -387,7 +308,7 @@ def _problem(
         return None
     file, span = found[name]
     scale_name = f"{name}_scale"
-    types = {spec.dtype, "float32", "bfloat16"} if spec.scales_shape else {"float32"}
+    types = {spec.dtype, "float32", "bfloat16"}
     if span.shape != tensor.shape or span.dtype not in types:
         expected = _text(ArraySpan(0, tensor.shape, spec.dtype))
         problem = f"{name} is {_text(span)}, expected {expected}"
@@ -423,10 +344,6 @@ def _problem(
             "foreign",
         )
     return None
-
-
-def _shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:-3:-1] if is_transposed(spec) else shape
 
 
 def _text(span: ArraySpan) -> str:
@@ -480,7 +397,7 @@ def _unlike(
     for spec, tensor in zip(manifest, tensors, strict=True):
         if tensor is None:
             continue
-        match = _LAYER.match(spec.name)
+        match = LAYER.match(spec.name)
         of_kind = kinds.setdefault(match[2] if match else spec.name, [])
         for number, (file, span) in enumerate(tensor.values.parts):
             storage = span.dtype

@@ -6,11 +6,13 @@ an expert for the experts.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, DataFile, TensorHeader, read_span
+from grok1.config import ModelConfig
+from grok1.nn.manifest import TensorSpec, in_memory, manifest
 
 # Rows and columns of the tile in which a matrix is transposed: as int8 it fits the first- or
 # second-level cache, which a whole row after another does not.
@@ -59,6 +61,31 @@ class StoredTensor(NamedTuple):
 
     values: StoredArray
     scales: StoredArray | None
+
+
+class StoredModel(NamedTuple):
+    """The tensors of a model, or of some of its layers, on disk.
+
+    Attributes:
+      tensors: Where they lie, in manifest order.
+      specs: Their names, in the same order, with the types and scale grouping of the files, or the
+        types in memory.
+    """
+
+    tensors: list[StoredTensor]
+    specs: list[TensorSpec]
+
+    def only(self, config: ModelConfig) -> "StoredModel":
+        """Returns the tensors that a model of fewer layers has."""
+        names = {spec.name for spec in manifest(config)}
+        kept = [number for number, spec in enumerate(self.specs) if spec.name in names]
+        return StoredModel(
+            [self.tensors[number] for number in kept], [self.specs[number] for number in kept]
+        )
+
+    def in_memory(self, embedding_dtype: Any) -> "StoredModel":
+        """Returns the same with the types in memory, as `manifest.in_memory`."""
+        return self._replace(specs=in_memory(self.specs, embedding_dtype))
 
 
 def from_header(header: TensorHeader) -> StoredTensor:

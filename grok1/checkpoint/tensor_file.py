@@ -10,6 +10,7 @@ Opcodes and frames: Python's `pickletools` and PEP 3154.
 
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import pathlib
@@ -162,7 +163,7 @@ def read_at(file: DataFile, descriptor: int, offset: int, buffer: memoryview) ->
     """
     while buffer:
         try:
-            count = os.preadv(descriptor, [buffer[:_READ_BYTES]], offset)
+            count = _read(descriptor, buffer[:_READ_BYTES], offset)
         except OSError as error:
             raise CheckpointError(
                 file.path,
@@ -178,6 +179,16 @@ def read_at(file: DataFile, descriptor: int, offset: int, buffer: memoryview) ->
                 CHANGED,
             )
         buffer, offset = buffer[count:], offset + count
+
+
+def _read(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Reads to a buffer, and returns how many bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    # On Windows. Nobody else uses the descriptor, so it may be moved.
+    with io.FileIO(descriptor, closefd=False) as file:
+        file.seek(offset)
+        return file.readinto(buffer) or 0
 
 
 def read_span(

@@ -60,6 +60,15 @@ def _left_by_group(directory: pathlib.Path, limit_name: str, counts: tuple[str, 
     return limit - used[counts[0]] - used.get(counts[1], 0)
 
 
+def gigabytes_apart(*amounts: float) -> list[str]:
+    """Returns numbers of bytes in words, with as many digits as it takes to tell them apart."""
+    for digits in range(2, 9):
+        shown = [f"{num_bytes / 1e9:.{digits}f} GB" for num_bytes in amounts]
+        if len(set(shown)) == len(set(amounts)):
+            return shown
+    return [f"{num_bytes:,.0f} bytes" for num_bytes in amounts]
+
+
 def gigabytes(num_bytes: float) -> str:
     """Returns a number of bytes in words: "39.80 GB"."""
     return f"{num_bytes / 1e9:.2f} GB"

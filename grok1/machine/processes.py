@@ -150,7 +150,8 @@ def together() -> Iterator[Callable[[], None]]:
       OtherProcessError: If another process failed in the block.
     """
     global _outer_check
-    if jax.process_count() == 1:
+    # Which must be known without starting the devices: a wrong path should be told at once.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         yield lambda: None
         return
     if _outer_check is not None:

@@ -25,15 +25,14 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from grok1.checkpoint.loading import expert_arrays, load_params
-from grok1.checkpoint.storage import StoredTensor
+from grok1.checkpoint.storage import StoredModel
 from grok1.config import ModelConfig
 from grok1.engine.compilation import Program
 from grok1.engine.engine import Engine
 from grok1.engine.steps import DecodeState, Head
 from grok1.machine import announcement
-from grok1.machine.host_memory import gigabytes, host_bytes_available
+from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.nn.capture import NOTHING, Capture
-from grok1.nn.manifest import TensorSpec
 from grok1.nn.sharding import AnyMesh
 from grok1.nn.transformer import Params
 from grok1.offload.device_experts import DeviceExperts, has_pinned_memory, pinned_buffer
@@ -331,8 +330,7 @@ def is_offloaded(
 
 
 def load_offloaded(
-    tensors: list[StoredTensor],
-    manifest: list[TensorSpec],
+    stored: StoredModel,
     whole: Engine,
     on_host: bool,
     memory: float | str | None,
@@ -341,8 +339,7 @@ def load_offloaded(
     """Reads all of a checkpoint but its experts.
 
     Args:
-      tensors: As for `loading.load_params`.
-      manifest: Likewise.
+      stored: As for `loading.load_params`.
       whole: The whole model, of which only the shapes exist, on one real device.
       on_host: Keep in memory every expert that was read once, instead of those in the budget.
       memory: The budget; see `budget`.
@@ -357,7 +354,7 @@ def load_offloaded(
     by_layer = runs_by_layer(device)
     pinned = by_layer and has_pinned_memory(device)
     store = ExpertStore(
-        expert_arrays(tensors, manifest, config),
+        expert_arrays(stored, config),
         allow_mapping=not by_layer,
         new_buffer=functools.partial(pinned_buffer, device) if pinned else pageable_buffer,
     )
@@ -370,14 +367,15 @@ def load_offloaded(
         budget_bytes = fixed_bytes(lean, store) + state + store.num_all * store.num_bytes
         available = host_bytes_available()
         if available is not None and budget_bytes > available:
+            needed, there_are = gigabytes_apart(budget_bytes, available)
             raise ValueError(
-                f"the experts do not fit in the host's memory: {gigabytes(budget_bytes)} are "
-                f"needed and {gigabytes(available)} available; give offload='disk'"
+                f"the experts do not fit in the host's memory: {needed} are needed and {there_are} "
+                "available; give offload='disk'"
             )
     else:
         budget_bytes = budget(memory)
     store.resize(num_slots(lean, store, least_state, budget_bytes))
-    params = load_params(tensors, manifest, config, mesh, progress, without_experts)
+    params = load_params(stored, config, mesh, progress, without_experts)
     if not by_layer:
         handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
         experts = params.layers.experts._replace(handle=handle)
@@ -425,9 +423,12 @@ def num_slots(engine: Engine, store: ExpertStore, cache_bytes: int, budget_bytes
         cache_bytes = 0
     room = budget_bytes - fixed - cache_bytes
     if room < 0:
+        given, needed = gigabytes_apart(budget_bytes, fixed + cache_bytes)
+        # Up to a whole megabyte, so that what is asked for is enough.
+        least = -(-(fixed + cache_bytes) // 10**6) / 1000
         raise ValueError(
-            f"a memory budget of {gigabytes(budget_bytes)} is too small: what has to be in memory "
-            f"takes {gigabytes(fixed)}, and the cache of keys and values {gigabytes(cache_bytes)}; "
-            f"give at least {gigabytes(fixed + cache_bytes)}, or fewer or shorter prompts"
+            f"a memory budget of {given} is too small: {needed} have to be in memory, "
+            f"{gigabytes(cache_bytes)} of them for keys and values; give at least {least:.3f} GB, "
+            "or fewer or shorter prompts"
         )
     return min(room // store.num_bytes, store.num_all)

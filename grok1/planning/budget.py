@@ -1,7 +1,7 @@
 """How much a process may take when the experts of its model stay on disk, and what must fit."""
 
 from grok1.engine.engine import Engine
-from grok1.machine.host_memory import gigabytes, host_bytes_available
+from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.transformer import Params
 from grok1.ops.experts import FetchedExperts
 from grok1.planning.memory import WORKING_BYTES, screening_table_bytes, shard_bytes
@@ -49,8 +49,9 @@ def budget(memory: float | str | None) -> int:
             f"memory must be a number of GB above 0, as 16 or '16GB', found {memory!r}"
         )
     if available is not None and found * 1e9 > available:
+        asked, there_are = gigabytes_apart(found * 1e9, available)
         raise ValueError(
-            f"a memory budget of {found:g} GB is more than the {gigabytes(available)} that are "
-            "available; give less, or free what is in use"
+            f"a memory budget of {asked} is more than the {there_are} that are available; give "
+            "less, or free what is in use"
         )
     return int(found * 1e9)

@@ -9,7 +9,7 @@ import jax
 
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
-from grok1.machine.host_memory import gigabytes, host_bytes_available
+from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.nn.manifest import TensorSpec, arrange, manifest
 from grok1.nn.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
 from grok1.nn.transformer import NamedParams, Params
@@ -171,13 +171,15 @@ def require_memory(engine: Engine) -> None:
         f"{gigabytes(needed - state - working)} of weights, {gigabytes(state)} of cache and "
         f"{gigabytes(working)} of working memory"
     )
+    together, there_are = gigabytes_apart(needed_here, available)
     if on_cpu:
         shares = ""
         if len(local) > 1:
-            shares = f" on each of {len(local)} CPU devices, {gigabytes(needed_here)} together"
+            shares = f" on each of {len(local)} CPU devices"
         raise ValueError(
-            f"the model does not fit: it takes {parts}{shares}, and {gigabytes(available)} of "
-            "memory are available; use a machine with more memory, or more machines. "
+            f"the model does not fit: it takes {parts}{shares}, {together} together, and "
+            f"{there_are} of memory are available; use a machine with more memory, or more "
+            "machines. "
             "`python -m grok1 plan` says what fits"
         )
     helps = "use more devices or ones with more memory, or free what is in use"
@@ -187,8 +189,8 @@ def require_memory(engine: Engine) -> None:
             f"is enough; otherwise {helps}"
         )
     raise ValueError(
-        f"the model does not fit: it takes {parts} on each of {mesh.size} devices, and "
-        f"{gigabytes(available)} are available on {local[0].device_kind}; {helps}. "
+        f"the model does not fit: it takes {parts}, {together} together, on each of {mesh.size} "
+        f"devices, and {there_are} are available on {local[0].device_kind}; {helps}. "
         "`python -m grok1 plan` says what fits"
     )
 

@@ -297,7 +297,7 @@ def _rates(
     if stored_at is not None:
         checkpoint, config = stored_at
         with contextlib.suppress(CheckpointError):
-            layers = expert_arrays(*open_tensors(checkpoint, config), config)[:num_layers]
+            layers = expert_arrays(open_tensors(checkpoint, config), config)[:num_layers]
             files = file_bandwidth([array for layer in layers for array in layer])
             measured.append("files")
     if bandwidth is not None:

@@ -1,0 +1,93 @@
+"""Whether the elements of arrays can be those of a model: found at memory speed, and named."""
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from grok1.checkpoint.tensor_file import DataFile
+from grok1.files import CheckpointError
+
+MOST_SCALE = 2.0**20
+"""The largest magnitude of a scale. Those of Grok-1 are below 0.1; 1e29 overflows in products."""
+
+_DAMAGED = "the file is damaged: download it again"
+_BLOCK = 1 << 16  # elements, which stay in a cache of the processor
+# By the size of a float: integers of that size, and the bits of its exponent.
+_EXPONENTS = {2: np.uint16(0x7F80), 4: np.uint32(0x7F800000)}
+_MAGNITUDE = np.uint16(0x7FFF)
+_MOST_BITS = np.array(MOST_SCALE, ml_dtypes.bfloat16).view(np.uint16)
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether all elements are finite, at some 10 GB/s.
+
+    Args:
+      values: float32 or bfloat16, C-contiguous.
+    """
+    mask = _EXPONENTS[values.dtype.itemsize]
+    bits = values.reshape(-1).view(mask.dtype)
+    masked = np.empty(min(_BLOCK, bits.size), mask.dtype)
+    for start in range(0, bits.size, _BLOCK):
+        block = bits[start : start + _BLOCK]
+        # All bits of the exponent are set in what is infinite or not a number.
+        if np.bitwise_and(block, mask, out=masked[: block.size]).max() == mask:
+            return False
+    return True
+
+
+def check_finite(
+    file: DataFile, name: str, values: np.ndarray, origin: Sequence[int] | None = None
+) -> None:
+    """Checks that float weights are finite: one that is not makes the text wrong without a word.
+
+    Args:
+      file: The file they come from, for the message.
+      name: The tensor, likewise.
+      values: All of its elements, or a slice, as for `is_finite`.
+      origin: Where the slice starts in the tensor; None for zeros.
+
+    Raises:
+      CheckpointError: If one is infinite or not a number.
+    """
+    if not is_finite(values):
+        raise CheckpointError(
+            file.path,
+            f"{name}: {_faults(values, np.isfinite(values), origin, 'values', 'finite')}",
+            _DAMAGED,
+        )
+
+
+def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | None = None) -> None:
+    """Checks that scales are finite, and no larger than products bear.
+
+    Args:
+      file: The file they come from, for the message.
+      scales: All of its bfloat16 scales, or a slice.
+      origin: Where the slice starts in the file's array; None for zeros.
+
+    Raises:
+      CheckpointError: If one is infinite, not a number, or above `MOST_SCALE`.
+    """
+    good = are_scales(scales)
+    if not good.all():
+        rule = f"finite, or above {MOST_SCALE:,.0f}"
+        raise CheckpointError(file.path, _faults(scales, good, origin, "scales", rule), _DAMAGED)
+
+
+def are_scales(values: np.ndarray) -> np.ndarray:
+    """Returns which bfloat16 elements are finite and of at most `MOST_SCALE`."""
+    # As integers, the magnitudes of floats are in their order, and what is not finite is largest.
+    return (values.view(np.uint16) & _MAGNITUDE) <= _MOST_BITS
+
+
+def _faults(
+    values: np.ndarray, good: np.ndarray, origin: Sequence[int] | None, what: str, rule: str
+) -> str:
+    """Says how many elements are not good, and where the first of them is."""
+    first = np.unravel_index(np.argmin(good), good.shape)
+    place = [int(n) for n in np.add(first, 0 if origin is None else origin)]
+    return (
+        f"{good.size - np.count_nonzero(good)} of {good.size} {what} are not {rule}, the first is "
+        f"{values[first]} at {place}"
+    )
