@@ -126,10 +126,11 @@ class ModelConfig:
             ("attn_output_multiplier", self.key_size**-0.5),
         ):
             given = getattr(self, name)
-            if isinstance(given, _Follows) or given is _DERIVED:
-                object.__setattr__(self, name, _Follows(derived))
-            elif math.isclose(given, derived, rel_tol=1e-12):
+            # A file's own last digit stays, as long as the size does.
+            if math.isclose(given, derived, rel_tol=1e-12):
                 object.__setattr__(self, name, _Follows(given))
+            elif isinstance(given, _Follows) or given is _DERIVED:
+                object.__setattr__(self, name, _Follows(derived))
         if not self.ffn_size:
             raise ValueError(
                 f"widening_factor {self.widening_factor} leaves the experts no hidden width"

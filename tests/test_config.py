@@ -234,6 +234,7 @@ def test_multipliers_follow_the_sizes_unless_they_are_given():
     assert (again.embedding_multiplier_scale, again.attn_output_multiplier) == (16.0, 0.125)
     nano = ModelConfig.load(NANO)
     assert nano.attn_output_multiplier == 0.35355339059327373 != 8**-0.5
+    assert dataclasses.replace(nano, num_layers=2).attn_output_multiplier == 0.35355339059327373
     assert dataclasses.replace(nano, key_size=16).attn_output_multiplier == 0.25
     given = dataclasses.replace(TOY, embedding_multiplier_scale=3.0, attn_output_multiplier=0.5)
     for config in (given, ModelConfig.from_json(given.to_json())):

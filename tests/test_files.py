@@ -99,8 +99,12 @@ def refused(path):
 def test_a_file_that_is_not_there_is_missing(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
-    for name in ("absent", "link", "file/below"):
-        with pytest.raises(CheckpointError, match="cannot be read: No") as caught:
+    for name, problem in (
+        ("absent", "cannot be read: No such file or directory; check the path"),
+        ("file/below", "cannot be read: Not a directory; check the path"),
+        ("link", "is a link to nowhere, which is not there; put the file there, or remove"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name}: {problem}") as caught:
             read_bounded(tmp_path / name, 10)
         assert caught.value.kind == "missing"
 
