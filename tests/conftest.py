@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import signal
+import types
 
 # Before JAX starts: the number of devices is fixed from then on.
 os.environ["XLA_FLAGS"] = (
@@ -28,11 +29,35 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
 
 
+COMPILED = ("grok1.engine", "grok1.nn", "grok1.ops", "jax")
+"""What programs are made of and stored by; the rest may be patched and no program is another."""
+
+
+class Patch(pytest.MonkeyPatch):
+    """`monkeypatch`, under which programs are not stored from when one is made of a patch."""
+
+    def setattr(self, target, name, *value, **options):
+        if isinstance(target, types.ModuleType):
+            target_module = target.__name__
+        else:
+            target_module = target if isinstance(target, str) else target.__module__
+        if target_module.startswith(COMPILED):
+            os.environ["GROK1_COMPILATION_CACHE"] = "0"
+        super().setattr(target, name, *value, **options)
+
+
 @pytest.fixture(autouse=True)
-def stored_programs(request):
+def stored_programs():
     """Lets tests share compiled programs, unless one patches what they are compiled from."""
-    is_patched = "monkeypatch" in request.fixturenames
-    os.environ["GROK1_COMPILATION_CACHE"] = "0" if is_patched else "1"
+    os.environ["GROK1_COMPILATION_CACHE"] = "1"
+
+
+@pytest.fixture
+def monkeypatch(stored_programs):
+    """As pytest's own."""
+    patch = Patch()
+    yield patch
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

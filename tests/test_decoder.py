@@ -161,9 +161,7 @@ def test_int8_equals_its_dequantized_weights(model_size, groups):
         assert relative_error(logits, expected[0]) <= 2e-5
 
 
-@pytest.mark.parametrize(
-    ("num_experts", "num_selected"), [(1, 1), (3, 3), (7, 4)], ids=lambda n: str(n)
-)
+@pytest.mark.parametrize(("num_experts", "num_selected"), [(1, 1), (7, 4)], ids=lambda n: str(n))
 def test_any_number_of_experts(num_experts, num_selected):
     config = dataclasses.replace(
         grok1.TOY, num_layers=2, num_experts=num_experts, num_selected_experts=num_selected
@@ -175,21 +173,17 @@ def test_any_number_of_experts(num_experts, num_selected):
     assert relative_error(model.logits(tokens), expected[0]) <= 2e-5
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
 @pytest.mark.parametrize(
-    "change",
-    [{"router_softcap": 0.5}, {"renormalize_gates": True}],
-    ids=lambda change: next(iter(change)),
+    ("change", "mesh"),
+    [({"router_softcap": 0.5}, (1, 1)), ({"renormalize_gates": True}, (2, 4))],
+    ids=["router_softcap", "renormalize_gates"],
 )
-def test_other_routers_equal_the_readable_form(change, mesh):
-    config = dataclasses.replace(grok1.TOY, num_layers=2, **change)
-    model = grok1.random_model(config, mesh=mesh, dtype="float32", seed=5)
+def test_other_routers_equal_the_readable_form(change, mesh, nano_path, nano_config):
+    model = grok1.load(nano_path, mesh=mesh, dtype="float32", layers=2, progress=False, **change)
     tokens = np.arange(100, 120)
-    params = naming(config).apply(named_params(model), None)
-    expected, _ = forward(params, config, jnp.asarray(tokens)[None])
-    released, _ = forward(
-        params, dataclasses.replace(grok1.TOY, num_layers=2), jnp.asarray(tokens)[None]
-    )
+    params = naming(model.config).apply(named_params(model), None)
+    expected, _ = forward(params, model.config, jnp.asarray(tokens)[None])
+    released, _ = forward(params, nano_config.first_layers(2), jnp.asarray(tokens)[None])
     assert relative_error(model.logits(tokens), expected[0]) <= 2e-5
     # The norm after the experts makes up for most of it: what is left is the order of 1e-3.
     assert relative_error(released, expected) >= 1e-5

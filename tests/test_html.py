@@ -89,14 +89,14 @@ def test_model_shows_size_memory_and_mesh(toy):
     assert shown["experts"] == "8, 2 for a token"
 
 
-def test_model_on_a_mesh_shows_the_share_of_a_device():
-    model = grok1.random_model(grok1.TOY, mesh=(2, 4), cache_dtype="int8")
+def test_model_on_a_mesh_shows_the_share_of_a_device(nano_path):
+    model = grok1.load(nano_path, mesh=(2, 4), cache_dtype="int8", progress=False)
     shown = cells(model._repr_html_())
     total, share = (float(part.split()[0]) for part in shown["weights"].split(", "))
     assert total / 4 < share < total / 2
     assert shown["mesh"] == "2x4 (data x model), 8 CPU devices"
     assert shown["key/value cache"] == "int8"
-    assert shown["vocabulary"] == "1,280, no tokenizer"
+    assert shown["vocabulary"] == "128, no tokenizer"
 
 
 def test_config_shows_every_field():

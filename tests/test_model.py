@@ -292,7 +292,7 @@ def test_cache_types_that_are_refused(make, nano_path):
     ],
 )
 def test_the_type_of_the_cache(dtype, cache_dtype, cache):
-    model = grok1.random_model(grok1.TOY, mesh=(1, 1), dtype=dtype, cache_dtype=cache_dtype)
+    model = load_toy(dtype=dtype, cache_dtype=cache_dtype)
     state = model.engine.new_state(np.zeros((1, 256), np.int32))
     assert state.cache.k.dtype == state.cache.v.dtype == cache
     assert (state.cache.k_scales is not None) == (cache == "int8")
@@ -370,8 +370,9 @@ class TestToy:
         tokens = toy.tokenizer.encode(self.text)
         assert divergence(toy, load_toy(cache_dtype="float16"), tokens) < 1e-4
 
-    @pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (2, 4), (1, 8)])
-    def test_an_int8_cache_changes_little_on_every_mesh(self, toy, mesh):
+    # Rows on two groups of devices, each of which has more devices than there are cached heads.
+    @pytest.mark.parametrize("mesh", [(1, 1), (2, 8)])
+    def test_an_int8_cache_changes_little(self, toy, mesh):
         model = load_toy(mesh=mesh, cache_dtype="int8")
         tokens = toy.tokenizer.encode(self.text)
         assert 1e-6 < divergence(toy, model, tokens) < 4e-3
