@@ -13,7 +13,7 @@ from grok1 import AblateExperts, AddToResidual
 from grok1.nn.manifest import file_name
 from grok1.offload import device_experts, expert_store, runner
 from grok1.offload.expert_store import pageable_buffer
-from grok1.planning import memory
+from grok1.planning import budget, memory
 from tests.helpers import relative_error
 
 GREEDY = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
@@ -25,7 +25,8 @@ ROUNDING = 1e-5
 
 @pytest.fixture(autouse=True)
 def by_layer(monkeypatch):
-    monkeypatch.setattr(runner, "WORKING_BYTES", 0)
+    for module in (budget, runner):
+        monkeypatch.setattr(module, "WORKING_BYTES", 0)
     monkeypatch.setattr(runner, "runs_by_layer", lambda device: True)
 
 
@@ -33,7 +34,8 @@ def by_layer(monkeypatch):
 def shared(copied) -> grok1.Model:
     # Once for the module, which is wider than the patches of a test.
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(runner, "WORKING_BYTES", 0)
+        for module in (budget, runner):
+            patches.setattr(module, "WORKING_BYTES", 0)
         patches.setattr(runner, "runs_by_layer", lambda device: True)
         return load(copied)
 

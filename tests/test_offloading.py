@@ -25,7 +25,7 @@ from grok1.machine import announcement
 from grok1.nn.manifest import file_name
 from grok1.offload import expert_store, runner
 from grok1.ops.cpu import bindings
-from grok1.planning import memory
+from grok1.planning import budget, memory
 from tests.conftest import TOY
 from tests.helpers import relative_error
 
@@ -35,7 +35,8 @@ GREEDY = {"max_new_tokens": 32, "temperature": 0, "ignore_eos": True}
 @pytest.fixture(autouse=True)
 def no_reserve(monkeypatch):
     """Budgets of these tests are of kilobytes: nothing is set apart for Python and JAX."""
-    monkeypatch.setattr(runner, "WORKING_BYTES", 0)
+    for module in (budget, runner):
+        monkeypatch.setattr(module, "WORKING_BYTES", 0)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +345,8 @@ def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkey
     assert all(still_held)
     assert threads() == []
     assert mapped_files(str(copied)) == []
-    monkeypatch.setattr(runner, "WORKING_BYTES", 0)
+    for module in (budget, runner):
+        monkeypatch.setattr(module, "WORKING_BYTES", 0)
     assert model.generate(prompt, **GREEDY) == before
     buffers = [weakref.ref(buffer.matrices[0]) for buffer in store._cache._held.values()]
     assert len(buffers) == 3
