@@ -9,7 +9,7 @@ import pytest
 
 import grok1
 from grok1.generate.options import GenerationArguments, GenerationOptions
-from tests.test_options import make_options
+from tests.generate.test_options import make_options
 
 OPTIONS = {field.name: field for field in dataclasses.fields(GenerationOptions)}
 

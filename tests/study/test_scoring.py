@@ -13,7 +13,7 @@ import grok1
 from grok1.nn.unembedding import _LOGITS_BYTES
 from grok1.study.scoring import Window, encode_pair, score_windows, window_bounds
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 TEXT = (
     "The first argument is a string. If the file cannot be opened, an OSError is raised.\n\n"
     "def is_prime(n: int) -> bool:\n    return n > 1 and all(n % i for i in range(2, n))\n\n"

@@ -29,7 +29,7 @@ from grok1.checkpoint.tensor_file import (
 )
 from grok1.nn.manifest import TensorSpec
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 NANO = sorted((GOLDEN / "nano" / "ckpt-0").iterdir())
 KINDS = json.loads((GOLDEN / "frames.json").read_text())["kinds"]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-RUN = pathlib.Path(__file__).parent.parent / "run.py"
+RUN = pathlib.Path(__file__).parent.parent.parent / "run.py"
 PROMPT = "The answer to life the universe and everything is of course"
 
 

@@ -18,7 +18,7 @@ import grok1
 from grok1.machine import processes
 from tests.helpers import relative_error
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 JOIN = "import grok1; grok1.initialize_distributed({coordinator!r}, {count}, {rank})\n"
 COMPUTE = """
 import os, sys, jax, numpy as np
