@@ -242,7 +242,7 @@ def compare(
       CheckpointError: As `load`.
     """
     sources: dict[str, _Opened] = {
-        side: source if isinstance(source, Model) else pathlib.Path(source)
+        side: source if isinstance(source, Model) else pathlib.Path(os.path.expanduser(source))
         for side, source in (("A", a), ("B", b))
     }
     options = {"A": dict(load_a or {}), "B": dict(load_b or {})}
@@ -251,7 +251,8 @@ def compare(
     if text is not None and all(_names_tokens(source) for source in sources.values()):
         raise ValueError("both files hold their tokens; leave out the text")
     if save_logits is not None:
-        _check_new_file(pathlib.Path(save_logits))
+        save_logits = pathlib.Path(os.path.expanduser(save_logits))
+        _check_new_file(save_logits)
     with tempfile.TemporaryDirectory(prefix="grok1-compare-") as directory:
         runs: dict[str, _Run] = {}
         sizes: dict[str, int] = {}

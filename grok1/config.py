@@ -227,7 +227,7 @@ class ModelConfig:
         Raises:
           CheckpointError: If there is no such file, or it is none; otherwise as `from_json`.
         """
-        text = read_bounded(path, _MOST_FILE_BYTES)
+        text = read_bounded(os.path.expanduser(path), _MOST_FILE_BYTES)
         try:
             return cls._from_text(text)
         except ValueError as error:

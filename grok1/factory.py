@@ -1,6 +1,7 @@
 """The ways a model comes to be, and back to disk."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -169,4 +170,4 @@ def save(model: Model, path: str | pathlib.Path) -> None:
     if model.tokenizer is not None:
         beside["tokenizer.model"] = model.tokenizer.model_proto
     tensors = unstack(model.params, model.config, model.tensors)
-    save_checkpoint(pathlib.Path(path, "ckpt-0"), tensors, beside)
+    save_checkpoint(pathlib.Path(os.path.expanduser(path), "ckpt-0"), tensors, beside)

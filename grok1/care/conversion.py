@@ -78,7 +78,7 @@ def convert(
       ModuleNotFoundError: If the package of the format is not installed.
     """
     _check_options(to, dtype, embedding)
-    source = located(source)
+    source, target = located(source), os.path.expanduser(target)
     config = load_config(source)
     tensors, specs = open_tensors(source, config)
     if dtype == "int8" and all(spec.scales_shape is None for spec in specs):

@@ -123,7 +123,9 @@ def verify(
     faults = _pointers_as_one(faults)
     notes: list[str] = []
     if deep:
-        sums_path = pathlib.Path(sums_file if sums_file is not None else directory / SUMS_NAME)
+        sums_path = directory / SUMS_NAME
+        if sums_file is not None:
+            sums_path = pathlib.Path(os.path.expanduser(sums_file))
         found, notes = _read_all(directory, files, sums_path, progress)
         faults += found
     bad = {fault.path for fault in faults}

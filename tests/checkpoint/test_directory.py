@@ -147,6 +147,18 @@ def test_home_and_the_bundled_toy_have_names(house, monkeypatch):
     (house / "own.model").unlink()
 
 
+def test_home_has_its_name_where_something_is_written(house, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    conversion.convert(house / "models" / "nano", "~/new", to="grok1", progress=False)
+    assert grok1.ModelConfig.load("~/new/config.json").emb_size == 64
+    assert verification.verify("~/new", deep=True, sums_file="~/sums", progress=False).is_good
+    assert (tmp_path / "sums").exists()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/absent.npz: there is no")):
+        grok1.compare("~/absent.npz", "~/new")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/no: there is no")):
+        grok1.compare(house / "models" / "nano", "~/no", "text")
+
+
 def test_a_wrong_directory_is_told_without_starting_a_device(tmp_path):
     program = (
         "import time, grok1\n"
