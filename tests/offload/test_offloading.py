@@ -199,7 +199,7 @@ def test_a_larger_cache_takes_its_memory_from_the_experts(offloaded):
     needed = -(-row // model.engine.store.num_bytes)
     model.generate([prompt] * 2, **GREEDY)
     assert model.offload_stats.num_held == 40 - needed
-    with pytest.raises(ValueError, match=r"budget of 0\.00 GB is too small: .* fewer or shorter"):
+    with pytest.raises(ValueError, match=r"budget of 0\.\d+ GB is too small: .* fewer or shorter"):
         model.generate([prompt] * 4, **GREEDY)
 
 
@@ -246,16 +246,19 @@ def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
     refused(
         r"a memory budget of 1000000.00 GB is more than the .* available", memory=1e6, **on_disk
     )
-    refused(r"a memory budget of 0\.00 GB is too small: .* give at least", memory=1e-6, **on_disk)
-    with pytest.raises(ValueError, match="is too small") as caught:
-        grok1.load(nano_path, memory="1GB", progress=False, **on_disk)
-    found = re.fullmatch(
-        r"a memory budget of (1\.0+) GB is too small: (\d+\.\d+) GB have to be in memory, \d\.\d\d "
-        r"GB of them for keys and values; give at least (\d+\.\d\d\d) GB, or fewer or shorter .*",
-        str(caught.value),
-    )
-    assert found
-    assert float(found[1]) < float(found[2]) <= float(found[3])
+    refused(r"a memory budget of 0\.0+ GB is too small: .* give at least", memory=1e-6, **on_disk)
+    given = 1e-6
+    for _ in range(3):
+        with pytest.raises(ValueError, match="is too small") as caught:
+            grok1.load(nano_path, memory=given, progress=False, **on_disk)
+        found = re.fullmatch(
+            r"a memory budget of (\d\.\d+) GB is too small: (\d\.\d+) GB have to be in memory, "
+            r"0\.00 GB of them for keys and values; give at least (0\.\d\d\d) GB, or fewer or .*",
+            str(caught.value),
+        )
+        assert found
+        assert float(found[1]) < float(found[2]) <= float(found[3])
+        given += 0.9 * (float(found[2]) - given)  # ever closer to enough
     grok1.load(nano_path, memory=found[3], progress=False, **on_disk)
     with pytest.raises(ValueError, match="save needs the whole model in memory"):
         grok1.save(offloaded, tmp_path / "saved")
