@@ -272,6 +272,17 @@ def test_deep_finds_a_hole(tmp_path):
     assert f"{1200 * 1024} of the values are -128" in note
 
 
+@pytest.mark.parametrize("scale", [1e29, -1e29, float("nan"), 1.1e6])
+def test_deep_finds_scales_that_products_do_not_bear(scale, tmp_path):
+    scales = np.ones((2, 64), ml_dtypes.bfloat16)
+    scales[1, 7] = scale
+    write_tensor(tmp_path / "tensor00000_000", np.ones((64, 64), np.int8), scales)
+    with pytest.raises(
+        CheckpointError, match=r"1 of 128 scales are not finite, or above 1,048,576, .* at \[1, 7\]"
+    ):
+        read_one(tmp_path / "tensor00000_000")
+
+
 def test_an_array_is_checked_across_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "_READ_BYTES", 1 << 12)
     values = np.ones((64, 100), np.float32)
