@@ -219,7 +219,7 @@ def test_auto_offloads_what_does_not_fit(nano_path, nano, monkeypatch, capfd):
     said = capfd.readouterr().err
     assert said == "grok1: the model takes 0.00 GB: experts are read when they are needed\n"
     monkeypatch.setattr(memory, "host_bytes_available", lambda: 2_600_000)
-    monkeypatch.setattr(runner, "host_bytes_available", lambda: 3_000_000)
+    monkeypatch.setattr(budget, "host_bytes_available", lambda: 3_000_000)
     model = grok1.load(nano_path, mesh=(1, 1), dtype="float32", progress=False)
     assert "the model does not fit: it takes 0.00 GB of weights" in capfd.readouterr().err
     assert model.engine.budget_bytes == 2_400_000
