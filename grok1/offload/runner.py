@@ -42,6 +42,7 @@ from grok1.ops import forms
 from grok1.planning.budget import budget, resident_bytes, without_experts
 from grok1.planning.memory import (
     WORKING_BYTES,
+    DoesNotFitError,
     device_bytes_available,
     least_bytes,
     require_memory,
@@ -313,10 +314,10 @@ def is_offloaded(
         return True
     try:
         require_memory(engine)
-    except ValueError as error:
+    except DoesNotFitError as error:
         if offload == "none" or not on_one:
             raise
-        reason = str(error).partition(";")[0]
+        reason = error.problem
     else:
         if memory is None or not on_one or engine.mesh.devices.flat[0].platform != "cpu":
             return False

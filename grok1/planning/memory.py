@@ -36,6 +36,22 @@ WORKING_BYTES = 1_000_000_000
 _MOST_DEVICES = 64  # that are suggested
 
 
+class DoesNotFitError(ValueError):
+    """A model is too large for the memory that is there.
+
+    Attributes:
+      problem: What it takes, and what there is.
+      remedy: What helps.
+    """
+
+    def __init__(self, problem: str, remedy: str):
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.remedy}"
+
+
 def abstract_weights(tensors: list[TensorSpec], config: ModelConfig) -> Params:
     """Returns the shapes and types of a model's tensors, its layers as a list."""
     named: dict[str, dict[str, Any]] = {}
@@ -151,7 +167,8 @@ def require_memory(engine: Engine) -> None:
       engine: The model, of which only the shapes exist, on a mesh of real devices.
 
     Raises:
-      ValueError: If they cannot; the message says what is needed, what there is, and what helps.
+      DoesNotFitError: If they cannot; the message says what is needed, what there is, and what
+        helps.
     """
     mesh = engine.mesh
     local = mesh.local_devices
@@ -176,11 +193,11 @@ def require_memory(engine: Engine) -> None:
         shares = ""
         if len(local) > 1:
             shares = f" on each of {len(local)} CPU devices"
-        raise ValueError(
+        raise DoesNotFitError(
             f"the model does not fit: it takes {parts}{shares}, {together} together, and "
-            f"{there_are} of memory are available; use a machine with more memory, or more "
-            "machines. "
-            "`python -m grok1 plan` says what fits"
+            f"{there_are} of memory are available",
+            "use a machine with more memory, or more machines. `python -m grok1 plan` says what "
+            "fits",
         )
     helps = "use more devices or ones with more memory, or free what is in use"
     if local[0].platform in GPU_PLATFORMS:
@@ -188,10 +205,10 @@ def require_memory(engine: Engine) -> None:
             f"JAX takes {preallocated_share():.0%} of a GPU's memory: {RAISE_FRACTION} if that "
             f"is enough; otherwise {helps}"
         )
-    raise ValueError(
+    raise DoesNotFitError(
         f"the model does not fit: it takes {parts}, {together} together, on each of {mesh.size} "
-        f"devices, and {there_are} are available on {local[0].device_kind}; {helps}. "
-        "`python -m grok1 plan` says what fits"
+        f"devices, and {there_are} are available on {local[0].device_kind}",
+        f"{helps}. `python -m grok1 plan` says what fits",
     )
 
 
