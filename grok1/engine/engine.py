@@ -255,8 +255,11 @@ class Engine:
         """Returns the random key of each request, that of its stream of its seed."""
 
         def keys(seeds, streams):
-            fold = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))
-            return jax.random.key_data(fold(seeds, streams))
+            # By name: a setting of JAX's chooses another generator otherwise.
+            def key_of(seed, stream):
+                return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), stream)
+
+            return jax.random.key_data(jax.vmap(key_of)(seeds, streams))
 
         everywhere = NamedSharding(self.mesh, P())
         program = self._root._program(

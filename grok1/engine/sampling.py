@@ -6,12 +6,16 @@ Dimension key: B batch row, V vocabulary.
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from grok1.ops import race
+from grok1.ops.cpu import bindings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,8 +122,9 @@ def sampling_state(params: SamplingParams, keys: UInt32[np.ndarray, "B 2"]) -> S
     batch = len(keys)
     largest = np.iinfo(np.int32).max
     top_k = largest if params.top_k is None else min(params.top_k, largest)
+    hottest = float(np.finfo(np.float32).max)  # beyond it all tokens are alike, as they are at it
     return SamplingState(
-        temperature=np.full(batch, params.temperature, np.float32),
+        temperature=np.full(batch, min(params.temperature, hottest), np.float32),
         top_p=np.full(batch, params.top_p, np.float32),
         top_k=np.full(batch, top_k, np.int32),
         min_p=np.full(batch, params.min_p or 0, np.float32),
@@ -129,76 +134,160 @@ def sampling_state(params: SamplingParams, keys: UInt32[np.ndarray, "B 2"]) -> S
 
 def sample(
     logits: Float[Array, "B V"],
-    allowed: Bool[Array, "*rows V"],
+    allowed: Bool[Array, "... V"],
     state: SamplingState,
     positions: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """Draws one token a row; greedy rows take the most probable one, by a branch of their own.
+    """Draws one token a row, by `ops.race`; a greedy row takes the most probable one.
+
+    Neither form sorts the vocabulary, and both draw the same tokens. On CPUs each row costs what
+    its own parameters ask for; elsewhere all rows take the steps that one of them needs.
 
     Args:
       logits: float32; -infinity for tokens that must not be drawn.
-      allowed: False for tokens that must not be drawn, whatever their logits; `[V]` for all
-        rows or `[B, V]`.
+      allowed: False for tokens that must not be drawn, whatever their logits; `[V]` or `[B, V]`.
       state: Each row's parameters and key.
       positions: Position of the token that is drawn.
 
     Returns:
       int32; `NONE_LEFT`, or for NaN or +infinity `NOT_FINITE`, where no token can be drawn.
     """
-    largest = logits.max(axis=-1)  # NaN if any is
-    logits = jnp.where(allowed, logits, -jnp.inf)
-    is_left = logits.max(axis=-1) > -jnp.inf
+    if bindings.is_available():
+        parameters = bindings.RowParameters(**state._asdict(), positions=positions)
+        return bindings.sample(logits, allowed, parameters)
     greedy = state.temperature == 0
-    most_probable = jnp.argmax(logits, axis=-1)
+    remaining = jnp.where(allowed, logits, -jnp.inf)
+    most_probable = jnp.argmax(remaining, axis=-1).astype(jnp.int32)
 
     def draw():
-        # Below the smallest normal number a device may round to zero; from the maximum down, a
-        # tiny temperature overflows to -inf, which is right, and never to inf.
-        smallest = jnp.finfo(jnp.float32).tiny
-        temperature = jnp.maximum(jnp.where(greedy, 1, state.temperature), smallest)[:, None]
-        unfiltered = (state.top_p >= 1) & (state.min_p <= 0) & (state.top_k >= logits.shape[-1])
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-        filtered = jax.lax.cond(
-            jnp.all(unfiltered | greedy),
-            lambda: scaled,
-            lambda: keep_probable(scaled, state.top_k, state.top_p, state.min_p),
+        log_weights = race.log_weights(logits, allowed, jnp.where(greedy, 1, state.temperature))
+        filtered = (state.top_p < 1) | (state.min_p > 0) | (state.top_k < logits.shape[-1])
+        log_weights = jax.lax.cond(
+            jnp.any(filtered & ~greedy),
+            lambda: keep(log_weights, state.top_k, state.top_p, state.min_p),
+            lambda: log_weights,
         )
+        keys = race.position_keys(state.keys, positions)
+        scores = log_weights + race.noise(keys, logits.shape[-1])
+        scores = jnp.where(log_weights == race.FORBIDDEN, race.FORBIDDEN, scores)
+        return jnp.where(greedy, most_probable, jnp.argmax(scores, axis=-1).astype(jnp.int32))
 
-        def draw_row(key_data, position, row):
-            key = jax.random.fold_in(jax.random.wrap_key_data(key_data), position)
-            return jax.random.categorical(key, row)
-
-        drawn = jax.vmap(draw_row)(state.keys, positions, filtered)
-        return jnp.where(greedy, most_probable, drawn)
-
-    drawn = jax.lax.cond(jnp.all(greedy), lambda: most_probable, draw).astype(jnp.int32)
-    drawn = jnp.where(is_left, drawn, NONE_LEFT)
-    return jnp.where(largest < jnp.inf, drawn, NOT_FINITE)
+    drawn = jax.lax.cond(jnp.all(greedy), lambda: most_probable, draw)
+    drawn = jnp.where(remaining.max(axis=-1) > -jnp.inf, drawn, NONE_LEFT)
+    return jnp.where(logits.max(axis=-1) < jnp.inf, drawn, NOT_FINITE)  # NaN is not
 
 
 def keep_probable(
-    logits: Float[Array, "B V"],
+    log_weights: Int[Array, "B V"],
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
-) -> Float[Array, "B V"]:
-    """Sets the logits of tokens outside top-k, nucleus or min-p to -inf; the best always stays.
+) -> Int[Array, "B V"]:
+    """Forbids tokens outside top-k, nucleus or min-p, by sorting; the best always stays.
 
-    Top-k comes first; the nucleus is measured on what it leaves, renormalised. Among equal logits
-    the lower token id counts as the more probable.
+    What the filters mean; `keep` and the C++ kernel do the same without sorting. Top-k comes
+    first; the nucleus is measured on what it leaves, renormalised. Among equal log-weights the
+    lower token id counts as the more probable.
+
+    Args:
+      log_weights: int32, of `race.log_weights`; of up to 2**17 tokens.
+      top_k: How many tokens stay.
+      top_p: Share of the weight that the tokens before one that stays do not reach; 1 for all.
+      min_p: Least weight of one that stays, as a share of the largest.
     """
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    ordered = jnp.take_along_axis(logits, order, axis=-1)
-    ranks = jnp.arange(logits.shape[-1])
+    order = jnp.argsort(log_weights, axis=-1, stable=True, descending=True)
+    ordered = jnp.take_along_axis(log_weights, order, axis=-1)
+    ranks = jnp.arange(log_weights.shape[-1])
     within_k = ranks < top_k[:, None]
-    probs = jax.nn.softmax(jnp.where(within_k, ordered, -jnp.inf), axis=-1)
-    mass_before = jnp.cumsum(probs, axis=-1) - probs
-    within_p = (mass_before < top_p[:, None]) | (top_p[:, None] >= 1)
-    within_min_p = probs >= min_p[:, None] * probs[:, :1]
-    keep = (within_k & within_p & within_min_p) | (ranks == 0)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    kept = jnp.zeros(logits.shape, bool).at[rows, order].set(keep)
-    return jnp.where(kept, logits, -jnp.inf)
+    weights = race.weights(jnp.where(within_k, ordered, race.FORBIDDEN))
+    sums = race.Sum(*(jnp.cumsum(limb, axis=-1) for limb in weights))
+    before = race.Sum(*(limbs - limb for limbs, limb in zip(sums, weights, strict=True)))
+    limit = top_p * race.Sum(*(limb[:, -1] for limb in sums)).value()
+    within_p = (before.value() < limit[:, None]) | (top_p[:, None] >= 1)
+    within_min_p = race.relative_weights(ordered) >= min_p[:, None]
+    kept = (within_k & within_p & within_min_p) | (ranks == 0)
+    rows = jnp.arange(len(log_weights))[:, None]
+    return log_weights.at[rows, order].set(jnp.where(kept, ordered, race.FORBIDDEN))
+
+
+def keep(
+    log_weights: Int[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    min_p: Float[Array, " B"],
+) -> Int[Array, "B V"]:
+    """As `keep_probable`, by halving the range of log-weights: 31 passes, however many stay."""
+
+    def within_k():
+        def holds(before: _Before):
+            return before.count < top_k
+
+        return _keep_while(log_weights, holds)
+
+    def within_p():
+        weights = race.weights(within)
+        limit = top_p * race.total(weights).value()
+
+        def holds(before: _Before):
+            return (before.weight.value() < limit) | (top_p >= 1)
+
+        return _keep_while(within, holds)
+
+    top = log_weights == log_weights.max(axis=-1, keepdims=True)
+    is_best = top & (jnp.cumsum(top, axis=-1) == 1)
+    size = log_weights.shape[-1]
+    within = jax.lax.cond(jnp.any(top_k < size), within_k, lambda: log_weights)
+    within = jax.lax.cond(jnp.any(top_p < 1), within_p, lambda: within)
+    enough = race.relative_weights(log_weights) >= min_p[:, None]
+    return jnp.where(enough | is_best, within, race.FORBIDDEN)
+
+
+class _Before(NamedTuple):
+    """The tokens of each row that are more probable than one: their number and weight."""
+
+    count: Int[Array, " B"]
+    weight: race.Sum
+
+
+def _keep_while(
+    log_weights: Int[Array, "B V"], holds: Callable[[_Before], Bool[Array, " B"]]
+) -> Int[Array, "B V"]:
+    """Keeps tokens from the most probable on, as long as `holds` of those before."""
+    weights = race.weights(log_weights)
+
+    def before(bound):
+        above = log_weights > bound[:, None]
+        return _Before(above.sum(axis=-1, dtype=jnp.int32), race.total(weights, above))
+
+    def halve(_, ends):
+        low, high = ends  # `holds` of what is above high, not of what is above low
+        middle = low + (high - low) // 2
+        enough = holds(before(middle))
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    best = log_weights.max(axis=-1)
+    low = jnp.full_like(best, race.LOWEST - 1)
+    _, last = jax.lax.fori_loop(0, 31, halve, (low, best))
+    more = before(last)
+    equals = log_weights == last[:, None]
+    num_equals = equals.sum(axis=-1, dtype=jnp.int32)
+    one = race.weights(last)
+
+    def halve_equals(_, ends):
+        low, high = ends  # that many equals stay; more than that do not
+        middle = (low + high + 1) // 2
+        count = middle - 1
+        enough = holds(_Before(more.count + count, more.weight.plus(one, count)))
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    ends = (jnp.ones_like(num_equals), num_equals)
+    kept, _ = jax.lax.fori_loop(0, log_weights.shape[-1].bit_length(), halve_equals, ends)
+
+    def lowest_ids():
+        return equals & (jnp.cumsum(equals, axis=-1) <= kept[:, None])
+
+    equals = jax.lax.cond(jnp.any(kept < num_equals), lowest_ids, lambda: equals)
+    return jnp.where((log_weights > last[:, None]) | equals, log_weights, race.FORBIDDEN)
 
 
 def top_logprobs(
@@ -206,9 +295,15 @@ def top_logprobs(
 ) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
     """Log-probability of each row's token, and its `num_top` most probable tokens with theirs.
 
-    They are the model's own: no temperature, no filter.
+    They are the model's own, no temperature, no filter, and finite if the logits are.
     """
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    if bindings.is_available():
+        return bindings.log_probabilities(logits, tokens, num_top)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    lowest = jnp.finfo(jnp.float32).min
+    logprobs = jnp.maximum(shifted - jax.nn.logsumexp(shifted, axis=-1, keepdims=True), lowest)
+    # Where no token can be drawn there is none to look up.
+    places = jnp.maximum(tokens, 0)[:, None]
+    chosen = jnp.take_along_axis(logprobs, places, axis=-1)[:, 0]
     best, best_tokens = jax.lax.top_k(logprobs, num_top)
     return chosen, best_tokens.astype(jnp.int32), best

@@ -1,7 +1,11 @@
 """Sampling on vocabularies of a few tokens by hand, and on the released one against float64."""
 
+import ctypes
+import functools
 import inspect
 import re
+import shutil
+import subprocess
 import types
 
 import jax
@@ -12,29 +16,55 @@ import pytest
 from grok1.engine.sampling import (
     SamplingParams,
     SamplingState,
+    keep,
     keep_probable,
     sample,
     sampling_state,
     top_logprobs,
 )
+from grok1.ops import race
+from grok1.ops.cpu import bindings, build
 
 ALL = np.iinfo(np.int32).max
 # In order 1, 3, 4, 0, 2; the sums from the best are 0.4, 0.7, 0.85, 0.95, 1.
 PROBS = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 
-keep_compiled = jax.jit(keep_probable)
-sample_compiled = jax.jit(sample)
-top_logprobs_compiled = jax.jit(top_logprobs, static_argnames="num_top")
+
+def through_xla(function, **options):
+    """The form for devices without kernels, compiled."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bindings, "is_available", lambda: False)
+            return function(*args, **kwargs)
+
+    return jax.jit(run, **options)
+
+
+log_weights_compiled = jax.jit(race.log_weights)
+keep_by = {"sorting": jax.jit(keep_probable), "halving": jax.jit(keep)}
+sample_by = {"native": jax.jit(sample), "xla": through_xla(sample)}
+top_logprobs_by = {
+    "native": jax.jit(top_logprobs, static_argnames="num_top"),
+    "xla": through_xla(top_logprobs, static_argnames="num_top"),
+}
 
 
 def log(probs):
     return np.log(np.asarray(probs, np.float32))
 
 
-def keep(logits, top_k, top_p, min_p):
-    return keep_compiled(
-        logits, np.array(top_k), np.array(top_p, np.float32), np.array(min_p, np.float32)
-    )
+def log_weights(logits, temperature=1.0, allowed=None):
+    temperature = np.broadcast_to(np.float32(temperature), len(logits))
+    allowed = np.ones(logits.shape[-1], bool) if allowed is None else allowed
+    return log_weights_compiled(logits, allowed, temperature)
+
+
+def kept(form, logits, top_k, top_p, min_p):
+    """Bool `[B, V]`: what a form keeps of logits at temperature 1."""
+    limits = np.int32(top_k), np.float32(top_p), np.float32(min_p)
+    return np.asarray(keep_by[form](log_weights(logits), *limits)) != race.FORBIDDEN
 
 
 def state_of(*params, keys=None):
@@ -49,11 +79,15 @@ def state_of(*params, keys=None):
 
 
 def draw(logits, state, positions, allowed=None):
+    """What every form draws, which is the same."""
     logits = jnp.asarray(logits, jnp.float32)
     if allowed is None:
         allowed = np.ones(logits.shape[-1], bool)
-    tokens = sample_compiled(logits, allowed, state, jnp.asarray(positions, jnp.int32))
+    tokens, others = (
+        run(logits, allowed, state, jnp.asarray(positions, jnp.int32)) for run in sample_by.values()
+    )
     assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, others, strict=True)
     return np.asarray(tokens)
 
 
@@ -121,6 +155,7 @@ def test_sampling_state_has_a_row_for_each_key():
 # --- keep_probable ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", keep_by)
 @pytest.mark.parametrize(
     ("probs", "top_k", "top_p", "min_p", "expected"),
     [
@@ -155,31 +190,135 @@ def test_sampling_state_has_a_row_for_each_key():
         ([0.5, 0, 0.2, 0, 0.3], 4, 1, 0, [0, 2, 4]),
     ],
 )
-def test_keep_probable_by_hand(probs, top_k, top_p, min_p, expected):
+def test_what_is_kept_by_hand(probs, top_k, top_p, min_p, expected, form):
     with np.errstate(divide="ignore"):
         logits = log(probs)[None] + 3
-    kept = keep(logits, [top_k], [top_p], [min_p])
-    expected = np.isin(np.arange(5), expected)
-    np.testing.assert_array_equal(kept, np.where(expected, logits, -np.inf))
+    found = kept(form, logits, [top_k], [top_p], [min_p])
+    assert np.flatnonzero(found).tolist() == expected
 
 
-def test_keep_probable_filters_each_row_by_its_own_limits():
+@pytest.mark.parametrize("form", keep_by)
+def test_each_row_is_filtered_by_its_own_limits(form):
     logits = np.stack([log(PROBS), log(PROBS)[::-1], log(PROBS)])
-    kept = keep(logits, [1, ALL, ALL], [1, 0.69, 1], [0, 0, 0.3])
-    rows = [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(kept)]
-    assert rows == [[1], [1, 3], [1, 3, 4]]
+    found = kept(form, logits, [1, ALL, ALL], [1, 0.69, 1], [0, 0, 0.3])
+    assert [np.flatnonzero(row).tolist() for row in found] == [[1], [1, 3], [1, 3, 4]]
 
 
-def test_the_nucleus_of_the_released_vocabulary_against_float64():
+@pytest.mark.parametrize("form", keep_by)
+def test_the_nucleus_of_the_released_vocabulary_against_float64(form):
     # In float32 the rounding of the sum is less than the probability of the tokens at the edge,
     # 1.6e-6; a sum in bfloat16 would keep 5,904.
     logits = 4 * np.random.default_rng(0).standard_normal((1, 131072), np.float32)
-    kept = keep(logits, [ALL], [0.99], [0])
+    found = kept(form, logits, [ALL], [0.99], [0])
     probs = np.sort(np.exp(logits[0].astype(np.float64)))[::-1]
     probs /= probs.sum()
     expected = np.sum(np.cumsum(probs) - probs < 0.99)
     assert expected == 9086
-    assert abs(np.isfinite(kept).sum() - expected) <= 2
+    assert abs(found.sum() - expected) <= 2
+
+
+@pytest.fixture(scope="module")
+def kept_by_kernel(tmp_path_factory):
+    """The kernel's filters alone: (logits, allowed, state) -> log-weights of what is kept."""
+    compiler = next(filter(None, map(shutil.which, build._COMPILERS)), None)
+    if compiler is None:
+        pytest.skip("no compiler on this machine")
+    source = tmp_path_factory.mktemp("sample") / "sample.cc"
+    library = source.with_suffix(".so")
+    source.write_text("""
+        #include "sample.h"
+        extern "C" void keep(const float* logits, const bool* allowed,
+                             const float* temperature, const float* top_p, const int* top_k,
+                             const float* min_p, const unsigned* keys, const int* positions,
+                             int* kept, long size, long rows) {
+          grok1::Sampling sampling = {logits, allowed, temperature, top_p, top_k,
+                                      min_p, keys, positions, size, size};
+          for (long row = 0; row < rows; ++row) {
+            grok1::RowSampler sampler(sampling, row);
+            sampler.find_most_probable();
+            grok1::Last last = sampler.last_kept();
+            for (int id = 0; id < size; ++id) {
+              int weight = sampler.log_weights()[id];
+              bool keeps = weight > last.log_weight ||
+                           (weight == last.log_weight && id <= last.id);
+              kept[row * size + id] = keeps ? weight : grok1::kForbidden;
+            }
+          }
+        }
+    """)
+    flags = [*build._FLAGS, "-march=native", f"-I{build._SOURCES}", f"-I{jax.ffi.include_dir()}"]
+    flags[flags.index("-O3")] = "-O1"  # compiles in half the time
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    run = ctypes.CDLL(str(library)).keep
+
+    def kept_of(logits, allowed, state):
+        kept = np.zeros(logits.shape, np.int32)
+        arrays = (logits, allowed, *state, np.zeros(len(logits), np.int32), kept)
+        assert all(array.flags.c_contiguous for array in arrays)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+        run(*pointers, ctypes.c_long(logits.shape[1]), ctypes.c_long(len(logits)))
+        return kept
+
+    return kept_of
+
+
+def random_cases(seed, rows, vocab_size):
+    """Logits, allowed tokens and parameters of every kind; in half of the rows with many ties."""
+    random = np.random.default_rng(seed)
+    logits = random.standard_normal((rows, vocab_size)) * random.choice([0.1, 1, 4], (rows, 1))
+    steps = random.choice([1, 8], (rows, 1))
+    logits = np.where(np.arange(rows)[:, None] % 2, np.round(logits * steps) / steps, logits)
+    logits[::7, : vocab_size // 2] = -np.inf  # as a processor does
+    allowed = random.random((rows, vocab_size)) < random.choice([0.05, 0.5, 1], (rows, 1))
+    allowed[:, random.integers(vocab_size // 2, vocab_size)] = True
+    state = SamplingState(
+        temperature=random.choice([0.05, 0.7, 1, 3, 1e30], rows).astype(np.float32),
+        top_p=random.choice([1, 0.999, 0.95, 0.5, 0.25, 0.01], rows).astype(np.float32),
+        top_k=random.choice([ALL, 1, 2, 10, 300], rows).astype(np.int32),
+        min_p=random.choice([0, 1e-9, 0.01, 0.3, 1], rows).astype(np.float32),
+        keys=random.integers(0, 2**32, (rows, 2), np.uint32),
+    )
+    return logits.astype(np.float32), allowed, state
+
+
+def test_all_forms_keep_and_draw_the_same_in_two_thousand_cases(kept_by_kernel):
+    for seed in range(4):
+        logits, allowed, state = random_cases(seed, rows=512, vocab_size=531)
+        weights = np.asarray(log_weights(logits, state.temperature, allowed))
+        expected = np.asarray(keep_by["sorting"](weights, *state[2:0:-1], state.min_p))
+        halved = np.asarray(keep_by["halving"](weights, *state[2:0:-1], state.min_p))
+        np.testing.assert_array_equal(halved, expected)
+        np.testing.assert_array_equal(kept_by_kernel(logits, allowed, state), expected)
+        tokens = draw(logits, state, np.arange(512) + seed, allowed)
+        assert np.all(expected[np.arange(512), tokens] != race.FORBIDDEN)
+
+
+# --- race -------------------------------------------------------------------------------------
+
+
+def test_weights_are_powers_of_two_to_float32():
+    log_weight = -np.arange(0, 3 << 24, 97, dtype=np.int32)
+    found = np.asarray(jax.jit(race.relative_weights)(log_weight), np.float64)
+    np.testing.assert_allclose(found, 2.0 ** (log_weight / race.OCTAVE), rtol=1e-7)
+    assert np.all(np.diff(found) <= 0)
+
+
+def test_noise_is_gumbels():
+    keys = np.array([[3, 4]], np.uint32)
+    bits, noise = jax.jit(lambda k: (race.token_bits(k, 99_999), race.noise(k, 99_999)))(keys)
+    uniform = (np.asarray(bits)[0].astype(np.float64) + 0.5) / 2**32
+    expected = -np.log2(-np.log1p(-uniform))
+    np.testing.assert_allclose(np.asarray(noise)[0] / race.OCTAVE, expected, atol=2e-6)
+    assert abs(uniform.mean() - 0.5) < 4 / np.sqrt(12 * 99_999)
+
+
+def test_keys_and_random_numbers_are_those_of_threefry():
+    # The known answers of the authors' Random123, and JAX's own folding.
+    block = race.threefry(*map(jnp.uint32, (0x13198A2E, 0x03707344, 0x243F6A88, 0x85A308D3)))
+    assert [int(word) for word in block] == [0xC4923A9C, 0x483DF7A0]
+    key = jax.random.key(9, impl="threefry2x32")
+    folded = race.position_keys(jax.random.key_data(key)[None], np.array([77]))
+    np.testing.assert_array_equal(folded[0], jax.random.key_data(jax.random.fold_in(key, 77)))
 
 
 # --- sample -----------------------------------------------------------------------------------
@@ -303,11 +442,12 @@ def test_only_allowed_tokens_are_drawn(rows):
 # --- top_logprobs -----------------------------------------------------------------------------
 
 
-def test_top_logprobs_against_float64():
+@pytest.mark.parametrize("form", top_logprobs_by)
+def test_top_logprobs_against_float64(form):
     logits = random_logits(5)
     logits[0, 7] = logits[0, 30] = 9  # the best two, alike: the lower comes first
     tokens = np.array([7, 0, 36, 5, 5], np.int32)
-    chosen, best_tokens, best = top_logprobs_compiled(logits, tokens, num_top=3)
+    chosen, best_tokens, best = top_logprobs_by[form](logits, tokens, num_top=3)
     assert best_tokens.dtype == jnp.int32
     expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(chosen, expected[np.arange(5), tokens], atol=2e-6)
@@ -317,7 +457,22 @@ def test_top_logprobs_against_float64():
     np.testing.assert_allclose(best, np.take_along_axis(expected, order, axis=-1), atol=2e-6)
 
 
-def test_top_logprobs_without_alternatives():
-    chosen, best_tokens, best = top_logprobs_compiled(log([PROBS]), np.array([3]), num_top=0)
+@pytest.mark.parametrize("form", top_logprobs_by)
+def test_top_logprobs_without_alternatives(form):
+    chosen, best_tokens, best = top_logprobs_by[form](log([PROBS]), np.array([3]), num_top=0)
     np.testing.assert_allclose(chosen, log([0.3]), rtol=1e-6)
     assert best_tokens.shape == best.shape == (1, 0)
+
+
+@pytest.mark.parametrize("form", top_logprobs_by)
+def test_log_probabilities_of_finite_logits_are_finite(form):
+    logits = np.array([[3e38, -3e38, 0, 5, -1]], np.float32)
+    chosen, _, best = top_logprobs_by[form](logits, np.array([1]), num_top=5)
+    assert np.all(np.isfinite(chosen))
+    assert np.all(np.isfinite(best))
+
+
+def test_all_alternatives_in_their_order():
+    logits = np.round(random_logits(2, 700), 1)
+    _, tokens, _ = top_logprobs_by["native"](logits, np.array([1, 2]), num_top=700)
+    np.testing.assert_array_equal(tokens, np.argsort(-logits, axis=-1, kind="stable"))

@@ -72,3 +72,19 @@ def test_log_probabilities_are_the_models_whatever_a_processor_makes_of_its_logi
     assert kept.top_logprobs[0] == pytest.approx(plain.top_logprobs[0], abs=1e-5)
     assert np.all(np.isfinite(kept.logprobs))
     assert "Infinity" not in json.dumps([kept.logprobs, kept.top_logprobs])
+
+
+@pytest.mark.parametrize("temperature", [8.5e37, 3e38, 1e300])
+def test_a_huge_temperature_draws_evenly(nano, temperature):
+    allowed = [6, 70, 71, 100]
+    drawn = nano.generate(
+        [5, 7],
+        max_new_tokens=64,
+        temperature=temperature,
+        top_p=1.0,
+        allowed_tokens=allowed,
+        ignore_eos=True,
+    ).tokens
+    counts = [drawn.count(token) for token in allowed]
+    assert sum(counts) == 64
+    assert min(counts) >= 6

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ _EXPERTS = "grok1_experts"
 _FETCHED_EXPERTS = "grok1_fetched_experts"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
+_SAMPLE = "grok1_sample"
+_LOG_PROBABILITIES = "grok1_log_probabilities"
 _LOCK = threading.Lock()
 # Layer, expert, the next one, where to write the addresses; see kernels.cc.
 _FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
@@ -48,7 +51,15 @@ def _is_available() -> bool:
         return False
     try:
         library = loaded_library()
-        targets = (_MATMUL, _EXPERTS, _FETCHED_EXPERTS, _ATTENTION, _MOST_PROBABLE)
+        targets = (
+            _MATMUL,
+            _EXPERTS,
+            _FETCHED_EXPERTS,
+            _ATTENTION,
+            _MOST_PROBABLE,
+            _SAMPLE,
+            _LOG_PROBABILITIES,
+        )
         handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
     except (UnavailableError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
         print(
@@ -282,6 +293,65 @@ def most_probable(
         x, rows, values, scales, uncertainty, allowed
     )
     return index, product
+
+
+class RowParameters(NamedTuple):
+    """How each row of `sample` draws, as `engine.sampling` says.
+
+    Attributes:
+      temperature: float32 `[B]`; 0 takes the largest logit.
+      top_p: float32 `[B]`; 1 is off.
+      top_k: int32 `[B]`; the vocabulary or more is off.
+      min_p: float32 `[B]`; 0 is off.
+      keys: uint32 `[B, 2]`.
+      positions: int32 `[B]`.
+    """
+
+    temperature: Array
+    top_p: Array
+    top_k: Array
+    min_p: Array
+    keys: Array
+    positions: Array
+
+
+def sample(
+    logits: Float[Array, "B V"], allowed: Bool[Array, "... V"], parameters: RowParameters
+) -> Int[Array, " B"]:
+    """Draws a token a row, the one that `ops.race` draws, without a pass that sorts.
+
+    Args:
+      logits: float32.
+      allowed: False for tokens that must not be drawn; `[V]` or `[B, V]`.
+      parameters: How each row draws.
+
+    Returns:
+      int32; -1 where nothing is left to draw, -2 where a logit is NaN or +infinity.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct((len(logits),), jnp.int32)
+    return jax.ffi.ffi_call(_SAMPLE, out)(logits, allowed, *parameters)
+
+
+def log_probabilities(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_top: int
+) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    """Log-probability of each row's token, and its `num_top` most probable tokens with theirs.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = (
+        jax.ShapeDtypeStruct(tokens.shape, jnp.float32),
+        jax.ShapeDtypeStruct((len(logits), num_top), jnp.int32),
+        jax.ShapeDtypeStruct((len(logits), num_top), jnp.float32),
+    )
+    chosen, top_tokens, top = jax.ffi.ffi_call(_LOG_PROBABILITIES, out)(logits, tokens)
+    return chosen, top_tokens, top
 
 
 def _require():

@@ -6,8 +6,10 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "log_probabilities.h"
 #include "matmul.h"
 #include "most_probable.h"
+#include "sample.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -21,6 +23,7 @@ using Scales = ffi::Buffer<ffi::BF16>;
 using Integers = ffi::Buffer<ffi::S32>;
 using Flags = ffi::Buffer<ffi::PRED>;
 using Handle = ffi::Buffer<ffi::U32>;
+using Words = ffi::Buffer<ffi::U32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
 using IntegersOut = ffi::ResultBuffer<ffi::S32>;
 
@@ -163,6 +166,29 @@ ffi::Error MostProbable(Pool pool, Floats x, Floats rows, Values values, Floats 
   return ffi::Error::Success();
 }
 
+ffi::Error Sample(Pool pool, Floats logits, Flags allowed, Floats temperature, Floats top_p,
+                  Integers top_k, Floats min_p, Words keys, Integers positions,
+                  IntegersOut tokens) {
+  int64_t num_rows = logits.dimensions()[0], vocab_size = logits.dimensions()[1];
+  grok1::Sampling sampling = {logits.typed_data(), allowed.typed_data(), temperature.typed_data(),
+                              top_p.typed_data(),  top_k.typed_data(),   min_p.typed_data(),
+                              keys.typed_data(),   positions.typed_data(), vocab_size,
+                              allowed.dimensions().size() == 2 ? vocab_size : 0};
+  grok1::sample(pool, sampling, num_rows, tokens->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error LogProbabilities(Pool pool, Floats logits, Integers tokens, FloatsOut chosen,
+                            IntegersOut top_tokens, FloatsOut top) {
+  int64_t num_rows = logits.dimensions()[0], vocab_size = logits.dimensions()[1];
+  grok1::log_probabilities(pool,
+                           {logits.typed_data(), tokens.typed_data(), chosen->typed_data(),
+                            top_tokens->typed_data(), top->typed_data(), vocab_size,
+                            top_tokens->dimensions()[1]},
+                           num_rows);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_quantized_matmul, QuantizedMatmul,
@@ -225,5 +251,27 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_most_probable, MostProbable,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Flags>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_sample, Sample,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Flags>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Arg<Words>()
+                                  .Arg<Integers>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_log_probabilities, LogProbabilities,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Integers>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,145 @@
+// Draws in whole numbers, as ops/race.py says; both give the same bits.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "vectors.h"
+
+namespace grok1 {
+
+constexpr int32_t kOctave = 1 << 24;
+constexpr int32_t kLeast = -120 * kOctave;
+constexpr int32_t kForbidden = std::numeric_limits<int32_t>::min();
+
+using Ints = int32_t __attribute__((vector_size(sizeof(Floats))));
+using Words = uint32_t __attribute__((vector_size(sizeof(Floats))));
+using Longs = uint64_t __attribute__((vector_size(2 * sizeof(Floats))));
+
+constexpr uint32_t kExp2[] = {1488522236, 515882450, 119194884, 20650514, 2875340, 313683, 44540};
+constexpr uint32_t kLog2[] = {598381691, 211551882, 79453832, 39700180, 10724941, 0, 10835733};
+constexpr uint32_t kEarly[] = {774509980, 161866735, 45823803, 22197021, 3005039, 0, 4563343};
+
+inline uint32_t multiply_high(uint32_t x, uint32_t y) { return uint64_t{x} * y >> 32; }
+
+inline Words multiply_high(Words x, Words y) {
+#if defined(__AVX512F__)
+  __m512i a = reinterpret_cast<__m512i>(x), b = reinterpret_cast<__m512i>(y);
+  __m512i even = _mm512_mul_epu32(a, b);
+  __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+  return reinterpret_cast<Words>(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
+#elif defined(__AVX2__)
+  __m256i a = reinterpret_cast<__m256i>(x), b = reinterpret_cast<__m256i>(y);
+  __m256i even = _mm256_mul_epu32(a, b);
+  __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+  return reinterpret_cast<Words>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+#else
+  Longs product = __builtin_convertvector(x, Longs) * __builtin_convertvector(y, Longs);
+  return __builtin_convertvector(product >> 32, Words);
+#endif
+}
+
+template <typename Number>
+Number polynomial(const uint32_t (&coefficients)[7], Number x) {
+  Number result = Number{} + coefficients[6];
+  for (int i = 5; i >= 0; --i) result = multiply_high(result, x) + coefficients[i];
+  return result;
+}
+
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+  return found != 0;
+#endif
+}
+
+// 2^(log_weight / kOctave) * 2^(30 + octaves), where octaves are -(log_weight >> 24).
+template <typename Number>
+Number mantissa(Number log_weight) {
+  Number fraction = log_weight << 8;
+  return (multiply_high(polynomial(kExp2, fraction), fraction) >> 1) + (1u << 30);
+}
+
+// The weight of a token, of which the largest is 2^44.
+inline uint64_t weight(int32_t log_weight) {
+  int64_t octaves = -(int64_t{log_weight} >> 24);
+  return octaves > 45 ? 0 : (uint64_t{mantissa(static_cast<uint32_t>(log_weight))} << 14) >> octaves;
+}
+
+// The weight as a float, of which the largest is 1.
+inline float relative_weight(int32_t log_weight) {
+  auto upper = static_cast<float>(mantissa(static_cast<uint32_t>(log_weight)));
+  return std::ldexp(upper, (log_weight >> 24) - 30);
+}
+
+// A sum of weights, rounded as race.Sum.value does.
+inline float value_of(uint64_t sum) {
+  auto high = static_cast<float>(static_cast<uint32_t>(sum >> 30));
+  auto middle = static_cast<float>(static_cast<uint32_t>(sum >> 15 & 0x7FFF));
+  auto low = static_cast<float>(static_cast<uint32_t>(sum & 0x7FFF));
+  return high * 0x1p30f + middle * 0x1p15f + low;
+}
+
+// log2 of a number above 0, in units of 2^-24.
+inline int32_t log2_of(uint32_t x) {
+  int zeros = __builtin_clz(x);
+  uint32_t fraction = x << zeros << 1, rest = ~fraction;
+  uint32_t bend = multiply_high(polynomial(kLog2, rest), multiply_high(fraction, rest));
+  return (31 - zeros) * kOctave + static_cast<int32_t>((fraction >> 8) + (bend >> 7));
+}
+
+// Standard Gumbel noise from a random number, in the units of log-weights.
+inline int32_t noise(uint32_t bits) {
+  constexpr int32_t kLog2OfLn2 = -8871228;
+  bool is_late = bits >> 31;
+  uint32_t odd = (is_late ? ~bits : bits) << 1 | 1;
+  int32_t of_odd = log2_of(odd);
+  if (is_late) return -(log2_of(33u * kOctave - of_odd) - 24 * kOctave + kLog2OfLn2);
+  auto factor = static_cast<int32_t>(multiply_high(polynomial(kEarly, odd), odd) >> 7);
+  return static_cast<int32_t>(33u * kOctave - of_odd) - factor;
+}
+
+inline const Words kCounting = [] {
+  Words numbers;
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+  return numbers;
+}();
+
+// An upper bound of `noise`, to within two octaves.
+inline Ints noise_bound(Words bits) {
+  Floats upper = __builtin_convertvector((Ints)(bits >> 8), Floats);
+  Ints exponent = ((Ints)upper >> 23) - 127;
+  exponent = exponent < -9 ? Ints{} - 9 : exponent;
+  return (24 - exponent) * kOctave;
+}
+
+// Threefry-2x32 of 20 rounds: x and y are the counter, then the random numbers.
+template <typename Number>
+void threefry(uint32_t key0, uint32_t key1, Number& x, Number& y) {
+  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const uint32_t keys[3] = {key0, key1, key0 ^ key1 ^ 0x1BD11BDAu};
+  x += keys[0];
+  y += keys[1];
+#pragma GCC unroll 5
+  for (uint32_t group = 0; group < 5; ++group) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      int rotation = kRotations[group % 2][i];
+      x += y;
+      y = (y << rotation | y >> (32 - rotation)) ^ x;
+    }
+    x += keys[(group + 1) % 3];
+    y += keys[(group + 2) % 3] + group + 1;
+  }
+}
+
+}  // namespace grok1

@@ -1,0 +1,351 @@
+// From logits to a token for each row, as engine/sampling.py says, without sorting the vocabulary.
+//
+// What the filters keep ends at one place of the order from the most to the least probable token.
+// Three histograms find it: of log-weights in steps of 1/32 octave, of those within the step that
+// it lies in by 2^-16, and by the last bits; then come equals, of which lower ids count first.
+// Random numbers are made for groups of tokens of which one is kept, and noise for the few that can
+// still win the race.
+
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "race.h"
+#include "threads.h"
+
+namespace grok1 {
+
+struct Sampling {
+  const float* logits;       // [R, V]
+  const bool* allowed;       // [V], or [R, V] where the stride is V
+  const float* temperature;  // [R] and so on
+  const float* top_p;
+  const int32_t* top_k;
+  const float* min_p;
+  const uint32_t* keys;  // [R, 2]
+  const int32_t* positions;
+  int64_t vocab_size, allowed_stride;
+};
+
+// In place of a token; see engine/sampling.py.
+constexpr int32_t kNoneLeft = -1, kNotFinite = -2;
+
+// The last token that is kept: those of the same log-weight with higher ids are not.
+struct Last {
+  int32_t log_weight = kLeast;
+  int32_t id = std::numeric_limits<int32_t>::max();
+};
+
+// Finds the last token that is kept, going from the most probable one down. Forbidden tokens do not
+// count.
+//
+//   measure  what a token adds to those before the next; `measure(log_weights, amounts)` for kLanes
+//            of them. A token that adds nothing is not kept.
+//   keeper   from the sum over all tokens makes a function that says whether a token is kept, given
+//            the sum over those before it: true at 0, and once false never true again.
+template <typename Measure, typename Keeper>
+Last last_that(const int32_t* log_weights, int64_t size, Measure measure, Keeper keeper) {
+  constexpr int kFirstStep = 19, kSecondStep = 8;
+  constexpr int64_t kMost = 3841;  // 120 octaves in 32 steps each, and the lowest
+  static thread_local std::vector<uint64_t> memory(kMost);
+  uint64_t* steps = memory.data();
+  std::fill_n(steps, kMost, 0);
+  int64_t i = 0;
+  uint64_t amounts[kLanes];
+  for (; i + kLanes <= size; i += kLanes) {
+    measure(log_weights + i, amounts);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (amounts[lane] != 0) steps[-log_weights[i + lane] >> kFirstStep] += amounts[lane];
+    }
+  }
+  for (; i < size; ++i) {
+    if (uint64_t amount = measure(log_weights[i])) steps[-log_weights[i] >> kFirstStep] += amount;
+  }
+  uint64_t before = 0;
+  const auto is_kept = keeper(std::accumulate(steps, steps + kMost, before));
+  auto last_step = [&](int64_t count) {
+    int32_t found = 0;
+    uint64_t sum = before;
+    for (int64_t step = 0; step < count; ++step) {
+      if (steps[step] == 0) continue;
+      if (!is_kept(sum)) break;
+      found = static_cast<int32_t>(step);
+      before = sum;
+      sum += steps[step];
+    }
+    return found;
+  };
+  int32_t high = -(last_step(kMost) << kFirstStep);
+
+  // Most vectors have no token in the step.
+  auto for_each_in = [&](int32_t low, int32_t high, auto use) {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      Ints block;
+      std::memcpy(&block, log_weights + i, sizeof(block));
+      if (!any((block >= low) & (block <= high))) continue;
+      for (int64_t id = i; id < i + kLanes; ++id) {
+        if (log_weights[id] >= low && log_weights[id] <= high) use(log_weights[id], id);
+      }
+    }
+    for (; i < size; ++i) {
+      if (log_weights[i] >= low && log_weights[i] <= high) use(log_weights[i], i);
+    }
+  };
+  auto refine = [&](int step, int next_step) {
+    int64_t count = int64_t{1} << (step - next_step);
+    std::fill_n(steps, count, 0);
+    for_each_in(high - (1 << step) + 1, high, [&](int32_t log_weight, int64_t) {
+      steps[(high - log_weight) >> next_step] += measure(log_weight);
+    });
+    int32_t found = last_step(count);
+    high -= found << next_step;
+    return steps[found];
+  };
+  refine(kFirstStep, kSecondStep);
+  const uint64_t of_equals = refine(kSecondStep, 0);
+
+  Last last{high};
+  const uint64_t each = measure(high), num_equals = of_equals / each;
+  uint64_t kept = 1, most = num_equals;  // more than `kept` in vain
+  while (kept < most) {
+    uint64_t middle = (kept + most + 1) / 2;
+    is_kept(before + (middle - 1) * each) ? kept = middle : most = middle - 1;
+  }
+  if (kept < num_equals) {
+    for_each_in(high, high, [&](int32_t, int64_t id) {
+      if (kept-- == 1) last.id = static_cast<int32_t>(id);
+    });
+  }
+  return last;
+}
+
+struct Count {
+  uint64_t operator()(int32_t log_weight) const { return log_weight != kForbidden; }
+  void operator()(const int32_t* log_weights, uint64_t* amounts) const {
+    for (int lane = 0; lane < kLanes; ++lane) amounts[lane] = (*this)(log_weights[lane]);
+  }
+};
+
+struct Weight {
+  uint64_t operator()(int32_t log_weight) const { return weight(log_weight); }
+  void operator()(const int32_t* log_weights, uint64_t* amounts) const {
+    Ints block;
+    std::memcpy(&block, log_weights, sizeof(block));
+    Words mantissas = mantissa((Words)block), octaves = (Words)(-(block >> 24));
+    octaves = octaves > 63u ? Words{} + 63u : octaves;
+    uint32_t upper[kLanes], shifts[kLanes];
+    std::memcpy(upper, &mantissas, sizeof(upper));
+    std::memcpy(shifts, &octaves, sizeof(shifts));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      amounts[lane] = uint64_t{upper[lane]} << 14 >> shifts[lane];
+    }
+  }
+};
+
+// What one row draws.
+class RowSampler {
+ public:
+  RowSampler(const Sampling& sampling, int64_t row)
+      : size_(sampling.vocab_size),
+        logits_(sampling.logits + row * size_),
+        allowed_(sampling.allowed + row * sampling.allowed_stride),
+        temperature_(sampling.temperature[row]),
+        top_p_(sampling.top_p[row]),
+        min_p_(sampling.min_p[row]),
+        top_k_(sampling.top_k[row]) {
+    // The request's key, folded with the position.
+    key_[0] = 0;
+    key_[1] = static_cast<uint32_t>(sampling.positions[row]);
+    threefry(sampling.keys[2 * row], sampling.keys[2 * row + 1], key_[0], key_[1]);
+  }
+
+  int32_t draw() {
+    if (!find_most_probable()) return kNotFinite;
+    if (most_probable_ < 0) return kNoneLeft;
+    return temperature_ == 0 ? most_probable_ : race(last_kept());
+  }
+
+  // False if a logit is NaN or +infinity; the most probable is -1 if nothing may be drawn.
+  bool find_most_probable() {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    Floats largest = Floats{} - kInfinity;
+    Ints finite = Ints{} - 1;
+    int64_t i = 0;
+    float rest = -kInfinity;
+    bool rest_finite = true;
+    for (; i + kLanes <= size_; i += kLanes) {
+      Floats block = load(logits_ + i);
+      finite &= block < kInfinity;
+      block = flags(i) ? block : Floats{} - kInfinity;
+      largest = block > largest ? block : largest;
+    }
+    for (; i < size_; ++i) {
+      rest_finite &= logits_[i] < kInfinity;
+      if (allowed_[i]) rest = std::max(rest, logits_[i]);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      rest_finite &= finite[lane] != 0;
+      rest = std::max(rest, largest[lane]);
+    }
+    largest_ = rest;
+    most_probable_ = -1;
+    if (!rest_finite) return false;
+    for (i = 0; rest > -kInfinity && most_probable_ < 0; ++i) {
+      if (logits_[i] == rest && allowed_[i]) most_probable_ = static_cast<int32_t>(i);
+    }
+    return true;
+  }
+
+  // What the filters keep of a row from which a token can be drawn.
+  Last last_kept() {
+    set_log_weights();
+    return filtered();
+  }
+
+  // [V], after `last_kept` of this thread and before that of another row.
+  const int32_t* log_weights() const { return log_weights_; }
+
+ private:
+  Ints flags(int64_t i) const {
+    using Bytes = int8_t __attribute__((vector_size(kLanes)));
+    Bytes bytes;
+    std::memcpy(&bytes, allowed_ + i, sizeof(bytes));
+    return __builtin_convertvector(bytes, Ints) != 0;
+  }
+
+  void set_log_weights() {
+    constexpr float kMost = std::numeric_limits<float>::max();
+    constexpr float kSmallest = std::numeric_limits<float>::min();
+    constexpr float kUnits = 24204406.0f;  // kOctave / ln 2
+    constexpr auto kFloor = static_cast<float>(kLeast);
+    static thread_local std::vector<int32_t> memory;
+    if (static_cast<int64_t>(memory.size()) < size_) memory.resize(size_);
+    log_weights_ = memory.data();
+    const float factor = std::min(kUnits / std::max(temperature_, kSmallest), kMost);
+    int64_t i = 0;
+    for (; i + kLanes <= size_; i += kLanes) {
+      Floats block = load(logits_ + i);
+      Ints drawable = flags(i) & (block > -std::numeric_limits<float>::infinity());
+      Floats below = block - largest_;
+      below = below > -kMost ? below : Floats{} - kMost;
+      Floats scaled = below * factor;
+      scaled = scaled > kFloor ? scaled : Floats{} + kFloor;
+      Ints whole = __builtin_convertvector(scaled, Ints);
+      whole = drawable ? whole : Ints{} + kForbidden;
+      std::memcpy(log_weights_ + i, &whole, sizeof(whole));
+    }
+    for (; i < size_; ++i) {
+      bool drawable = allowed_[i] && logits_[i] > -std::numeric_limits<float>::infinity();
+      float scaled = std::max(std::max(logits_[i] - largest_, -kMost) * factor, kFloor);
+      log_weights_[i] = drawable ? static_cast<int32_t>(scaled) : kForbidden;
+    }
+  }
+
+  Last filtered() {
+    Last last;
+    if (top_k_ < size_) {
+      last = last_that(log_weights_, size_, Count{}, [&](uint64_t) {
+        return [&](uint64_t before) { return before < static_cast<uint64_t>(std::max(top_k_, 1)); };
+      });
+      // The nucleus is that of what top-k leaves.
+      if (top_p_ < 1) forbid_after(last);
+    }
+    if (top_p_ < 1) {
+      last = last_that(log_weights_, size_, Weight{}, [&](uint64_t all) {
+        float limit = std::max(top_p_ * value_of(all), std::numeric_limits<float>::min());
+        return [=](uint64_t before) { return value_of(before) < limit; };
+      });
+    }
+    if (min_p_ > 0) {
+      // The least log-weight that is enough, by halves.
+      int32_t low = kLeast - 1, high = 0;
+      while (high - low > 1) {
+        int32_t middle = low + (high - low) / 2;
+        (relative_weight(middle) >= min_p_ ? high : low) = middle;
+      }
+      if (high > last.log_weight) last = {high};
+    }
+    return last;
+  }
+
+  void forbid_after(const Last& last) {
+    for (int64_t i = 0; i < size_; ++i) {
+      bool keeps = log_weights_[i] > last.log_weight ||
+                   (log_weights_[i] == last.log_weight && i <= last.id);
+      log_weights_[i] = keeps ? log_weights_[i] : kForbidden;
+    }
+  }
+
+  int32_t race(const Last& last) {
+    constexpr int64_t kGroup = 32, kHalf = 16;  // of a group, which one word of each block is for
+    int64_t best_score = int64_t{kForbidden} - 1;
+    int32_t winner = most_probable_;
+    auto enter = [&](int64_t id, uint32_t bits) {
+      if (log_weights_[id] == last.log_weight && id > last.id) return;
+      int64_t score = int64_t{log_weights_[id]} + noise(bits);
+      if (score > best_score || (score == best_score && id < winner)) {
+        best_score = score;
+        winner = static_cast<int32_t>(id);
+      }
+    };
+    // A good result to begin with spares the others' noise.
+    uint32_t words[2];
+    bits_of(most_probable_ / kGroup * kHalf + most_probable_ % kHalf, words);
+    enter(most_probable_, words[most_probable_ % kGroup / kHalf]);
+
+    int64_t start = 0;
+    for (; start + kGroup <= size_; start += kGroup) {
+      for (int64_t part = 0; part < kHalf; part += kLanes) {
+        Ints first, second;
+        const int32_t* from = log_weights_ + start + part;
+        std::memcpy(&first, from, sizeof(first));
+        std::memcpy(&second, from + kHalf, sizeof(second));
+        if (!any((first >= last.log_weight) | (second >= last.log_weight))) continue;
+        Words x = static_cast<uint32_t>(start / 2 + part) + kCounting, y = {};
+        threefry(key_[0], key_[1], x, y);
+        const auto bar = static_cast<int32_t>(std::max<int64_t>(best_score, kForbidden));
+        Ints can_win[2] = {(first >= last.log_weight) & (first + noise_bound(x) >= bar),
+                           (second >= last.log_weight) & (second + noise_bound(y) >= bar)};
+        if (!any(can_win[0] | can_win[1])) continue;
+        for (int half = 0; half < 2; ++half) {
+          for (int lane = 0; lane < kLanes; ++lane) {
+            if (!can_win[half][lane]) continue;
+            enter(start + half * kHalf + part + lane, half == 0 ? x[lane] : y[lane]);
+          }
+        }
+      }
+    }
+    for (int64_t id = start; id < size_; ++id) {
+      if (log_weights_[id] < last.log_weight) continue;
+      bits_of(id / kGroup * kHalf + id % kHalf, words);
+      enter(id, words[id % kGroup / kHalf]);
+    }
+    return winner;
+  }
+
+  void bits_of(int64_t counter, uint32_t (&words)[2]) const {
+    words[0] = static_cast<uint32_t>(counter);
+    words[1] = 0;
+    threefry(key_[0], key_[1], words[0], words[1]);
+  }
+
+  const int64_t size_;
+  const float* logits_;
+  const bool* allowed_;
+  const float temperature_, top_p_, min_p_;
+  const int32_t top_k_;
+  uint32_t key_[2];
+  float largest_ = 0;
+  int32_t most_probable_ = -1;
+  int32_t* log_weights_ = nullptr;  // [V]
+};
+
+inline void sample(xla::ffi::ThreadPool& pool, const Sampling& sampling, int64_t num_rows,
+                   int32_t* tokens) {
+  run_units(pool, num_rows,
+            [&](int64_t row) { tokens[row] = RowSampler(sampling, row).draw(); });
+}
+
+}  // namespace grok1
