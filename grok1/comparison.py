@@ -11,6 +11,7 @@ import os
 import pathlib
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
@@ -20,8 +21,11 @@ from grok1 import reprs
 from grok1.checkpoint.directory import load_config
 from grok1.engine.engine import CHUNK_LENGTHS
 from grok1.factory import load
+from grok1.files import printable
 from grok1.generate.options import check_ids
 from grok1.generate.requests import Prompt, encode_prompt
+from grok1.machine.float_errors import as_numpy_comes
+from grok1.machine.safe_files import creating
 from grok1.model import Model
 
 Source = Model | str | os.PathLike[str]
@@ -207,6 +211,7 @@ class Comparison(NamedTuple):
         return lines + [f"note: {note}" for note in self.notes]
 
 
+@as_numpy_comes
 def compare(
     a: Source,
     b: Source,
@@ -280,8 +285,7 @@ def compare(
         runs = _with_tokens(runs, text)
         _check_same_text(runs)
         if save_logits is not None:
-            tokens = np.asarray(runs["A"].tokens, np.int32)
-            np.savez(save_logits, logits=runs["A"].logits, tokens=tokens)
+            _save(pathlib.Path(save_logits), runs["A"])
         return _compare_runs(runs["A"], runs["B"], top_k)
 
 
@@ -334,10 +338,27 @@ def _check_source(source: _Opened, side: str, options: dict[str, Any]) -> None:
 def _check_new_file(path: pathlib.Path) -> None:
     if path.suffix != ".npz":
         raise ValueError(f"saved logits are a .npz file, found {os.fspath(path)!r}")
-    if path.exists():
-        raise FileExistsError(f"{path} is there already; remove it, or name a new file")
+    if os.path.lexists(path):
+        raise _is_there(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no directory {path.parent}; make it first")
+
+
+def _is_there(path: pathlib.Path) -> FileExistsError:
+    return FileExistsError(f"{path} is there already; remove it, or name a new file")
+
+
+def _save(path: pathlib.Path, run: "_Run") -> None:
+    try:
+        with creating(path) as file:
+            np.savez(file, logits=run.logits, tokens=np.asarray(run.tokens, np.int32))
+    except FileExistsError:
+        raise _is_there(path) from None
+    except OSError as error:
+        raise OSError(
+            f"{path}: the logits cannot be written: {error.strerror}; nothing was left behind, "
+            "name a file on another disk"
+        ) from error
 
 
 def _check_vocabularies(sizes: dict[str, int], top_k: int) -> None:
@@ -351,28 +372,14 @@ def _check_vocabularies(sizes: dict[str, int], top_k: int) -> None:
 
 
 def _open_saved(path: pathlib.Path, files: pathlib.Path) -> _Run:
-    tokens, logits_path = None, path
-    if path.suffix == ".npz":
-        # An array inside the archive cannot be mapped; beside it, it can.
-        try:
-            with zipfile.ZipFile(path) as archive:
-                missing = {"logits.npy", "tokens.npy"} - set(archive.namelist())
-                if missing:
-                    raise ValueError(
-                        f"{path}: expected the arrays logits [T, V] and tokens [T], found "
-                        f"{', '.join(sorted(name[:-4] for name in archive.namelist()))}"
-                    )
-                logits_path = pathlib.Path(archive.extract("logits.npy", files))
-                tokens_path = archive.extract("tokens.npy", files)
-        except zipfile.BadZipFile:
-            raise ValueError(f"{path}: not a .npz file, or a damaged one") from None
-        found = np.load(tokens_path)
+    logits, found = _arrays(path, files)
+    tokens = None
+    if found is not None:
         if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
             raise ValueError(
                 f"{path}: tokens must be whole numbers [T], found {found.dtype}{list(found.shape)}"
             )
         tokens = found.tolist()
-    logits = np.load(logits_path, mmap_mode="r")
     if logits.ndim != 2 or not np.issubdtype(logits.dtype, np.floating) or not logits.size:
         raise ValueError(
             f"{path}: logits must be floats [T, V], found {logits.dtype}{list(logits.shape)}"
@@ -380,6 +387,39 @@ def _open_saved(path: pathlib.Path, files: pathlib.Path) -> _Run:
     if tokens is not None and len(tokens) != len(logits):
         raise ValueError(f"{path}: {len(tokens)} tokens, but logits of {len(logits)} positions")
     return _Run(str(path), tokens, None, logits)
+
+
+def _arrays(path: pathlib.Path, files: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The logits, left on the disk, and the tokens, if the file has any."""
+    tokens, logits_path, names = None, path, {"logits.npy", "tokens.npy"}
+    try:
+        if path.suffix == ".npz":
+            # An array inside the archive cannot be mapped; beside it, it can.
+            with zipfile.ZipFile(path) as archive:
+                names = set(archive.namelist())
+                if names >= {"logits.npy", "tokens.npy"}:
+                    logits_path = pathlib.Path(archive.extract("logits.npy", files))
+                    tokens = np.load(archive.extract("tokens.npy", files))
+        if "logits.npy" in names and "tokens.npy" in names:
+            return np.load(logits_path, mmap_mode="r"), tokens
+    # All that zipfile and NumPy make of bytes that are none of theirs.
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        ValueError,
+        SyntaxError,
+        RuntimeError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise ValueError(
+            f"{path}: not a {path.suffix} file, or a damaged one: {printable(reason):.200}; save "
+            "the logits again"
+        ) from None
+    listed = ", ".join(sorted(name.removesuffix(".npy") for name in names))
+    raise ValueError(
+        f"{path}: expected the arrays logits [T, V] and tokens [T], found {printable(listed):.200}"
+    )
 
 
 def _run(source: _Opened, options: dict[str, Any], text: Prompt, files: pathlib.Path) -> _Run:

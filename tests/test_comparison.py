@@ -1,6 +1,8 @@
 """Two models over a text: by hand, with themselves, between types and meshes, and refusals."""
 
+import errno
 import json
+import os
 import pathlib
 
 import jax
@@ -273,4 +275,67 @@ def test_errors_of_the_command_are_one_line(capsys, tmp_path):
     file = tmp_path / "logits.npz"
     file.write_bytes(b"no archive")
     assert main(["compare", str(file), str(TOY), "--prompt", "x"]) == 1
-    assert capsys.readouterr().err == (f"grok1: {file}: not a .npz file, or a damaged one\n")
+    assert capsys.readouterr().err == (
+        f"grok1: {file}: not a .npz file, or a damaged one: File is not a zip file; save the "
+        "logits again\n"
+    )
+
+
+def saved(file: pathlib.Path) -> pathlib.Path:
+    np.savez(file, logits=np.zeros((3, 7), np.float32), tokens=np.arange(3))
+    return file
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:100],
+        lambda data: data[:-30],
+        lambda data: data.replace(b"NUMPY", b"NUMPI"),
+        lambda data: data[:70] + bytes(60) + data[130:],
+        lambda data: b"",
+        lambda data: b"PK\x05\x06" + bytes(18),
+    ],
+)
+def test_damaged_files_of_logits_are_one_line(damage, tmp_path, capsys):
+    a, b = saved(tmp_path / "a.npz"), saved(tmp_path / "b.npz")
+    a.write_bytes(damage(a.read_bytes()))
+    assert main(["compare", str(a), str(b)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"grok1: {a}: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("length", [-8, 20, 0])
+def test_damaged_logits_alone_are_one_line(length, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((3, 7), np.float32))
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"a\.npy: not a \.npy file, or a damaged one: [^\n]*$"):
+        compare(tmp_path / "a.npy", saved(tmp_path / "b.npz"))
+
+
+def test_logits_are_saved_over_nothing_and_through_no_link(tmp_path, monkeypatch):
+    a, link = saved(tmp_path / "a.npz"), tmp_path / "link.npz"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=r"link\.npz is there already"):
+        compare(a, a, save_logits=link)
+    assert not (tmp_path / "elsewhere").exists()
+    whole = np.savez
+
+    def race(file, **arrays):
+        whole(file, **arrays)
+        (tmp_path / "new.npz").write_text("precious")
+
+    monkeypatch.setattr(np, "savez", race)
+    with pytest.raises(FileExistsError, match=r"new\.npz is there already"):
+        compare(a, a, save_logits=tmp_path / "new.npz")
+    assert (tmp_path / "new.npz").read_text() == "precious"
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match=r"full\.npz: the logits cannot be written: No space left"):
+        compare(a, a, save_logits=tmp_path / "full.npz")
+    assert sorted(os.listdir(tmp_path)) == ["a.npz", "link.npz", "new.npz"]

@@ -30,6 +30,7 @@ from grok1.checkpoint.storage import (
 from grok1.checkpoint.tensor_file import DTYPES, tensor_file_pieces
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
+from grok1.machine.float_errors import as_numpy_comes
 from grok1.nn.manifest import file_name, manifest
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
@@ -45,6 +46,7 @@ class _Plan(NamedTuple):
     notes: list[str]
 
 
+@as_numpy_comes
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -94,9 +96,14 @@ def convert(
         plan = _safetensors_plan(config, tensors, specs, dtype)
     else:
         plan = _gguf_plan(source, config, tensors, specs, dtype, embedding or "f32")
-    config_json = config.to_json().encode()
+    # Loaders of safetensors want to be told which model it is.
+    config_json = config.to_json(hugging_face=to == "safetensors").encode()
     tokenizer_path = source / "tokenizer.model"
-    tokenizer = tokenizer_path.read_bytes() if tokenizer_path.exists() else b""
+    tokenizer = b""
+    # A link that leads nowhere is an error when it is read.
+    if os.path.lexists(tokenizer_path):
+        Tokenizer.load(tokenizer_path)
+        tokenizer = tokenizer_path.read_bytes()
     if to != "gguf":
         plan.files.append(content("config.json", config_json))
         if tokenizer:
@@ -219,7 +226,7 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
     layout = gguf_file.layout(config, specs, embedding, dtype)
     report = gguf_file.scale_report(tensors, layout)
     tokenizer_path = source / "tokenizer.model"
-    tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path.exists() else None
+    tokenizer = Tokenizer.load(tokenizer_path) if os.path.lexists(tokenizer_path) else None
     name = pathlib.Path(os.path.abspath(source)).name
     data, alignment = gguf_file.header(name, config, layout, tokenizer)
     pieces = content("", data).pieces

@@ -11,6 +11,7 @@ import numpy as np
 from grok1.checkpoint.directory import load_config, located, open_tensors
 from grok1.checkpoint.storage import StoredTensor, read_matrix
 from grok1.checkpoint.tensor_file import ArraySpan, read_span
+from grok1.machine.float_errors import as_numpy_comes
 
 _SAMPLE_ROWS = 16  # Of each matrix of the file, evenly spaced.
 _FULL_ROWS = 256  # Read at a time.
@@ -120,6 +121,7 @@ class Inspection(NamedTuple):
         return lines
 
 
+@as_numpy_comes
 def inspect(
     directory: str | os.PathLike[str], *, layer: int | None = None, full: bool = False
 ) -> Inspection:

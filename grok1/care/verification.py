@@ -32,8 +32,10 @@ from grok1.checkpoint.tensor_file import TensorHeader, read_header, tensor_file_
 from grok1.config import GROK_1, ModelConfig
 from grok1.files import LFS_PROBLEM, LFS_REMEDY, CheckpointError, printable
 from grok1.nn.manifest import TensorSpec, file_name, manifest
+from grok1.tokenizer import Tokenizer
 
 SUMS_NAME = "SHA256SUMS"
+TOKENIZER_NAME = "tokenizer.model"
 
 _NUM_THREADS = 8
 _MANY = 64  # Files, from which on fetching the directory again is the shorter command.
@@ -81,15 +83,13 @@ class Report(NamedTuple):
 
     def lines(self) -> list[str]:
         """The report as text."""
-        lines = [
-            f"{printable(fault.path)}: {fault.problem}; {fault.remedy}" for fault in self.faults
-        ]
+        lines = [f"{fault.path}: {fault.problem}; {fault.remedy}" for fault in self.faults]
         verdict = f"{len(self.faults)} faults" if self.faults else "no fault"
         lines.append(
             f"{self.directory}: {verdict}; {self.num_tensors} tensors expected, "
             f"{self.num_bytes:,} bytes are as they should be"
         )
-        return [*lines, *self.notes, *self.advice]
+        return [printable(line) for line in [*lines, *self.notes, *self.advice]]
 
 
 def verify(
@@ -128,6 +128,7 @@ def verify(
             sums_path = pathlib.Path(os.path.expanduser(sums_file))
         found, notes = _read_all(directory, files, sums_path, progress)
         faults += found
+    faults += _tokenizer_faults(directory, config)
     bad = {fault.path for fault in faults}
     num_bytes = sum(file.file_size for file in files if file.name not in bad)
     return Report(
@@ -143,6 +144,19 @@ def _pointers_as_one(faults: list[Fault]) -> list[Fault]:
     problem = f"{LFS_PROBLEM}, and so are {len(pointers) - 1} more"
     others = [fault for fault in faults if fault.problem != LFS_PROBLEM]
     return [Fault(pointers[0], problem, LFS_REMEDY, fetch=False), *others]
+
+
+def _tokenizer_faults(directory: pathlib.Path, config: ModelConfig) -> Iterator[Fault]:
+    path = directory / TOKENIZER_NAME
+    if not os.path.lexists(path):
+        return
+    try:
+        Tokenizer.load(path).check_vocabulary(config.vocab_size)
+    except CheckpointError as error:
+        yield _fault(TOKENIZER_NAME, error)._replace(fetch=False)
+    except (OSError, ValueError) as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        yield Fault(TOKENIZER_NAME, problem, "copy it again, or remove it", fetch=False)
 
 
 def _safetensors_files(

@@ -21,11 +21,12 @@ import pytest
 
 import grok1
 from grok1 import __main__
-from grok1.care import conversion, staging
+from grok1.care import conversion, inspection, staging
 from grok1.care.conversion import convert
 from grok1.checkpoint.directory import open_tensors
 from grok1.checkpoint.storage import read_matrix
-from grok1.checkpoint.tensor_file import CheckpointError, read_header
+from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
+from grok1.files import CheckpointError
 from grok1.ops.quantized import dequantize
 from tests.conftest import GOLDEN, TOY
 from tests.helpers import named_params, relative_error
@@ -98,6 +99,53 @@ def test_to_safetensors_and_back_is_bit_identical(source, tmp_path):
     config = grok1.ModelConfig.load(source / "config.json")
     assert grok1.ModelConfig.load(tmp_path / "st" / "config.json") == config
     assert grok1.ModelConfig.load(tmp_path / "back" / "config.json") == config
+
+
+@pytest.mark.parametrize("tokenizer", ["a link that leads nowhere", "damaged", "a directory"])
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_a_tokenizer_that_cannot_be_read_is_an_error(to, tokenizer, tmp_path):
+    pytest.importorskip(to)
+    source = tmp_path / "toy"
+    source.mkdir()
+    (source / "ckpt-0").symlink_to(TOY / "ckpt-0")
+    shutil.copy(TOY / "config.json", source)
+    path = source / "tokenizer.model"
+    if tokenizer == "damaged":
+        path.write_bytes((TOY / "tokenizer.model").read_bytes()[:-100])
+    elif tokenizer == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "absent")
+    with pytest.raises((ValueError, OSError), match=rf"^{path}: "):
+        convert(source, tmp_path / "out", to=to, progress=False)
+    assert os.listdir(tmp_path) == ["toy"]
+
+
+def test_settings_of_numpy_are_not_the_conversions_business(tmp_path):
+    pytest.importorskip("gguf")
+    source = tmp_path / "toy"
+    convert(TOY, source, to="grok1", progress=False)
+    embedding = source / "ckpt-0" / "tensor00000_000"
+    header = read_header(embedding)
+    values = np.array(read_span(header, header.values))
+    values[3, :] = 1e-30  # Nothing in float16, and its square nothing in float32.
+    write_tensor(embedding, values)
+    convert(source, tmp_path / "a", to="gguf", embedding="f16", progress=False)
+    expected = inspection.inspect(source)
+    with np.errstate(all="raise"):
+        convert(source, tmp_path / "b", to="gguf", embedding="f16", progress=False)
+        convert(source, tmp_path / "c", to="safetensors", dtype="bfloat16", progress=False)
+        assert inspection.inspect(source) == expected
+        assert set(np.geterr().values()) == {"raise"}
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_loaders_of_other_libraries_are_told_the_model(toy_safetensors):
+    found = json.loads((toy_safetensors / "config.json").read_text())
+    assert found["architectures"] == ["Grok1ModelForCausalLM"]
+    assert found["model_type"] == "grok-1"
+    assert (found["hidden_size"], found["num_hidden_layers"]) == (128, 6)
+    assert grok1.ModelConfig.load(toy_safetensors / "config.json") == grok1.TOY
 
 
 def test_the_tokenizer_goes_along(toy_safetensors):

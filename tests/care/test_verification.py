@@ -23,7 +23,7 @@ from grok1.checkpoint.tensor_file import CheckpointError, read_header, read_span
 from grok1.config import GROK_1, ModelConfig
 from grok1.machine.cache_directory import private_directory
 from grok1.nn.manifest import file_name, manifest
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, TOY
 
 SPECS = manifest(GROK_1)
 
@@ -170,6 +170,43 @@ def test_a_missing_directory_says_what_to_give(nano_copy):
         verification.verify(nano_copy / "absent")
     with pytest.raises(CheckpointError, match="holds the tensor files itself; give the directory"):
         verification.verify(nano_copy / "ckpt-0")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "problem"),
+    [
+        (b"damaged", "not a SentencePiece model: found 7 bytes"),
+        (b"", "not a SentencePiece model: found 0 bytes"),
+        (None, "is a link to absent, which is not there"),
+        (TOY / "tokenizer.model", "the tokenizer has 1280 pieces, the model's vocabulary "),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_listed_with_the_other_faults(tokenizer, problem, nano_copy):
+    path = nano_copy / "tokenizer.model"
+    if isinstance(tokenizer, pathlib.Path):
+        shutil.copy(tokenizer, path)
+    elif tokenizer is None:
+        path.symlink_to("absent")
+    else:
+        path.write_bytes(tokenizer)
+    os.truncate(nano_copy / "ckpt-0" / file_name(3), 100)
+    found = faults_of(nano_copy)
+    assert found["ckpt-0/tensor00003_000"].startswith("short, 100 bytes")
+    assert problem in found["tokenizer.model"]
+    path.unlink()
+    assert "tokenizer.model" not in faults_of(nano_copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\x1b]0;title\x07", "two\nlines: no fault", "\udcff", "\u202egnp"]
+)
+def test_names_of_files_are_shown_escaped(name, nano_copy, capsys):
+    (nano_copy / "ckpt-0" / name).write_bytes(b"")
+    assert __main__.main(["verify", str(nano_copy)]) == 1
+    fault, verdict, *_ = capsys.readouterr().out.splitlines()
+    assert fault.isprintable()
+    assert fault.endswith(": foreign, expected no such file; move it away")
+    assert verdict.startswith(f"{nano_copy}: 1 faults; 146 tensors expected, ")
 
 
 def test_an_unreadable_file_is_not_fetched_but_opened(nano_copy, monkeypatch):
