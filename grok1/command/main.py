@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 
 from grok1.command import advice, streams
@@ -35,9 +36,16 @@ def main(
       checkpoints: Where the model is looked for if no directory is given.
     """
     streams.prepare()
+    with _warnings_of(program):
+        return _run(sys.argv[1:] if arguments is None else arguments, program, command, checkpoints)
+
+
+def _run(
+    arguments: Sequence[str], program: str, command: str | None, checkpoints: pathlib.Path
+) -> int:
     parsed = argparse.Namespace()
     try:
-        parsed = parse(sys.argv[1:] if arguments is None else arguments, program, command)
+        parsed = parse(arguments, program, command)
         parsed.program, parsed.checkpoints = program, checkpoints
         _check_directories(parsed)
         with _interruptible_imports():
@@ -84,6 +92,17 @@ _LAUNCHERS = (
     "JOB_COMPLETION_INDEX",
     "TPU_WORKER_ID",
 )
+
+
+@contextlib.contextmanager
+def _warnings_of(program: str) -> Iterator[None]:
+    """Shows warnings in one line each, as what the program says, without the code behind them."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{program}: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 @contextlib.contextmanager

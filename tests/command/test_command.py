@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
 import pytest
@@ -294,16 +295,25 @@ def test_json_has_no_number_that_json_has_not(capsys):
 
 
 def test_output_in_another_encoding_is_replaced_and_json_escaped(toy):
-    for arguments, expected in ((["--logprobs", "1"], "?"), (["--json"], r"\u2581")):
+    for arguments, expected in ((["--logprobs", "1"], "?"), (["--json"], r"\u00e9")):
         data = io.BytesIO()
         shown = io.TextIOWrapper(data, encoding="cp1252", errors="strict")
         with mock.patch.object(sys, "stdout", shown):
             status = main(
-                ["generate", "--checkpoint", "toy", *GREEDY, "--prompt", "The ▁", *arguments]
+                ["generate", "--checkpoint", "toy", *GREEDY, "--prompt", "The é", *arguments]
             )
             shown.flush()
         assert status == 0
         assert expected in data.getvalue().decode("cp1252")
+
+
+def test_a_warning_is_one_line_of_the_program(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, _, err = run(capsys, *GREEDY, "--prompt", "The first▁")
+    assert status == 0
+    assert err.startswith("grok1: text holds the character U+2581, ")
+    assert len(err.splitlines()) == 2  # and what the run cost
 
 
 # --- interactive ------------------------------------------------------------------------------
