@@ -10,6 +10,8 @@ from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import Batch
 from grok1.model import Model
 
+_FEWEST = 4  # Tokens come several at a time on a CPU: the rate of fewer is that of nothing.
+
 
 class Answer(NamedTuple):
     """One prompt's continuation and what it cost.
@@ -70,10 +72,10 @@ def answers(
 
 
 def tokens_per_second(told: Sequence[Answer]) -> float | None:
-    """Returns the rate of the tokens after each answer's first; None where there are none."""
+    """Returns the rate of the tokens after each answer's first; None where they are too few."""
     count = sum(len(answer.completion.tokens) - 1 for answer in told)
     seconds = max(answer.last for answer in told) - min(answer.first for answer in told)
-    return count / seconds if count and seconds > 0 else None
+    return count / seconds if count >= _FEWEST and seconds > 0 else None
 
 
 def cost(told: Sequence[Answer]) -> str:
