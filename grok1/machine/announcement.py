@@ -1,12 +1,14 @@
-"""Says on stderr what takes long, while it does."""
+"""Says on stderr what takes long, while it does, and what a user should know."""
 
 import contextlib
+import functools
 import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import jax
+from jax._src import distributed as jax_distributed
 
 PATIENCE = 2.0
 """Seconds that pass in silence."""
@@ -26,7 +28,7 @@ def announced(work: str) -> Iterator[None]:
         nonlocal spoken
         with lock:
             if not finished and jax.process_index() == 0:
-                print(f"grok1: {work} ...", end="", file=sys.stderr, flush=True)
+                _write(f"grok1: {work} ...", end="")
                 spoken = True
 
     timer = threading.Timer(PATIENCE, speak)
@@ -42,4 +44,24 @@ def announced(work: str) -> Iterator[None]:
             finished = True
         if spoken:
             seconds = time.perf_counter() - start
-            print(f" {outcome} {seconds:.1f} s", file=sys.stderr, flush=True)
+            _write(f" {outcome} {seconds:.1f} s")
+
+
+@functools.cache
+def hint(words: str) -> None:
+    """Prints "grok1: {words}", once; of several processes that say the same, one does."""
+    client = jax_distributed.global_state.client
+    if client is not None:
+        try:
+            # The first to note it speaks: what is noted cannot be noted again.
+            client.key_value_set(f"grok1/hint/{words}", "")
+        except Exception:
+            return
+    _write(f"grok1: {words}")
+
+
+def _write(words: str, end: str = "\n") -> None:
+    """Prints to stderr; a process may have none, or one that nobody reads any more."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(words, end=end, file=sys.stderr, flush=True)

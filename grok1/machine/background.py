@@ -1,0 +1,75 @@
+"""Work that a caller waits for and may leave: what cannot be interrupted runs in another thread.
+
+The main thread hears of Ctrl-C between two steps of Python's, and a compiler written in C++ takes
+none for seconds or minutes. In the middle of JAX an interruption is worse than late: raised in a
+callback it is swallowed, and what goes on in C++ when Python ends is a fault.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+_lock = threading.Lock()
+_working: list[threading.Thread] = []
+_status: int | None = None
+
+
+def in_background(function: Callable[[], Any]) -> Future:
+    """Starts a function in another thread.
+
+    Args:
+      function: What to call; it goes on when nobody waits for it any more.
+
+    Returns:
+      Its result, for which a wait can be interrupted.
+    """
+    future: Future = Future()
+
+    def run():
+        try:
+            result = function()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    # Python waits for a thread of another kind before anything else at its end, however long.
+    thread = threading.Thread(target=run, name="grok1", daemon=True)
+    with _lock:
+        _working[:] = [*filter(threading.Thread.is_alive, _working), thread]
+        thread.start()
+    return future
+
+
+def do_not_wait(status: int) -> None:
+    """Lets the end of this process wait for no work, because its user has interrupted it.
+
+    Args:
+      status: What the caller of the program is told, if work is running then.
+    """
+    global _status
+    _status = status
+
+
+@atexit.register
+def _finish() -> None:
+    """Lets no thread be in the middle of C++ when Python ends."""
+    working = [thread for thread in _working if thread.is_alive()]
+    is_interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
+    if working and (is_interrupted or _status is not None):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        if _status is not None:
+            os._exit(_status)
+        # As Python ends a program that has not caught it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    for thread in working:
+        thread.join()
