@@ -25,6 +25,7 @@ from grok1.files import printable
 from grok1.generate.options import check_ids
 from grok1.generate.requests import Prompt, encode_prompt
 from grok1.machine.float_errors import as_numpy_comes
+from grok1.machine.jax_settings import own_settings
 from grok1.machine.safe_files import creating
 from grok1.model import Model
 
@@ -212,6 +213,7 @@ class Comparison(NamedTuple):
 
 
 @as_numpy_comes
+@own_settings()
 def compare(
     a: Source,
     b: Source,

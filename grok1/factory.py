@@ -15,6 +15,7 @@ from grok1.checkpoint.loading import load_params
 from grok1.checkpoint.released import save_checkpoint
 from grok1.checkpoint.stacking import random_params, unstack
 from grok1.config import ModelConfig
+from grok1.machine.jax_settings import own_settings
 from grok1.machine.processes import together
 from grok1.model import Model
 from grok1.nn import precision
@@ -30,6 +31,7 @@ MeshLike = Mesh | Sequence[int] | str | None
 
 @keywords.suggesting()
 @together()
+@own_settings()
 def load(
     path: str | pathlib.Path,
     *,
@@ -111,6 +113,7 @@ def load(
 
 
 @keywords.suggesting()
+@own_settings()
 def random_model(
     config: ModelConfig,
     *,
@@ -143,6 +146,7 @@ def random_model(
     return Model(params, config, device_mesh, dtype, manifest(config), cache_dtype=cache_dtype)
 
 
+@own_settings()
 def save(model: Model, path: str | pathlib.Path) -> None:
     """Writes a model in Grok-1's on-disk format, byte for byte as the released files are framed.
 

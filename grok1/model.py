@@ -15,6 +15,7 @@ from grok1.engine.engine import Engine
 from grok1.generate.completion import Completion
 from grok1.generate.options import GenerationArguments, GenerationOptions, check_ids
 from grok1.generate.requests import Batch, Prompt, is_batch
+from grok1.machine.jax_settings import own_settings
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec
 from grok1.nn.transformer import Params
@@ -129,6 +130,7 @@ class Model:
         ]
         return reprs.table("Grok-1 model", rows)
 
+    @own_settings()
     def logits(self, tokens) -> np.ndarray:
         """Computes the next-token logits after every position.
 
@@ -285,6 +287,7 @@ class Model:
     ) -> list[Completion]: ...
 
     @keywords.suggesting(GenerationOptions)
+    @own_settings()
     def generate(self, prompt, **options: Unpack[GenerationArguments]):
         """Continues a prompt, or a batch of prompts.
 
@@ -443,8 +446,15 @@ class TextStream(Iterator[str]):
         self._pieces = (piece for _, piece in batch.run() if piece)
 
     def __next__(self) -> str:
+        """Returns the next piece.
+
+        Raises:
+          StopIteration: At the end.
+          RuntimeError: After a step that was interrupted, or failed.
+        """
         try:
-            return next(self._pieces)
+            with own_settings():
+                return next(self._pieces)
         except StopIteration:
             builder = self._batch.builders[0]
             if builder.stop_reason is None:

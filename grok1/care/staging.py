@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from grok1.files import CheckpointError
 from grok1.machine.cache_directory import private_directory
+from grok1.machine.progress import progress_bar
 from grok1.machine.safe_files import is_own_directory, move_new, new_directory, open_plain
 
 _READ_BYTES = 1 << 26
@@ -367,10 +368,7 @@ def _path(staging: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _bar(total: int, what: str, progress: bool) -> tqdm:
-    # disable=None is quiet when stderr is no terminal.
-    return tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, disable=None if progress else True
-    )
+    return progress_bar(total, what, progress)
 
 
 def _sync(directory: pathlib.Path) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from grok1.care.contents import (
     CheckedFile,
     Journal,
@@ -31,6 +29,7 @@ from grok1.checkpoint.safetensors_layout import INDEX_NAME
 from grok1.checkpoint.tensor_file import TensorHeader, read_header, tensor_file_size
 from grok1.config import GROK_1, ModelConfig
 from grok1.files import LFS_PROBLEM, LFS_REMEDY, CheckpointError, printable
+from grok1.machine.progress import progress_bar
 from grok1.nn.manifest import TensorSpec, file_name, manifest
 from grok1.tokenizer import Tokenizer
 
@@ -331,15 +330,8 @@ def _read_all(
         check_writable(sums_path)
     faults, notes, sums = [], [], dict(known)
     journal, stopped, lock = Journal(sums_path), threading.Event(), threading.Lock()
-    # disable=None is quiet when stderr is no terminal.
     with (
-        tqdm(
-            total=sum(file.file_size for file in files),
-            desc="reading",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,
-        ) as bar,
+        progress_bar(sum(file.file_size for file in files), "reading", progress) as bar,
         ThreadPoolExecutor(min(_NUM_THREADS, os.cpu_count() or 1)) as pool,
     ):
 

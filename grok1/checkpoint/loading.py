@@ -23,6 +23,7 @@ from grok1.checkpoint.reading import Bounds, Reader, Target
 from grok1.checkpoint.storage import StoredArray, StoredModel
 from grok1.config import ModelConfig
 from grok1.machine.processes import together
+from grok1.machine.progress import progress_bar
 from grok1.nn.manifest import arrange
 from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import NamedParams, Params
@@ -126,15 +127,8 @@ def _load_params(
         for leaf, local in zip(leaves, shards, strict=True)
         for shard in local
     )
-    # disable=None is quiet when stderr is no terminal.
     with (
-        tqdm(
-            total=total,
-            desc="loading",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress and jax.process_index() == 0 else True,
-        ) as bar,
+        progress_bar(total, "loading", progress and jax.process_index() == 0) as bar,
         together() as check_others,
     ):
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from grok1.command import advice, streams
 from grok1.command.parser import parse
+from grok1.machine import background
 
 INTERRUPTED = 128 + 2  # what a shell reports of a program that SIGINT ends
 _BROKEN_PIPE = 128 + 13  # likewise of SIGPIPE
@@ -62,6 +63,7 @@ def _run(
             "; the same command continues it" if getattr(parsed, "command", "") == "convert" else ""
         )
         print(f"\n{program}: interrupted{after}", file=sys.stderr)
+        background.do_not_wait(INTERRUPTED)
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         message = str(error)

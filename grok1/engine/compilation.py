@@ -11,15 +11,16 @@ JAX (JAX_COMPILATION_CACHE_DIR), which then keeps these programs as well, or
 JAX_ENABLE_COMPILATION_CACHE=0.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 import pickle
 import platform
-import sys
-import time
+import threading
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from importlib.metadata import version
 from typing import Any
 
@@ -27,24 +28,76 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
-from grok1.machine.announcement import announced
-from grok1.machine.cache_directory import private_directory, write_whole
+from grok1.machine import environment
+from grok1.machine.announcement import announced, hint
+from grok1.machine.background import in_background
+from grok1.machine.cache_directory import held_directory
+from grok1.machine.jax_settings import Settings, own_settings, settings_of_thread, under
 from grok1.machine.processor import available_cores, instructions
+from grok1.machine.startup import check_not_forked
 from grok1.ops import forms
 
 MAX_STORED = 256
 """Executables in the directory; the ones that were unused for the longest time give way."""
 
-_IMPORTED = time.time()
 _PACKAGE = pathlib.Path(__file__).parent.parent
 _HASH_BYTES = hashlib.sha256().digest_size
+_MOST_OF_USERS = 8  # programs with a function of the user's
+_MOST_FORMS = 16
 _LATER = "(once; later runs take it from the cache)"
+
+
+class Programs(dict[tuple, "Program"]):
+    """The programs of one model, by key; made once, whatever number of threads ask for one.
+
+    A function of the user's is a part of the key of what is compiled for it. A new one for each
+    request, as a lambda is, would keep its program for ever, so only the last few are kept; and so
+    it is with forms of the model, which captures and interventions make.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._lock = threading.Lock()
+        self._forms: dict[str, Programs] = {}
+
+    def find(self, key: tuple, make: Callable[[], "Program"]) -> "Program":
+        """Returns the program of a key, made if there is none.
+
+        Args:
+          key: What it is compiled for; hashable.
+          make: Makes it, without compiling anything.
+        """
+        with self._lock:
+            program = self.pop(key, None) or make()
+            # At the end: the one that was used last.
+            self[key] = program
+            of_users = [other for other in self if any(map(callable, other))]
+            for oldest in of_users[:-_MOST_OF_USERS]:
+                del self[oldest]
+            return program
+
+    def of_form(self, form: str) -> "Programs":
+        """Returns the programs of a form of the model.
+
+        Args:
+          form: What is compiled otherwise in all of them; nothing for the model itself.
+        """
+        if not form:
+            return self
+        with self._lock:
+            programs = self._forms.pop(form, None)
+            self._forms[form] = Programs() if programs is None else programs
+            for oldest in list(self._forms)[:-_MOST_FORMS]:
+                del self._forms[oldest]
+            return self._forms[form]
 
 
 class Program:
     """A jitted function, compiled ahead of each first call with arguments of new shapes.
 
-    It is called as the function it stands for; arguments are arrays.
+    It is called as the function it stands for; arguments are arrays. Threads that need the same
+    executable wait for one that compiles it. A wait can be interrupted; what is being compiled is
+    there for the next call.
 
     Attributes:
       executables: Those of this process, by structure, shapes and types of the arguments.
@@ -70,95 +123,123 @@ class Program:
         self.executables: dict[Hashable, Any] = {}
         self.lower = jitted.lower
         self._devices, self._identity, self._in_words = list(devices), identity, in_words
+        self._lock = threading.Lock()
+        self._coming: dict[Hashable, Future] = {}
 
     def __call__(self, *args):
-        """Runs the function."""
-        leaves, tree = jax.tree.flatten(args)
-        key = (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        executable = self.executables.get(key)
-        if executable is None:
-            executable = self.executables[key] = self._executable(args)
-        return executable(*args)
+        """Runs the function.
+
+        Raises:
+          RuntimeError: In a process that was forked after JAX had started.
+        """
+        check_not_forked()
+        key = _key(args)
+        executable = self.executables.get(key) or self._compiled(key, args)
+        with own_settings():
+            return executable(*args)
+
+    def prepare(self, *args) -> None:
+        """Compiles it for arguments like these; a wait for that can be interrupted."""
+        self._compiled(_key(args), args)
+
+    def _compiled(self, key: Hashable, args: tuple):
+        with self._lock:
+            executable = self.executables.get(key)
+            if executable is not None:
+                return executable
+            coming = self._coming.get(key)
+            if coming is None:
+                settings = settings_of_thread()
+                coming = in_background(lambda: self._made(key, args, settings))
+                self._coming[key] = coming
+        return coming.result()
+
+    def _made(self, key: Hashable, args: tuple, settings: Settings):
+        try:
+            with under(settings), own_settings():
+                executable = self.executables[key] = self._executable(args)
+            return executable
+        finally:
+            with self._lock:
+                del self._coming[key]
 
     def _executable(self, args):
         # Now, and not while tracing or reading: what is stored may call the kernels, and their
         # build speaks for itself.
         has_kernels = forms.has_kernels(self._devices[0].platform)
-        directory = None if self._identity is None else _directory()
-        if directory is None:
+        if self._identity is None or not _are_stored():
             with announced(f"compiling {self._in_words(*args)}"):
                 return self.lower(*args).compile()
         parts = (_environment(self._devices), has_kernels, self._identity, _signature(args))
-        name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-        path = directory / f"program-{name}"
-        executable = _read(path, self._devices)
+        name = "program-" + hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+        executable = _read(name, self._devices)
         if executable is None:
             with announced(f"compiling {self._in_words(*args)} {_LATER}"):
                 executable = self.lower(*args).compile()
-            _store(path, executable)
+            _store(name, executable)
         return executable
 
 
-def _read(path: pathlib.Path, devices: list[Any]):
-    """The executable in a file; None if there is none that works."""
+def _key(args: tuple) -> Hashable:
+    leaves, tree = jax.tree.flatten(args)
+    return (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+def _read(name: str, devices: list[Any]):
+    """The stored executable; None if there is none that works."""
     try:
-        data = path.read_bytes()
-        digest, payload = data[:_HASH_BYTES], data[_HASH_BYTES:]
-        if hashlib.sha256(payload).digest() != digest:
-            return None
-        executable = serialize_executable.deserialize_and_load(
+        with held_directory() as directory:
+            data = directory.read(name)
+            with contextlib.suppress(OSError):  # of a read-only file system
+                directory.touch(name)
+    except (OSError, RuntimeError) as error:
+        _complain(error)
+        return None
+    if data is None:
+        return None
+    digest, payload = data[:_HASH_BYTES], data[_HASH_BYTES:]
+    if hashlib.sha256(payload).digest() != digest:
+        return None
+    try:
+        return serialize_executable.deserialize_and_load(
             *pickle.loads(payload), backend=devices[0].client, execution_devices=devices
         )
-        os.utime(path)
     # Whatever is wrong with a file, or with JAX's experimental format, compiling is the answer.
     except Exception:
         return None
-    return executable
 
 
-def _store(path: pathlib.Path, executable) -> None:
+def _store(name: str, executable) -> None:
     try:
         payload = pickle.dumps(serialize_executable.serialize(executable))
     # Not every backend's executables can be serialised, nor those with captured arrays.
     except Exception:
         return
     try:
-        write_whole(path, hashlib.sha256(payload).digest() + payload)
-        for old in sorted(path.parent.glob("program-*"), key=_last_use)[:-MAX_STORED]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        _complain(str(error))
+        with held_directory() as directory:
+            directory.write(name, hashlib.sha256(payload).digest() + payload)
+            programs = [other for other in directory.names() if other.startswith("program-")]
+            for old in sorted(programs, key=directory.last_use)[:-MAX_STORED]:
+                directory.remove(old)
+    except (OSError, RuntimeError) as error:
+        _complain(error)
 
 
-def _last_use(path: pathlib.Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another process has made room
-        return 0
+def _complain(error: Exception) -> None:
+    hint(f"every process compiles anew, nothing is cached: {error}")
 
 
-def _directory() -> pathlib.Path | None:
-    """Where programs are stored; None where they are not."""
+def _are_stored() -> bool:
+    """Whether programs are stored at all."""
     chosen_by_user = jax.config.values
     if (
-        os.environ.get("GROK1_COMPILATION_CACHE") == "0"
+        not environment.is_on("GROK1_COMPILATION_CACHE")
         or chosen_by_user["jax_compilation_cache_dir"]
         or not chosen_by_user["jax_enable_compilation_cache"]
     ):
-        return None
+        return False
     # One process's part of an executable is of no use to another process.
-    if os.name != "posix" or jax.process_count() > 1 or _source_hash() is None:
-        return None
-    try:
-        return private_directory()
-    except (OSError, RuntimeError) as error:
-        _complain(str(error))
-        return None
-
-
-@functools.cache
-def _complain(reason: str) -> None:
-    print(f"grok1: every process compiles anew, nothing is cached: {reason}", file=sys.stderr)
+    return os.name == "posix" and jax.process_count() == 1 and _source_hash() is not None
 
 
 def _environment(devices: list[Any]) -> str:
@@ -189,15 +270,23 @@ def _environment(devices: list[Any]) -> str:
     )
 
 
+def _sources() -> dict[pathlib.Path, tuple[int, int]]:
+    """The package's files, with what tells that one of them has changed."""
+    paths = [path for path in sorted(_PACKAGE.rglob("*")) if "__pycache__" not in path.parts]
+    found = ((path, path.stat()) for path in paths if path.is_file())
+    return {path: (status.st_mtime_ns, status.st_size) for path, status in found}
+
+
+_IMPORTED = _sources()
+
+
 @functools.cache
 def _source_hash() -> str | None:
     """A hash of the package's files; None when they are not what this process has imported."""
-    paths = [path for path in sorted(_PACKAGE.rglob("*")) if "__pycache__" not in path.parts]
-    paths = [path for path in paths if path.is_file()]
-    if not paths or any(path.stat().st_mtime > _IMPORTED for path in paths):
+    if not _IMPORTED or _sources() != _IMPORTED:
         return None
     digest = hashlib.sha256()
-    for path in paths:
+    for path in _IMPORTED:
         data = path.read_bytes()
         digest.update(f"{path.relative_to(_PACKAGE)} {len(data)} ".encode() + data)
     return digest.hexdigest()

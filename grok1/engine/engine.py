@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt32
 
 from grok1.config import ModelConfig
-from grok1.engine.compilation import Program
+from grok1.engine.compilation import Program, Programs
 from grok1.engine.sampling import SamplingState
 from grok1.engine.steps import (
     NUM_ENDS,
@@ -42,6 +42,8 @@ from grok1.engine.steps import (
     sampling_head,
     scoring_head,
 )
+from grok1.engine.wording import in_words
+from grok1.machine.jax_settings import own_settings
 from grok1.machine.pages import use_huge_pages
 from grok1.nn.capture import NOTHING, Capture, as_capture
 from grok1.nn.decoder import Captures, Run, forward
@@ -112,17 +114,17 @@ class Engine:
             cache_dtype = default_cache_dtype(self.dtype)
         self.cache_dtype = jnp.dtype(cache_dtype)
         self._weight_specs: Any = specs_of(self.weights)
-        self._programs: dict[tuple, Program] = {}
+        self._programs = Programs()
         self._stores_programs = True
         # Other forms of this engine keep programs of their own, which forms of one kind share.
         self._root = self
         self._form = ""
-        self._programs_of_form = {self._form: self._programs}
         self.capture = NOTHING
         self.interventions: tuple[Any, ...] = ()
         self._observer: Observer | None = None
         self._captured_bytes_per_token = 0
 
+    @own_settings()
     def intervened(self, interventions: Sequence[Any], hooks: tuple[Any, ...]) -> "Engine":
         """Returns an engine of the same weights and programs in which these act, and no others.
 
@@ -174,7 +176,7 @@ class Engine:
         hooks = self.weights.interventions
         structure = jax.tree.structure(hooks) if hooks else None
         self._form = f"{self.capture} {structure}" if self.capture or hooks else ""
-        self._programs = self._programs_of_form.setdefault(self._form, {})
+        self._programs = self._root._programs.of_form(self._form)
         return self
 
     def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
@@ -617,18 +619,21 @@ class Engine:
         return specs_of(self.abstract_state(self.mesh.shape[DATA_AXIS], _SMALLEST_CAPACITY))
 
     def _program(self, key: tuple, build: Callable[[], Any]) -> Program:
-        if key not in self._programs:
-            # A function of the user's is not known by its name: what it does may have changed.
-            stored = self._stores_programs and not any(callable(part) for part in key)
-            self._programs[key] = Program(
+        # A function of the user's is not known by its name: what it does may have changed.
+        stored = self._stores_programs and not any(callable(part) for part in key)
+        # Not the engine itself: programs outlive the views that they are built for.
+        capture, interventions = self.capture, self.interventions
+        return self._programs.find(
+            key,
+            lambda: Program(
                 build(),
                 self.mesh.devices.flatten().tolist(),
                 f"{key} {self._form} {self.config} {self.dtype} {self.cache_dtype} {self.mesh}"
                 if stored
                 else None,
-                lambda *args: _in_words(key, *args),
-            )
-        return self._programs[key]
+                lambda *args: in_words(key, capture, interventions, *args),
+            ),
+        )
 
     def _compile(self, key: tuple, function: Callable, more_in_specs: tuple, out_specs):
         """Jits `function(weights, state, ...)` per device; the state's memory is the result's."""
@@ -662,25 +667,3 @@ class Engine:
         # Where this process has all devices, the compiled program places it faster.
         local = self._rows_sharding.is_fully_addressable
         return array if local else put(array, self._rows_sharding)
-
-
-def _in_words(key: tuple, *args) -> str:
-    """Names a program, given its key and arguments: "decode for batch 8, cache 1024"."""
-    kind, *details = key
-    if kind in ("screening table", "request keys"):
-        return f"the {kind}"
-    if kind == "assign":
-        batch, capacity = args[0].tokens.shape
-        return f"the start of a request for batch {batch}, cache {capacity}"
-    if kind == "piece of a step":
-        name, length, *_ = details
-        return f"the {name} of a step of {length} tokens"
-    if kind in ("prefill", "score", "score tokens"):
-        verb = kind if kind == "prefill" else "scoring"
-        kind = f"{verb} of {details[0]} tokens"
-    if not args:
-        return "{} for batch {}, cache {}".format(kind, *details[0])
-    batch, capacity = args[1].tokens.shape
-    num_rows = len(args[2].slots)
-    rows = f"batch {batch}" if num_rows == batch else f"{num_rows} rows of batch {batch}"
-    return f"{kind} for {rows}, cache {capacity}"

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.config import ModelConfig
+from grok1.machine.startup import start_jax
 from grok1.nn.transformer import LayerParams, Params
 from grok1.ops.attention import KVCache
 from grok1.ops.experts import ExpertWeights
@@ -81,7 +82,10 @@ def make_mesh(
 
     Raises:
       ValueError: If there are too few devices, or the model does not divide over the mesh.
+      RuntimeError: If JAX cannot start on the platform that is asked for, or was started before
+        this process was forked.
     """
+    start_jax()
     if isinstance(mesh, Mesh):
         if mesh.axis_names != (DATA_AXIS, MODEL_AXIS):
             raise ValueError(

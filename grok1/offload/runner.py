@@ -12,7 +12,6 @@ are not counted: it takes them back when it wants memory.
 import contextlib
 import functools
 import inspect
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,7 +21,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from grok1.checkpoint.loading import expert_arrays, load_params
 from grok1.checkpoint.storage import StoredModel
@@ -31,7 +29,10 @@ from grok1.engine.compilation import Program
 from grok1.engine.engine import Engine
 from grok1.engine.steps import DecodeState, Head
 from grok1.machine import announcement
+from grok1.machine.announcement import hint
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
+from grok1.machine.jax_settings import own_settings
+from grok1.machine.progress import progress_bar
 from grok1.nn.capture import NOTHING, Capture
 from grok1.nn.sharding import AnyMesh
 from grok1.nn.transformer import Params
@@ -241,6 +242,9 @@ class _StreamedProgram:
         Raises:
           CheckpointError: If an expert cannot be read.
         """
+        # Outside of the thread below, for whose end an interruption waits.
+        if isinstance(self._program, Program):
+            self._program.prepare(*args)
         start = time.perf_counter()
         # In another thread, because waiting for a program cannot be interrupted.
         with (
@@ -248,7 +252,7 @@ class _StreamedProgram:
             self._fetching(),
             ThreadPoolExecutor(1, "grok1-step") as pool,
         ):
-            running = pool.submit(lambda: jax.block_until_ready(self._program(*args)))
+            running = pool.submit(self._run, args)
             try:
                 result = running.result()
             except BaseException:
@@ -262,15 +266,20 @@ class _StreamedProgram:
         self._traffic.seconds += time.perf_counter() - start
         return result
 
+    @own_settings()
+    def _run(self, args: tuple):
+        return jax.block_until_ready(self._program(*args))
+
     @contextlib.contextmanager
     def _fetching(self) -> Iterator[None]:
-        bar = tqdm(
-            total=self._num_layers,
-            desc="prompt",
+        bar = progress_bar(
+            self._num_layers,
+            "prompt",
+            self._num_layers is not None,
             unit="layer",
+            unit_scale=False,
             delay=announcement.PATIENCE,
             leave=False,
-            disable=True if self._num_layers is None else None,
         )
         self._store.begin(self._traffic, lambda layer: bar.update(layer + 1 - bar.n))
         try:
@@ -326,7 +335,7 @@ def is_offloaded(
             return False
         reason = f"the model takes {gigabytes(needed)}"
     if say:
-        print(f"grok1: {reason}: experts are read when they are needed", file=sys.stderr)
+        hint(f"{reason}: experts are read when they are needed")
     return True
 
 

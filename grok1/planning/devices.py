@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from grok1.machine.host_memory import host_bytes_available
+from grok1.machine.startup import start_jax
 from grok1.planning.memory import GPU_PLATFORMS, MOST_PREALLOCATED, preallocated_share
 from grok1.planning.report import Estimate
 
@@ -86,6 +87,7 @@ def find(devices: int | Sequence[Any] | None, memory: float | None, device: str 
         if memory is None and kind is not None:
             memory = kind.memory
     else:
+        start_jax()
         present = jax.devices() if devices is None else list(devices)
         platform = "gpu" if present[0].platform in GPU_PLATFORMS else present[0].platform
         count = len(present)

@@ -19,6 +19,7 @@ import numpy as np
 from grok1 import reprs
 from grok1.engine.engine import CHUNK_LENGTHS, Engine
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
+from grok1.machine.jax_settings import own_settings
 from grok1.nn.sharding import DATA_AXIS
 from grok1.nn.unembedding import TokenStatistics
 from grok1.tokenizer import Tokenizer
@@ -171,6 +172,7 @@ class Window(NamedTuple):
     first: int
 
 
+@own_settings()
 def score(
     engine: Engine,
     tokenizer: Tokenizer | None,
@@ -230,6 +232,7 @@ def score(
     return scores if many else scores[0]
 
 
+@own_settings()
 def choose(
     engine: Engine,
     tokenizer: Tokenizer | None,

@@ -21,6 +21,7 @@ from grok1.generate.completion import Completion
 from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import Batch, Prompt, encode_prompt, is_batch
 from grok1.machine.host_memory import gigabytes, host_bytes_available
+from grok1.machine.jax_settings import own_settings
 from grok1.nn.capture import AXES, GROUPS, Capture
 from grok1.nn.decoder import Captures
 from grok1.tokenizer import Tokenizer
@@ -135,6 +136,7 @@ class Trace(Mapping[str, np.ndarray]):
         return f"this trace has no {name}, but {', '.join(self.arrays) or 'nothing'}{remedy}"
 
 
+@own_settings()
 def trace(
     engine: Engine,
     tokenizer: Tokenizer | None,
@@ -204,6 +206,7 @@ def trace(
     return _trace(config, tokenizer, tokens, arrays, len(tokens), wanted)
 
 
+@own_settings()
 def trace_generation(
     engine: Engine,
     tokenizer: Tokenizer | None,

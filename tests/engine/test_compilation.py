@@ -21,8 +21,9 @@ import grok1
 from grok1.engine import compilation
 from grok1.engine.compilation import Program
 from grok1.engine.engine import Engine
-from grok1.machine import announcement
+from grok1.machine import announcement, cache_directory
 from grok1.machine.announcement import announced
+from grok1.nn.capture import as_capture
 from grok1.ops.cpu import bindings
 
 
@@ -38,9 +39,13 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("GROK1_COMPILATION_CACHE")
     # A busy machine is not what these tests are about.
     monkeypatch.setattr(announcement, "PATIENCE", 1000.0)
-    compilation._complain.cache_clear()
+    announcement.hint.cache_clear()
+    # One that the user has chosen for JAX would take its place.
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    chosen = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
     yield tmp_path / "grok1"
-    compilation._complain.cache_clear()
+    jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 @pytest.fixture
@@ -188,7 +193,7 @@ def test_a_damaged_file_is_compiled_anew_and_replaced(cache, capfd, damage):
     assert twice()(np.ones(2, np.float32)).tolist() == [2, 2]
     assert stored(cache) == [path]
     assert path.stat().st_size >= len(whole) // 2 + 1
-    assert compilation._read(path, jax.devices()[:1]) is not None
+    assert compilation._read(path.name, jax.devices()[:1]) is not None
     assert capfd.readouterr().err == ""
 
 
@@ -205,10 +210,10 @@ def test_off_by_the_environment(cache, monkeypatch, capfd):
 )
 def test_a_cache_that_the_user_chose_for_jax_goes_first(cache, name, value):
     before = jax.config.values[name]
-    assert compilation._directory() == cache
+    assert compilation._are_stored()
     jax.config.update(name, value)
     try:
-        assert compilation._directory() is None
+        assert not compilation._are_stored()
     finally:
         jax.config.update(name, before)
 
@@ -238,8 +243,42 @@ def test_the_least_recently_used_give_way(cache, monkeypatch):
     assert newer not in stored(cache)
 
 
-def test_nothing_is_stored_once_the_sources_have_changed_under_the_process(cache, monkeypatch):
-    monkeypatch.setattr(compilation, "_IMPORTED", 0.0)
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A package of one file, which is dated in the future, and has just been imported."""
+    package = tmp_path / "package"
+    package.mkdir()
+    file = package / "module.py"
+    file.write_text("text")
+    later = time.time() + 1e6
+    os.utime(file, (later, later))
+    monkeypatch.setattr(compilation, "_PACKAGE", package)
+    monkeypatch.setattr(compilation, "_IMPORTED", compilation._sources())
+    return package
+
+
+def test_a_file_dated_in_the_future_is_no_reason_not_to_store(cache, sources, monkeypatch):
+    found = compilation._source_hash.__wrapped__()
+    assert len(found) == 64
+    os.utime(sources / "module.py", (0, 0))
+    monkeypatch.setattr(compilation, "_IMPORTED", compilation._sources())
+    assert compilation._source_hash.__wrapped__() == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda package: (package / "module.py").write_text("test"),
+        lambda package: os.utime(package / "module.py", (0, 0)),
+        lambda package: (package / "another.py").write_text(""),
+        lambda package: (package / "module.py").unlink(),
+    ],
+    ids=["content", "date", "new", "gone"],
+)
+def test_nothing_is_stored_once_the_sources_have_changed_under_the_process(
+    cache, sources, monkeypatch, change
+):
+    change(sources)
     assert compilation._source_hash.__wrapped__() is None
     monkeypatch.setattr(compilation, "_source_hash", lambda: None)
     twice()(np.zeros(1, np.float32))
@@ -273,10 +312,10 @@ def test_a_directory_that_cannot_be_made(cache, capfd):
 
 
 def test_a_full_disk_is_no_error(cache, monkeypatch, capfd):
-    def fail(path, data):
-        raise OSError(28, "No space left on device", str(path))
+    def fail(self, name, data):
+        raise OSError(28, "No space left on device", name)
 
-    monkeypatch.setattr(compilation, "write_whole", fail)
+    monkeypatch.setattr(cache_directory.PrivateDirectory, "write", fail)
     assert twice()(np.ones(1, np.float32)).tolist() == [2]
     assert "No space left on device" in capfd.readouterr().err
 
@@ -339,3 +378,45 @@ def test_the_models_programs_are_named_in_words(cache, nano, monkeypatch, capfd)
         for name in ("prefill", "scoring")
     ]
     assert run() == ""
+
+
+def test_no_two_programs_are_announced_in_the_same_words(nano):
+    def colder(logits, tokens, length):
+        return logits * 2
+
+    engine = Engine(nano.params, nano.config, nano.mesh, nano.dtype)
+    capture = as_capture(("residual", "router_probs"))
+    observed = engine.observed(capture, 256, lambda count, captured: None)
+    with (
+        nano.intervene(grok1.AblateExperts(3)) as ablated,
+        nano.intervene(grok1.ScaleHeads(7, 0.0)) as scaled,
+    ):
+        programs = [
+            engine.decode_program(None, None),
+            engine.decode_program(0, None),
+            engine.decode_program(5, None),
+            engine.decode_program(None, colder),
+            observed.decode_program(None, None),
+            ablated.engine.decode_program(None, None),
+            scaled.engine.decode_program(None, None),
+            engine.prefill_program(16),
+            engine.prefill_program(64),
+            observed.prefill_program(64),
+            engine.score_program(16, ()),
+            engine.score_program(16, ("residual",)),
+            engine.token_score_program(16, 5),
+        ]
+    state = engine.abstract_state(2, 256)
+    words = [program._in_words(None, state) for program in programs]
+    assert len(set(words)) == len(words)
+    assert words[:6] == [
+        "sampled decode for batch 2, cache 256",
+        "sampled decode for batch 2, cache 256, with log-probabilities",
+        "sampled decode for batch 2, cache 256, with log-probabilities and 5 alternatives",
+        "sampled decode for batch 2, cache 256, with the logits_processor colder",
+        "sampled decode for batch 2, cache 256, capturing residual and router_probs",
+        "sampled decode for batch 2, cache 256, under AblateExperts(experts=3)",
+    ]
+    if engine.screening_table is not None:
+        greedy = engine.greedy_program()._in_words(None, state)
+        assert greedy == "greedy decode for batch 2, cache 256"

@@ -21,7 +21,7 @@ import pytest
 import grok1
 from grok1.care import conversion
 from grok1.checkpoint import mapping
-from grok1.machine import announcement
+from grok1.machine import announcement, progress
 from grok1.nn.manifest import file_name
 from grok1.offload import expert_store, runner
 from grok1.ops.cpu import bindings
@@ -363,14 +363,14 @@ def test_a_long_prompt_shows_its_layers_on_a_terminal(offloaded, monkeypatch):
         def isatty(self):
             return True
 
-    class Bar(runner.tqdm):
+    class Bar(progress.tqdm):
         def close(self):
             if not self.disable:
                 reached.append(self.n)
             super().close()
 
     reached: list[int] = []
-    monkeypatch.setattr(runner, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(announcement, "PATIENCE", 0)
     offloaded.generate(list(range(20)), **GREEDY)

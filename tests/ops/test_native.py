@@ -3,38 +3,63 @@
 import ctypes
 import os
 import pathlib
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from grok1.machine import announcement, cache_directory
 from grok1.ops.cpu import bindings, build
 
 ask_again = bindings._is_available.__wrapped__
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_library():
+    """The library in the tests' own cache; None where there can be none."""
+    if not bindings.is_available():
+        return None
+    build.loaded_library([])
+    return stored(pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "grok1")[0]
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("GROK1_NATIVE", raising=False)
+    announcement.hint.cache_clear()
     return tmp_path / "grok1"
 
 
 def pretend_to_compile(monkeypatch):
-    """Replaces the compiler by one that writes the number of times it ran."""
+    """Replaces compiler and loader: the library is the number of times that the former ran."""
     runs = []
 
     def compile(compiler, library):
         runs.append(library)
-        with open(library, "w") as file:
-            file.write(f"{len(runs)}")
+        pathlib.Path(library).write_text(f"{len(runs)}")
+
+    def load(path):
+        return types.SimpleNamespace(text=pathlib.Path(path).read_text(), f=None)
 
     monkeypatch.setattr(build, "_compile", compile)
+    monkeypatch.setattr(build.ctypes, "CDLL", load)
     return runs
+
+
+def compiler_that(monkeypatch, directory, script):
+    """Puts a shell script in the place of the compiler."""
+    compiler = directory / "c++"
+    compiler.write_bytes(b"#!/bin/sh\n" + script)
+    compiler.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+    return compiler
 
 
 def test_off_by_the_environment_without_a_word(monkeypatch, cache, capfd):
@@ -47,20 +72,36 @@ def test_off_by_the_environment_without_a_word(monkeypatch, cache, capfd):
 def test_without_a_compiler_one_line_says_what_to_install(monkeypatch, cache, capfd):
     monkeypatch.setenv("PATH", str(cache))
     assert not ask_again()
-    expected = (
-        "grok1: running through XLA, several times slower than the native kernels: "
-        "no C++ compiler found; install g++ or clang++\n"
-    )
+    expected = f"{ONE_LINE}no C++ compiler found; install g++ or clang++\n"
     assert capfd.readouterr().err == expected
 
 
-def test_a_failed_compilation_names_its_first_error(monkeypatch, cache, capfd):
-    compiler = cache.parent / "c++"
-    compiler.write_text("#!/bin/sh\necho 'In file x' >&2\necho 'x:1: error: no luck' >&2\nexit 1\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{cache.parent}:/usr/bin:/bin")
+ONE_LINE = "grok1: running through XLA, several times slower than the native kernels: "
+EMPTY_LIBRARY = (
+    b'for last; do :; done; echo "int unused;" >"$0.c"; '
+    b'/usr/bin/cc -shared -o "$last" "$0.c"; rm "$0.c"'
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (b"echo 'In file x' >&2; echo 'x:1: error: no luck' >&2; exit 1", "failed: x:1: error: no"),
+        (b"printf 'x:1: \\351rror: \\377\\n' >&2; exit 1", "failed: x:1: \ufffdrror: \ufffd\n"),
+        (b"kill -9 $$", "failed: exit status -9"),
+        (b"exit 0", "wrote no library"),
+        (b'for last; do :; done; echo text >"$last"', "made cannot be loaded: "),
+        (EMPTY_LIBRARY, "made cannot be loaded: it has no function grok1_quantized_matmul"),
+    ],
+    ids=["error", "not utf-8", "killed", "nothing", "no library", "no symbols"],
+)
+def test_a_compiler_that_fails_is_one_line(monkeypatch, cache, capfd, script, message):
+    compiler_that(monkeypatch, cache.parent, script)
     assert not ask_again()
-    assert capfd.readouterr().err.endswith(f": {compiler} failed: x:1: error: no luck\n")
+    said = capfd.readouterr().err
+    assert said.startswith(ONE_LINE)
+    assert message in said
+    assert said.count("\n") == 1
     assert list(cache.iterdir()) == []
 
 
@@ -80,42 +121,169 @@ def test_a_link_to_a_directory_is_refused(cache, capfd):
     assert "is not private" in capfd.readouterr().err
 
 
-def test_a_damaged_library_is_built_anew(monkeypatch, cache):
+def stored(cache):
+    return sorted(cache.glob("native-*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
+        lambda path: path.unlink(),
+        lambda path: path.chmod(0o666),
+        lambda path: (path.unlink(), path.symlink_to(pathlib.Path(__file__))),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+    ],
+    ids=["empty", "cut short", "garbled", "gone", "open to others", "a link", "a pipe"],
+)
+def test_a_damaged_library_is_never_loaded_and_built_anew(monkeypatch, cache, damage):
     runs = pretend_to_compile(monkeypatch)
-    tried = []
-
-    def load(path):
-        tried.append(pathlib.Path(path).read_text())
-        if len(tried) == 1:
-            raise OSError("file too short")
-        return "library"
-
-    monkeypatch.setattr(build.ctypes, "CDLL", load)
-    assert build.loaded_library() == "library"
-    assert tried == ["1", "2"]
+    assert build.loaded_library(["f"]).text == "1"
+    (path,) = stored(cache)
+    damage(path)
+    assert build.loaded_library(["f"]).text == "2"
+    (path,) = stored(cache)
+    assert path.read_text() == "2"
+    assert build.loaded_library(["f"]).text == "2"
     assert len(runs) == 2
+
+
+def test_a_library_that_is_cut_short_does_not_end_a_process(own_library, cache):
+    if own_library is None:
+        pytest.skip("no native kernels on this machine")
+    cache.mkdir(mode=0o700)
+    copy = cache / own_library.name
+    copy.write_bytes(own_library.read_bytes()[:100_000])
+    copy.chmod(0o600)
+    result = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) == 4 * 3 * 1200
+    assert copy.read_bytes() == own_library.read_bytes()
 
 
 def test_the_library_is_built_once_and_again_for_other_inputs(monkeypatch, cache):
     runs = pretend_to_compile(monkeypatch)
-    first = build._built_library()
+    build.loaded_library(["f"])
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert build._built_library() == first
+    assert stat.S_IMODE(stored(cache)[0].stat().st_mode) == 0o600
+    build.loaded_library(["f"])
     assert len(runs) == 1
     changes = {"_FLAGS": ("-O0",), "instructions": lambda: "another", "version": lambda name: "0"}
     for name, value in changes.items():
         monkeypatch.setattr(build, name, value)
-        build._built_library()
+        build.loaded_library(["f"])
     assert sorted(path.read_text() for path in cache.iterdir()) == ["1", "2", "3", "4"]
 
 
-def test_nothing_is_left_of_a_build_that_is_interrupted(monkeypatch, cache):
-    def interrupt(compiler, library):
+def test_the_library_is_on_disk_before_it_has_its_name(monkeypatch, cache):
+    pretend_to_compile(monkeypatch)
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        synced.append(os.fstat(descriptor).st_size)
+        assert stored(cache) == []
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    build.loaded_library(["f"])
+    assert synced == [1]
+
+
+@pytest.mark.parametrize("place", ["_compile", "_load"])
+def test_nothing_is_left_of_a_build_that_is_interrupted(monkeypatch, cache, place):
+    pretend_to_compile(monkeypatch)
+
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "_compile", interrupt)
+    monkeypatch.setattr(build, place, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build._built_library()
+        build.loaded_library(["f"])
+    assert list(cache.iterdir()) == []
+
+
+def test_on_a_file_system_without_execution_nothing_is_built(monkeypatch, cache, capfd):
+    runs = pretend_to_compile(monkeypatch)
+    status = types.SimpleNamespace(f_flag=os.ST_NOEXEC)
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: status)
+    assert not ask_again()
+    message = f"{cache} is on a file system that is mounted noexec; set XDG_CACHE_HOME"
+    assert message in capfd.readouterr().err
+    assert runs == []
+
+
+def test_a_stored_library_that_cannot_be_loaded_is_not_built_by_every_process(
+    monkeypatch, cache, capfd
+):
+    runs = pretend_to_compile(monkeypatch)
+    build.loaded_library(["f"])
+
+    def fail(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(build.ctypes, "CDLL", fail)
+    assert not ask_again()
+    (path,) = stored(cache)
+    message = f"{path} cannot be loaded here: failed to map segment from shared object; remove it"
+    assert message in capfd.readouterr().err
+    assert len(runs) == 1
+
+
+# --- a directory below one that another user can change ------------------------------------------
+
+
+def swapping(monkeypatch, cache, name):
+    """Once the directory is held, puts another of the name in its place, with a file in it."""
+    opened = cache_directory.PrivateDirectory.__init__
+
+    def swap(self, path, descriptor):
+        opened(self, path, descriptor)
+        if path.parent.name != "hidden":
+            path.parent.rename(path.parent.parent / "hidden")
+            path.mkdir(parents=True)
+            (path / name).write_text("another's")
+
+    monkeypatch.setattr(cache_directory.PrivateDirectory, "__init__", swap)
+
+
+def test_what_is_loaded_is_what_was_checked_whatever_is_done_above_it(monkeypatch, tmp_path, cache):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    cache = tmp_path / "shared" / "grok1"
+    pretend_to_compile(monkeypatch)
+    build.loaded_library(["f"])
+    (path,) = stored(cache)
+    swapping(monkeypatch, cache, path.name)
+    assert build.loaded_library(["f"]).text == "1"
+    assert [other.name for other in stored(cache)] == [path.name]
+    assert path.read_text() == "another's"
+    assert stored(tmp_path / "hidden" / "grok1")[0].read_text() == "1"
+
+
+def test_a_program_is_written_where_was_looked(monkeypatch, tmp_path, cache):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
+    swapping(monkeypatch, tmp_path / "shared" / "grok1", "program")
+    with cache_directory.held_directory() as directory:
+        directory.write("program", b"ours")
+        assert directory.read("program") == b"ours"
+    assert (tmp_path / "shared" / "grok1" / "program").read_text() == "another's"
+    assert (tmp_path / "hidden" / "grok1" / "program").read_bytes() == b"ours"
+
+
+@pytest.mark.parametrize(("mode", "is_safe"), [(0o755, True), (0o1777, True), (0o777, False)])
+def test_without_paths_to_what_is_held_open_the_chain_is_looked_at(
+    monkeypatch, tmp_path, cache, mode, is_safe
+):
+    monkeypatch.setattr(cache_directory, "_DESCRIPTORS", tmp_path / "no such directory")
+    tmp_path.chmod(mode)
+    pretend_to_compile(monkeypatch)
+    if is_safe:
+        assert build.loaded_library(["f"]).text == "1"
+        return
+    message = re.escape(f"{cache}: {tmp_path}, above it, can be changed by others; set XDG_CACHE")
+    with pytest.raises(PermissionError, match=message):
+        build.loaded_library(["f"])
     assert list(cache.iterdir()) == []
 
 

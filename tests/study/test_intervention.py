@@ -398,8 +398,9 @@ def test_iterators_serve_more_than_once(nano, tokens):
 
 def test_a_sweep_compiles_once(nano, tokens):
     def executables():
-        programs = nano.engine._programs_of_form.values()
-        return sum(len(one.executables) for form in programs for one in form.values())
+        own = nano.engine._programs
+        forms = [own, *own._forms.values()]
+        return sum(len(one.executables) for form in forms for one in form.values())
 
     trace = nano.trace(tokens, ALL)
 

@@ -10,8 +10,6 @@ Environment: GROK1_NATIVE=0 turns them off; GROK1_NUM_THREADS is the number of t
 
 import ctypes
 import functools
-import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
+from grok1.machine import environment
+from grok1.machine.announcement import hint
+from grok1.machine.processor import available_cores
 from grok1.ops.cpu.build import UnavailableError, loaded_library
 
 _MATMUL = "grok1_quantized_matmul"
@@ -30,6 +31,7 @@ _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
 _SAMPLE = "grok1_sample"
 _LOG_PROBABILITIES = "grok1_log_probabilities"
+_USE_THREADS = "grok1_use_threads"
 _LOCK = threading.Lock()
 # Layer, expert, the next one, where to write the addresses; see kernels.cc.
 _FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
@@ -40,6 +42,9 @@ def is_available() -> bool:
 
     Says on stderr, once a process, why it cannot. False without a word when GROK1_NATIVE=0 or
     when the default backend of JAX is no CPU.
+
+    Raises:
+      ValueError: If a variable of the environment has a value that means nothing.
     """
     with _LOCK:  # a second thread must not register what it has built itself
         return _is_available()
@@ -47,10 +52,10 @@ def is_available() -> bool:
 
 @functools.cache
 def _is_available() -> bool:
-    if os.environ.get("GROK1_NATIVE") == "0" or jax.default_backend() != "cpu":
+    if not environment.is_on("GROK1_NATIVE") or jax.default_backend() != "cpu":
         return False
+    num_threads = environment.num_threads()
     try:
-        library = loaded_library()
         targets = (
             _MATMUL,
             _EXPERTS,
@@ -60,13 +65,12 @@ def _is_available() -> bool:
             _SAMPLE,
             _LOG_PROBABILITIES,
         )
+        library = loaded_library([*targets, _USE_THREADS])
         handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
     except (UnavailableError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        print(
-            f"grok1: running through XLA, several times slower than the native kernels: {error}",
-            file=sys.stderr,
-        )
+        hint(f"running through XLA, several times slower than the native kernels: {error}")
         return False
+    getattr(library, _USE_THREADS)(ctypes.c_int64(num_threads or available_cores()))
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return True

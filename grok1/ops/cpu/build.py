@@ -4,15 +4,17 @@ import ctypes
 import hashlib
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import jax
 
 from grok1.machine.announcement import announced
-from grok1.machine.cache_directory import private_directory
+from grok1.machine.cache_directory import PrivateDirectory, held_directory
 from grok1.machine.processor import instructions
 
 _SOURCES = pathlib.Path(__file__).parent
@@ -28,48 +30,98 @@ class UnavailableError(Exception):
     """Why there is no library, and what would help."""
 
 
-def loaded_library() -> ctypes.CDLL:
+def loaded_library(symbols: Sequence[str]) -> ctypes.CDLL:
     """Returns the library of the kernels; builds it if this source, jaxlib or processor is new.
 
+    Args:
+      symbols: Names of the functions that it must have.
+
     Raises:
-      UnavailableError: If it cannot be built.
+      UnavailableError: If it cannot be built, or not be loaded.
       OSError, RuntimeError: If there is no private directory for it.
     """
-    path = _built_library()
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # damaged, or made where another C++ library is
-        path.unlink()
-        return ctypes.CDLL(str(_built_library()))
-
-
-def _built_library() -> pathlib.Path:
-    """The compiled library; compiles it if this source, jaxlib and processor are new."""
     if os.name != "posix":
         raise UnavailableError("they are for Linux and macOS")
+    with held_directory() as directory:
+        if not directory.is_executable:
+            raise UnavailableError(
+                f"{directory.path} is on a file system that is mounted noexec; set XDG_CACHE_HOME "
+                "to a directory on another"
+            )
+        prefix = f"native-{_key()}-"
+        name = _whole_library(directory, prefix)
+        if name is None:
+            return _built_library(directory, prefix, symbols)
+        try:
+            return _load(directory, name, symbols)
+        except UnavailableError as error:
+            raise UnavailableError(
+                f"{directory.path / name} cannot be loaded here: {error}; remove it, and it is "
+                "built anew"
+            ) from error
+
+
+def _key() -> str:
+    """A hash of all that the library depends on."""
     paths = [path for path in sorted(_SOURCES.iterdir()) if path.suffix in (".cc", ".h")]
     sources = [path.read_bytes() for path in paths]
-    parts = (*sources, " ".join(_FLAGS), version("jaxlib"), instructions())
+    here = (version("jaxlib"), instructions(), *platform.libc_ver())
     key = hashlib.sha256()
-    for part in parts:
+    for part in (*sources, " ".join(_FLAGS), *here):
         data = part if isinstance(part, bytes) else part.encode()
         key.update(len(data).to_bytes(8, "little") + data)
-    directory = private_directory()
-    library = directory / f"native-{key.hexdigest()}.so"
-    if library.exists():
-        return library
+    return key.hexdigest()
+
+
+def _whole_library(directory: PrivateDirectory, prefix: str) -> str | None:
+    """The name of a library that is as it was built: its name ends with the hash of what it holds.
+
+    A process that maps a file which was cut short, and runs it, is ended by the system.
+    """
+    for name in directory.names():
+        if name.startswith(prefix):
+            data = directory.read(name)
+            if data is not None and name == _name_of(prefix, data):
+                return name
+            directory.remove(name)
+    return None
+
+
+def _name_of(prefix: str, library: bytes) -> str:
+    return f"{prefix}{hashlib.sha256(library).hexdigest()}.so"
+
+
+def _built_library(directory: PrivateDirectory, prefix: str, symbols: Sequence[str]) -> ctypes.CDLL:
+    """Compiles the library, and stores it if it works."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise UnavailableError("no C++ compiler found; install g++ or clang++")
-    # A name of its own, then a rename: processes that build at the same time do not meet.
-    descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=directory)
-    os.close(descriptor)
-    try:
+    with tempfile.TemporaryDirectory(prefix="grok1-") as scratch:
+        output = pathlib.Path(scratch) / "native.so"
         with announced("compiling the native CPU kernels (once)"):
-            _compile(compiler, unfinished)
-        os.replace(unfinished, library)
-    finally:
-        pathlib.Path(unfinished).unlink(missing_ok=True)
+            _compile(compiler, str(output))
+        try:
+            data = output.read_bytes()
+        except FileNotFoundError:
+            raise UnavailableError(f"{compiler} wrote no library") from None
+    with directory.new_file(data) as unfinished:
+        try:
+            library = _load(directory, unfinished, symbols)
+        except UnavailableError as error:
+            raise UnavailableError(f"what {compiler} made cannot be loaded: {error}") from error
+        directory.rename(unfinished, _name_of(prefix, data))
+    return library
+
+
+def _load(directory: PrivateDirectory, name: str, symbols: Sequence[str]) -> ctypes.CDLL:
+    path = directory.path_of(name)
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise UnavailableError(str(error).removeprefix(f"{path}: ")) from error
+    missing = [symbol for symbol in symbols if not hasattr(library, symbol)]
+    if missing:
+        raise UnavailableError(f"it has no function {missing[0]}")
     return library
 
 
@@ -80,7 +132,8 @@ def _compile(compiler: str, library: str):
         result = subprocess.run(
             [*command, str(_SOURCES / "kernels.cc"), "-o", library],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
         if result.returncode == 0:

@@ -191,6 +191,10 @@ ffi::Error LogProbabilities(Pool pool, Floats logits, Integers tokens, FloatsOut
 
 }  // namespace
 
+extern "C" __attribute__((visibility("default"))) void grok1_use_threads(int64_t number) {
+  grok1::allowed_threads().store(number);
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_quantized_matmul, QuantizedMatmul,
                               ffi::Ffi::Bind()
                                   .Ctx<Pool>()

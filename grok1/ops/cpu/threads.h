@@ -9,16 +9,11 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 #include "forecast.h"
 #include "xla/ffi/api/ffi.h"
@@ -53,20 +48,13 @@ void wait_until(Condition is_met, void (*meanwhile)() = pause) {
   }
 }
 
-// Threads of the process: GROK1_NUM_THREADS, or the cores it may run on.
-inline int64_t num_threads() {
-  static const int64_t number = [] {
-    const char* setting = std::getenv("GROK1_NUM_THREADS");
-    int64_t chosen = setting == nullptr ? 0 : std::atoll(setting);
-    if (chosen > 0) return chosen;
-#if defined(__linux__)
-    cpu_set_t cores;
-    if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return int64_t{CPU_COUNT(&cores)};
-#endif
-    return std::max<int64_t>(1, std::thread::hardware_concurrency());
-  }();
+// Threads that a kernel may have, which the process that loads the library says.
+inline std::atomic<int64_t>& allowed_threads() {
+  static std::atomic<int64_t> number{1};
   return number;
 }
+
+inline int64_t num_threads() { return allowed_threads().load(std::memory_order_relaxed); }
 
 struct Job {
   std::function<void(int64_t)> run_unit;

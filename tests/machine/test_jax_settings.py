@@ -1,0 +1,144 @@
+"""A model computes the same numbers whatever settings of JAX the user has chosen."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok1
+from grok1.engine.compilation import Program
+from grok1.machine.jax_settings import own_settings, settings_of_thread
+
+CONFIG = dataclasses.replace(
+    grok1.TOY, num_layers=1, vocab_size=256, emb_size=64, sequence_len=256, key_size=16
+)
+TOKENS = list(range(5, 14))
+STRICT = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_transfer_guard": "disallow",
+    "jax_check_tracer_leaks": True,
+    "jax_debug_nans": True,
+    "jax_debug_infs": True,
+    "jax_debug_key_reuse": True,
+}
+
+
+@contextlib.contextmanager
+def chosen(settings: dict):
+    """Settings of the whole process, as a notebook makes them."""
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def computed(directory) -> dict[str, np.ndarray]:
+    """What a new model says, in every way that there is; all of it is traced and compiled."""
+    model = grok1.random_model(CONFIG, mesh=(1, 2), seed=0)
+    options = {"max_new_tokens": 2, "ignore_eos": True}
+    greedy = model.generate(TOKENS, temperature=0, **options)
+    drawn = model.generate(TOKENS, seed=3, logprobs=2, **options)
+    trace = model.trace(TOKENS, capture=("router", "logit_lens"))
+    with model.intervene(grok1.AblateExperts(3), grok1.ScaleHeads(1, 0.5)) as changed:
+        intervened = changed.logits(TOKENS)
+    grok1.save(model, directory)
+    return {
+        "logits": model.logits(TOKENS),
+        "greedy": np.array(greedy.tokens),
+        "drawn": np.array(drawn.tokens),
+        "log-probabilities": np.array(drawn.logprobs),
+        "scores": model.score(TOKENS).logprobs,
+        "router": trace.router_probs,
+        "lens": trace.lens_logprobs,
+        "intervened": intervened,
+        "saved": grok1.load(directory, mesh=(1, 2), progress=False).logits(TOKENS),
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    return computed(tmp_path_factory.mktemp("model") / "saved")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"jax_enable_x64": True},
+        {"jax_disable_jit": True},
+        STRICT,
+        {"jax_threefry_partitionable": False, "jax_random_seed_offset": 7},
+    ],
+    ids=["64 bits", "no jit", "strict", "random numbers"],
+)
+def test_whatever_is_chosen_the_numbers_are_the_same(tmp_path, monkeypatch, expected, settings):
+    with chosen(settings):
+        found = computed(tmp_path / "saved")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_default_device_is_the_users_own(nano):
+    with chosen({"jax_default_device": jax.devices()[3]}):
+        logits = nano.logits(TOKENS)
+        assert jnp.ones(2).device == jax.devices()[3]
+    assert np.array_equal(logits, nano.logits(TOKENS))
+
+
+def test_64_bits_before_the_import(nano, nano_path):
+    program = (
+        "import sys, jax, grok1\n"
+        "model = grok1.load(sys.argv[1], mesh=(1, 1), dtype='float32', progress=False)\n"
+        "print(model.generate([1, 2, 3], max_new_tokens=4, seed=5, ignore_eos=True).tokens)\n"
+        "assert jax.numpy.ones(2).dtype == 'float64'\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(nano_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_ENABLE_X64": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    expected = nano.generate([1, 2, 3], max_new_tokens=4, seed=5, ignore_eos=True).tokens
+    assert result.stdout == f"{expected}\n"
+
+
+def test_a_stream_leaves_the_users_settings_alone_between_pieces(toy):
+    with chosen({"jax_enable_x64": True}):
+        for _ in toy.stream("The first", max_new_tokens=3, temperature=0, stop=["unlikely"]):
+            assert jnp.ones(2).dtype == jnp.float64
+
+
+def test_a_thread_takes_its_settings_along():
+    seen = []
+
+    def traced(x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return x
+
+    program = Program(jax.jit(traced), jax.devices()[:1], None, str)
+    with jax.default_matmul_precision("float32"):
+        program(np.ones(2, np.float32))
+    assert seen == ["float32"]
+    assert settings_of_thread() == []
+
+
+def test_own_settings_end_with_the_block():
+    with jax.enable_x64(True), jax.transfer_guard("disallow"):
+        with own_settings():
+            assert jnp.arange(3.0).dtype == jnp.float32
+            assert (jnp.ones(2) + np.ones(2, np.float32)).tolist() == [2, 2]
+        assert jax.device_put(np.ones(2)).dtype == np.float64
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            jnp.ones(2) + np.ones(2)
