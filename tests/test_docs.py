@@ -25,10 +25,11 @@ def test_the_gate_refuses_a_broken_link_and_a_missing_image(tmp_path):
         ["bash", "-c", python + command[0]],
         cwd=tmp_path,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "venv": str(tmp_path)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     assert result.returncode != 0
     for broken in ("no-such-page.md", "#nowhere", "images/none.png"):
-        assert broken in result.stderr
-    assert "Aborted with 3 warnings in strict mode!" in result.stderr
+        assert broken in result.stdout
+    assert "Aborted with 3 warnings in strict mode!" in result.stdout
