@@ -19,6 +19,7 @@ from grok1.factory import load
 from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import check_options, prompt_tokens
 from grok1.machine import processes
+from grok1.machine.startup import start_jax
 from grok1.model import Model
 from grok1.tokenizer import Tokenizer
 
@@ -119,6 +120,7 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt_file is not None:
         return [streams.read_text(arguments.prompt_file)]
     # Not every one of several processes has the same input.
+    start_jax()
     piped = streams.piped_text() if jax.process_count() == 1 else None
     return [PROMPT if piped is None else piped]
 

@@ -244,7 +244,12 @@ os.waitpid(child, 0)
     ("before", "start", "call", "expected"),
     [
         ("", "jax.numpy.ones(2)", "grok1.random_model(grok1.TOY)", "forked from one in which"),
-        ("import grok1", "jax.numpy.ones(2)", "grok1.load('.')", "forked from one in which"),
+        (
+            "import grok1",
+            "jax.numpy.ones(2)",
+            "grok1.load('checkpoints/toy')",
+            "forked from one in which",
+        ),
         ("import grok1", "", "assert len(jax.devices())", "no error"),
     ],
     ids=["imported in the child", "imported before", "before JAX ran"],
@@ -252,7 +257,7 @@ os.waitpid(child, 0)
 def test_a_process_forked_after_jax_has_run_is_told(before, start, call, expected):
     program = FORK.format(before=before, start=start, call=call)
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert expected in result.stdout, result.stderr
 
