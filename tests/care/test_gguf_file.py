@@ -133,6 +133,7 @@ def llama_cpp_ids(vocabulary: list[tuple[bytes, float, int]], text: str) -> list
     return found
 
 
+@pytest.mark.filterwarnings("ignore:text holds the character U.2581")
 @pytest.mark.parametrize(
     "model", [TOY / "tokenizer.model", RELEASED_TOKENIZER], ids=["toy", "real"]
 )
@@ -157,6 +158,7 @@ def test_llama_cpp_is_given_a_vocabulary_that_makes_our_ids(model):
             assert new_score > highest
 
 
+@pytest.mark.filterwarnings("ignore:text holds the character U.2581")
 @pytest.mark.parametrize(
     "model", [TOY / "tokenizer.model", RELEASED_TOKENIZER], ids=["toy", "real"]
 )

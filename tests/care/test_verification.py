@@ -476,7 +476,7 @@ def test_every_fault_of_safetensors_is_named_in_one_run(safetensors_copy):
             (shards[2].name, "bytes long, expected "),
             (shards[4].name, "missing, expected as the index names it"),
             (shards[5].name, "lacks model.layers.4.attn.q_proj.weight, which"),
-            (shards[5].name, "has the unexpected model.layers.4.attn.x_proj.weight"),
+            (shards[5].name, "holds model.layers.4.attn.x_proj.weight, which"),
             (shards[6].name, "is int8[64,128], expected int8[128,64]"),
             ("other.safetensors", "foreign, expected no such file"),
         ],
