@@ -24,6 +24,7 @@ from grok1.factory import load
 from grok1.files import printable
 from grok1.generate.options import check_ids
 from grok1.generate.requests import Prompt, encode_prompt
+from grok1.machine.agreement import agree
 from grok1.machine.float_errors import as_numpy_comes
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.safe_files import creating
@@ -437,6 +438,7 @@ def _run(source: _Opened, options: dict[str, Any], text: Prompt, files: pathlib.
 
 def _run_model(model: Model, name: str, text: Prompt, files: pathlib.Path) -> _Run:
     engine, config = model.engine, model.config
+    agree("compare", lambda: {"the text": text, "interventions": engine.interventions}, model.mesh)
     tokens = encode_prompt(text, model.tokenizer, config.vocab_size)
     if not tokens:
         raise ValueError("the text is empty; give at least one token")

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +12,13 @@ from jax.sharding import Mesh
 
 from grok1 import keywords
 from grok1.checkpoint.directory import load_config, located, open_tensors, tokenizer_path
+from grok1.checkpoint.fingerprint import fingerprint
 from grok1.checkpoint.loading import load_params
 from grok1.checkpoint.released import save_checkpoint
 from grok1.checkpoint.stacking import random_params, unstack
 from grok1.config import ModelConfig
+from grok1.engine.engine import Engine
+from grok1.machine.agreement import agree, exchange
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.processes import together
 from grok1.model import Model
@@ -22,6 +26,7 @@ from grok1.nn import precision
 from grok1.nn.manifest import manifest
 from grok1.nn.sharding import make_mesh
 from grok1.offload.runner import Offload, is_offloaded, load_offloaded
+from grok1.ops.cpu import bindings
 from grok1.planning.memory import abstract_engine, abstract_weights
 from grok1.tokenizer import Tokenizer
 
@@ -84,7 +89,8 @@ def load(
         divide over the mesh, cannot fit in its memory or has fewer layers, or the tokenizer is
         another model's; or if experts cannot be offloaded: on several devices, or with too small a
         budget.
-      OtherProcessError: If this is one of several processes and another one failed.
+      OtherProcessError: If this is one of several processes and another one failed, or loads
+        something else; the message says what.
     """
     path = located(path)
     whole = load_config(path)
@@ -100,12 +106,24 @@ def load(
         tokenizer.check_vocabulary(config.vocab_size)
     # What needs devices comes after what needs none: to start them takes a second or more.
     device_mesh = make_mesh(config, mesh)
+    _agree_on_kernels()
     dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
     stored = open_tensors(path, whole).only(config).in_memory(embedding_type)
     tensors = stored.specs
     weights = abstract_weights(tensors, config)
     whole_engine = abstract_engine(weights, config, device_mesh, dtype, cache_dtype)
-    if not is_offloaded(whole_engine, offload, memory):
+    streams = is_offloaded(whole_engine, offload, memory)
+    _agree_on_model(
+        whole_engine,
+        "load",
+        lambda: {
+            "the checkpoint": fingerprint(path),
+            "embedding_dtype": embedding_type.name,
+            "the tokenizer": None if tokenizer is None else tokenizer.model_proto,
+            "offload": streams,
+        },
+    )
+    if not streams:
         params = load_params(stored, config, device_mesh, progress)
         return Model(params, config, device_mesh, dtype, tensors, tokenizer, cache_dtype)
     engine = load_offloaded(stored, whole_engine, offload == "host", memory, progress)
@@ -113,6 +131,7 @@ def load(
 
 
 @keywords.suggesting()
+@together()
 @own_settings()
 def random_model(
     config: ModelConfig,
@@ -133,8 +152,9 @@ def random_model(
 
     Raises:
       TypeError: If the architecture is no `ModelConfig`.
-      ValueError: As for `load`.
+      ValueError, OtherProcessError: As for `load`.
     """
+    _agree_on_kernels()
     if not isinstance(config, ModelConfig):
         raise TypeError(
             f"config must be a ModelConfig, such as grok1.TOY, found {type(config).__name__}"
@@ -142,8 +162,48 @@ def random_model(
     device_mesh = make_mesh(config, mesh)
     dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
     cache_dtype = precision.cache_dtype(cache_dtype)
+    tensors = manifest(config)
+    engine = abstract_engine(
+        abstract_weights(tensors, config), config, device_mesh, dtype, cache_dtype
+    )
+    _agree_on_model(engine, "random_model", lambda: {"seed": seed})
     params = random_params(config, device_mesh, seed)
-    return Model(params, config, device_mesh, dtype, manifest(config), cache_dtype=cache_dtype)
+    return Model(params, config, device_mesh, dtype, tensors, cache_dtype=cache_dtype)
+
+
+def _agree_on_model(engine: Engine, what: str, items: Callable[[], dict[str, Any]]) -> None:
+    """Compares a model that is to be made, and `items`, with those of the other processes."""
+    devices = engine.mesh.devices.flatten().tolist()
+    is_of_one = {device.process_index for device in devices} == {jax.process_index()}
+
+    def described() -> dict[str, Any]:
+        if is_of_one:
+            return {"mesh": "of the process's own devices"}
+        return {
+            "mesh": list(engine.mesh.devices.shape),
+            "devices": [device.id for device in devices],
+            "dtype": engine.dtype.name,
+            "cache_dtype": engine.cache_dtype.name,
+            **items(),
+            **dataclasses.asdict(engine.config),
+        }
+
+    agree(what, described)
+
+
+def _agree_on_kernels() -> None:
+    """Lets all processes run through XLA where one of them has no native kernels."""
+    have = exchange("load", lambda: {"kernels": str(bindings.is_available())})
+    without = [rank for rank, words in have.items() if words["kernels"] == "False"]
+    if without and len(without) < len(have):
+        # Their sums are rounded otherwise, and a near tie in the router would part the processes.
+        bindings.turn_off()
+        if jax.process_index() == min(set(have) - set(without)):
+            print(
+                "grok1: running through XLA, several times slower than the native kernels: "
+                f"process {without[0]} has none",
+                file=sys.stderr,
+            )
 
 
 @own_settings()

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from grok1.checkpoint.tensor_file import CheckpointError
 from grok1.factory import load
+from grok1.machine.agreement import agree
 from grok1.machine.processes import OtherProcessError
 from grok1.model import Model
 from grok1.study.scoring import continuation_logprobs, encode_pair
@@ -123,6 +124,9 @@ class Grok1LM(LM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns (log-likelihood, whether it is the greedy continuation) for each request."""
+        agree(
+            "loglikelihood", lambda: {"requests": [one.args for one in requests]}, self.model.mesh
+        )
         pairs = []
         for context, continuation in (request.args for request in requests):
             before, after = encode_pair(

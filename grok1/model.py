@@ -15,6 +15,7 @@ from grok1.engine.engine import Engine
 from grok1.generate.completion import Completion
 from grok1.generate.options import GenerationArguments, GenerationOptions, check_ids
 from grok1.generate.requests import Batch, Prompt, is_batch
+from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec
@@ -143,6 +144,11 @@ class Model:
         Raises:
           ValueError: If the ids are no such array, are out of range, or exceed the context.
         """
+        agree(
+            "logits",
+            lambda: {"tokens": tokens, "interventions": self.engine.interventions},
+            self.mesh,
+        )
         array = np.asarray(tokens)
         rows = array[None] if array.ndim == 1 else array
         if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):

@@ -12,6 +12,7 @@ from grok1.generate.completion import CompletionBuilder
 from grok1.generate.options import GenerationOptions, check_ids
 from grok1.generate.request import Request
 from grok1.generate.scheduler import generate
+from grok1.machine.agreement import agree
 from grok1.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray | jax.Array
@@ -36,6 +37,15 @@ class Batch:
         options: GenerationOptions,
     ):
         config = engine.config
+        agree(
+            "generate",
+            lambda: {
+                "prompts": list(prompts),
+                **vars(options),
+                "interventions": engine.interventions,
+            },
+            engine.mesh,
+        )
         check_options(options, config, tokenizer)
         stop_tokens = set(options.stop_tokens())
         if not options.ignore_eos:

@@ -27,10 +27,11 @@ _BARRIER_MILLISECONDS = 24 * 3600 * 1000  # Dead processes end it earlier.
 
 _numbers = itertools.count()
 _outer_check: Callable[[], None] | None = None
+_names_in_block: Iterator[str] | None = None
 
 
 class OtherProcessError(RuntimeError):
-    """Another of the processes failed; the message says which, and gives its error."""
+    """Another of the processes failed, or does not do the same; the message says which, and how."""
 
 
 def initialize_distributed(
@@ -149,7 +150,7 @@ def together() -> Iterator[Callable[[], None]]:
     Raises:
       OtherProcessError: If another process failed in the block.
     """
-    global _outer_check
+    global _outer_check, _names_in_block
     # Which must be known without starting the devices: a wrong path should be told at once.
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         yield lambda: None
@@ -172,6 +173,7 @@ def together() -> Iterator[Callable[[], None]]:
                 raise OtherProcessError(sorted(failures)[0][1])
 
     _outer_check = check
+    _names_in_block = (f"{name}/{number}" for number in itertools.count())
     try:
         yield check
     except BaseException as error:
@@ -184,9 +186,27 @@ def together() -> Iterator[Callable[[], None]]:
             client.wait_at_barrier(name, _FAILURE_MILLISECONDS)
         raise
     finally:
-        _outer_check = None
+        _outer_check = _names_in_block = None
     client.wait_at_barrier(name, _BARRIER_MILLISECONDS)
     check(now=True)
+
+
+def name_in_block() -> str | None:
+    """Returns a name for an exchange in the block of `together` that runs; None outside of one.
+
+    It is the same in every process that has come as far, whatever has failed in blocks before.
+    """
+    return None if _names_in_block is None else next(_names_in_block)
+
+
+def check_others() -> None:
+    """Raises once another process has failed in the block of `together` that runs, if one does.
+
+    Raises:
+      OtherProcessError: With the other's error.
+    """
+    if _outer_check is not None:
+        _outer_check()
 
 
 def _keep_stdout_for_python() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from grok1 import reprs
 from grok1.engine.engine import CHUNK_LENGTHS, Engine
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
+from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
 from grok1.nn.sharding import DATA_AXIS
 from grok1.nn.unembedding import TokenStatistics
@@ -185,6 +186,19 @@ def score(
     allow_control: bool = False,
 ) -> Score | list[Score]:
     """Scores a text, or several, as `Model.score` says."""
+    agree(
+        "score",
+        lambda: {
+            "texts": text,
+            "top_k": top_k,
+            "window": window,
+            "stride": stride,
+            "add_bos": add_bos,
+            "allow_control": allow_control,
+            "interventions": engine.interventions,
+        },
+        engine.mesh,
+    )
     context, vocab_size = engine.config.sequence_len, engine.config.vocab_size
     window = context if window is None else window
     if not 1 <= window <= context:
@@ -243,6 +257,17 @@ def choose(
     allow_control: bool = False,
 ) -> Choice:
     """Scores continuations of one context, as `Model.choose` says."""
+    agree(
+        "choose",
+        lambda: {
+            "the context": context,
+            "options": options,
+            "add_bos": add_bos,
+            "allow_control": allow_control,
+            "interventions": engine.interventions,
+        },
+        engine.mesh,
+    )
     if isinstance(options, (str, bytes)) or not len(options) or not is_batch(options):
         raise TypeError("options must be a list of continuations, texts or sequences of token ids")
     limit = engine.config.sequence_len + 1

@@ -20,6 +20,7 @@ from grok1.engine.engine import Engine
 from grok1.generate.completion import Completion
 from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import Batch, Prompt, encode_prompt, is_batch
+from grok1.machine.agreement import agree
 from grok1.machine.host_memory import gigabytes, host_bytes_available
 from grok1.machine.jax_settings import own_settings
 from grok1.nn.capture import AXES, GROUPS, Capture
@@ -167,6 +168,19 @@ def trace(
         longer than the context, the attention maps would exceed `ATTENTION_BYTES`, or all arrays
         the memory that the host has.
     """
+    agree(
+        "trace",
+        lambda: {
+            "the text": text,
+            "capture": capture,
+            "attention_layers": attention_layers,
+            "lens_top": lens_top,
+            "add_bos": add_bos,
+            "allow_control": allow_control,
+            "interventions": engine.interventions,
+        },
+        engine.mesh,
+    )
     config = engine.config
     tokens = _encode_one(text, tokenizer, config, add_bos, allow_control)
     if len(tokens) > config.sequence_len:

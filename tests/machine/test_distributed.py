@@ -143,6 +143,102 @@ def test_run_prints_once_and_in_all_the_same(start, toy):
     assert other_output == ""
 
 
+DISAGREE = """
+import os, sys
+rank, nano, other = {rank}, {nano!r}, {other!r}
+if rank == 1:
+    os.environ["GROK1_NATIVE"] = "0"
+import numpy as np
+import grok1
+from grok1.ops.cpu import bindings
+grok1.initialize_distributed({coordinator!r}, 2, rank)
+assert bindings.is_available() == (rank == 0) or rank == 0
+def attempt(call):
+    try:
+        call()
+    except grok1.OtherProcessError as error:
+        print(error)
+    else:
+        print("agreed")
+def load(path=nano, **options):
+    options = dict(mesh=(1, 2), dtype="float32", progress=False) | options
+    return grok1.load(path, **options)
+attempt(lambda: load(dtype=("float32", "bfloat16")[rank]))
+attempt(lambda: load(mesh=((1, 2), (2, 1))[rank], cache_dtype=(None, "int8")[rank]))
+attempt(lambda: load((nano, other)[rank]))
+attempt(lambda: load(layers=(3, 4)[rank], embedding_dtype=("float32", "bfloat16")[rank]))
+attempt(lambda: grok1.random_model(grok1.TOY, mesh=(1, 2), seed=rank))
+model = load()
+assert not bindings.is_available()
+options = dict(max_new_tokens=3, temperature=0)
+attempt(lambda: model.generate([1, 2, 3 + rank], **options))
+attempt(lambda: model.generate([1, 2], **options | dict(max_new_tokens=3 + rank)))
+attempt(lambda: model.generate([1, 2], seed=rank, allowed_tokens=[5, 6 + rank]))
+attempt(lambda: model.logits([1, 2 + rank]))
+attempt(lambda: model.score([1, 2, 3], window=2 + rank))
+attempt(lambda: model.choose([1], [[2], [3 + rank]]))
+attempt(lambda: model.trace([1, 2 + rank]))
+attempt(lambda: model.logits([1, 2]) if rank else model.generate([1, 2]))
+with model.intervene(grok1.AblateExperts(rank)) as changed:
+    attempt(lambda: changed.logits([1, 2]))
+with model.intervene(grok1.AddToResidual(np.full(64, 1.0 + rank), layers=1)) as changed:
+    attempt(lambda: changed.logits([1, 2]))
+print(model.generate(np.array([1, 2, 3]) if rank else [1, 2, 3], **options).tokens)
+"""
+
+
+def test_processes_that_would_not_do_the_same_are_told_how(start, nano, nano_path, copied):
+    embedding = copied / "ckpt-0" / "tensor00000_000"
+    data = bytearray(embedding.read_bytes())
+    data[len(data) // 2] ^= 1
+    embedding.write_bytes(data)
+
+    def command(coordinator, rank):
+        program = DISAGREE.format(
+            coordinator=coordinator, rank=rank, nano=str(nano_path), other=str(copied)
+        )  # fmt: skip
+        return ["-c", program]
+
+    outputs = []
+    for process in start(2, 1, command):
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        outputs.append((output.splitlines(), errors))
+    (said, errors), (other_said, other_errors) = outputs
+    assert said == other_said
+    assert "several times slower than the native kernels: process 1 has none" in errors
+    assert "native kernels" not in other_errors
+    in_each = "{} is {} in process 0, {} in process 1"
+    expected = [
+        ("load", "dtype", "'float32'", "'bfloat16'"),
+        ("load", "mesh", r"\[1, 2\]", r"\[2, 1\]"),
+        ("load", "the checkpoint", "'[0-9a-f]{12}'", "'[0-9a-f]{12}'"),
+        ("load", "num_layers", "3", "4"),
+        ("random_model", "seed", "0", "1"),
+        ("generate", "prompts", r"\[\[1, 2, 3\]\]", r"\[\[1, 2, 4\]\]"),
+        ("generate", "max_new_tokens", "3", "4"),
+        ("generate", "allowed_tokens", r"\[5, 6\]", r"\[5, 7\]"),
+        ("logits", "tokens", r"\[1, 2\]", r"\[1, 3\]"),
+        ("score", "window", "2", "3"),
+        ("choose", "options", r"\[\[2\], \[3\]\]", r"\[\[2\], \[4\]\]"),
+        ("trace", "the text", r"\[1, 2\]", r"\[1, 3\]"),
+        None,
+        ("logits", "interventions", ".*", ".*"),
+        ("logits", "interventions", "sha256 .*", "sha256 .*"),
+    ]
+    *said, tokens = said
+    for line, parts in zip(said, expected, strict=True):
+        message = "^processes make different calls, generate in process 0, logits in process 1; all"
+        if parts is not None:
+            call, *rest = parts
+            message = f"^processes disagree about {call}: .*{in_each.format(*rest)}"
+        assert re.search(message, line), line
+    # What two things differ in is said of both.
+    assert "; cache_dtype is 'float32' in process 0, 'int8' in process 1. Give all" in said[1]
+    assert "seed is 0 in process 0, 1 in process 1; allowed_tokens is" in said[7]
+    assert json.loads(tokens) == nano.generate([1, 2, 3], max_new_tokens=3, temperature=0).tokens
+
+
 def test_an_error_in_one_process_is_an_error_in_all(start, tmp_path):
     def command(coordinator, rank):
         checkpoint = tmp_path if rank else ROOT / "checkpoints" / "toy"

@@ -33,6 +33,7 @@ _SAMPLE = "grok1_sample"
 _LOG_PROBABILITIES = "grok1_log_probabilities"
 _USE_THREADS = "grok1_use_threads"
 _LOCK = threading.Lock()
+_TURNED_OFF = threading.Event()
 # Layer, expert, the next one, where to write the addresses; see kernels.cc.
 _FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
 
@@ -47,7 +48,12 @@ def is_available() -> bool:
       ValueError: If a variable of the environment has a value that means nothing.
     """
     with _LOCK:  # a second thread must not register what it has built itself
-        return _is_available()
+        return _is_available() and not _TURNED_OFF.is_set()
+
+
+def turn_off() -> None:
+    """Makes `is_available` false, since a process that this one computes with has no kernels."""
+    _TURNED_OFF.set()
 
 
 @functools.cache
