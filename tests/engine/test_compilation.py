@@ -35,6 +35,13 @@ def tests_own_cache():
 
 
 @pytest.fixture
+def monkeypatch(stored_programs):
+    """Pytest's own: here programs are stored whatever they are made of."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("GROK1_COMPILATION_CACHE")
