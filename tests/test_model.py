@@ -196,7 +196,8 @@ def test_generation_ends_at_the_context(nano):
         ([[1], []], ValueError, r"the prompt is empty"),
         (3, TypeError, r"a prompt is text or a sequence of token ids, found int"),
     ],
-    ids=repr,
+    # A memoryview shows where it lies.
+    ids=lambda value: type(value).__name__ if isinstance(value, memoryview) else repr(value),
 )
 def test_prompts_that_are_refused(nano, prompt, error, message):
     with pytest.raises(error, match=message):

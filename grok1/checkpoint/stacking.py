@@ -72,7 +72,8 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     abstract = abstract._replace(layers=list(abstract.layers) * config.num_layers)
     target = abstract_stack(abstract, config, mesh)
     groups = jax.tree.map(_file_groups, abstract.layers[0], is_leaf=_is_weight)
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(target))))
+    key = jax.random.key(seed, impl="threefry2x32")  # named: a setting would choose another
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(target))))
 
     def normal(leaf, deviation):
         make = jax.jit(
