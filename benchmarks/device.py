@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 import grok1
-from grok1.engine.engine import CHUNK_LENGTHS
+from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.ops.quantized import QuantizedArray
 
 Kernels = dict[str, tuple[int, float]]

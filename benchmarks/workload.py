@@ -101,23 +101,19 @@ def experts_read(model: grok1.Model, sequences: np.ndarray, start: int) -> float
     tokens[:num_rows, :end] = sequences[:, :end]
     state = engine.new_state(tokens)
     rows = np.arange(batch) < num_rows
-    done = 0
-    while done < start:
-        chunk = engine.chunk_for(batch, start - done)
-        count = min(chunk, start - done)
-        state = engine.prefill(state, np.where(rows, count, 0).astype(np.int32), chunk)
-        done += count
+    for chunk in engine.chunks(batch, start):
+        num_valid = np.where(rows, chunk.num_tokens, 0).astype(np.int32)
+        state = engine.prefill(state, num_valid, chunk.length)
     needed = 0
-    while done < end:
-        chunk = engine.scoring_chunk_for(batch, end - done)
-        count = min(chunk, end - done)
-        num_valid = np.where(rows, count, 0).astype(np.int32)
-        state, _, captured = engine.score(state, num_valid, chunk, ("expert_indices",))
+    for chunk in engine.chunks(batch, end, start, with_logits=True):
+        num_valid = np.where(rows, chunk.num_tokens, 0).astype(np.int32)
+        state, _, captured = engine.score(state, num_valid, chunk.length, ("expert_indices",))
         indices_LMA = np.asarray(captured["expert_indices"])
-        indices = indices_LMA.reshape(len(indices_LMA), batch, chunk, -1)[:, :num_rows, :count]
-        chosen = indices[..., None] == np.arange(model.config.num_experts)
+        indices = indices_LMA.reshape(len(indices_LMA), batch, chunk.length, -1)
+        chosen = indices[:, :num_rows, : chunk.num_tokens, :, None] == np.arange(
+            model.config.num_experts
+        )
         needed += int(chosen.any(axis=(1, 3)).sum())
-        done += count
     return needed / (end - start)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from grok1 import reprs
 from grok1.checkpoint.directory import load_config
-from grok1.engine.engine import CHUNK_LENGTHS
+from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.factory import load
 from grok1.files import printable
 from grok1.generate.options import check_ids
@@ -461,23 +461,21 @@ def _run_model(model: Model, name: str, text: Prompt, files: pathlib.Path) -> _R
         padded = np.zeros((batch, capacity), np.int32)
         padded[0, : end - start] = tokens[start:end]
         state = engine.new_state(padded)
-        while start < end:
-            chunk = min(longest, engine.chunk_for(batch, end - start))
-            count = min(chunk, end - start)
+        for chunk in engine.chunks(batch, end, start, most_tokens=longest * batch):
+            count = chunk.num_tokens
             num_valid = np.array([count] + [0] * (batch - 1), np.int32)
             state, found, captured = engine.score(
-                state, num_valid, chunk, ("residual", "expert_indices")
+                state, num_valid, chunk.length, ("residual", "expert_indices")
             )
-            here = slice(start, start + count)
+            here = slice(chunk.start, chunk.end)
             logits[here] = np.asarray(found)[0, :count]
             residual[:, here] = np.asarray(captured["residual"])[:, 0, :count]
             chosen = np.asarray(captured["expert_indices"])
-            chosen = chosen.reshape(len(chosen), batch, chunk, -1)[:, 0, :count]
+            chosen = chosen.reshape(len(chosen), batch, chunk.length, -1)[:, 0, :count]
             if experts is None:
                 # Interventions change how many there are.
                 experts = array("experts", np.int32, len(chosen), num_tokens, chosen.shape[-1])
             experts[:, here] = np.where(chosen < config.num_experts, chosen, -1)
-            start += count
     pieces = None
     if model.tokenizer is not None:
         pieces = [model.tokenizer.piece(token) for token in tokens]

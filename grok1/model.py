@@ -20,7 +20,7 @@ from grok1.machine.jax_settings import own_settings
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec
 from grok1.nn.transformer import Params
-from grok1.offload.runner import OffloadedEngine, OffloadStats
+from grok1.offload.runner import OffloadStats, Streamed
 from grok1.study import scoring
 from grok1.study.intervention import Intervention, prepare
 from grok1.study.scoring import Choice, Score
@@ -93,7 +93,8 @@ class Model:
     @property
     def offload_stats(self) -> OffloadStats | None:
         """What streaming experts from their files has cost so far; None for a resident model."""
-        return self.engine.stats if isinstance(self.engine, OffloadedEngine) else None
+        runner = self.engine.runner
+        return runner.stats if isinstance(runner, Streamed) else None
 
     def _repr_html_(self) -> str:
         leaves = jax.tree.leaves(self.params)
@@ -169,14 +170,10 @@ class Model:
         padded[:num_rows, :length] = rows
         state = self.engine.new_state(padded)
         out = np.empty((num_rows, length, self.config.vocab_size), np.float32)
-        done = 0
-        while done < length:
-            chunk = self.engine.scoring_chunk_for(batch, length - done)
-            count = min(chunk, length - done)
-            num_valid = np.where(np.arange(batch) < num_rows, count, 0).astype(np.int32)
-            state, chunk_logits, _ = self.engine.score(state, num_valid, chunk)
-            out[:, done : done + count] = np.asarray(chunk_logits)[:num_rows, :count]
-            done += count
+        for chunk in self.engine.chunks(batch, length, with_logits=True):
+            num_valid = np.where(np.arange(batch) < num_rows, chunk.num_tokens, 0).astype(np.int32)
+            state, found, _ = self.engine.score(state, num_valid, chunk.length)
+            out[:, chunk.start : chunk.end] = np.asarray(found)[:num_rows, : chunk.num_tokens]
         return out[0] if array.ndim == 1 else out
 
     @overload

@@ -57,7 +57,8 @@ class Programs(dict[tuple, "Program"]):
 
     def __init__(self):
         super().__init__()
-        self._lock = threading.Lock()
+        # Again by the same thread: what a program is made of may be programs.
+        self._lock = threading.RLock()
         self._forms: dict[str, Programs] = {}
 
     def find(self, key: tuple, make: Callable[[], "Program"]) -> "Program":

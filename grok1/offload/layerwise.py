@@ -8,17 +8,19 @@ are computed with where the host has them.
 Dimension key: R row, T position, M = R*T, D model dim, A selected experts a token.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from grok1.config import ModelConfig
-from grok1.engine.engine import Weights
-from grok1.engine.steps import DecodeState, Head, Rows, next_tokens
-from grok1.nn.capture import Capture
+from grok1.engine.compilation import Program
+from grok1.engine.programs import Key, Kind, Programs, StepSpec, Weights
+from grok1.engine.steps import DecodeState, Rows, next_tokens
 from grok1.nn.decoder import (
     Captures,
     Run,
@@ -33,37 +35,24 @@ from grok1.offload.device_experts import DeviceExperts
 from grok1.ops.experts import fetched_expert
 from grok1.ops.layers import rms_norm
 
-Compile = Callable[..., Callable]
-"""Compiles a piece: (its name, a function per device, the arguments whose memory it may have)."""
-
 
 class LayerwiseStep:
     """What a step's program is, (weights, state, rows, *arguments) -> (state, outputs, captured).
 
-    See `Engine._step_program`; the parameters are without the experts' values.
+    See `Programs.step`; the parameters are without the experts' values.
     """
 
-    def __init__(
-        self,
-        compile_piece: Compile,
-        experts: DeviceExperts,
-        config: ModelConfig,
-        dtype: Any,
-        length: int,
-        head: Head,
-        capture: Capture,
-    ):
+    def __init__(self, programs: Programs, spec: StepSpec, experts: DeviceExperts):
         """Compiles nothing yet.
 
         Args:
-          compile_piece: Compiles what it is made of.
+          programs: Has the pieces compiled that it is made of.
+          spec: The step.
           experts: Where experts come from.
-          config: The model.
-          dtype: Type of the products with weights.
-          length: Tokens of a row.
-          head: What is made of the last hidden states.
-          capture: What is captured.
         """
+        config, dtype = programs.setup.config, programs.setup.dtype
+        key, head = spec.key, spec.head
+        length, capture = key.length, key.capture
 
         def run_of(weights):
             return Run(config, dtype, capture, weights.interventions)
@@ -101,11 +90,15 @@ class LayerwiseStep:
             return state, outputs, jax.tree.map(jnp.stack, captured, is_leaf=_is_list)
 
         self._config, self._capture, self._experts = config, capture, experts
-        self._begin = compile_piece("beginning", begin)
-        self._attend = compile_piece("attention", attend, "x", "cache")
-        self._add_expert = compile_piece("expert", add_expert, "out")
-        self._finish = compile_piece("end of a layer", finish, "x")
-        self._end = compile_piece("end", end, "state")
+        piece = functools.partial(_piece, programs)
+        shared = Key(kind=Kind.PIECE, length=length, capture=capture)
+        self._begin = piece(shared, "beginning", begin)
+        self._attend = piece(shared, "attention", attend, "x", "cache")
+        self._add_expert = piece(shared, "expert", add_expert, "out")
+        self._finish = piece(shared, "end of a layer", finish, "x")
+        # Steps share all but this.
+        own = key._replace(kind=Kind.PIECE, of=key.kind)
+        self._end = piece(own, "end", end, "state")
 
     def __call__(
         self, weights: Weights, state: DecodeState, rows: Rows, *arguments: Any
@@ -140,6 +133,17 @@ class LayerwiseStep:
             )
             captured["attention_probs"] = [maps[n] for n in self._capture.attention_layers]
         return self._end(weights, state._replace(cache=cache), rows, x, captured, *arguments)
+
+
+def _piece(programs: Programs, key: Key, name: str, function: Callable, *donated: str) -> Program:
+    """Compiles a function per device, which may have the memory of some of its arguments."""
+    key = key._replace(piece=name)
+    names = list(inspect.signature(function).parameters)
+    per_device = programs.per_device(function, P(), P())
+    donate = [names.index(one) for one in donated]
+    return programs.get(
+        key, lambda: programs.compiled(key, jax.jit(per_device, donate_argnums=donate))
+    )
 
 
 def _is_list(node: Any) -> bool:

@@ -11,31 +11,26 @@ are not counted: it takes them back when it wants memory.
 
 import contextlib
 import functools
-import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.checkpoint.loading import expert_arrays, load_params
 from grok1.checkpoint.storage import StoredModel
-from grok1.config import ModelConfig
 from grok1.engine.compilation import Program
 from grok1.engine.engine import Engine
-from grok1.engine.steps import DecodeState, Head
+from grok1.engine.form import Form
+from grok1.engine.programs import Programs, StepSpec
 from grok1.machine import announcement
 from grok1.machine.announcement import hint
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.progress import progress_bar
-from grok1.nn.capture import NOTHING, Capture
-from grok1.nn.sharding import AnyMesh
-from grok1.nn.transformer import Params
 from grok1.offload.device_experts import DeviceExperts, has_pinned_memory, pinned_buffer
 from grok1.offload.expert_store import ExpertStore, Traffic, pageable_buffer
 from grok1.offload.layerwise import LayerwiseStep
@@ -96,42 +91,34 @@ class OffloadStats(NamedTuple):
         return "; ".join([*lines, held])
 
 
-class OffloadedEngine(Engine):
-    """The steps of a model whose experts are fetched; as `Engine`, with the same numbers.
+class Streamed:
+    """An `engine.form.Runner` of a model whose experts are fetched; with the same numbers.
 
-    A step is finished when its method returns. Ctrl-C ends it within a layer; a file that cannot
-    be read is the `CheckpointError` of the step that wanted it. The state it was given is lost
-    then, and the engine goes on with another.
+    A step is finished when its call returns. Ctrl-C ends it within a layer; a file that cannot be
+    read is the `CheckpointError` of the step that wanted it. The state it was given is lost then,
+    and the engine goes on with another.
 
     Attributes:
+      runs_ahead: False: each step can be broken off, and counts for itself.
       store: Where experts come from.
       device_experts: How they come to the device; None where the kernels fetch them.
       budget_bytes: What the process may take.
-      runs_ahead: Whether a step may be started before the tokens of the one before are read.
     """
 
     runs_ahead = False
 
-    def __init__(
-        self,
-        params: Params,
-        config: ModelConfig,
-        mesh: AnyMesh,
-        dtype: Any,
-        cache_dtype: Any,
-        store: ExpertStore,
-        budget_bytes: int,
-    ):
-        super().__init__(params, config, mesh, dtype, cache_dtype)
-        self.store, self.budget_bytes = store, budget_bytes
-        device = self.mesh.devices.flat[0]
-        self.device_experts = DeviceExperts(store, device) if runs_by_layer(device) else None
-        self._traffic = {"prompt": Traffic(), "decode": Traffic()}
+    def __init__(self, store: ExpertStore, device: Any, budget_bytes: int):
+        """Fetches nothing yet.
 
-    @property
-    def most_steps(self) -> int:
-        """1, so that each step can be broken off, and counts for itself."""
-        return 1
+        Args:
+          store: Where experts come from.
+          device: What computes with them.
+          budget_bytes: What the process may take.
+        """
+        self.store, self.budget_bytes = store, budget_bytes
+        self.device_experts = DeviceExperts(store, device) if runs_by_layer(device) else None
+        self._device = device
+        self._traffic = {"prompt": Traffic(), "decode": Traffic()}
 
     @property
     def stats(self) -> OffloadStats:
@@ -146,81 +133,42 @@ class OffloadedEngine(Engine):
             budget_bytes=self.budget_bytes,
         )
 
-    def new_state(self, tokens: np.ndarray) -> DecodeState:
-        """As `Engine.new_state`; the experts in memory make room for the cache.
+    def make_room(self, form: Form, batch: int, capacity: int) -> None:
+        """Lets go of the experts in memory whose room a state needs, or lets in as many as fit.
 
         Raises:
-          ValueError: If the budget does not hold the cache.
+          ValueError: If the budget does not hold the state.
         """
-        needed = state_bytes(self, *tokens.shape)
+        needed = state_bytes(form, batch, capacity)
         with self.store.lock:
-            self.store.resize(num_slots(self, self.store, needed, self.budget_bytes))
+            self.store.resize(num_slots(form, self.store, needed, self.budget_bytes))
             if self.device_experts is not None:
                 self.device_experts.cache.shrink(self._num_device_slots(needed))
-        return super().new_state(tokens)
 
     def _num_device_slots(self, state_bytes: int) -> int:
         """How many experts fit on the device beside a state, what works there and what comes."""
         assert self.device_experts is not None
-        available = device_bytes_available(self.mesh.devices.flat[0])
+        available = device_bytes_available(self._device)
         if available is None:
             return 0
         held = len(self.device_experts.cache)
         room = available - state_bytes - WORKING_BYTES
         return max(0, held + room // self.store.num_bytes - _NUM_IN_TRANSFER)
 
-    def _step_program(
-        self,
-        key: tuple,
-        length: int,
-        head: Head,
-        argument_specs: tuple,
-        output_specs: Any,
-        capture: Capture = NOTHING,
-    ) -> Any:
-        program: Any = self._programs.get(key)
-        if isinstance(program, _StreamedProgram):
-            return program
-        if self.device_experts is None:
-            program = super()._step_program(
-                key, length, head, argument_specs, output_specs, capture
-            )
-        else:
-            program = LayerwiseStep(
-                functools.partial(self._piece, key, length, capture),
-                self.device_experts,
-                self.config,
-                self.dtype,
-                length,
-                head,
-                capture,
-            )
-        kind = "decode" if key[0].startswith("decode") else "prompt"
-        # A token is its own progress, and a bar would get into the line that tokens are written to.
-        num_layers = self.config.num_layers if kind == "prompt" else None
-        streamed = _StreamedProgram(program, self.store, self._traffic[kind], num_layers)
-        self._programs[key] = cast(Program, streamed)
-        return streamed
+    def step(self, programs: Programs, spec: StepSpec) -> Any:
+        """Returns the step's program, or its pieces, with the threads that fetch for it."""
+        return programs.get(spec.key, lambda: self._streamed(programs, spec))
 
-    def _piece(
-        self,
-        key: tuple,
-        length: int,
-        capture: Capture,
-        name: str,
-        function: Callable,
-        *donated: str,
-    ) -> Program:
-        """Compiles a function of a layerwise step; steps share all but the end."""
-        names = list(inspect.signature(function).parameters)
-        per_device = jax.shard_map(
-            function, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False
-        )
-        own = key if name == "end" else ()
-        return self._program(
-            ("piece of a step", name, length, capture, *own),
-            lambda: jax.jit(per_device, donate_argnums=[names.index(one) for one in donated]),
-        )
+    def _streamed(self, programs: Programs, spec: StepSpec) -> "_StreamedProgram":
+        if self.device_experts is None:
+            program = programs.step(spec)
+        else:
+            program = LayerwiseStep(programs, spec, self.device_experts)
+        decodes = spec.key.decodes
+        # A token is its own progress, and a bar would get into the line that tokens are written to.
+        num_layers = None if decodes else programs.setup.config.num_layers
+        traffic = self._traffic["decode" if decodes else "prompt"]
+        return _StreamedProgram(program, self.store, traffic, num_layers)
 
 
 class _StreamedProgram:
@@ -345,7 +293,7 @@ def load_offloaded(
     on_host: bool,
     memory: float | str | None,
     progress: bool,
-) -> OffloadedEngine:
+) -> Engine:
     """Reads all of a checkpoint but its experts.
 
     Args:
@@ -390,9 +338,8 @@ def load_offloaded(
         handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
         experts = params.layers.experts._replace(handle=handle)
         params = params._replace(layers=params.layers._replace(experts=experts))
-    return OffloadedEngine(
-        params, config, mesh, whole.dtype, whole.cache_dtype, store, budget_bytes
-    )
+    runner = Streamed(store, device, budget_bytes)
+    return Engine(params, config, mesh, whole.dtype, whole.cache_dtype, runner=runner)
 
 
 def runs_by_layer(device: Any) -> bool:
@@ -400,7 +347,7 @@ def runs_by_layer(device: Any) -> bool:
     return not forms.has_kernels(device.platform)
 
 
-def fixed_bytes(engine: Engine, store: ExpertStore) -> int:
+def fixed_bytes(engine: Form, store: ExpertStore) -> int:
     """Returns what this process takes beside keys, values and the experts that it holds.
 
     Args:
@@ -416,7 +363,7 @@ def fixed_bytes(engine: Engine, store: ExpertStore) -> int:
     return resident + in_flight * store.num_bytes
 
 
-def num_slots(engine: Engine, store: ExpertStore, cache_bytes: int, budget_bytes: int) -> int:
+def num_slots(engine: Form, store: ExpertStore, cache_bytes: int, budget_bytes: int) -> int:
     """Returns how many experts fit into a budget beside everything else.
 
     Args:

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from grok1 import reprs
-from grok1.engine.engine import CHUNK_LENGTHS, Engine
+from grok1.engine.engine import Engine
+from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
 from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
@@ -445,14 +446,12 @@ def _score_batch(
         tokens[row, : len(window.tokens)] = window.tokens
     inputs = np.where(np.arange(capacity) < lengths[:, None], tokens[:, :capacity], 0)
     state = engine.new_state(inputs)
-    parts, done = [], 0
-    while done < lengths.max():
-        chunk = engine.chunk_for(batch, int(lengths.max()) - done)
-        following = tokens[:, done + 1 : done + 1 + chunk]
-        num_valid = np.clip(lengths - done, 0, chunk).astype(np.int32)
+    parts = []
+    for chunk in engine.chunks(batch, int(lengths.max())):
+        following = tokens[:, chunk.start + 1 : chunk.start + 1 + chunk.length]
+        num_valid = np.clip(lengths - chunk.start, 0, chunk.length).astype(np.int32)
         state, found = engine.score_tokens(state, num_valid, following, num_top)
         parts.append(found)
-        done += chunk
     on_host = jax.device_get(parts)
     for row, window in enumerate(windows):
         statistics = TokenStatistics(

@@ -199,21 +199,15 @@ def trace(
         logits = np.empty((len(tokens), config.vocab_size), np.float32)
     observed = engine.observed(wanted, capacity, recorder)
     state = observed.new_state(padded)
-    done = 0
-    while done < len(tokens):
-        remaining = len(tokens) - done
-        choose = observed.chunk_for if logits is None else observed.scoring_chunk_for
-        chunk = choose(batch, remaining)
+    for chunk in observed.chunks(batch, len(tokens), with_logits=logits is not None):
         num_valid = np.zeros(batch, np.int32)
-        num_valid[0] = min(chunk, remaining)
-        count = int(num_valid[0])
+        num_valid[0] = chunk.num_tokens
         if logits is None:
-            state = observed.prefill(state, num_valid, chunk)
+            state = observed.prefill(state, num_valid, chunk.length)
         else:
-            state, found, captured = observed.score(state, num_valid, chunk, wanted)
+            state, found, captured = observed.score(state, num_valid, chunk.length, wanted)
             recorder(num_valid, captured)
-            logits[done : done + count] = np.asarray(found)[0, :count]
-        done += count
+            logits[chunk.start : chunk.end] = np.asarray(found)[0, : chunk.num_tokens]
     arrays = recorder.arrays(len(tokens))
     if logits is not None:
         arrays[_LOGITS] = logits

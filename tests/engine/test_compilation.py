@@ -232,7 +232,7 @@ def test_a_function_of_the_users_is_not_stored(cache, nano):
     engine = Engine(nano.params, nano.config, nano.mesh, nano.dtype)
     engine.decode_program(None, lambda logits, tokens, length: logits)
     engine.decode_program(None, None)
-    identities = {key: program._identity for key, program in engine._programs.items()}
+    identities = {key: program._identity for key, program in engine._programs.held.items()}
     assert [identity is None for identity in identities.values()] == [True, False]
     twice(None)(np.zeros(1, np.float32))
     assert not cache.exists()

@@ -1,12 +1,16 @@
 """Chunks, capacities, and how often anything is compiled."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 import grok1
 from grok1.config import GROK_1
-from grok1.engine.engine import CHUNK_LENGTHS, Engine
+from grok1.engine.engine import Engine
+from grok1.engine.programs import Key, Kind
+from grok1.engine.shapes import CHUNK_LENGTHS, chunk_for, chunks
 from grok1.nn.manifest import abstract_params
 from grok1.nn.sharding import abstract_stack, make_mesh
 from grok1.nn.transformer import naming
@@ -58,6 +62,15 @@ def test_every_prompt_length_is_covered_with_little_padding(grok_1_engine):
         assert computed < 2 * length + CHUNK_LENGTHS[0]
 
 
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 300), (37, 2500), (5, 5)])
+def test_a_walk_runs_each_token_once(start, end):
+    walk = list(chunks(start, end, functools.partial(chunk_for, 1)))
+    assert [at for one in walk for at in range(one.start, one.end)] == list(range(start, end))
+    assert all(1 <= one.num_tokens <= one.length for one in walk)
+    # Only the last one is padded.
+    assert all(one.num_tokens == one.length for one in walk[:-1])
+
+
 def test_scored_logits_stay_within_a_quarter_of_a_gigabyte(grok_1_engine):
     chunk = grok_1_engine.scoring_chunk_for(1, 8192)
     assert chunk * 131072 * 4 <= 1 << 28
@@ -74,8 +87,8 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
     ]:
         tokens = np.arange(1, length + 1)
         model.generate(tokens, max_new_tokens=length, seed=seed, temperature=temperature)
-    programs = model.engine._programs
-    traced = {key[0]: len(program.executables) for key, program in programs.items()}
+    programs = model.engine._programs.held
+    traced = {key.kind.value: len(program.executables) for key, program in programs.items()}
     greedily = (
         {"decode greedily": 1, "screening table": 1}
         if model.engine.screening_table is not None
@@ -85,8 +98,8 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
     # Another batch size is another shape, once.
     model.generate([[1, 2], [3]], max_new_tokens=2)
     model.generate([[4], [5, 6, 7]], max_new_tokens=5)
-    assert len(programs["decode", None, None, False].executables) == 2
-    assert len(programs["prefill", 16].executables) == 2
+    assert len(programs[Key(kind=Kind.DECODE, length=1)].executables) == 2
+    assert len(programs[Key(kind=Kind.PREFILL, length=16)].executables) == 2
 
 
 @pytest.mark.parametrize(

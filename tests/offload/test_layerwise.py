@@ -49,15 +49,17 @@ def with_room(model, on_host, on_device, monkeypatch):
     """Empties both memories and leaves room for so many experts, at a batch of one."""
     engine = model.engine
     state = memory.state_bytes(engine, 1, engine.capacity_for(96))
-    num_bytes = engine.store.num_bytes
-    engine.budget_bytes = runner.fixed_bytes(engine, engine.store) + state + on_host * num_bytes
-    engine.store.resize(0)
-    engine.device_experts.cache.shrink(0)
-    for name in engine._traffic:
-        vars(engine._traffic[name]).update(vars(expert_store.Traffic()))
+    num_bytes = engine.runner.store.num_bytes
+    engine.runner.budget_bytes = (
+        runner.fixed_bytes(engine, engine.runner.store) + state + on_host * num_bytes
+    )
+    engine.runner.store.resize(0)
+    engine.runner.device_experts.cache.shrink(0)
+    for name in engine.runner._traffic:
+        vars(engine.runner._traffic[name]).update(vars(expert_store.Traffic()))
 
     def available(device):
-        kept = len(engine.device_experts.cache)
+        kept = len(engine.runner.device_experts.cache)
         return state + (on_device + runner._NUM_IN_TRANSFER - kept) * num_bytes
 
     monkeypatch.setattr(runner, "device_bytes_available", available)
@@ -69,7 +71,7 @@ def test_nano_computes_what_the_resident_model_does(
     shared, nano, nano_reference, on_host, on_device, monkeypatch
 ):
     model = with_room(shared, on_host, on_device, monkeypatch)
-    assert isinstance(model.engine.store._new_buffer().arrays[0], jax.Array)
+    assert isinstance(model.engine.runner.store._new_buffer().arrays[0], jax.Array)
     tokens = nano_reference["tokens"]
     assert relative_error(model.logits(tokens), nano.logits(tokens)) <= ROUNDING
     for length in (1, 40):  # without prefill, and in a chunk of 64
@@ -80,7 +82,7 @@ def test_nano_computes_what_the_resident_model_does(
     assert (f"{on_device} on the device" in str(stats)) == (on_device > 0)
     assert stats.decode.num_used == 2 * 16 * 12 * 2
     read = stats.decode.num_used - stats.decode.num_held
-    assert stats.decode.bytes_read == read * model.engine.store.num_bytes
+    assert stats.decode.bytes_read == read * model.engine.runner.store.num_bytes
     assert (stats.decode.hit_rate == 0) == (on_host + on_device == 0)
     assert (stats.decode.hit_rate > 0.9) == (on_device == NUM_EXPERTS)
 
@@ -108,7 +110,7 @@ def test_sampled_tokens_scores_and_batches_are_the_resident_models(shared, nano,
     found, expected = shared.score(text), nano.score(text)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=2e-5)
     state = memory.state_bytes(shared.engine, 4, shared.engine.capacity_for(96))
-    shared.engine.budget_bytes += state
+    shared.engine.runner.budget_bytes += state
     prompts = [[5, 6, 7], list(range(40, 60)), [9]]
     assert shared.generate(prompts, **GREEDY) == nano.generate(prompts, **GREEDY)
 
@@ -150,7 +152,7 @@ def test_without_pinned_memory_it_is_sent_from_ordinary_memory(
 ):
     monkeypatch.setattr(runner, "has_pinned_memory", lambda device: False)
     model = load(copied)
-    assert model.engine.store._new_buffer.func is pageable_buffer
+    assert model.engine.runner.store._new_buffer.func is pageable_buffer
     tokens = nano_reference["tokens"]
     assert relative_error(model.logits(tokens), nano.logits(tokens)) <= ROUNDING
 
@@ -219,7 +221,7 @@ def test_interrupting_ends_within_a_layer(shared, on_device, monkeypatch):
 def test_a_store_of_mapped_files_has_nothing_to_send(copied, nano_path, monkeypatch):
     monkeypatch.undo()
     mapped = grok1.load(copied, offload="disk", memory=4, mesh=(1, 1), progress=False)
-    store = mapped.engine.store
+    store = mapped.engine.runner.store
     if not store.is_mapped:
         pytest.skip("this system cannot map experts")
     store.resize(0)

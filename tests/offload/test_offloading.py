@@ -59,14 +59,14 @@ def load(path, num_experts=0, **options):
 def with_room(model, num_experts, context=96, batch=1):
     """Empties the memory and leaves room for so many experts at a context and batch."""
     engine = model.engine
-    engine.budget_bytes = (
-        runner.fixed_bytes(engine, engine.store)
+    engine.runner.budget_bytes = (
+        runner.fixed_bytes(engine, engine.runner.store)
         + memory.state_bytes(engine, batch, engine.capacity_for(context))
-        + num_experts * engine.store.num_bytes
+        + num_experts * engine.runner.store.num_bytes
     )
-    engine.store.resize(0)
-    for name in engine._traffic:
-        vars(engine._traffic[name]).update(vars(expert_store.Traffic()))
+    engine.runner.store.resize(0)
+    for name in engine.runner._traffic:
+        vars(engine.runner._traffic[name]).update(vars(expert_store.Traffic()))
     return model
 
 
@@ -101,7 +101,7 @@ def test_nano_computes_what_the_resident_model_does(
     assert stats.decode.steps == 2 * 32
     assert stats.decode.num_used == 2 * 32 * 12 * 2
     read = stats.decode.num_used - stats.decode.num_held
-    assert stats.decode.bytes_read == read * offloaded.engine.store.num_bytes
+    assert stats.decode.bytes_read == read * offloaded.engine.runner.store.num_bytes
     assert (stats.decode.hit_rate > 0.9) == (num_experts == 96)
 
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_mapped_is_read_into_buffers(nano_path, nano, tmp_path, m
     else:
         monkeypatch.setattr(mapping, "is_available", lambda: False)
     offloaded = load(path, 4)
-    assert not offloaded.engine.store.is_mapped
+    assert not offloaded.engine.runner.store.is_mapped
     prompt = list(range(30, 60))
     assert offloaded.generate(prompt, **GREEDY) == nano.generate(prompt, **GREEDY)
 
@@ -196,7 +196,7 @@ def test_a_larger_cache_takes_its_memory_from_the_experts(offloaded):
     model.generate(prompt, **GREEDY)
     assert model.offload_stats.num_held == 40
     row = memory.state_bytes(model.engine, 1, 96)
-    needed = -(-row // model.engine.store.num_bytes)
+    needed = -(-row // model.engine.runner.store.num_bytes)
     model.generate([prompt] * 2, **GREEDY)
     assert model.offload_stats.num_held == 40 - needed
     with pytest.raises(ValueError, match=r"budget of 0\.\d+ GB is too small: .* fewer or shorter"):
@@ -222,7 +222,7 @@ def test_auto_offloads_what_does_not_fit(nano_path, nano, monkeypatch, capfd):
     monkeypatch.setattr(budget, "host_bytes_available", lambda: 3_000_000)
     model = grok1.load(nano_path, mesh=(1, 1), dtype="float32", progress=False)
     assert "the model does not fit: it takes 0.00 GB of weights" in capfd.readouterr().err
-    assert model.engine.budget_bytes == 2_400_000
+    assert model.engine.runner.budget_bytes == 2_400_000
     tokens = np.arange(8)
     np.testing.assert_array_equal(model.logits(tokens), nano.logits(tokens))
     with pytest.raises(ValueError, match="the model does not fit"):
@@ -302,7 +302,7 @@ def test_a_file_that_is_cut_off_after_it_was_mapped_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("is_mapped", [True, False])
 def test_a_disk_error_is_an_error(copied, offloaded, monkeypatch, is_mapped):
-    monkeypatch.setattr(offloaded.engine.store, "is_mapped", is_mapped)
+    monkeypatch.setattr(offloaded.engine.runner.store, "is_mapped", is_mapped)
     with_room(offloaded, 0)
     monkeypatch.setattr(mapping, "_madvise", lambda *_: errno.EFAULT)
 
@@ -320,7 +320,7 @@ def test_interrupting_ends_within_a_layer_and_releases_everything(copied, monkey
     model = load(copied, 3)
     prompt = list(range(20))
     before = model.generate(prompt, **GREEDY)
-    store, prepare = model.engine.store, expert_store.ExpertStore._prepare
+    store, prepare = model.engine.runner.store, expert_store.ExpertStore._prepare
     asked, still_held = [], []
 
     def interrupt(self, key, in_use):

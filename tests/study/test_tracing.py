@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.engine import engine as engine_module
+from grok1.engine import form
 from grok1.engine.engine import Engine
 from grok1.nn import decoder
 from grok1.nn.capture import Capture
@@ -108,7 +108,7 @@ def test_attention_maps_by_hand(mesh, nano, nano_on_mesh, nano_reference):
 def test_chunks_change_nothing(nano, nano_reference, monkeypatch):
     tokens = nano_reference["tokens"]
     whole = nano.trace(tokens, ALL)
-    monkeypatch.setattr(engine_module, "_CAPTURED_BYTES", 1)
+    monkeypatch.setattr(form, "_CAPTURED_BYTES", 1)
     in_chunks = nano.trace(tokens, ALL)
     without_logits = nano.trace(tokens, ALL[:-1])
     assert set(whole) - set(without_logits) == {"logits"}
