@@ -146,7 +146,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         "--min-p", type=float, metavar="P", help="of the most probable token's; default: off"
     )
     sampling.add_argument(
-        "--seed", type=int, default=2, metavar="N", help="of the draws; default: %(default)s"
+        "--seed", type=int, default=13, metavar="N", help="of the draws; default: %(default)s"
     )
     sampling.add_argument(
         "--stop",
