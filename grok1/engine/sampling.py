@@ -220,7 +220,7 @@ def keep(
 
     def within_k():
         def holds(before: _Before):
-            return before.count < top_k
+            return before.number < top_k
 
         return _keep_while(log_weights, holds)
 
@@ -245,7 +245,7 @@ def keep(
 class _Before(NamedTuple):
     """The tokens of each row that are more probable than one: their number and weight."""
 
-    count: Int[Array, " B"]
+    number: Int[Array, " B"]
     weight: race.Sum
 
 
@@ -277,7 +277,7 @@ def _keep_while(
         low, high = ends  # that many equals stay; more than that do not
         middle = (low + high + 1) // 2
         count = middle - 1
-        enough = holds(_Before(more.count + count, more.weight.plus(one, count)))
+        enough = holds(_Before(more.number + count, more.weight.plus(one, count)))
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
     ends = (jnp.ones_like(num_equals), num_equals)
