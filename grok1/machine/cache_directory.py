@@ -146,9 +146,11 @@ def held_directory() -> Iterator[PrivateDirectory]:
 
     Raises:
       PermissionError: If it is someone else's, a link, or open to others.
-      OSError: If it cannot be made.
+      OSError: If it cannot be made, or the system has no such directories.
       RuntimeError: If the user has no home directory.
     """
+    if not hasattr(os, "O_DIRECTORY"):
+        raise OSError("a directory that is no one else's can be held open on Unix alone")
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification has relative paths ignored.
     root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"

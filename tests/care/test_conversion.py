@@ -565,7 +565,7 @@ SHARD = "model-00002-of-00007.safetensors"
         ("model.safetensors.index.json", lambda data: b"{}", "expected a weight_map"),
         (
             "config.json",
-            lambda data: data.replace(b'"num_layers": 6', b'"num_layers": 7'),
+            lambda data: data.replace(b'_layers": 6', b'_layers": 7'),
             r"lacks model\.layers\.6\..* and 32 more; is its config.json the one",
         ),
     ],

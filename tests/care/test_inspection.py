@@ -104,4 +104,4 @@ def test_json_is_the_same(nano_path, capsys):
 
 def test_a_layer_that_is_not_there_is_refused(nano_path, capsys):
     assert __main__.main(["inspect", str(nano_path), "--layer", "12"]) == 1
-    assert capsys.readouterr().err == "grok1: layer must be in [0, 12), found 12\n"
+    assert capsys.readouterr().err == "grok1: --layer must be in [0, 12), found 12\n"

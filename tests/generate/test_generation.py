@@ -115,7 +115,7 @@ def test_collected_steps_draw_what_the_logits_say(model, calls, options):
 
 def test_a_token_that_ends_a_row_is_the_last_that_it_runs(model, calls):
     options = {"max_new_tokens": 32, "temperature": 1.5, "top_p": 1, "ignore_eos": True}
-    seeds = [4, 5, 6, 7]
+    seeds = [4, 5, 6, 29]
     *_, last = model.generate(PROMPTS, seed=seeds, **options)
     # Of the last row the token that comes latest; all prompts but that row's end with it.
     stop = max(last.tokens, key=last.tokens.index)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import grok1
-from grok1.generate import scheduler
+from grok1.generate import pace
 from grok1.machine import processor
 from grok1.machine.processor import waiting_politely
 
@@ -60,16 +60,16 @@ def test_without_policies_there_is_nothing_to_do(monkeypatch):
 @pytest.mark.parametrize("is_long", [False, True])
 def test_only_long_waits_are_polite(toy: grok1.Model, is_long, monkeypatch):
     policies = []
-    get = scheduler.jax.device_get
+    get = pace.jax.device_get
 
     def slow_get(step):
         policies.append(os.sched_getscheduler(0))
         time.sleep(0.01 if is_long else 0)
         return get(step)
 
-    monkeypatch.setattr(scheduler.jax, "device_get", slow_get)
+    monkeypatch.setattr(pace.jax, "device_get", slow_get)
     if not is_long:
-        monkeypatch.setattr(scheduler, "_LONG_WAIT", float("inf"))
+        monkeypatch.setattr(pace, "_LONG_WAIT", float("inf"))
     toy.generate([1], max_new_tokens=4, temperature=0, ignore_eos=True)
     polite = os.SCHED_BATCH if is_long else os.SCHED_OTHER
     # Whether a wait is long is known from the one before.

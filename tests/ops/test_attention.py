@@ -404,7 +404,14 @@ def test_native_attention_with_long_rows(length, group):
 @functools.partial(jax.jit, static_argnames="form")
 def attend_in_form(query, cache, positions, form):
     layer = jnp.int32(1)
-    return attend_cache(query, cache, layer, positions, SCALE, implementation=form)
+    return attend_cache(
+        query,
+        cache,
+        layer,
+        Place(jnp.arange(B), positions, jnp.ones(positions.shape, bool)),
+        SCALE,
+        implementation=form,
+    )
 
 
 @pytest.mark.parametrize("form", ["blocked", "cpp"])
