@@ -200,6 +200,7 @@ print(float(grok1.load(path, mesh=(1, 1), progress=False).params.final_norm.sum(
 def test_what_only_unix_has_is_not_needed_to_look_and_load(nano_path, nano):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _WINDOWS, str(nano_path)],
+        env={**os.environ, "GROK1_NATIVE": "0"},
         capture_output=True,
         text=True,
     )
