@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -326,6 +327,15 @@ def test_a_plan_prints_as_its_table(compiled):
     assert found._repr_html_().startswith("<pre>4 million weights on 2 devices (GPU), mesh 1x2,")
 
 
+def _but_for_working_memory(text: str) -> str:
+    """Without the digits in which versions of XLA differ: tenths of a GB of working memory."""
+    return re.sub(
+        r"(working memory +|needed +|with )(\d+\.\d)\d",
+        lambda found: f"{found[1]}{round(float(found[2]))}",
+        text,
+    )
+
+
 def test_the_readme_shows_what_is_printed(on_eight_gpus):
     found, _ = on_eight_gpus
     fields = {field.name for field in dataclasses.fields(report.Plan)}
@@ -335,7 +345,8 @@ def test_the_readme_shows_what_is_printed(on_eight_gpus):
     shown = "".join(f"    {line}\n" if line else "\n" for line in text.splitlines())
     root = pathlib.Path(grok1.__file__).parent.parent
     for page in ("README.md", "docs/running-grok-1.md"):
-        assert shown in (root / page).read_text(), f"{page} shows another plan"
+        written = (root / page).read_text()
+        assert _but_for_working_memory(shown) in _but_for_working_memory(written), page
 
 
 def test_a_plan_round_trips_through_json(compiled):
