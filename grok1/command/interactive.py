@@ -172,7 +172,8 @@ class Session:
             try:
                 found = _SETTINGS[name](value)
             except ValueError as error:
-                number = {int: "a whole number", float: "a number"}.get(_SETTINGS[name])  # type: ignore
+                in_words: dict[Any, str] = {int: "a whole number", float: "a number"}
+                number = in_words.get(_SETTINGS[name])
                 reason = f"give {number}" if number else str(error)
                 raise ValueError(f"/{_dashed(name)} {value}: {reason}") from None
         options = dataclasses.replace(self._options, **{name: found})
