@@ -239,7 +239,7 @@ def test_nothing_captured(nano):
             r"^attention_layers must name different layers, found \(\)$",
         ),
         ({"capture": ("logit_lens",), "lens_top": 0}, "^lens_top must be from 1 to 1280, found 0$"),
-        ({"text": []}, "^the text is empty"),
+        ({"text": []}, "^there is no prompt in an empty sequence"),
         ({"text": [5] * 1025}, "^1025 tokens are 1 more than the context of 1024; give fewer$"),
         ({"text": [1280]}, "must be token ids from 0 to 1279, found 1280"),
     ],
