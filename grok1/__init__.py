@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grok1.version import __version__
 
 if TYPE_CHECKING:
-    from grok1.comparison import Comparison, compare
+    from grok1.comparison import compare
     from grok1.config import GROK_1, TOY, ModelConfig
     from grok1.factory import load, random_model, save
     from grok1.files import CheckpointError
@@ -24,16 +24,10 @@ if TYPE_CHECKING:
     from grok1.machine.processes import OtherProcessError, initialize_distributed
     from grok1.model import Model
     from grok1.planning.planning import Plan, plan
-    from grok1.study.intervention import (
-        AblateExperts,
-        AddToResidual,
-        CapLayers,
-        ForceExperts,
-        Patch,
-        ScaleHeads,
-        SelectExperts,
-    )
-    from grok1.study.scoring import Choice, Score
+    from grok1.study.comparison_report import Comparison
+    from grok1.study.router_interventions import AblateExperts, ForceExperts, SelectExperts
+    from grok1.study.scores import Choice, Score
+    from grok1.study.stream_interventions import AddToResidual, CapLayers, Patch, ScaleHeads
     from grok1.study.tracing import Trace
     from grok1.tokenizer import Tokenizer
 
@@ -69,7 +63,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "comparison": ("Comparison", "compare"),
+    "comparison": ("compare",),
     "config": ("GROK_1", "TOY", "ModelConfig"),
     "factory": ("load", "random_model", "save"),
     "files": ("CheckpointError",),
@@ -78,16 +72,10 @@ _HOMES = {
     "machine.processes": ("OtherProcessError", "initialize_distributed"),
     "model": ("Model",),
     "planning.planning": ("Plan", "plan"),
-    "study.intervention": (
-        "AblateExperts",
-        "AddToResidual",
-        "CapLayers",
-        "ForceExperts",
-        "Patch",
-        "ScaleHeads",
-        "SelectExperts",
-    ),
-    "study.scoring": ("Choice", "Score"),
+    "study.comparison_report": ("Comparison",),
+    "study.router_interventions": ("AblateExperts", "ForceExperts", "SelectExperts"),
+    "study.scores": ("Choice", "Score"),
+    "study.stream_interventions": ("AddToResidual", "CapLayers", "Patch", "ScaleHeads"),
     "study.tracing": ("Trace",),
     "tokenizer": ("Tokenizer",),
 }

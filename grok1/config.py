@@ -91,7 +91,7 @@ class ModelConfig:
       embedding_multiplier_scale: Factor on the embedding; sqrt(D) when not given, and then it
         follows the size in `dataclasses.replace`. A number that is sqrt(D) counts as not given.
       output_multiplier_scale: Factor on the logits; 1/sqrt(3) as trained.
-      attn_output_multiplier: Factor on query-key products; 1/sqrt(H) when not given, likewise.
+      attn_output_multiplier: Factor on query-key products; 1/sqrt(H) when not given.
       router_softcap: c, which bounds the router's logits to (-c, c) as c * tanh(logits / c); None,
         as trained, for no bound.
       renormalize_gates: Divide the chosen experts' probabilities by their sum; as trained they are

@@ -72,8 +72,8 @@ def load(
         less for Grok-1, whose logits then carry its rounding.
       offload: Where experts' weights are. "none": on the devices, with all else. "disk": in their
         files, read when the router chooses them; those used most fill the memory that is left.
-        "host": likewise, and all that was read once stays in the host's memory. "auto": "disk" for
-        a model that does not fit on its one device, otherwise "none".
+        "host": as with "disk", and all that was read once stays in the host's memory. "auto":
+        "disk" for a model that does not fit on its one device, otherwise "none".
       memory: GB (1e9 bytes), a number or as "16GB", that this process may take of the host's
         memory when experts are read from disk; None for most of what is available.
 
@@ -145,14 +145,19 @@ def random_model(
 
     Args:
       config: The architecture.
-      mesh: As for `load`.
-      dtype: As for `load`.
-      cache_dtype: As for `load`.
+      mesh: Sizes (data, model), as (1, 8) or "1x8", a `jax.sharding.Mesh` with these axes, or None
+        for every device.
+      dtype: "float32" or "bfloat16", the type of products with weights; None for float32 on a CPU
+        and bfloat16 elsewhere.
+      cache_dtype: "float32", "float16" or "int8", the type of cached keys and values; None for
+        float32 where `dtype` is, float16 otherwise.
       seed: Seed of the weights; they are the same on every mesh.
 
     Raises:
       TypeError: If the architecture is no `ModelConfig`.
-      ValueError, OtherProcessError: As for `load`.
+      ValueError: If a type is none of those, or the model does not divide over the mesh.
+      OtherProcessError: If this is one of several processes and another one failed, or makes
+        something else.
     """
     _agree_on_kernels()
     if not isinstance(config, ModelConfig):

@@ -1,7 +1,6 @@
 """The model as a user holds it: logits, generate, stream."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Unpack, overload
 
 import jax
@@ -9,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import keywords, reprs
+from grok1 import description, keywords
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.generate.completion import Completion
 from grok1.generate.options import GenerationArguments, GenerationOptions, check_ids
 from grok1.generate.requests import Batch, Prompt, is_batch
+from grok1.generate.text_stream import TextStream
 from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
-from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec
 from grok1.nn.transformer import Params
-from grok1.offload.runner import OffloadStats, Streamed
+from grok1.offload.runner import OffloadStats, stats_of
 from grok1.study import scoring
 from grok1.study.intervention import Intervention, prepare
-from grok1.study.scoring import Choice, Score
+from grok1.study.scores import Choice, Score
+from grok1.study.scoring import ScoreOptions
 from grok1.study.tracing import Trace, trace, trace_generation
 from grok1.tokenizer import Tokenizer
 
@@ -70,67 +70,17 @@ class Model:
             f"{gigabytes:.3g} GB",
             f"{self.dtype}",
             f"mesh {sizes} {self.mesh.devices.flat[0].platform}",
-            *self._particulars(),
+            *description.particulars(self.engine),
         ]
         return f"Model({', '.join(parts)})"
-
-    def _particulars(self) -> list[str]:
-        """What sets this model apart from the released one as it is loaded by default."""
-        config, engine = self.config, self.engine
-        parts = []
-        if self.offload_stats is not None:
-            parts.append("experts on disk")
-        if engine.cache_dtype != precision.default_cache_dtype(self.dtype):
-            parts.append(f"cache {engine.cache_dtype}")
-        if config.router_softcap is not None:
-            parts.append(f"router soft cap {config.router_softcap:g}")
-        if config.renormalize_gates:
-            parts.append("gates renormalised")
-        if engine.interventions:
-            parts.append(f"with {', '.join(map(repr, engine.interventions))}")
-        return parts
 
     @property
     def offload_stats(self) -> OffloadStats | None:
         """What streaming experts from their files has cost so far; None for a resident model."""
-        runner = self.engine.runner
-        return runner.stats if isinstance(runner, Streamed) else None
+        return stats_of(self.engine)
 
     def _repr_html_(self) -> str:
-        leaves = jax.tree.leaves(self.params)
-        num_parameters = sum(math.prod(spec.shape) for spec in self.tensors)
-        total = sum(leaf.nbytes for leaf in leaves)
-        on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
-        data, model = self.mesh.devices.shape
-        config, device = self.config, self.mesh.devices.flat[0]
-        devices = f"{data * model} {device.platform.upper()} device{'s' * (data * model > 1)}"
-        if device.device_kind != device.platform:
-            devices += f" ({device.device_kind})"
-        weights = f"{_bytes(total)}, {_bytes(on_one)} on each device"
-        stats, of_experts = self.offload_stats, []
-        if stats is not None:
-            weights += ", without the experts"
-            slots = f"on disk, {stats.num_slots} slots in memory for {stats.num_experts} of them"
-            of_experts.append(("experts' weights", slots))
-        rows = [
-            ("parameters", f"{num_parameters:,}"),
-            ("weights", weights),
-            ("mesh", f"{data}x{model} (data x model), {devices}"),
-            ("products with weights", self.dtype),
-            ("key/value cache", self.engine.cache_dtype),
-            ("layers", config.num_layers),
-            ("experts", f"{config.num_experts}, {config.num_selected_experts} for a token"),
-            *of_experts,
-            (
-                "attention heads",
-                f"{config.num_q_heads} query, {config.num_kv_heads} key/value, "
-                f"{config.key_size} wide",
-            ),
-            ("residual stream", f"{config.emb_size:,} wide"),
-            ("vocabulary", f"{config.vocab_size:,}" + ("" if self.tokenizer else ", no tokenizer")),
-            ("context", f"{config.sequence_len:,} tokens"),
-        ]
-        return reprs.table("Grok-1 model", rows)
+        return description.table(self.engine, self.tensors, self.tokenizer)
 
     @own_settings()
     def logits(self, tokens) -> np.ndarray:
@@ -227,16 +177,8 @@ class Model:
             into windows.
           TypeError: If the text is of another type.
         """
-        return scoring.score(
-            self.engine,
-            self.tokenizer,
-            text,
-            top_k=top_k,
-            window=window,
-            stride=stride,
-            add_bos=add_bos,
-            allow_control=allow_control,
-        )
+        options = ScoreOptions(top_k, window, stride, add_bos, allow_control)
+        return scoring.score(self.engine, self.tokenizer, text, options)
 
     @keywords.suggesting()
     def choose(
@@ -317,14 +259,14 @@ class Model:
         return completions if many else completions[0]
 
     @keywords.suggesting(GenerationOptions)
-    def stream(self, prompt: Prompt, **options: Unpack[GenerationArguments]) -> "TextStream":
+    def stream(self, prompt: Prompt, **options: Unpack[GenerationArguments]) -> TextStream:
         """Continues one prompt, yielding text as it becomes certain: whole characters, no stops.
 
         On a CPU the tokens of a tenth of a second come together, unless there are stop strings.
 
         Args:
           prompt: Text or token ids.
-          **options: As for `generate`.
+          **options: Those of `GenerationOptions`, such as max_new_tokens=64 and temperature=0.7.
 
         Returns:
           An iterator over pieces of the text, with the `completion` once it has ended.
@@ -385,10 +327,10 @@ class Model:
 
         Args:
           prompt: Text or token ids.
-          capture: As for `trace`, but "logits".
-          attention_layers: As for `trace`.
-          lens_top: As for `trace`.
-          **options: Those of `GenerationOptions`, as for `generate`.
+          capture: Any of "router", "residual", "branches", "attention" and "logit_lens".
+          attention_layers: With "attention", the layers to map; None for all.
+          lens_top: With "logit_lens", how many tokens to name.
+          **options: Those of `GenerationOptions`, such as max_new_tokens=64 and temperature=0.7.
         """
         return trace_generation(
             self.engine,
@@ -407,7 +349,7 @@ class Model:
         `m = model.intervene(...)`. This model stays as it is.
 
         Args:
-          *interventions: Those of `grok1.study.intervention`.
+          *interventions: Those of `study.router_interventions` and `study.stream_interventions`.
 
         Raises:
           TypeError: If one is no intervention.
@@ -429,40 +371,3 @@ class IntervenedModel(Model):
 
     def __exit__(self, *exception: object) -> None:
         pass
-
-
-def _bytes(count: int) -> str:
-    unit, scale = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
-    return f"{count / scale:.2f} {unit}"
-
-
-class TextStream(Iterator[str]):
-    """The text of one prompt's continuation, piece by piece.
-
-    Attributes:
-      completion: The whole `Completion`; None until the stream has ended.
-    """
-
-    def __init__(self, batch: Batch):
-        self.completion: Completion | None = None
-        self._batch = batch
-        self._pieces = (piece for _, piece in batch.run() if piece)
-
-    def __next__(self) -> str:
-        """Returns the next piece.
-
-        Raises:
-          StopIteration: At the end.
-          RuntimeError: After a step that was interrupted, or failed.
-        """
-        try:
-            with own_settings():
-                return next(self._pieces)
-        except StopIteration:
-            builder = self._batch.builders[0]
-            if builder.stop_reason is None:
-                raise RuntimeError(
-                    "this stream was interrupted, or failed, before its end; begin a new one"
-                ) from None
-            self.completion = builder.build()
-            raise

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from grok1 import reprs
-from grok1.study.scoring import Score
+from grok1.study.scores import Score
 from grok1.study.tracing import Trace
 
 try:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,6 +25,7 @@ ROOMS = [
     {"planning"},
     {"study"},
     {"offload"},
+    {"description"},
     {"model"},
     {"factory"},
     {"comparison", "lm_eval", "plots"},
@@ -32,6 +34,9 @@ ROOMS = [
 ]
 # Arrays know nothing of a model.
 FORBIDDEN = {"ops": {"config", "tokenizer"}}
+
+MOST_LINES = 420
+MOST_PARAMETERS = 6
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
@@ -86,6 +91,52 @@ def test_imports_have_no_circles():
     while ready := {name for name, others in waiting.items() if not others & set(waiting)}:
         waiting = {name: others for name, others in waiting.items() if name not in ready}
     assert not waiting, f"modules that import one another, or what does: {sorted(waiting)}"
+
+
+def test_no_module_is_too_long_to_read_at_a_sitting():
+    sources = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".cc", ".h")]
+    long = {path.name: length for path in sources
+            if (length := len(path.read_text().splitlines())) > MOST_LINES}  # fmt: skip
+    assert not long, f"divide by what they do: {long}"
+
+
+def parameters_of(module: str, path: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """Every function of a module, with how many parameters a caller sees."""
+
+    def walk(node: ast.AST, name: str, is_method: bool) -> Iterator[tuple[str, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                of = child.args
+                is_static = any(ast.unparse(one) == "staticmethod" for one in child.decorator_list)
+                count = len(of.posonlyargs + of.args + of.kwonlyargs)
+                yield f"{name}.{child.name}", count - (is_method and not is_static)
+                yield from walk(child, f"{name}.{child.name}", False)
+            elif isinstance(child, ast.ClassDef):
+                yield from walk(child, f"{name}.{child.name}", True)
+            else:
+                yield from walk(child, name, is_method)
+
+    yield from walk(ast.parse(path.read_text()), f"grok1.{module}", False)
+
+
+def test_what_is_not_shown_to_users_takes_few_parameters():
+    reference = (PACKAGE.parent / "docs" / "reference.md").read_text()
+    shown = set(re.findall(r"^::: (\S+)", reference, re.MULTILINE))
+    shown |= {f"{room}.{name}" for room, names in re.findall(
+        r"^::: (\S+)\n(?:    .*\n)*?      members: \[(.*)\]", reference, re.MULTILINE
+    ) for name in names.split(", ")}  # fmt: skip
+    # As `grok1` shows them, or where they are.
+    values = {name: getattr(grok1, name) for name in grok1.__all__ if f"grok1.{name}" in shown}
+    public = shown | {
+        f"{getattr(value, '__module__', '')}.{name}" for name, value in values.items()
+    }
+    many = {
+        name: count
+        for module, path in MODULES.items()
+        for name, count in parameters_of(module, path)
+        if count > MOST_PARAMETERS and name not in public and name.rpartition(".")[0] not in public
+    }
+    assert not many, f"gather what belongs together: {many}"
 
 
 def test_importing_starts_no_device_and_says_nothing():

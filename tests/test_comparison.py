@@ -88,7 +88,7 @@ def test_a_text_of_any_length_modulo_the_block_of_rows(num_tokens, tmp_path, mon
     for file, logits in zip(files, runs, strict=True):
         np.savez(file, logits=logits, tokens=tokens)
     whole = compare(*files, top_k=2)
-    monkeypatch.setattr("grok1.comparison._ROWS_BYTES", 4 * 8 * 16)  # four rows at a time
+    monkeypatch.setattr("grok1.study.recorded_run._ROWS_BYTES", 4 * 8 * 16)  # four rows at a time
     found = compare(*files, top_k=2)
     np.testing.assert_allclose(found.divergences, whole.divergences)
     logprobs = [np.log(np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)) for x in runs]

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import AxesImage
 
 from grok1 import plots
-from grok1.study.intervention import ForceExperts
+from grok1.study.router_interventions import ForceExperts
 from grok1.study.tracing import Trace
 
 CAPTURE = ("router", "attention", "logit_lens")

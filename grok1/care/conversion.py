@@ -17,7 +17,7 @@ import numpy as np
 from grok1.care import gguf_file
 from grok1.care.staging import OutputFile, Piece, content, write_files
 from grok1.checkpoint import safetensors_layout
-from grok1.checkpoint.directory import load_config, located, open_tensors
+from grok1.checkpoint.directory import load_config, located, open_tensors, tokenizer_path
 from grok1.checkpoint.released import open_checkpoint
 from grok1.checkpoint.safetensors_file import open_safetensors
 from grok1.checkpoint.storage import (
@@ -82,6 +82,7 @@ def convert(
     _check_options(to, dtype, embedding)
     source, target = located(source), os.path.expanduser(target)
     config = load_config(source)
+    tokenizer_file = tokenizer_path(source, config)
     tensors, specs = open_tensors(source, config)
     if dtype == "int8" and all(spec.scales_shape is None for spec in specs):
         raise CheckpointError(
@@ -98,12 +99,10 @@ def convert(
         plan = _gguf_plan(source, config, tensors, specs, dtype, embedding or "f32")
     # Loaders of safetensors want to be told which model it is.
     config_json = config.to_json(hugging_face=to == "safetensors").encode()
-    tokenizer_path = source / "tokenizer.model"
     tokenizer = b""
-    # A link that leads nowhere is an error when it is read.
-    if os.path.lexists(tokenizer_path):
-        Tokenizer.load(tokenizer_path)
-        tokenizer = tokenizer_path.read_bytes()
+    if tokenizer_file is not None:
+        Tokenizer.load(tokenizer_file)
+        tokenizer = tokenizer_file.read_bytes()
     if to != "gguf":
         plan.files.append(content("config.json", config_json))
         if tokenizer:
@@ -225,8 +224,8 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
     gguf_file.check_model(config, specs)
     layout = gguf_file.layout(config, specs, embedding, dtype)
     report = gguf_file.scale_report(tensors, layout)
-    tokenizer_path = source / "tokenizer.model"
-    tokenizer = Tokenizer.load(tokenizer_path) if os.path.lexists(tokenizer_path) else None
+    tokenizer_file = tokenizer_path(source, config)
+    tokenizer = Tokenizer.load(tokenizer_file) if tokenizer_file is not None else None
     name = pathlib.Path(os.path.abspath(source)).name
     data, alignment = gguf_file.header(name, config, layout, tokenizer)
     pieces = content("", data).pieces
@@ -268,7 +267,8 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
         "this library does not read GGUF, and there is no way back from it: keep the source"
     )
     if tokenizer is None:
-        notes.append(f"{tokenizer_path} is not there: llama.cpp will have tokens but no text")
+        missing = source / "tokenizer.model"
+        notes.append(f"{missing} is not there: llama.cpp will have tokens but no text")
     return _Plan([OutputFile("", pieces)], lambda path: gguf_file.check_file(path, layout), notes)
 
 

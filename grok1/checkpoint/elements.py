@@ -43,7 +43,7 @@ def check_finite(
 
     Args:
       file: The file they come from, for the message.
-      name: The tensor, likewise.
+      name: The tensor, for the message.
       values: All of its elements, or a slice, as for `is_finite`.
       origin: Where the slice starts in the tensor; None for zeros.
 

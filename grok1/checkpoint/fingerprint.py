@@ -40,13 +40,11 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 
 def _sampled(file: pathlib.Path) -> bytes:
     """A digest of a file's size and of samples, evenly over its length."""
-    descriptor = open_regular(file)
-    try:
-        size = os.fstat(descriptor).st_size
+    with open(open_regular(file), "rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
         digest = hashlib.sha256(str(size).encode())
         last = max(0, size - _SAMPLE_BYTES)
         for number in range(_SAMPLES):
-            digest.update(os.pread(descriptor, _SAMPLE_BYTES, last * number // (_SAMPLES - 1)))
-    finally:
-        os.close(descriptor)
+            opened.seek(last * number // (_SAMPLES - 1))
+            digest.update(opened.read(_SAMPLE_BYTES))
     return digest.digest()

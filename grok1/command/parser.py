@@ -254,7 +254,9 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=_directory, help="directory that holds the checkpoint")
     parser.add_argument("target", type=pathlib.Path, help="new directory; for gguf a new file")
-    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument(
+        "--to", choices=FORMATS, required=True, help="gguf is for llama.cpp: there is no way back"
+    )
     parser.add_argument(
         "--dtype", choices=["int8", "bfloat16"], help="of the weights; default: as in the source"
     )

@@ -59,7 +59,7 @@ class Programs(dict[tuple, "Program"]):
         super().__init__()
         # Again by the same thread: what a program is made of may be programs.
         self._lock = threading.RLock()
-        self._forms: dict[str, Programs] = {}
+        self._views: dict[str, Programs] = {}
 
     def find(self, key: tuple, make: Callable[[], "Program"]) -> "Program":
         """Returns the program of a key, made if there is none.
@@ -77,20 +77,20 @@ class Programs(dict[tuple, "Program"]):
                 del self[oldest]
             return program
 
-    def of_form(self, form: str) -> "Programs":
-        """Returns the programs of a form of the model.
+    def of_view(self, view: str) -> "Programs":
+        """Returns the programs of a view of the model.
 
         Args:
-          form: What is compiled otherwise in all of them; nothing for the model itself.
+          view: What is compiled otherwise in all of them; nothing for the model itself.
         """
-        if not form:
+        if not view:
             return self
         with self._lock:
-            programs = self._forms.pop(form, None)
-            self._forms[form] = Programs() if programs is None else programs
-            for oldest in list(self._forms)[:-_MOST_FORMS]:
-                del self._forms[oldest]
-            return self._forms[form]
+            programs = self._views.pop(view, None)
+            self._views[view] = Programs() if programs is None else programs
+            for oldest in list(self._views)[:-_MOST_FORMS]:
+                del self._views[oldest]
+            return self._views[view]
 
 
 class Program:

@@ -17,10 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt32
 
-from grok1.engine.form import Form, Observer
+from grok1.engine.base import EngineBase, Observer
 from grok1.engine.programs import Key, Kind
-from grok1.engine.sampling import SamplingState
-from grok1.engine.steps import DecodeState, Ends, LogitsProcessor, Rows, Step
+from grok1.engine.steps import DecodeState, Draw, Ends, Rows, Step
 from grok1.machine.jax_settings import own_settings
 from grok1.nn.capture import Capture
 from grok1.nn.decoder import Captures
@@ -28,8 +27,8 @@ from grok1.nn.sharding import put
 from grok1.nn.unembedding import TokenStatistics
 
 
-class Engine(Form):
-    """Runs one model on its mesh; attributes as of `Form`."""
+class Engine(EngineBase):
+    """Runs one model on its mesh; attributes as of `EngineBase`."""
 
     @own_settings()
     def intervened(self, interventions: Sequence[Any], hooks: tuple[Any, ...]) -> "Engine":
@@ -58,16 +57,9 @@ class Engine(Form):
         )
 
     def _seen(self, **changes: Any) -> "Engine":
-        return Engine(
-            self.params,
-            self.config,
-            self.mesh,
-            self.dtype,
-            self.cache_dtype,
-            runner=self.runner,
-            root=self._root,
-            view=dataclasses.replace(self._view, **changes),
-        )
+        seen = Engine.__new__(Engine)
+        seen._begin(self, dataclasses.replace(self._view, **changes))
+        return seen
 
     def new_state(self, tokens: Int[np.ndarray, "B S"]) -> DecodeState:
         """Returns a state with these tokens, padded on the right, and nothing run.
@@ -121,8 +113,8 @@ class Engine(Form):
 
         Args:
           state: Consumed: its memory goes to the result.
-          slots: As for `prefill`.
-          tokens: As for `new_state`.
+          slots: int32 `[R]`, of the state.
+          tokens: int32 `[R, S]`, S the state's capacity.
         """
         programs = self._root._programs
         program = programs.get(Key(kind=Kind.ASSIGN), programs.assign)
@@ -158,10 +150,10 @@ class Engine(Form):
 
         Args:
           state: Consumed: its memory goes to the result.
-          num_steps: As for `decode`.
-          ends: As for `decode`.
-          allowed: As for `decode`.
-          slots: As for `prefill`.
+          num_steps: Tokens to draw for each row, up to `most_steps`; 0 leaves a row as it is.
+          ends: What ends a row earlier. With `most_steps` 1 it may go unheeded.
+          allowed: False for tokens that must not be drawn, `[V]` for all rows or `[R, V]`.
+          slots: int32, which slot of the state each row is; None for row r in slot r.
 
         Raises:
           ValueError: As `decode`.
@@ -175,10 +167,7 @@ class Engine(Form):
         state: DecodeState,
         num_steps: Int[np.ndarray, " R"],
         ends: Ends,
-        allowed: Bool[Array, "*R V"],
-        sampling: SamplingState,
-        num_top: int | None = None,
-        processor: LogitsProcessor | None = None,
+        draw: Draw,
         slots: Int[np.ndarray, " R"] | None = None,
     ) -> tuple[DecodeState, Step]:
         """Runs the last token of each row and draws the next one, once or several times.
@@ -187,11 +176,8 @@ class Engine(Form):
           state: Consumed: its memory goes to the result.
           num_steps: Tokens to draw for each row, up to `most_steps`; 0 leaves a row as it is.
           ends: What ends a row earlier. With `most_steps` 1 it may go unheeded.
-          allowed: False for tokens that must not be drawn, `[V]` for all rows or `[R, V]`.
-          sampling: Each row's parameters and key.
-          num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
-          processor: Changes the logits before the draw. Each function compiles a program.
-          slots: As for `prefill`.
+          draw: How tokens are drawn.
+          slots: int32, which slot of the state each row is; None for row r in slot r.
 
         Returns:
           The state, and the draws with a leading axis of `most_steps`; those that a row did not
@@ -201,8 +187,8 @@ class Engine(Form):
           ValueError: If a row is given more steps than one call runs.
         """
         rows = self._decoding_rows(num_steps, slots)
-        program = self.decode_program(num_top, processor, allowed.ndim > 1)
-        return self._run(program, state, rows, ends, allowed, sampling)
+        program = self.decode_program(draw.num_top, draw.processor, draw.allowed.ndim > 1)
+        return self._run(program, state, rows, ends, draw.allowed, draw.sampling)
 
     def _decoding_rows(self, num_steps: np.ndarray, slots: np.ndarray | None) -> Rows:
         if num_steps.max() > self.most_steps:
@@ -227,7 +213,7 @@ class Engine(Form):
           num_valid: Tokens to run in each row.
           chunk: One of `CHUNK_LENGTHS`.
           capture: As in `decoder.Run`.
-          slots: As for `prefill`.
+          slots: int32, which slot of the state each row is; None for row r in slot r.
         """
         program = self.score_program(chunk, capture)
         return program(self.weights, state, self._placed(_rows_of(num_valid, slots)))
@@ -247,7 +233,7 @@ class Engine(Form):
           num_valid: Tokens to run in each row.
           tokens: int32, what follows each token that is run; its width is one of `CHUNK_LENGTHS`.
           num_top: How many of the most probable tokens to report.
-          slots: As for `prefill`.
+          slots: int32, which slot of the state each row is; None for row r in slot r.
 
         Returns:
           The state, and statistics `[R, chunk]`, meaningless past `num_valid`.

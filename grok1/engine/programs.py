@@ -21,6 +21,7 @@ from grok1.engine.compilation import Program
 from grok1.engine.steps import (
     DecodeState,
     Head,
+    LastHidden,
     LogitsProcessor,
     Rows,
     assigned,
@@ -153,7 +154,7 @@ class Setup:
 
 
 class Programs:
-    """The programs of an engine in one form: what it captures, what intervenes.
+    """The programs of an engine in one view: what it captures, what intervenes.
 
     They outlive the engines that they are built for, and hold nothing of what those hold.
     """
@@ -162,7 +163,7 @@ class Programs:
         self,
         setup: Setup,
         weights: Weights,
-        form: str,
+        view: str,
         held: compilation.Programs,
         in_words: Callable[..., str],
     ):
@@ -171,11 +172,11 @@ class Programs:
         Args:
           setup: What they are compiled for.
           weights: Whose shapes and shardings they read, and whose kinds of hooks.
-          form: Names what sets them apart from those of other forms.
+          view: Names what sets them apart from those of other views.
           held: Keeps them.
           in_words: Names one, given its key and arguments.
         """
-        self._setup, self._form = setup, form
+        self._setup, self._view = setup, view
         self._weight_specs = specs_of(weights)
         self._held, self._in_words = held, in_words
 
@@ -186,7 +187,7 @@ class Programs:
 
     @property
     def held(self) -> compilation.Programs:
-        """Those that were asked for, and those of other forms."""
+        """Those that were asked for, and those of other views."""
         return self._held
 
     def get(self, key: Key, make: Callable[[], Any]) -> Any:
@@ -198,7 +199,7 @@ class Programs:
         setup = self._setup
         # A function of the user's is not known by its name: what it does may have changed.
         is_known = key.processor is None
-        named = f"{key} {self._form} {setup.config} {setup.dtype} {setup.cache_dtype} {setup.mesh}"
+        named = f"{key} {self._view} {setup.config} {setup.dtype} {setup.cache_dtype} {setup.mesh}"
         devices = setup.mesh.devices.flatten().tolist()
         return Program(
             function, devices, named if is_known else None, functools.partial(self._in_words, key)
@@ -273,7 +274,8 @@ class Programs:
                 params, run, state.cache, rows.slots, tokens, rows.count
             )
             state = state._replace(cache=cache)
-            state, outputs = head(params.embedding, config, state, hidden, rows, *arguments)
+            last = LastHidden(params.embedding, config, hidden)
+            state, outputs = head(last, state, rows, *arguments)
             return state, outputs, captured
 
         return step

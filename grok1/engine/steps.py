@@ -4,9 +4,8 @@ A state has a fixed number of slots, each for one request at a time; a step runs
 rows. What a step does not run stays as it is, so that a step costs what its rows cost.
 
 A head runs per device, inside `jax.shard_map`, behind the layers, whichever way these were run. It
-takes this device's embedding, the configuration, the state with the cache that the layers have
-grown, their output `[R, T, D]`, the rows that were run, and arguments of its own; it returns the
-state and its outputs.
+takes what the layers have left (`LastHidden`), the state with the cache that they have grown, the
+rows that were run, and arguments of its own; it returns the state and its outputs.
 
 Dimension key: B slot of the state, R row of a step, T position in this step, D model dim, S cache
 capacity, V vocabulary.
@@ -99,6 +98,36 @@ class Ends(NamedTuple):
     begin: Any
 
 
+class Draw(NamedTuple):
+    """How a call draws tokens.
+
+    Attributes:
+      allowed: False for tokens that must not be drawn, `[V]` for all rows or `[R, V]`.
+      sampling: Each row's parameters and key.
+      num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
+      processor: Changes the logits before the draw. Each function compiles a program.
+    """
+
+    allowed: Any
+    sampling: SamplingState
+    num_top: int | None = None
+    processor: LogitsProcessor | None = None
+
+
+class LastHidden(NamedTuple):
+    """The output of the layers, and what makes logits of it.
+
+    Attributes:
+      embedding: This device's rows of the embedding, `[V, D]`.
+      config: The architecture.
+      values: float32 `[R, T, D]`, the residual stream after the final norm.
+    """
+
+    embedding: Any
+    config: ModelConfig
+    values: Any
+
+
 Head = Callable[..., tuple[DecodeState, Any]]
 
 
@@ -129,43 +158,28 @@ def assigned(state: DecodeState, slots: Int[Array, " R"], tokens: Int[Array, "R 
     )
 
 
-def no_head(
-    embedding: Float[Array, "V D"],
-    config: ModelConfig,
-    state: DecodeState,
-    hidden: Float[Array, "R T D"],
-    rows: Rows,
-) -> tuple[DecodeState, tuple[()]]:
+def no_head(hidden: LastHidden, state: DecodeState, rows: Rows) -> tuple[DecodeState, tuple[()]]:
     """For prompts, of which only the cache is wanted."""
     return state, ()
 
 
 def logits_head(
-    embedding: Float[Array, "V D"],
-    config: ModelConfig,
-    state: DecodeState,
-    hidden: Float[Array, "R T D"],
-    rows: Rows,
+    hidden: LastHidden, state: DecodeState, rows: Rows
 ) -> tuple[DecodeState, Float[Array, "R T vocab"]]:
     """The logits after every position."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = unembed(embedding, config, flat)
-    return state, logits.reshape(*hidden.shape[:2], -1)
+    flat = hidden.values.reshape(-1, hidden.values.shape[-1])
+    logits = unembed(hidden.embedding, hidden.config, flat)
+    return state, logits.reshape(*hidden.values.shape[:2], -1)
 
 
 def scoring_head(num_top: int) -> Head:
     """Returns the head that scores a token after every position, as `Engine.score_tokens` says."""
 
     def score(
-        embedding: Float[Array, "V D"],
-        config: ModelConfig,
-        state: DecodeState,
-        hidden: Float[Array, "R T D"],
-        rows: Rows,
-        tokens: Int[Array, "R T"],
+        hidden: LastHidden, state: DecodeState, rows: Rows, tokens: Int[Array, "R T"]
     ) -> tuple[DecodeState, TokenStatistics]:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        found = token_statistics(embedding, config, flat, tokens.reshape(-1), num_top)
+        flat = hidden.values.reshape(-1, hidden.values.shape[-1])
+        found = token_statistics(hidden.embedding, hidden.config, flat, tokens.reshape(-1), num_top)
         return state, TokenStatistics(
             *(leaf.reshape(*tokens.shape, *leaf.shape[1:]) for leaf in found)
         )
@@ -176,9 +190,9 @@ def scoring_head(num_top: int) -> Head:
 def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Head:
     """Returns the head that draws a token a row, as `Engine.decode` says."""
 
-    def draw(embedding, config, state, hidden, rows: Rows, allowed, sampling: SamplingState):
+    def draw(hidden: LastHidden, state, rows: Rows, allowed, sampling: SamplingState):
         length = lengths(state, rows.slots)
-        logits = unembed(embedding, config, hidden[:, 0])
+        logits = unembed(hidden.embedding, hidden.config, hidden.values[:, 0])
         if processor is None:
             drawn = sample(logits, allowed, sampling, length)
         else:
@@ -195,16 +209,14 @@ def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Hea
 
 
 def greedy_head(
-    embedding: Float[Array, "V D"],
-    config: ModelConfig,
+    hidden: LastHidden,
     state: DecodeState,
-    hidden: Float[Array, "R 1 D"],
     rows: Rows,
     table: ScreeningTable,
     allowed: Bool[Array, "*R vocab"],
 ) -> tuple[DecodeState, Step]:
     """The most probable token of each row, by way of the `ScreeningTable`."""
-    chosen = most_probable(embedding, table, hidden[:, 0], allowed)
+    chosen = most_probable(hidden.embedding, table, hidden.values[:, 0], allowed)
     chosen = jnp.where(chosen < 0, NOT_FINITE, chosen)
     return _advanced(state, rows, chosen), _without_logprobs(chosen)
 
@@ -212,8 +224,8 @@ def greedy_head(
 def one_step(head: Head) -> Head:
     """Returns a head that draws once for the rows whose count is not 0, whatever may end them."""
 
-    def draw(embedding, config, state, hidden, rows: Rows, ends: Ends, *arguments):
-        state, step = head(embedding, config, state, hidden, rows, *arguments)
+    def draw(hidden, state, rows: Rows, ends: Ends, *arguments):
+        state, step = head(hidden, state, rows, *arguments)
         return state, jax.tree.map(lambda leaf: leaf[None], step)
 
     return draw

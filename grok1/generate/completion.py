@@ -65,6 +65,7 @@ class CompletionBuilder:
 
     Attributes:
       stop_reason: None while the request runs.
+      num_prompt_tokens: How many tokens it continues, for whoever reads the completion.
     """
 
     def __init__(
@@ -76,11 +77,10 @@ class CompletionBuilder:
         stop_tokens: Collection[int] = (),
         stop_strings: Sequence[str] = (),
         with_logprobs: bool = False,
-        num_prompt_tokens: int | None = None,
     ):
         self.stop_reason: StopReason | None = None
         self._stop_match: str | int | None = None
-        self._num_prompt_tokens = num_prompt_tokens
+        self.num_prompt_tokens: int | None = None
         self._decoder = tokenizer.stream_decoder() if tokenizer else None
         self._max_tokens = max_tokens
         self._limit_reason: StopReason = limit_reason
@@ -111,7 +111,7 @@ class CompletionBuilder:
             top_logprobs=list(alternatives) if self._with_logprobs else None,
             stop_reason=self.stop_reason,
             stop_match=self._stop_match,
-            num_prompt_tokens=self._num_prompt_tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
         )
 
     def _extend(self, text: str) -> str:

@@ -73,17 +73,16 @@ class Batch:
                     processor=options.logits_processor,
                 )
             )
-            self.builders.append(
-                CompletionBuilder(
-                    tokenizer,
-                    max_tokens=max_tokens,
-                    limit_reason="context" if room < options.max_new_tokens else "length",
-                    stop_tokens=stop_tokens,
-                    stop_strings=options.stop_strings(),
-                    with_logprobs=options.logprobs is not None,
-                    num_prompt_tokens=len(tokens),
-                )
+            builder = CompletionBuilder(
+                tokenizer,
+                max_tokens=max_tokens,
+                limit_reason="context" if room < options.max_new_tokens else "length",
+                stop_tokens=stop_tokens,
+                stop_strings=options.stop_strings(),
+                with_logprobs=options.logprobs is not None,
             )
+            builder.num_prompt_tokens = len(tokens)
+            self.builders.append(builder)
 
     def run(self) -> Iterator[tuple[int, str]]:
         """Yields (prompt, text that became certain) for every token; ends when all are over."""

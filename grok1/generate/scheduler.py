@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams, sampling_state
 from grok1.engine.slots import Layout, Slots
-from grok1.engine.steps import NUM_ENDS, DecodeState, Ends, LogitsProcessor
+from grok1.engine.steps import NUM_ENDS, DecodeState, Draw, Ends, LogitsProcessor
 from grok1.generate.pace import Call, Pace
 from grok1.generate.request import Request, Running, Sampled, no_token, sampled
 from grok1.nn.sharding import DATA_AXIS, put
@@ -256,7 +256,11 @@ class Scheduler:
             )
         else:
             state, step = engine.decode(
-                state, num_steps, ends, allowed, sampling, num_top, processor, slots=layout.slots
+                state,
+                num_steps,
+                ends,
+                Draw(allowed, sampling, num_top, processor),
+                slots=layout.slots,
             )
         self._state = state
         for running, row in zip(group, layout.rows, strict=True):

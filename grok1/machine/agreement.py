@@ -58,9 +58,9 @@ def exchange(
     """Returns what each process says, by its number; nothing where this one is alone.
 
     Args:
-      what: As for `agree`.
+      what: The call that every process makes.
       words: Returns what this process says.
-      mesh: As for `agree`.
+      mesh: Whose processes take part; None for all.
 
     Raises:
       OtherProcessError: If another process makes another call, or has failed.

@@ -199,11 +199,11 @@ def add_experts(
     """The second half of a layer.
 
     Args:
-      params: As for `decoder_layer`.
-      layer: As for `decoder_layer`.
-      run: As for `decoder_layer`.
-      place: As for `decoder_layer`.
-      x: The residual stream between the branches.
+      params: The stack of layers.
+      layer: Which layer.
+      run: How.
+      place: Where the tokens stand.
+      x: float32 `[R, T, D]`, the residual stream between the branches.
       branch: What `experts.experts` makes of the choice, on this device.
 
     Returns:
@@ -288,7 +288,7 @@ def _attention(
             lambda: attention_map(query_RTCGH, cache, layer, place, scale),
             lambda: jnp.zeros(_map_shape(config, (rows, length), cache)),
         )
-    if any(form.point == "heads" for form in run.interventions):
+    if any(hook.point == "heads" for hook in run.interventions):
         by_head = mixed.reshape(rows, length, -1, config.key_size)
         mixed = apply(run.interventions, "heads", by_head, layer, place.positions)
     out = matmul_split(mixed.reshape(rows, length, -1), params.attention_out, (layer,), dtype)

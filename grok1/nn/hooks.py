@@ -44,9 +44,9 @@ def apply(
       layer: Which layer.
       positions: Absolute position of each token.
     """
-    for form in prepared:
-        if form.point == point:
-            value = form(value, layer, positions)
+    for hook in prepared:
+        if hook.point == point:
+            value = hook(value, layer, positions)
     return value
 
 
@@ -70,12 +70,12 @@ def redirect(
       As many choices a token as any intervention needs; E stands for none, with weight 0. An expert
       of weight 0 is none.
     """
-    forms = [form for form in prepared if form.point == "router"]
-    if not forms:
+    at_router = [hook for hook in prepared if hook.point == "router"]
+    if not at_router:
         return routing
     routed = _Routed(logits, routing, jnp.zeros(logits.shape, bool))
-    for form in forms:
-        routed = form(routed, layer, positions)
+    for hook in at_router:
+        routed = hook(routed, layer, positions)
     indices, weights = routed.routing.expert_indices, routed.routing.expert_weights
     ablated = jnp.take_along_axis(routed.ablated, indices, axis=-1, mode="fill", fill_value=False)
     weights = jnp.where(ablated, 0, weights)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.engine.compilation import Program
 from grok1.engine.programs import Key, Kind, Programs, StepSpec, Weights
-from grok1.engine.steps import DecodeState, Rows, next_tokens
+from grok1.engine.steps import DecodeState, LastHidden, Rows, next_tokens
 from grok1.nn.decoder import (
     Captures,
     Run,
@@ -32,7 +32,7 @@ from grok1.nn.decoder import (
     place_of,
 )
 from grok1.offload.device_experts import DeviceExperts
-from grok1.ops.experts import fetched_expert
+from grok1.ops.experts import Routed, fetched_expert
 from grok1.ops.layers import rms_norm
 
 
@@ -75,7 +75,7 @@ class LayerwiseStep:
 
         def add_expert(weights, layer, expert, values, out, *routed):
             experts = weights.params.layers.experts
-            return out + fetched_expert(routed[0], values, experts, layer, expert, *routed[1:])
+            return out + fetched_expert(Routed(*routed), values, experts, layer, expert)
 
         def finish(weights, layer, rows, cache, out, x):
             place = place_of(cache, rows.slots, length, rows.count)
@@ -85,8 +85,8 @@ class LayerwiseStep:
         def end(weights, state, rows, x, captured, *arguments):
             params = weights.params
             state = state._replace(cache=grown(state.cache, rows.slots, rows.count))
-            hidden = rms_norm(x, params.final_norm)
-            state, outputs = head(params.embedding, config, state, hidden, rows, *arguments)
+            last = LastHidden(params.embedding, config, rms_norm(x, params.final_norm))
+            state, outputs = head(last, state, rows, *arguments)
             return state, outputs, jax.tree.map(jnp.stack, captured, is_leaf=_is_list)
 
         self._config, self._capture, self._experts = config, capture, experts

@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.checkpoint.loading import expert_arrays, load_params
 from grok1.checkpoint.storage import StoredModel
+from grok1.engine.base import EngineBase
 from grok1.engine.compilation import Program
 from grok1.engine.engine import Engine
-from grok1.engine.form import Form
 from grok1.engine.programs import Programs, StepSpec
 from grok1.machine import announcement
 from grok1.machine.announcement import hint
@@ -92,7 +92,7 @@ class OffloadStats(NamedTuple):
 
 
 class Streamed:
-    """An `engine.form.Runner` of a model whose experts are fetched; with the same numbers.
+    """An `engine.base.Runner` of a model whose experts are fetched; with the same numbers.
 
     A step is finished when its call returns. Ctrl-C ends it within a layer; a file that cannot be
     read is the `CheckpointError` of the step that wanted it. The state it was given is lost then,
@@ -133,15 +133,15 @@ class Streamed:
             budget_bytes=self.budget_bytes,
         )
 
-    def make_room(self, form: Form, batch: int, capacity: int) -> None:
+    def make_room(self, engine: EngineBase, batch: int, capacity: int) -> None:
         """Lets go of the experts in memory whose room a state needs, or lets in as many as fit.
 
         Raises:
           ValueError: If the budget does not hold the state.
         """
-        needed = state_bytes(form, batch, capacity)
+        needed = state_bytes(engine, batch, capacity)
         with self.store.lock:
-            self.store.resize(num_slots(form, self.store, needed, self.budget_bytes))
+            self.store.resize(num_slots(engine, self.store, needed, self.budget_bytes))
             if self.device_experts is not None:
                 self.device_experts.cache.shrink(self._num_device_slots(needed))
 
@@ -169,6 +169,11 @@ class Streamed:
         num_layers = None if decodes else programs.setup.config.num_layers
         traffic = self._traffic["decode" if decodes else "prompt"]
         return _StreamedProgram(program, self.store, traffic, num_layers)
+
+
+def stats_of(engine: EngineBase) -> OffloadStats | None:
+    """Returns what streaming experts has cost so far; None for an engine that is resident."""
+    return engine.runner.stats if isinstance(engine.runner, Streamed) else None
 
 
 class _StreamedProgram:
@@ -316,13 +321,13 @@ def load_offloaded(
         allow_mapping=not by_layer,
         new_buffer=functools.partial(pinned_buffer, device) if pinned else pageable_buffer,
     )
-    lean = Engine(without_experts(whole.params), config, mesh, whole.dtype, whole.cache_dtype)
-    require_memory(lean)
-    least_state = least_bytes(lean) - shard_bytes(lean.params)
+    resident = Engine(without_experts(whole.params), config, mesh, whole.dtype, whole.cache_dtype)
+    require_memory(resident)
+    least_state = least_bytes(resident) - shard_bytes(resident.params)
     if on_host:
         # The cache may grow to the whole context.
-        state = state_bytes(lean, lean.batch_for(1), config.sequence_len)
-        budget_bytes = fixed_bytes(lean, store) + state + store.num_all * store.num_bytes
+        state = state_bytes(resident, resident.batch_for(1), config.sequence_len)
+        budget_bytes = fixed_bytes(resident, store) + state + store.num_all * store.num_bytes
         available = host_bytes_available()
         if available is not None and budget_bytes > available:
             needed, there_are = gigabytes_apart(budget_bytes, available)
@@ -332,7 +337,7 @@ def load_offloaded(
             )
     else:
         budget_bytes = budget(memory)
-    store.resize(num_slots(lean, store, least_state, budget_bytes))
+    store.resize(num_slots(resident, store, least_state, budget_bytes))
     params = load_params(stored, config, mesh, progress, without_experts)
     if not by_layer:
         handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
@@ -347,7 +352,7 @@ def runs_by_layer(device: Any) -> bool:
     return not forms.has_kernels(device.platform)
 
 
-def fixed_bytes(engine: Form, store: ExpertStore) -> int:
+def fixed_bytes(engine: EngineBase, store: ExpertStore) -> int:
     """Returns what this process takes beside keys, values and the experts that it holds.
 
     Args:
@@ -363,7 +368,7 @@ def fixed_bytes(engine: Form, store: ExpertStore) -> int:
     return resident + in_flight * store.num_bytes
 
 
-def num_slots(engine: Form, store: ExpertStore, cache_bytes: int, budget_bytes: int) -> int:
+def num_slots(engine: EngineBase, store: ExpertStore, cache_bytes: int, budget_bytes: int) -> int:
     """Returns how many experts fit into a budget beside everything else.
 
     Args:

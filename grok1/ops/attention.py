@@ -127,7 +127,7 @@ def attend_cpp(
 ) -> Float[Array, "R T C G H"]:
     """`attend_blocked` in C++."""
     return bindings.attention(
-        query, cache.k, cache.v, layer, place.slots, place.positions, scale, SOFT_CAP
+        query, (cache.k, cache.v), layer, place.slots, place.positions, (scale, SOFT_CAP)
     )
 
 

@@ -65,6 +65,20 @@ class Routing(NamedTuple):
     expert_weights: Array
 
 
+class Routed(NamedTuple):
+    """Tokens and the experts that they chose.
+
+    Attributes:
+      x: The layer's normed input `[M, D]`, in the type of the products.
+      expert_indices: int32 `[M, A]`; those of padding are beyond the last expert.
+      expert_weights: float32 `[M, A]`.
+    """
+
+    x: Array
+    expert_indices: Array
+    expert_weights: Array
+
+
 def route(
     x: Float[Array, "M D"],
     router: Float[Array, "D E"],
@@ -78,8 +92,8 @@ def route(
       x: The layer's normed input.
       router: The router's weight.
       num_selected: A.
-      softcap: As `ModelConfig.router_softcap`.
-      renormalize: As `ModelConfig.renormalize_gates`.
+      softcap: Caps the router's logits to (-softcap, softcap); None for no cap.
+      renormalize: Divide the weights of a token's experts by their sum.
     """
     return choose_experts(router_logits(x, router, softcap), num_selected, renormalize)
 
@@ -264,7 +278,7 @@ def experts_cpp(
     indices_MA = jnp.where(valid[:, None], routing.expert_indices, num_experts)
     gate, up, down = ((weight.values, weight.scales) for weight in weights)
     x = x.astype(jnp.float32)
-    return bindings.experts(x, gate, up, down, layer, indices_MA, routing.expert_weights)
+    return bindings.experts(x, (gate, up, down), layer, indices_MA, routing.expert_weights)
 
 
 def experts_fetched(
@@ -278,28 +292,26 @@ def experts_fetched(
     (layer,) = index
     indices_MA = jnp.where(valid[:, None], routing.expert_indices, routing.probs.shape[-1])
     x = x.astype(jnp.float32)
-    return bindings.fetched_experts(x, *weights, layer, indices_MA, routing.expert_weights)
+    return bindings.fetched_experts(
+        x, weights.handle, weights[1:], layer, indices_MA, routing.expert_weights
+    )
 
 
 def fetched_expert(
-    x: Float[Array, "M D"],
+    routed: Routed,
     values: Sequence[Array],
     scales: FetchedExperts,
     layer: Int[Array, ""],
     expert: Int[Array, ""],
-    expert_indices: Int[Array, "M A"],
-    expert_weights: Float[Array, "M A"],
 ) -> Float[Array, "M D"]:
     """What one expert adds for the tokens that chose it; on any platform.
 
     Args:
-      x: Input, in the type of the products.
+      routed: The tokens.
       values: Its gate, up and down, int8 `[1, K, N]`.
       scales: Those of all experts.
       layer: Index of the layer.
       expert: Which of the layer's experts it is.
-      expert_indices: int32; those of padding are beyond the last expert.
-      expert_weights: float32.
 
     Returns:
       float32.
@@ -310,6 +322,7 @@ def fetched_expert(
             for matrix, of_all in zip(values, scales[1:], strict=True)
         )
     )
+    x, expert_indices, expert_weights = routed
     is_mine_MA = expert_indices == expert
     # As the first expert of one; tokens that did not choose it are as padding.
     to_it = Routing(

@@ -1,6 +1,6 @@
 """How much a process may take when the experts of its model stay on disk, and what must fit."""
 
-from grok1.engine.form import Form
+from grok1.engine.base import EngineBase
 from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.transformer import Params
 from grok1.ops.experts import FetchedExperts
@@ -17,7 +17,7 @@ def without_experts(params: Params) -> Params:
     return params._replace(layers=params.layers._replace(experts=fetched))
 
 
-def resident_bytes(engine: Form) -> int:
+def resident_bytes(engine: EngineBase) -> int:
     """Returns what this process takes beside keys, values and experts.
 
     Args:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from grok1.config import GROK_1, ModelConfig
+from grok1.engine.base import EngineBase
 from grok1.engine.engine import Engine
-from grok1.engine.form import Form
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.nn.manifest import TensorSpec, arrange, manifest
 from grok1.nn.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
@@ -107,12 +107,12 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def state_bytes(engine: Form, batch: int, capacity: int) -> int:
+def state_bytes(engine: EngineBase, batch: int, capacity: int) -> int:
     """Returns what the cache and tokens of a batch take on one device."""
     return shard_bytes(engine.abstract_state(batch, capacity))
 
 
-def screening_table_bytes(engine: Form) -> int:
+def screening_table_bytes(engine: EngineBase) -> int:
     """Returns what greedy decoding's int8 copy of the output head takes of a CPU device."""
     if not forms.has_kernels("cpu"):
         return 0

@@ -6,17 +6,13 @@ numbers a token reach the host. A text longer than the window is run in windows 
 Dimension key: T token of a text, V vocabulary, k alternative, O option.
 """
 
-import dataclasses
-import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from grok1 import reprs
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
@@ -24,142 +20,29 @@ from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
 from grok1.nn.sharding import DATA_AXIS
 from grok1.nn.unembedding import TokenStatistics
+from grok1.study.scores import Choice, Score
 from grok1.tokenizer import Tokenizer
 
 _TOKENS_AT_ONCE = CHUNK_LENGTHS[-1]
 """Tokens that one group of devices runs at a time, over all rows."""
 
-_TOKENS_SHOWN = 2000  # of a score in a notebook; a page of 100,000 coloured tokens does not scroll
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Score:
-    """What the model makes of a text, token by token; logarithms are natural.
-
-    Entry t of every array is about token t given all tokens before it. Nothing stands before the
-    first token, so its entries say nothing: NaN, and -1 where they are whole numbers.
+class ScoreOptions(NamedTuple):
+    """How `score` reads a text, and what it reports; see `Model.score`.
 
     Attributes:
-      tokens: int32 `[T]`, with [BOS] if `add_bos` put it first.
-      pieces: The text of each token, such as " the", or its spelling in the vocabulary where it has
-        none of its own; None without a tokenizer.
-      logprobs: float32 `[T]`.
-      ranks: int32 `[T]`, 0 where the token was the most probable one; among equally probable tokens
-        the lower id comes first.
-      entropies: float32 `[T]`, in nats, of the distribution that the token comes from.
-      top_tokens: int32 `[T, k]`, the most probable tokens in its place, best first.
-      top_logprobs: float32 `[T, k]`.
-      num_bytes: UTF-8 bytes that the scored tokens stand for; None without a tokenizer.
+      top_k: The alternatives to report for each token.
+      window: Most tokens run at a time; None for the context.
+      stride: How far apart windows begin; None for half of the window.
+      add_bos: Begin with [BOS].
+      allow_control: Let control pieces in a text be themselves.
     """
 
-    tokens: np.ndarray
-    pieces: list[str] | None
-    logprobs: np.ndarray
-    ranks: np.ndarray
-    entropies: np.ndarray
-    top_tokens: np.ndarray
-    top_logprobs: np.ndarray
-    num_bytes: int | None
-
-    @property
-    def num_scored(self) -> int:
-        """How many tokens have a log-probability: all but the first."""
-        return len(self.tokens) - 1
-
-    @functools.cached_property
-    def total_logprob(self) -> float:
-        """Sum of the log-probabilities, in nats."""
-        return float(np.sum(self.logprobs[1:], dtype=np.float64))
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean negative log-probability of the scored tokens."""
-        return math.exp(-self.total_logprob / self.num_scored)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits to code the scored tokens over the UTF-8 bytes that they stand for.
-
-        Raises:
-          ValueError: If there is no tokenizer to tell the bytes, or there are none.
-        """
-        if not self.num_bytes:
-            missing = "a tokenizer, and the model has none"
-            if self.num_bytes == 0:
-                missing = "text, and the scored tokens are all control pieces"
-            raise ValueError(f"bits_per_byte needs {missing}; use perplexity")
-        return -self.total_logprob / math.log(2) / self.num_bytes
-
-    def __repr__(self) -> str:
-        bits = f", {self.bits_per_byte:.4g} bits/byte" if self.num_bytes else ""
-        return (
-            f"Score({self.num_scored} tokens scored, logprob {self.total_logprob:.6g}, perplexity "
-            f"{self.perplexity:.4g}{bits})"
-        )
-
-    def _repr_html_(self) -> str:
-        bits = -self.logprobs[:_TOKENS_SHOWN] / math.log(2)
-        pieces = self.pieces or [f"[{token}]" for token in self.tokens[:_TOKENS_SHOWN]]
-        hints = [
-            f"{token}: {surprisal:.2f} bits, rank {rank}, entropy {entropy / math.log(2):.2f} bits"
-            for token, surprisal, rank, entropy in zip(
-                self.tokens, bits, self.ranks, self.entropies, strict=False
-            )
-        ]
-        summary = f"{self.num_scored:,} tokens scored, perplexity {self.perplexity:.4g}"
-        if self.num_bytes:
-            summary += f", {self.bits_per_byte:.4g} bits a byte"
-        if len(self.tokens) > _TOKENS_SHOWN:
-            summary += f"; the first {_TOKENS_SHOWN:,} are shown"
-        return reprs.surprisal_text(pieces[:_TOKENS_SHOWN], bits.tolist(), hints, summary)
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Choice:
-    """How probable each of some continuations of one context is; logarithms are natural.
-
-    Attributes:
-      options: The continuations, as given.
-      tokens: The tokens of each that were scored.
-      logprobs: float64 `[O]`, log-probability of each whole continuation.
-      per_token: float64 `[O]`, the same over the number of its tokens.
-      per_byte: float64 `[O]`, the same over the UTF-8 bytes of the option; None if it is given as
-        ids to a model without tokenizer.
-      is_greedy: bool `[O]`, whether every token was the most probable one in its place.
-    """
-
-    options: list[Prompt]
-    tokens: list[list[int]]
-    logprobs: np.ndarray
-    per_token: np.ndarray
-    per_byte: np.ndarray | None
-    is_greedy: np.ndarray
-
-    @property
-    def best(self) -> int:
-        """Index of the most probable option."""
-        return int(self.logprobs.argmax())
-
-    @property
-    def best_per_token(self) -> int:
-        """Index of the option that is most probable for each token."""
-        return int(self.per_token.argmax())
-
-    @property
-    def best_per_byte(self) -> int | None:
-        """Index of the option that is most probable for each byte; None without `per_byte`."""
-        return None if self.per_byte is None else int(self.per_byte.argmax())
-
-    def __repr__(self) -> str:
-        logprobs = ", ".join(f"{logprob:.2f}" for logprob in self.logprobs)
-        return f"Choice(best={self.options[self.best]!r}, logprobs=[{logprobs}])"
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (str(option), f"{total:.2f} nats in all, {each:.2f} a token")
-            for option, total, each in zip(self.options, self.logprobs, self.per_token, strict=True)
-        ]
-        return reprs.table(f"Most probable: {self.options[self.best]}", rows)
+    top_k: int
+    window: int | None
+    stride: int | None
+    add_bos: bool
+    allow_control: bool
 
 
 class Window(NamedTuple):
@@ -179,27 +62,15 @@ def score(
     engine: Engine,
     tokenizer: Tokenizer | None,
     text: Prompt | Sequence[Prompt],
-    *,
-    top_k: int = 5,
-    window: int | None = None,
-    stride: int | None = None,
-    add_bos: bool = False,
-    allow_control: bool = False,
+    options: ScoreOptions,
 ) -> Score | list[Score]:
     """Scores a text, or several, as `Model.score` says."""
     agree(
         "score",
-        lambda: {
-            "texts": text,
-            "top_k": top_k,
-            "window": window,
-            "stride": stride,
-            "add_bos": add_bos,
-            "allow_control": allow_control,
-            "interventions": engine.interventions,
-        },
+        lambda: {"texts": text, **options._asdict(), "interventions": engine.interventions},
         engine.mesh,
     )
+    top_k, window, stride, add_bos, allow_control = options
     context, vocab_size = engine.config.sequence_len, engine.config.vocab_size
     window = context if window is None else window
     if not 1 <= window <= context:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1 import __main__
+from grok1 import __main__, bundled
 from grok1.care import conversion, inspection, staging
 from grok1.care.conversion import convert
 from grok1.checkpoint.directory import open_tensors
@@ -146,6 +146,16 @@ def test_loaders_of_other_libraries_are_told_the_model(toy_safetensors):
     assert found["model_type"] == "grok-1"
     assert (found["hidden_size"], found["num_hidden_layers"]) == (128, 6)
     assert grok1.ModelConfig.load(toy_safetensors / "config.json") == grok1.TOY
+
+
+def test_released_weights_get_the_tokenizer_that_load_takes(tmp_path, monkeypatch):
+    source = tmp_path / "toy"
+    source.mkdir()
+    (source / "ckpt-0").symlink_to(TOY / "ckpt-0")
+    shutil.copy(TOY / "config.json", source)
+    monkeypatch.setattr("grok1.checkpoint.directory.GROK_1", grok1.TOY)
+    convert(source, tmp_path / "out", to="grok1", progress=False)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == bundled.tokenizer().read_bytes()
 
 
 def test_the_tokenizer_goes_along(toy_safetensors):

@@ -187,26 +187,29 @@ for name in ("preadv", "pread", "pwrite", "posix_fadvise", "sched_getaffinity", 
     if hasattr(os, name):
         delattr(os, name)
 import grok1
-from grok1.care import inspection, verification
-path = sys.argv[1]
+from grok1.care import conversion, inspection, verification
+from grok1.checkpoint.fingerprint import fingerprint
+path, target = sys.argv[1:]
 print(verification.verify(path, progress=False).is_good)
 print(len(inspection.inspect(path).tensors))
 cpu = {"devices": 1, "device": "cpu", "memory": 1, "bandwidth": 9, "disk": 1, "context": 64}
 print(len(grok1.plan(checkpoint=path, **cpu).lines()))
-print(float(grok1.load(path, mesh=(1, 1), progress=False).params.final_norm.sum()))
+conversion.convert(path, target, to="grok1", progress=False)
+print(fingerprint(target) == fingerprint(path))
+print(float(grok1.load(target, mesh=(1, 1), progress=False).params.final_norm.sum()))
 """
 
 
-def test_what_only_unix_has_is_not_needed_to_look_and_load(nano_path, nano):
+def test_what_only_unix_has_is_not_needed_to_look_convert_and_load(nano_path, nano, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _WINDOWS, str(nano_path)],
+        [sys.executable, "-W", "ignore", "-c", _WINDOWS, str(nano_path), str(tmp_path / "copy")],
         env={**os.environ, "GROK1_NATIVE": "0"},
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    is_good, num_tensors, num_lines, total = done.stdout.split()
-    assert (is_good, num_tensors) == ("True", "146")
+    is_good, num_tensors, num_lines, is_same, total = done.stdout.split()
+    assert (is_good, num_tensors, is_same) == ("True", "146", "True")
     assert int(num_lines) > 3
     assert float(total) == float(nano.params.final_norm.sum())
 

@@ -39,11 +39,12 @@ def sampled(token):
     return Sampled(token, -float(token), {token: -float(token), 99: -99.0})
 
 
-def run(pieces, stop_strings=(), **options):
+def run(pieces, stop_strings=(), num_prompt_tokens=None, **options):
     """Pushes tokens 0, 1, ... until the request ends: the streamed texts, and the completion."""
     options = {"max_tokens": len(pieces), "limit_reason": "length", **options}
     tokenizer = PiecesTokenizer(pieces)
     builder = CompletionBuilder(tokenizer, stop_strings=stop_strings, **options)
+    builder.num_prompt_tokens = num_prompt_tokens
     streamed = []
     while builder.stop_reason is None:
         streamed.append(builder.push(sampled(len(streamed))))
@@ -208,7 +209,7 @@ def test_a_stop_string_in_what_the_end_flushes():
 )
 def test_what_ended_it_is_told(pieces, options, match):
     stops = ["END", "z", "y"]
-    _, completion = run(pieces, stops, num_prompt_tokens=5, **options)
+    _, completion = run(pieces, stops, 5, **options)
     assert completion.stop_match == match
     assert completion.num_prompt_tokens == 5
     assert ("stop_match" in repr(completion)) == (match is not None)

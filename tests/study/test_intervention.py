@@ -15,16 +15,9 @@ from grok1.nn.hooks import STREAM_POINTS, redirect
 from grok1.nn.transformer import forward, naming
 from grok1.ops.experts import Routing, choose_experts, experts_dense
 from grok1.ops.quantized import QuantizedArray
-from grok1.study.intervention import (
-    AblateExperts,
-    AddToResidual,
-    CapLayers,
-    ForceExperts,
-    Patch,
-    ScaleHeads,
-    SelectExperts,
-    prepare,
-)
+from grok1.study.intervention import prepare
+from grok1.study.router_interventions import AblateExperts, ForceExperts, SelectExperts
+from grok1.study.stream_interventions import AddToResidual, CapLayers, Patch, ScaleHeads
 from tests.helpers import named_params, relative_error
 
 ALL = ("router", "residual", "branches")

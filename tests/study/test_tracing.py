@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.engine import form
+from grok1 import AblateExperts, CapLayers
+from grok1.engine import base
 from grok1.engine.engine import Engine
 from grok1.nn import decoder
 from grok1.nn.capture import Capture
@@ -21,7 +22,6 @@ from grok1.ops.cpu import bindings
 from grok1.ops.layers import apply_rope, rms_norm
 from grok1.ops.quantized import QuantizedArray, dequantize
 from grok1.study import tracing
-from grok1.study.intervention import AblateExperts, CapLayers
 from tests.helpers import relative_error
 
 ALL = ("router", "residual", "branches", "attention", "logit_lens", "logits")
@@ -108,7 +108,7 @@ def test_attention_maps_by_hand(mesh, nano, nano_on_mesh, nano_reference):
 def test_chunks_change_nothing(nano, nano_reference, monkeypatch):
     tokens = nano_reference["tokens"]
     whole = nano.trace(tokens, ALL)
-    monkeypatch.setattr(form, "_CAPTURED_BYTES", 1)
+    monkeypatch.setattr(base, "_CAPTURED_BYTES", 1)
     in_chunks = nano.trace(tokens, ALL)
     without_logits = nano.trace(tokens, ALL[:-1])
     assert set(whole) - set(without_logits) == {"logits"}

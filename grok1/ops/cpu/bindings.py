@@ -10,6 +10,7 @@ Environment: GROK1_NATIVE=0 turns them off; GROK1_NUM_THREADS is the number of t
 
 import ctypes
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -118,9 +119,7 @@ def quantized_matmul(
 
 def experts(
     x: Float[Array, "M D"],
-    gate: tuple[Array, Array],
-    up: tuple[Array, Array],
-    down: tuple[Array, Array],
+    weights: Sequence[tuple[Array, Array]],
     layer: int | Array,
     expert_indices: Int[Array, "M A"],
     expert_weights: Float[Array, "M A"],
@@ -129,9 +128,8 @@ def experts(
 
     Args:
       x: float32 `[M, D]`.
-      gate: int8 values `[*lead, E, D, F]` and bfloat16 scales `[*lead, E, G, F]`; read in place.
-      up: Values and scales of these shapes and types; read in place.
-      down: int8 values `[*lead, E, F, D]` and bfloat16 scales `[*lead, E, G, D]`.
+      weights: Gate, up and down, read in place: of the first two int8 values `[*lead, E, D, F]` and
+        bfloat16 scales `[*lead, E, G, F]`, of down `[*lead, E, F, D]` and `[*lead, E, G, D]`.
       layer: Index of the layer, 0 where there is no such axis.
       expert_indices: int32; one outside 0 to E-1 is not run.
       expert_weights: float32.
@@ -146,9 +144,7 @@ def experts(
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     return jax.ffi.ffi_call(_EXPERTS, out)(
         x,
-        *gate,
-        *up,
-        *down,
+        *itertools.chain(*weights),
         jnp.asarray(layer, jnp.int32),
         expert_indices.astype(jnp.int32),
         expert_weights,
@@ -187,9 +183,7 @@ class Fetch:
 def fetched_experts(
     x: Float[Array, "M D"],
     handle: UInt32[Array, "2"],
-    gate_scales: Array,
-    up_scales: Array,
-    down_scales: Array,
+    scales: Sequence[Array],
     layer: int | Array,
     expert_indices: Int[Array, "M A"],
     expert_weights: Float[Array, "M A"],
@@ -199,9 +193,7 @@ def fetched_experts(
     Args:
       x: float32 `[M, D]`.
       handle: Of a `Fetch`, which is asked for one chosen expert after another.
-      gate_scales: bfloat16 `[L, E, G, F]`.
-      up_scales: bfloat16 `[L, E, G, F]`.
-      down_scales: bfloat16 `[L, E, G, D]`.
+      scales: bfloat16, those of gate and up `[L, E, G, F]`, of down `[L, E, G, D]`.
       layer: Index of the layer.
       expert_indices: int32; one outside 0 to E-1 is not run, and not asked for.
       expert_weights: float32.
@@ -218,9 +210,7 @@ def fetched_experts(
     return jax.ffi.ffi_call(_FETCHED_EXPERTS, out)(
         x,
         handle,
-        gate_scales,
-        up_scales,
-        down_scales,
+        *scales,
         jnp.asarray(layer, jnp.int32),
         expert_indices.astype(jnp.int32),
         expert_weights,
@@ -229,26 +219,22 @@ def fetched_experts(
 
 def attention(
     query: Float[Array, "R T C G H"],
-    keys: Float[Array, "L B C S H"],
-    values: Float[Array, "L B C S H"],
+    cached: tuple[Float[Array, "L B C S H"], Float[Array, "L B C S H"]],
     layer: int | Array,
     slots: Int[Array, " R"],
     positions: Int[Array, "R T"],
-    scale: float,
-    soft_cap: float,
+    scaling: tuple[float, float],
 ) -> Float[Array, "R T C G H"]:
     """Soft-capped attention over the cached positions up to each query's own.
 
     Args:
       query: float32.
-      keys: float32; only the filled positions of the layer are read, in place.
-      values: float32.
+      cached: Keys and values, float32; only the filled positions of the layer are read, in place.
       layer: Which layer of the cache to read.
       slots: int32, which row of the cache each row of queries sees; one outside it sees nothing,
         and its result is zeros.
       positions: int32, absolute position of each query.
-      scale: Factor on the query-key products, before the soft cap.
-      soft_cap: Bounds the logits.
+      scaling: The factor on the query-key products, and the soft cap that then bounds the logits.
 
     Returns:
       float32.
@@ -260,13 +246,12 @@ def attention(
     out = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     return jax.ffi.ffi_call(_ATTENTION, out)(
         query,
-        keys,
-        values,
+        *cached,
         jnp.asarray(layer, jnp.int32),
         slots,
         positions,
-        scale=np.float32(scale),
-        soft_cap=np.float32(soft_cap),
+        scale=np.float32(scaling[0]),
+        soft_cap=np.float32(scaling[1]),
     )
 
 

@@ -64,7 +64,7 @@ class Runner(Protocol):
 
     runs_ahead: bool
 
-    def make_room(self, form: "Form", batch: int, capacity: int) -> None:
+    def make_room(self, engine: "EngineBase", batch: int, capacity: int) -> None:
         """Sees to memory for a state that is about to be made.
 
         Raises:
@@ -85,7 +85,7 @@ class Resident:
 
     runs_ahead = True
 
-    def make_room(self, form: "Form", batch: int, capacity: int) -> None:
+    def make_room(self, engine: "EngineBase", batch: int, capacity: int) -> None:
         """Does nothing: a state takes what is free."""
 
     def step(self, programs: Programs, spec: StepSpec) -> Any:
@@ -112,7 +112,7 @@ class View:
     captured_bytes_per_token: int = 0
 
 
-class Form:
+class EngineBase:
     """An engine without its steps.
 
     Attributes:
@@ -133,8 +133,6 @@ class Form:
         cache_dtype: Any = None,
         *,
         runner: Runner | None = None,
-        root: "Form | None" = None,
-        view: View = View(),
     ):
         """Compiles nothing yet.
 
@@ -146,22 +144,26 @@ class Form:
           cache_dtype: Type of the keys and values, float32, float16 or int8; by default that of
             `precision.default_cache_dtype`.
           runner: How steps are run; by default `Resident`.
-          root: The engine whose programs this one shares; None for programs of its own.
-          view: What sets this one apart from it.
         """
         dtype = jnp.dtype(dtype)
         cache_dtype = default_cache_dtype(dtype) if cache_dtype is None else cache_dtype
         # Without devices there are shapes, but no programs.
         self.setup = Setup(config, cast(Mesh, mesh), dtype, jnp.dtype(cache_dtype))
-        self.weights = Weights(params, view.hooks)
-        self.runner = runner or Resident()
+        self.weights, self.runner = Weights(params), runner or Resident()
+        self._begin(self, View())
+
+    def _begin(self, other: "EngineBase", view: View) -> None:
+        """Becomes an engine like another one, which may be itself, in a view of its own."""
+        self.setup, self.runner = other.setup, other.runner
+        self.weights = Weights(other.weights.params, view.hooks)
+        root = None if other is self else other._root
         self._root, self._view = root or self, view
         # What else a program is compiled for beside its key; not the arrays that intervene.
         structure = jax.tree.structure(view.hooks) if view.hooks else None
-        form = f"{view.capture} {structure}" if view.capture or view.hooks else ""
-        held = (root._programs.held if root else compilation.Programs()).of_form(form)
+        named_view = f"{view.capture} {structure}" if view.capture or view.hooks else ""
+        held = (root._programs.held if root else compilation.Programs()).of_view(named_view)
         named = functools.partial(in_words, view.interventions)
-        self._programs = Programs(self.setup, self.weights, form, held, named)
+        self._programs = Programs(self.setup, self.weights, named_view, held, named)
 
     @property
     def params(self) -> Params:
