@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from grok1.machine.processes import OtherProcessError, initialize_distributed
     from grok1.model import Model
     from grok1.planning.planning import Plan, plan
+    from grok1.server.core import Server
+    from grok1.server.running import serve
     from grok1.study.comparison_report import Comparison
     from grok1.study.router_interventions import AblateExperts, ForceExperts, SelectExperts
     from grok1.study.scores import Choice, Score
@@ -51,6 +53,7 @@ __all__ = [
     "ScaleHeads",
     "Score",
     "SelectExperts",
+    "Server",
     "Tokenizer",
     "Trace",
     "__version__",
@@ -60,6 +63,7 @@ __all__ = [
     "plan",
     "random_model",
     "save",
+    "serve",
 ]
 
 _HOMES = {
@@ -72,6 +76,8 @@ _HOMES = {
     "machine.processes": ("OtherProcessError", "initialize_distributed"),
     "model": ("Model",),
     "planning.planning": ("Plan", "plan"),
+    "server.core": ("Server",),
+    "server.running": ("serve",),
     "study.comparison_report": ("Comparison",),
     "study.router_interventions": ("AblateExperts", "ForceExperts", "SelectExperts"),
     "study.scores": ("Choice", "Score"),

@@ -28,7 +28,7 @@ ROOMS = [
     {"description"},
     {"model"},
     {"factory"},
-    {"comparison", "lm_eval", "plots"},
+    {"comparison", "lm_eval", "plots", "server"},
     {"command"},
     {"__init__", "__main__"},
 ]

@@ -27,7 +27,7 @@ PROMPT = "The answer to life the universe and everything is of course"
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop",
              "ignore_eos", "logprobs", "add_bos")  # fmt: skip
-_MODEL = ("mesh", "dtype", "cache_dtype", "layers", "embedding_dtype", "offload", "memory",
+MODEL_OPTIONS = ("mesh", "dtype", "cache_dtype", "layers", "embedding_dtype", "offload", "memory",
           "router_softcap", "renormalize_gates")  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout = io.StringIO()  # one process prints
     with processes.together():
         job = _job(arguments)
-    options = {name: getattr(arguments, name) for name in _MODEL}
+    options = {name: getattr(arguments, name) for name in MODEL_OPTIONS}
     model = load(job.checkpoint, tokenizer=job.tokenizer, **options)
     if arguments.interactive:
         return interactive.Session(model, job.options, arguments.program).run()
@@ -75,7 +75,7 @@ def _job(arguments: argparse.Namespace) -> _Job:
     """Checks everything that can be wrong before a weight is read."""
     given = {name: getattr(arguments, name) for name in _SAMPLING}
     options = GenerationOptions(**given)
-    checkpoint = _checkpoint(arguments)
+    checkpoint = checkpoint_of(arguments)
     config = load_config(checkpoint).first_layers(arguments.layers)
     path = arguments.tokenizer or tokenizer_path(checkpoint, config)
     if path is None:
@@ -98,7 +98,8 @@ def _job(arguments: argparse.Namespace) -> _Job:
     return dataclasses.replace(job, texts=texts, tokens=[encode(text, options) for text in texts])
 
 
-def _checkpoint(arguments: argparse.Namespace) -> pathlib.Path:
+def checkpoint_of(arguments: argparse.Namespace) -> pathlib.Path:
+    """Returns the directory of the model that is meant, and says so if it is the toy."""
     if arguments.checkpoint is not None:
         return arguments.checkpoint
     usual = arguments.checkpoints

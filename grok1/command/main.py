@@ -18,7 +18,7 @@ from grok1.machine import background
 INTERRUPTED = 128 + 2  # what a shell reports of a program that SIGINT ends
 _BROKEN_PIPE = 128 + 13  # likewise of SIGPIPE
 
-_MODULES = {"generate": "grok1.command.generate"}
+_MODULES = {"generate": "grok1.command.generate", "serve": "grok1.command.serve"}
 _TOOLS = "grok1.command.tools"
 
 

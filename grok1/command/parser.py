@@ -20,6 +20,7 @@ _TYPES = ("float32", "bfloat16")
 _CACHE_TYPES = ("float32", "float16", "int8")
 _COMMANDS = {
     "generate": "Continue a prompt, a file of prompts, or prompts typed one by one.",
+    "serve": "Answer requests over HTTP, in OpenAI's protocol.",
     "plan": "Say whether and how a model fits some devices, and how fast it can be.",
     "verify": "Check every file of a checkpoint and list what is wrong.",
     "inspect": "Show the tensors of a checkpoint and their statistics.",
@@ -163,6 +164,11 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
+    _model(parser)
+    _hosts(parser)
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--checkpoint",
@@ -199,6 +205,8 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         help="divide expert weights by their sum; default: as the configuration says",
     )
 
+
+def _hosts(parser: argparse.ArgumentParser) -> None:
     hosts = parser.add_argument_group("several hosts (docs/many-hosts.md)")
     hosts.add_argument(
         "--coordinator", metavar="HOST:PORT", help="of process 0, if no launcher says it"
@@ -208,6 +216,81 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     hosts.add_argument(
         "--local-devices", type=_device_ids, metavar="0,1,...", help="GPUs of the host to take"
     )
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = textwrap.fill(
+        "Takes the requests of OpenAI's clients at http://HOST:PORT/v1, and shows a page at "
+        "http://HOST:PORT/. docs/serving.md says more."
+    )
+    http = parser.add_argument_group("where, and for whom")
+    http.add_argument("--host", default="127.0.0.1", help="to listen at; default: %(default)s")
+    http.add_argument("--port", type=int, default=8000, help="0 is any; default: %(default)s")
+    http.add_argument("--name", default="grok-1", help="of the model; default: %(default)s")
+    http.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="may be repeated"
+    )
+    http.add_argument(
+        "--api-key-file", type=pathlib.Path, metavar="FILE", help="a key a line; read as it changes"
+    )
+    http.add_argument("--metrics-key", metavar="KEY", help="of /metrics; default: none")
+    http.add_argument(
+        "--no-auth", action="store_true", help="listen to other machines without a key"
+    )
+    http.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="a name that the server is reached by, behind a proxy of this machine",
+    )  # fmt: skip
+    http.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may ask"
+    )
+    http.add_argument("--no-page", action="store_true", help="no page at /")
+
+    protocol = parser.add_argument_group("what clients may ask")
+    protocol.add_argument(
+        "--chat-template", metavar="FILE", help="in Jinja's language, or transcript; default: none"
+    )
+    protocol.add_argument(
+        "--add-bos", action="store_true", help="[BOS] first where add_special_tokens is true"
+    )
+    protocol.add_argument(
+        "--ignore-unknown", action="store_true", help="take fields that are not known"
+    )
+    protocol.add_argument("--max-tokens", type=int, metavar="N", help="most that may be asked for")
+    protocol.add_argument(
+        "--max-body", type=int, default=4 << 20, metavar="BYTES", help="default: 4 MiB"
+    )
+    protocol.add_argument(
+        "--request-timeout", type=float, default=600.0, metavar="S", help="default: %(default)s"
+    )
+    protocol.add_argument(
+        "--drain", type=float, default=30.0, metavar="S",
+        help="that requests have to end once the program is told to; default: %(default)s",
+    )  # fmt: skip
+
+    scheduling = parser.add_argument_group("requests side by side")
+    scheduling.add_argument(
+        "--max-slots", type=int, metavar="N", help="default: up to 16, as memory allows"
+    )
+    scheduling.add_argument(
+        "--capacity", type=int, metavar="TOKENS", help="of a request; default: the context"
+    )
+    scheduling.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="that wait; default: %(default)s"
+    )
+    scheduling.add_argument(
+        "--max-stall", type=float, default=0.5, metavar="S",
+        help="longest pause that a prompt makes for others; default: %(default)s",
+    )  # fmt: skip
+    scheduling.add_argument(
+        "--chunk", type=int, choices=[16, 64, 256, 1024], help="of prompts; default: by --max-stall"
+    )
+    scheduling.add_argument(
+        "--prefix-tokens", type=int, metavar="N",
+        help="of prompts to keep for others that begin alike; default: half of the slots'",
+    )  # fmt: skip
+    _model(parser)
+    _hosts(parser)
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
@@ -301,6 +384,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 _ADD = {
     "generate": _generate,
+    "serve": _serve,
     "plan": _plan,
     "verify": _verify,
     "inspect": _inspect,

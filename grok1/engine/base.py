@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.config import ModelConfig
 from grok1.engine import compilation, shapes
+from grok1.engine.adjustment import Adjustment
 from grok1.engine.programs import ROWS, Key, Kind, Programs, Setup, StepSpec, Weights
 from grok1.engine.sampling import SamplingState
 from grok1.engine.shapes import CHUNK_TOKENS, Chunk
@@ -347,7 +348,11 @@ class EngineBase:
         return self._step(StepSpec(key, scoring_head(num_top), (ROWS,), statistics))
 
     def decode_program(
-        self, num_top: int | None, processor: LogitsProcessor | None, masks_differ: bool = False
+        self,
+        num_top: int | None,
+        processor: LogitsProcessor | None,
+        masks_differ: bool = False,
+        adjusts: bool = False,
     ):
         """The program behind `decode`; `masks_differ` where each row has tokens of its own."""
         key = Key(
@@ -357,10 +362,13 @@ class EngineBase:
             num_top=num_top,
             processor=processor,
             masks_differ=masks_differ,
+            adjusts=adjusts,
         )
         sampling = SamplingState(*(ROWS,) * len(SamplingState._fields))
-        head = sampling_head(num_top, processor)
-        return self._decode_step(key, head, (ROWS if masks_differ else P(), sampling))
+        specs = (ROWS if masks_differ else P(), sampling)
+        if adjusts:
+            specs = (*specs, Adjustment(*(ROWS,) * len(Adjustment._fields)))
+        return self._decode_step(key, sampling_head(num_top, processor), specs)
 
     def greedy_program(self, masks_differ: bool = False):
         """The program behind `decode_greedily`; `masks_differ` as for `decode_program`."""

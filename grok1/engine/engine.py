@@ -17,7 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt32
 
+from grok1.engine import blocks
 from grok1.engine.base import EngineBase, Observer
+from grok1.engine.blocks import Blocks
 from grok1.engine.programs import Key, Kind
 from grok1.engine.steps import DecodeState, Draw, Ends, Rows, Step
 from grok1.machine.jax_settings import own_settings
@@ -120,6 +122,49 @@ class Engine(EngineBase):
         program = programs.get(Key(kind=Kind.ASSIGN), programs.assign)
         return program(state, self._rows(slots), self._rows(tokens.astype(np.int32)))
 
+    def empty_blocks(self, num_blocks: int, length: int) -> Blocks:
+        """Returns memory for parts of texts.
+
+        Args:
+          num_blocks: How many parts.
+          length: Positions of each.
+        """
+        programs = self._root._programs
+        key = Key(kind=Kind.EMPTY_BLOCKS, shape=(num_blocks, length))
+        return programs.get(key, lambda: blocks.empty(programs, num_blocks, length))()
+
+    def keep_block(
+        self, kept: Blocks, number: int, state: DecodeState, slot: int, start: int
+    ) -> Blocks:
+        """Copies a part of a slot's text into block `number`.
+
+        Args:
+          kept: Consumed: its memory goes to the result.
+          number: Which block.
+          state: Where the slot is; it stays.
+          slot: Whose text.
+          start: Position of the first; all of the block's positions are filled.
+        """
+        programs = self._root._programs
+        program = programs.get(Key(kind=Kind.KEEP_BLOCK), lambda: blocks.keep(programs))
+        return program(kept, state, self._everywhere(number, slot, start))
+
+    def put_block(
+        self, state: DecodeState, slot: int, start: int, kept: Blocks, number: int
+    ) -> DecodeState:
+        """Copies block `number` into a slot, whose text is then filled to the block's end.
+
+        Args:
+          state: Consumed: its memory goes to the result.
+          slot: Where it goes.
+          start: Position of the block's first token; all before it are filled.
+          kept: Where the block is; it stays.
+          number: Which block.
+        """
+        programs = self._root._programs
+        program = programs.get(Key(kind=Kind.PUT_BLOCK), lambda: blocks.put(programs))
+        return program(state, kept, self._everywhere(number, slot, start))
+
     def prefill(
         self,
         state: DecodeState,
@@ -187,8 +232,12 @@ class Engine(EngineBase):
           ValueError: If a row is given more steps than one call runs.
         """
         rows = self._decoding_rows(num_steps, slots)
-        program = self.decode_program(draw.num_top, draw.processor, draw.allowed.ndim > 1)
-        return self._run(program, state, rows, ends, draw.allowed, draw.sampling)
+        adjusts = draw.adjustment is not None
+        program = self.decode_program(
+            draw.num_top, draw.processor, draw.allowed.ndim > 1, adjusts
+        )
+        more = (draw.adjustment,) if adjusts else ()
+        return self._run(program, state, rows, ends, draw.allowed, draw.sampling, *more)
 
     def _decoding_rows(self, num_steps: np.ndarray, slots: np.ndarray | None) -> Rows:
         if num_steps.max() > self.most_steps:
@@ -252,6 +301,11 @@ class Engine(EngineBase):
 
     def _placed(self, rows: Rows) -> Rows:
         return Rows(self._rows(rows.slots), self._rows(rows.count))
+
+    def _everywhere(self, *numbers: int) -> Any:
+        """Numbers that every device gets."""
+        array = np.array(numbers, np.int32)
+        return array if self.setup.is_alone else put(array, NamedSharding(self.mesh, P()))
 
     def _rows(self, array: np.ndarray) -> Any:
         """An argument with an entry for each row."""

@@ -65,6 +65,9 @@ class Kind(enum.Enum):
     DECODE = "decode"
     DECODE_GREEDILY = "decode greedily"
     PIECE = "piece of a step"
+    EMPTY_BLOCKS = "empty blocks"
+    KEEP_BLOCK = "keep block"
+    PUT_BLOCK = "put block"
 
 
 class Key(NamedTuple):
@@ -78,6 +81,7 @@ class Key(NamedTuple):
       num_top: Alternatives that it reports; None for no log-probabilities.
       processor: The caller's function within it.
       masks_differ: Whether each row has allowed tokens of its own.
+      adjusts: Whether it adjusts the logits of each row.
       piece: Which piece of a layerwise step it is.
       of: The kind of step whose end the piece is.
     """
@@ -89,6 +93,7 @@ class Key(NamedTuple):
     num_top: int | None = None
     processor: LogitsProcessor | None = None
     masks_differ: bool = False
+    adjusts: bool = False
     piece: str = ""
     of: Kind | None = None
 

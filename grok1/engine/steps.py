@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grok1.config import ModelConfig
+from grok1.engine.adjustment import Adjustment, adjusted
 from grok1.engine.sampling import (
     NOT_FINITE,
     PROCESSED_NOT_FINITE,
@@ -106,12 +107,14 @@ class Draw(NamedTuple):
       sampling: Each row's parameters and key.
       num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
       processor: Changes the logits before the draw. Each function compiles a program.
+      adjustment: Changes the logits of each row; not together with a processor.
     """
 
     allowed: Any
     sampling: SamplingState
     num_top: int | None = None
     processor: LogitsProcessor | None = None
+    adjustment: Adjustment | None = None
 
 
 class LastHidden(NamedTuple):
@@ -190,10 +193,15 @@ def scoring_head(num_top: int) -> Head:
 def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Head:
     """Returns the head that draws a token a row, as `Engine.decode` says."""
 
-    def draw(hidden: LastHidden, state, rows: Rows, allowed, sampling: SamplingState):
+    def draw(
+        hidden: LastHidden, state, rows: Rows, allowed, sampling: SamplingState, *adjustment
+    ):
         length = lengths(state, rows.slots)
         logits = unembed(hidden.embedding, hidden.config, hidden.values[:, 0])
-        if processor is None:
+        if adjustment:
+            own = adjusted(logits, state.tokens[rows.slots], length, *adjustment)
+            drawn = sample(own, allowed, sampling, length)
+        elif processor is None:
             drawn = sample(logits, allowed, sampling, length)
         else:
             processed = processor(logits, state.tokens[rows.slots], length)

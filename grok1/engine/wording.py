@@ -22,6 +22,10 @@ def in_words(interventions: Sequence[Any], key: Key, *args: Any) -> str:
     if key.kind == Kind.ASSIGN:
         batch, capacity = args[0].tokens.shape
         return f"the start of a request for batch {batch}, cache {capacity}"
+    if key.kind == Kind.EMPTY_BLOCKS:
+        return f"the memory of {key.shape[0]} blocks of {key.shape[1]} positions"
+    if key.kind in (Kind.KEEP_BLOCK, Kind.PUT_BLOCK):
+        return "the copy of a block"
     if key.kind == Kind.PIECE:
         words = f"the {key.piece} of a step of {key.length} tokens"
     else:
@@ -57,6 +61,8 @@ def _details(key: Key) -> list[str]:
     if key.decodes and key.processor is not None:
         name = getattr(key.processor, "__name__", type(key.processor).__name__)
         more.append(f"with the logits_processor {name}")
+    if key.adjusts:
+        more.append("with biases and penalties")
     if key.decodes and key.masks_differ:
         more.append("with allowed tokens for each row")
     return more

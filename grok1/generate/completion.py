@@ -66,6 +66,7 @@ class CompletionBuilder:
     Attributes:
       stop_reason: None while the request runs.
       num_prompt_tokens: How many tokens it continues, for whoever reads the completion.
+      keeps_stop: Whether the text ends with the stop string or token, not before it.
     """
 
     def __init__(
@@ -78,6 +79,16 @@ class CompletionBuilder:
         stop_strings: Sequence[str] = (),
         with_logprobs: bool = False,
     ):
+        """Takes no token yet.
+
+        Args:
+          tokenizer: For text; None for tokens alone.
+          max_tokens: Most tokens.
+          limit_reason: The stop reason where these are reached.
+          stop_tokens: Tokens that end it.
+          stop_strings: Strings that end it.
+          with_logprobs: Whether the completion has log-probabilities.
+        """
         self.stop_reason: StopReason | None = None
         self._stop_match: str | int | None = None
         self.num_prompt_tokens: int | None = None
@@ -85,15 +96,22 @@ class CompletionBuilder:
         self._max_tokens = max_tokens
         self._limit_reason: StopReason = limit_reason
         self._stop_tokens, self._stop_strings = frozenset(stop_tokens), tuple(stop_strings)
-        self._with_logprobs = with_logprobs
+        self._with_logprobs, self.keeps_stop = with_logprobs, False
         self._sampled: list[Sampled] = []
         self._text = ""  # certain
         self._held = ""  # could still turn out to be the beginning of a stop string
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has."""
+        return len(self._sampled)
 
     def push(self, sampled: Sampled) -> str:
         """Takes the next token and returns the text that has become certain, perhaps none."""
         self._sampled.append(sampled)
         if sampled.token in self._stop_tokens:
+            if self.keeps_stop and self._decoder:
+                self._held += self._decoder.push(sampled.token)
             return self._finish("stop", sampled.token)
         certain = self._extend(self._decoder.push(sampled.token) if self._decoder else "")
         if self.stop_reason is None and len(self._sampled) == self._max_tokens:
@@ -102,14 +120,15 @@ class CompletionBuilder:
 
     def build(self) -> Completion:
         """Returns the completion of a request that is over."""
-        assert self.stop_reason is not None
-        tokens, logprobs, alternatives = zip(*self._sampled, strict=True)
+        assert self.stop_reason is not None or not self._max_tokens
+        columns = zip(*self._sampled, strict=True)
+        tokens, logprobs, alternatives = columns if self._sampled else ((), (), ())
         return Completion(
             text=self._text if self._decoder else None,
             tokens=list(tokens),
             logprobs=list(logprobs) if self._with_logprobs else None,
             top_logprobs=list(alternatives) if self._with_logprobs else None,
-            stop_reason=self.stop_reason,
+            stop_reason=self.stop_reason or self._limit_reason,
             stop_match=self._stop_match,
             num_prompt_tokens=self.num_prompt_tokens,
         )
@@ -122,9 +141,9 @@ class CompletionBuilder:
         if ends:
             # The stop that was complete first, so that the cut does not depend on how the text was
             # divided into tokens.
-            _, begin, self._stop_match = min(ends)
+            end, begin, self._stop_match = min(ends)
             self.stop_reason = "stop"
-            return self._release(begin, drop_rest=True)
+            return self._release(end if self.keeps_stop else begin, drop_rest=True)
         return self._release(len(self._held) - self._possible_stop_length())
 
     def _finish(self, reason: StopReason, match: int | None = None) -> str:

@@ -4,13 +4,35 @@ Dimension key: R row of a step, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from grok1.engine.adjustment import NUM_BIASES, Adjustment
 from grok1.engine.sampling import SamplingParams, no_token_error
 from grok1.engine.steps import NUM_ENDS, LogitsProcessor, Step
+from grok1.nn.unembedding import TokenStatistics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a request changes in its logits; see `engine.adjustment.Adjustment`.
+
+    Attributes:
+      biases: By token id, at most `NUM_BIASES`.
+      presence: Penalty of tokens that were generated before.
+      frequency: The same, for each time.
+      repetition: Divisor for tokens of the prompt or generated before.
+      min_tokens: So many tokens are drawn before one that ends the request.
+    """
+
+    biases: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+    min_tokens: int = 0
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -20,6 +42,7 @@ class Request:
     Attributes:
       tokens: The prompt, at least one token.
       max_tokens: Most tokens to generate; prompt and these together fit the scheduler's capacity.
+        0 only runs the prompt.
       seed: Seed of the request's draws.
       stream: Tells apart requests of one seed, so that equal prompts draw different tokens.
       sampling: How it draws.
@@ -29,6 +52,11 @@ class Request:
         before more than the next one are drawn.
       num_top: Alternatives to report with log-probabilities; None for no log-probabilities.
       processor: Changes the logits before the draw.
+      wishes: Change them as well; not together with a processor.
+      scores_prompt: Whether the tokens of the prompt are scored, where `prefill.OnGrid` runs it.
+      salt: Sets apart prompts that must not share what was computed for them.
+      prompt_scores: What is found of the prompt, from its second token on.
+      num_reused: How many tokens of the prompt were not run but taken from an earlier one.
       cancelled: Set by `Scheduler.cancel`.
       error: Why it is over, where no token could be drawn for it.
     """
@@ -43,6 +71,11 @@ class Request:
     one_by_one: bool = False
     num_top: int | None = None
     processor: LogitsProcessor | None = None
+    wishes: Wishes | None = None
+    scores_prompt: bool = False
+    salt: bytes = b""
+    prompt_scores: list["ScoredPart"] = dataclasses.field(default_factory=list)
+    num_reused: int = 0
     cancelled: bool = False
     error: Exception | None = None
 
@@ -50,6 +83,25 @@ class Request:
     def is_asked_after_each(self) -> bool:
         """Whether its tokens are drawn one a call."""
         return self.one_by_one or len(self.ends) > NUM_ENDS
+
+
+class ScoredPart:
+    """Statistics of some tokens of a prompt, on the devices until they are asked for."""
+
+    def __init__(self, found: TokenStatistics, row: int, count: int):
+        self._found, self._row, self._count = found, row, count
+        self._on_host: TokenStatistics | None = None
+
+    def on_host(self) -> TokenStatistics:
+        """Returns the statistics, with an entry for each token."""
+        if self._on_host is None:
+            whole = jax.device_get(self._found)
+            # Copies, so that the memory of what is padding goes.
+            self._on_host = TokenStatistics(
+                *(np.array(leaf[self._row, : self._count]) for leaf in whole)
+            )
+            del self._found
+        return self._on_host
 
 
 class Sampled(NamedTuple):
@@ -75,6 +127,7 @@ class Running:
       slot: Its slot.
       key: uint32 `[2]`, what its draws are keyed by.
       to_prefill: Tokens of the prompt that are still to be run before it decodes.
+      chain: Hashes of the beginnings of its prompt, one a block, as far as `prefix` asked for them.
       num_started: Tokens whose steps have been started.
       num_delivered: Tokens that were handed over.
       is_over: Whether the last was.
@@ -84,6 +137,7 @@ class Running:
     slot: int
     key: np.ndarray
     to_prefill: int
+    chain: list[bytes] = dataclasses.field(default_factory=list)
     num_started: int = 0
     num_delivered: int = 0
     is_over: bool = False
@@ -92,6 +146,11 @@ class Running:
     def is_done(self) -> bool:
         """Whether nothing of it is left to be started."""
         return self.is_over or self.request.cancelled or self.num_left == 0
+
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of the prompt that were run."""
+        return len(self.request.tokens) - 1 - self.to_prefill
 
     @property
     def num_left(self) -> int:
@@ -114,3 +173,34 @@ def sampled(on_host: Step, number: int, row: int, num_top: int | None) -> Sample
     best = zip(tokens[:num_top], logprobs[:num_top], strict=True)
     alternatives = {int(candidate): float(logprob) for candidate, logprob in best}
     return Sampled(token, float(on_host.logprobs[number, row]), alternatives)
+
+
+def adjustment(requests: Sequence[Request], rows: np.ndarray, num_rows: int) -> Adjustment:
+    """Returns what the requests wish, each in its row; other rows keep their logits."""
+
+    def full(value, dtype, *more):
+        return np.full((num_rows, *more), value, dtype)
+
+    made = Adjustment(
+        tokens=full(np.iinfo(np.int32).max, np.int32, NUM_BIASES),
+        biases=full(0, np.float32, NUM_BIASES),
+        presence=full(0, np.float32),
+        frequency=full(0, np.float32),
+        repetition=full(1, np.float32),
+        begin=full(0, np.int32),
+        ends=full(-1, np.int32, NUM_ENDS),
+        open=full(0, np.int32),
+    )
+    for request, row in zip(requests, rows, strict=True):
+        made.begin[row] = len(request.tokens)
+        if (wishes := request.wishes) is None:
+            continue
+        count = len(wishes.biases)
+        made.tokens[row, :count] = list(wishes.biases)
+        made.biases[row, :count] = list(wishes.biases.values())
+        made.presence[row], made.frequency[row] = wishes.presence, wishes.frequency
+        made.repetition[row] = wishes.repetition
+        if wishes.min_tokens:
+            made.ends[row, : len(request.ends)] = request.ends
+            made.open[row] = len(request.tokens) + wishes.min_tokens
+    return made

@@ -8,6 +8,7 @@ request and position, and a prompt is cut into chunks by its own length alone.
 Token ids only; what a token means is for the caller to say.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from grok1.engine.adjustment import Adjustment
 from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams, sampling_state
 from grok1.engine.slots import Layout, Slots
 from grok1.engine.steps import NUM_ENDS, DecodeState, Draw, Ends, LogitsProcessor
 from grok1.generate.pace import Call, Pace
-from grok1.generate.request import Request, Running, Sampled, no_token, sampled
+from grok1.generate.prefill import Prefill, SideBySide, row_counts
+from grok1.generate.request import Request, Running, Sampled, adjustment, no_token, sampled
 from grok1.nn.sharding import DATA_AXIS, put
 
 MAX_ROWS = 32
@@ -42,6 +45,7 @@ class _Arguments(NamedTuple):
     num_top: int | None
     processor: LogitsProcessor | None
     greedily: bool
+    wished: Adjustment | None
 
 
 class Scheduler:
@@ -52,6 +56,7 @@ class Scheduler:
     Attributes:
       num_slots: Most requests that run side by side.
       capacity: Most tokens of a request, its prompt included.
+      prefilled: The requests whose prompts ended in the last step.
     """
 
     def __init__(
@@ -61,6 +66,9 @@ class Scheduler:
         capacity: int,
         decode_rows: Sequence[int] = _DECODE_ROWS,
         chunk_tokens: int = 4096,
+        *,
+        prefill: Prefill | None = None,
+        num_top: int | None = None,
     ):
         """Takes no memory on the devices before the first step.
 
@@ -71,19 +79,19 @@ class Scheduler:
           decode_rows: Numbers of rows that decode steps run, beside `num_slots`, each a program of
             its own: the least that has room for the requests that decode.
           chunk_tokens: Most tokens of prompts that a step runs, over all rows.
+          prefill: How prompts are run; None for side by side.
+          num_top: Alternatives that a step reports where one of its requests asks for any, and that
+            every step reports that fulfils wishes, so that there are few programs; None for as
+            many as are asked for.
         """
         self.num_slots, self.capacity = num_slots, capacity
-        self._engine, self._chunk_tokens = engine, chunk_tokens
+        self._engine, self._num_top = engine, num_top
         self._num_groups = engine.mesh.shape[DATA_AXIS]
-        self._decode_rows = self._row_counts(decode_rows)
-        self._prefill_rows = self._row_counts([self._num_groups * 4**n for n in range(6)])
+        self._decode_rows = row_counts(decode_rows, num_slots, self._num_groups)
+        self._prefill = prefill or SideBySide(engine, num_slots, chunk_tokens)
         self._waiting: deque[Request] = deque()
+        self.prefilled: list[Request] = []
         self._forget()
-
-    def _row_counts(self, wanted: Sequence[int]) -> list[int]:
-        groups = self._num_groups
-        fitting = {n for n in wanted if n < self.num_slots and n % groups == 0}
-        return [*sorted(fitting), self.num_slots]
 
     def _forget(self) -> None:
         self._state: DecodeState | None = None
@@ -93,11 +101,17 @@ class Scheduler:
         self._in_flight: list[Call] = []
         self._arguments: dict[tuple[Running, ...], _Arguments] = {}
         self._pace = Pace()
+        self._prefill.forget()
 
     @property
     def num_waiting(self) -> int:
         """Requests that have no slot yet."""
         return len(self._waiting)
+
+    @property
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests that have no slot yet, in their order."""
+        return tuple(self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -126,6 +140,8 @@ class Scheduler:
     def cancel(self, request: Request) -> None:
         """Ends a request, wherever it is: the next step frees its slot and draws nothing for it."""
         request.cancelled = True
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(request)
 
     def step(self) -> list[tuple[Request, Sampled]]:
         """Runs a chunk of prompts and a decode step, and hands over tokens that were drawn.
@@ -140,10 +156,11 @@ class Scheduler:
           Exception: Whatever a step of the model raises. All requests that had a slot are lost
             then; those that wait can go on.
         """
+        self.prefilled = []
         try:
             self._let_go()
             self._admit()
-            calls = self._decode(is_timed=not self._prefill())
+            calls = self._decode(is_timed=not self._run_prompts())
             ready, self._in_flight = self._in_flight, calls
             if not self._engine.runs_ahead:
                 ready, self._in_flight = [*ready, *calls], []
@@ -180,7 +197,7 @@ class Scheduler:
         keys = self._engine.request_keys(seeds, streams)
         for running in admitted:
             running.key = keys[running.slot]
-            (self._prefilling if running.to_prefill else self._decoding).append(running)
+            self._sort(running)
         if self._state is None:
             self._state = self._engine.new_state(tokens)
             return
@@ -189,38 +206,26 @@ class Scheduler:
             own = np.where(layout.slots[:, None] == running.slot, tokens[running.slot], 0)
             self._state = self._engine.assign(self._state, layout.slots, own)
 
-    def _prefill(self) -> bool:
-        """Runs the next chunk of the prompt whose turn it is, and of others that have as long.
+    def _sort(self, running: Running) -> None:
+        if running.to_prefill:
+            self._prefilling.append(running)
+        else:
+            self._decoding.append(running)
+            self.prefilled.append(running.request)
+
+    def _run_prompts(self) -> bool:
+        """Runs the next chunk of the prompt whose turn it is, perhaps with others.
 
         Returns:
           Whether there was one.
         """
         if not self._prefilling:
             return False
-        engine = self._engine
-
-        def chunk_of(running):
-            return engine.chunk_for(self._num_groups, running.to_prefill, self._chunk_tokens)
-
-        chunk = chunk_of(self._prefilling[0])
-        counts = [rows for rows in self._prefill_rows if rows * chunk <= self._chunk_tokens]
-        counts = counts or self._prefill_rows[:1]
-        chosen: list[Running] = []
-        room = [counts[-1] // self._num_groups] * self._num_groups
-        for running in self._prefilling:
-            group = running.slot * self._num_groups // self.num_slots
-            if room[group] and chunk_of(running) == chunk:
-                room[group] -= 1
-                chosen.append(running)
-        layout = self._slots.layout([one.slot for one in chosen], counts)
-        num_valid = np.zeros(len(layout.slots), np.int32)
-        num_valid[layout.rows] = [min(chunk, one.to_prefill) for one in chosen]
         assert self._state is not None
-        self._state = engine.prefill(self._state, num_valid, chunk, layout.slots)
-        for running, row in zip(chosen, layout.rows, strict=True):
-            running.to_prefill -= int(num_valid[row])
+        self._state, ran = self._prefill.run(self._state, self._prefilling, self._slots)
+        for running in ran:
             self._prefilling.remove(running)
-            (self._prefilling if running.to_prefill else self._decoding).append(running)
+            self._sort(running)
         return True
 
     def _decode(self, is_timed: bool) -> list[Call]:
@@ -239,7 +244,7 @@ class Scheduler:
         key = tuple(group)
         if key not in self._arguments:
             self._arguments[key] = self._placed(group)
-        layout, ends, allowed, sampling, num_top, processor, greedily = self._arguments[key]
+        layout, ends, allowed, sampling, num_top, processor, greedily, wished = self._arguments[key]
         most = 1
         if not self._prefilling and not any(one.request.is_asked_after_each for one in group):
             most = self._pace.num_steps(self._engine.most_steps)
@@ -259,7 +264,7 @@ class Scheduler:
                 state,
                 num_steps,
                 ends,
-                Draw(allowed, sampling, num_top, processor),
+                Draw(allowed, sampling, num_top, processor, wished),
                 slots=layout.slots,
             )
         self._state = state
@@ -284,23 +289,35 @@ class Scheduler:
         sampling = jax.tree.map(lambda *leaves: put(np.concatenate(leaves), rows), *sampled)
         tops = [request.num_top for request in requests if request.num_top is not None]
         processor = requests[0].processor
+        wished = None
+        if any(request.wishes is not None for request in requests):
+            made = adjustment(requests, layout.rows, num_rows)
+            wished = jax.tree.map(lambda leaf: put(leaf, rows), made)
+        if self._num_top is not None and (tops or wished is not None):
+            tops = [self._num_top]
         needs_logits = bool(tops) or any(request.sampling.temperature > 0 for request in requests)
         return _Arguments(
             layout,
             Ends(put(ending, rows), put(begin, rows)),
-            self._allowed(requests, layout),
+            self._allowed(requests, layout, self._num_top is not None and wished is not None),
             sampling,
             max(tops, default=None),
             processor,
-            not needs_logits and processor is None and engine.screening_table is not None,
+            not needs_logits
+            and processor is None
+            and wished is None
+            and engine.screening_table is not None,
+            wished,
         )
 
-    def _allowed(self, requests: list[Request], layout: Layout) -> Any:
-        """The tokens that may be drawn: one mask where all rows have the same."""
+    def _allowed(self, requests: list[Request], layout: Layout, for_each: bool) -> Any:
+        """The tokens that may be drawn: one mask if all rows have the same, unless `for_each`."""
         engine = self._engine
         everything = np.ones(engine.config.vocab_size, bool)
         masks = [everything if one.allowed is None else one.allowed for one in requests]
-        if all(mask is masks[0] or np.array_equal(mask, masks[0]) for mask in masks):
+        if not for_each and all(
+            mask is masks[0] or np.array_equal(mask, masks[0]) for mask in masks
+        ):
             return put(masks[0], NamedSharding(engine.mesh, P()))
         of_rows = np.ones((len(layout.slots), len(everything)), bool)
         of_rows[layout.rows] = masks

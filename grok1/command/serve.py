@@ -1,0 +1,54 @@
+"""`grok1 serve`: listens at once, loads the model, and answers until it is told to end."""
+
+import argparse
+import io
+import sys
+
+from grok1.checkpoint.directory import load_config, tokenizer_path
+from grok1.command.generate import MODEL_OPTIONS, checkpoint_of
+from grok1.factory import load
+from grok1.machine import processes
+from grok1.tokenizer import Tokenizer
+
+try:
+    from grok1.server.core import Server
+    from grok1.server.running import HttpOptions
+    from grok1.server.running import run as run_http
+except ImportError as error:
+    raise ImportError(
+        f"grok1 serve needs the package {error.name}: pip install 'grok1[serve]'"
+    ) from error
+
+_HTTP = ("host", "port", "name", "api_key", "api_key_file", "metrics_key", "no_auth",
+         "allowed_host", "cors", "chat_template", "add_bos", "ignore_unknown", "request_timeout",
+         "drain")  # fmt: skip
+_SERVER = ("max_slots", "capacity", "max_queue", "max_stall", "chunk", "prefix_tokens")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns the exit status."""
+    names = ("coordinator", "num_processes", "process_id", "local_devices")
+    rank = processes.initialize_distributed(*(getattr(arguments, name) for name in names))
+    if rank > 0:
+        sys.stdout = io.StringIO()  # one process prints
+    with processes.together():
+        checkpoint = checkpoint_of(arguments)
+        config = load_config(checkpoint).first_layers(arguments.layers)
+        path = arguments.tokenizer or tokenizer_path(checkpoint, config)
+        tokenizer = None if path is None else Tokenizer.load(path)
+        options = HttpOptions(
+            **{name: getattr(arguments, name) for name in _HTTP},
+            most_tokens=arguments.max_tokens,
+            most_bytes=arguments.max_body,
+            page=not arguments.no_page,
+        )
+        options.app()  # whatever is wrong with the options is said before a weight is read
+    model_options = {name: getattr(arguments, name) for name in MODEL_OPTIONS}
+    server_options = {name: getattr(arguments, name) for name in _SERVER}
+
+    def make() -> Server:
+        model = load(checkpoint, tokenizer=tokenizer, **model_options)
+        return Server(model, **server_options)
+
+    run_http(make, options, arguments.program)
+    return 0

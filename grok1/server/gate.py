@@ -1,0 +1,186 @@
+"""What every request passes before it is read: who asks, for which host, and how much they send."""
+
+import hashlib
+import hmac
+import pathlib
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from grok1.server.refusals import RefusalError
+
+_OPEN = ("/health", "/ping")
+_PAGE = ("/", "/app.js", "/style.css")
+_LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Keys:
+    """Keys that clients may have; those of a file are read anew when the file changes."""
+
+    def __init__(self, keys: Sequence[str] = (), file: pathlib.Path | None = None):
+        self._given = [_hash(key) for key in keys]
+        self._file, self._stamp = file, (0, 0)
+        self._of_file: list[bytes] = []
+        if file is not None:
+            self._read()
+            if not self._of_file:
+                raise ValueError(f"{file}: holds no key; write one a line")
+
+    def __bool__(self) -> bool:
+        return bool(self._given or self._file)
+
+    def has(self, key: str) -> bool:
+        """Whether a key is one of these; takes as long for every key."""
+        self._read()
+        digest = _hash(key)
+        matches = [hmac.compare_digest(digest, one) for one in (*self._given, *self._of_file)]
+        return any(matches)
+
+    def _read(self) -> None:
+        if self._file is None:
+            return
+        try:
+            found = self._file.stat()
+            stamp = (found.st_mtime_ns, found.st_size)
+            if stamp != self._stamp:
+                lines = self._file.read_text(encoding="utf-8").splitlines()
+                words = [line.strip() for line in lines]
+                self._of_file = [_hash(word) for word in words if word and not word.startswith("#")]
+                self._stamp = stamp
+        except OSError:
+            # Without the file nobody is known by it.
+            if self._stamp == (0, 0):
+                raise
+            self._of_file = []
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class Gate:
+    """ASGI middleware that refuses what must not come in, and names every request."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        metrics_keys: Keys,
+        hosts: Sequence[str] | None,
+        most_bytes: int,
+    ):
+        """Wraps an application.
+
+        Args:
+          app: The application.
+          keys: Who may ask; with none, everybody.
+          metrics_keys: Who may read the metrics; with none, everybody.
+          hosts: The names that this server is reached by; None for any.
+          most_bytes: Largest body.
+        """
+        self._app, self._keys, self._metrics_keys = app, keys, metrics_keys
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        self._most_bytes = most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers that it is refused."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        name = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
+        scope.setdefault("state", {})["request_id"] = name
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = MutableHeaders(scope=message)
+                own["x-request-id"] = name
+                own.setdefault("x-content-type-options", "nosniff")
+                own.setdefault("cache-control", "no-store")
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+        except RefusalError as refusal:
+            await answer(refusal)(scope, receive, named)
+            return
+        await self._app(scope, self._bounded(receive), named)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        path, method = scope["path"], scope["method"]
+        if self._hosts is not None:
+            host = headers.get("host", "").lower()
+            host = re.sub(r":\d+$", "", host)
+            if host not in self._hosts:
+                raise RefusalError(
+                    "this server does not answer under that name; give it with --allowed-host",
+                    status=421,
+                    code="wrong_host",
+                )
+        keys = self._metrics_keys if path == "/metrics" else self._keys
+        is_open = path in _OPEN or (path in _PAGE and method in ("GET", "HEAD"))
+        if keys and not is_open and method != "OPTIONS":
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not keys.has(key.strip()):
+                raise RefusalError(
+                    "a key is needed: Authorization: Bearer KEY"
+                    if not key.strip()
+                    else "this key is not known here",
+                    status=401,
+                    type="authentication_error",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+        if method != "POST":
+            return
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # Otherwise a page of another site could post without asking for leave.
+            raise RefusalError(
+                "the body must be JSON: Content-Type: application/json",
+                status=415,
+                code="unsupported_media_type",
+            )
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > self._most_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> RefusalError:
+        return RefusalError(
+            f"the body must be at most {self._most_bytes} bytes",
+            status=413,
+            code="request_too_large",
+        )
+
+    def _bounded(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._most_bytes:
+                raise self._too_large()
+            return message
+
+        return bounded
+
+
+def loopback_hosts(more: Sequence[str]) -> list[str]:
+    """Returns the names of a server that only this machine reaches, and `more`."""
+    return [*_LOOPBACK, *more]
+
+
+def answer(refusal: RefusalError) -> Response:
+    """Returns the answer that says no."""
+    headers: dict[str, Any] = dict(refusal.headers)
+    return Response(
+        refusal.encoded(), refusal.status, headers=headers, media_type="application/json"
+    )

@@ -1,0 +1,120 @@
+"""What Prometheus reads of a server; names are those of vLLM's metrics behind `grok1_`."""
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from grok1.server.core import Server
+from grok1.server.handle import Handle
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counts what a server does, from when it is made."""
+
+    def __init__(self, server: Server):
+        self._registry = registry = CollectorRegistry()
+
+        def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"grok1_{name}", words, buckets=buckets, registry=registry)
+
+        self._prompt = Counter(
+            "grok1_prompt_tokens", "Tokens of prompts that were answered", registry=registry
+        )
+        self._new = Counter(
+            "grok1_generation_tokens", "Tokens that were generated", registry=registry
+        )
+        self._ended = Counter(
+            "grok1_request_success",
+            "Requests that are over",
+            ["finished_reason"],
+            registry=registry,
+        )
+        self._first = histogram(
+            "time_to_first_token_seconds", "From submission to the first token", _LONG
+        )
+        self._between = histogram(
+            "inter_token_latency_seconds", "Mean time between a request's tokens", _SHORT
+        )
+        self._whole = histogram("e2e_request_latency_seconds", "From submission to the end", _LONG)
+        self._queue = histogram("request_queue_time_seconds", "Until there was a slot", _LONG)
+        self._prefill = histogram("request_prefill_time_seconds", "From slot to prompt", _LONG)
+        self._decode = histogram("request_decode_time_seconds", "From first to last token", _LONG)
+        self._turn_tokens = histogram(
+            "iteration_tokens", "Tokens of a turn", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+        )
+        self._turn = Histogram(
+            "grok1_step_seconds",
+            "Time of a turn",
+            ["kind"],
+            buckets=_SHORT,
+            registry=registry,
+        )
+        self._last = Gauge(
+            "grok1_last_step_timestamp_seconds", "When the last turn ended", registry=registry
+        )
+        registry.register(_Load(server))
+        server.on_finish.append(self._finished)
+        server.on_turn.append(self._turned)
+
+    def text(self) -> bytes:
+        """Returns all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _finished(self, handle: Handle) -> None:
+        times, request = handle.times, handle.request
+        reason = handle.builder.stop_reason or "length"
+        if handle.error is not None:
+            reason = {"CancelledError": "abort", "SlowReaderError": "abort"}.get(
+                type(handle.error).__name__, "error"
+            )
+        self._ended.labels(reason).inc()
+        self._prompt.inc(len(request.tokens))
+        self._whole.observe(times.last - times.submitted)
+        if times.admitted:
+            self._queue.observe(max(0.0, times.admitted - times.submitted))
+        if times.admitted and times.prefilled:
+            self._prefill.observe(times.prefilled - times.admitted)
+        if times.first:
+            count = handle.builder.num_tokens
+            self._new.inc(count)
+            self._first.observe(times.first - times.submitted)
+            self._decode.observe(times.last - times.first)
+            if count > 1:
+                self._between.observe((times.last - times.first) / (count - 1))
+
+    def _turned(self, seconds: float, num_tokens: int, num_prompts: int) -> None:
+        if not num_tokens and not num_prompts:
+            return
+        self._turn.labels("prefill" if num_prompts else "decode").observe(seconds)
+        self._turn_tokens.observe(num_tokens)
+        self._last.set(time.time())
+
+
+class _Load(Collector):
+    """What a server has to do when it is asked."""
+
+    def __init__(self, server: Server):
+        self._server = server
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._server.load()
+        for name, words, value in (
+            ("num_requests_running", "Requests that have a slot", load.num_running),
+            ("num_requests_waiting", "Requests that wait for a slot", load.num_waiting),
+            ("num_slots", "Slots", load.num_slots),
+            ("kv_cache_usage_perc", "Share of positions that are spoken for, 0 to 1", load.filled),
+        ):
+            yield GaugeMetricFamily(f"grok1_{name}", words, value)
+        for name, words, value in (
+            ("prefix_cache_queries", "Tokens of prompts looked up", load.prefix_asked),
+            ("prefix_cache_hits", "Tokens of prompts found", load.prefix_found),
+        ):
+            yield CounterMetricFamily(f"grok1_{name}", words, value)

@@ -1,0 +1,283 @@
+"""Running the HTTP interface: its socket, its signals, and its end."""
+
+import asyncio
+import dataclasses
+import ipaddress
+import logging
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from grok1 import keywords
+from grok1.model import Model
+from grok1.server.app import Access, App
+from grok1.server.asks import Limits
+from grok1.server.chat import load_template
+from grok1.server.core import Server
+from grok1.server.gate import Keys, loopback_hosts
+
+_HEADER_SECONDS = 15.0  # that a client has to send the head of a request
+_IDLE_SECONDS = 75  # that a connection stays open without one
+_END_SECONDS = 5  # for the last answers, once the requests are over
+_MOST_HEAD = 1 << 16  # bytes
+_log = logging.getLogger("grok1.server")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HttpOptions:
+    """How a server is reached.
+
+    Attributes:
+      host: Address to listen at; others than this machine's own need a key, or `no_auth`.
+      port: Port to listen at; 0 for one that is free.
+      name: The model's name in the protocol.
+      api_key: Keys that clients may have, one or several.
+      api_key_file: A file of keys, one a line, read anew when it changes.
+      metrics_key: What reads the metrics; None for anybody.
+      no_auth: Listen to other machines without a key.
+      allowed_host: More names that the server is reached by, where it listens to this machine.
+      cors: Origins whose pages may ask.
+      chat_template: "transcript", or a file in the language of Jinja; None for no chats.
+      add_bos: Let `add_special_tokens` begin prompts with [BOS].
+      ignore_unknown: Take bodies with fields that are not known.
+      most_tokens: Largest `max_tokens`; None for what fits.
+      most_bytes: Largest body.
+      request_timeout: Seconds that a request has; None for any number.
+      drain: Seconds that requests have to end, once the server is told to.
+      page: Whether there is a page at `/`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "grok-1"
+    api_key: str | Sequence[str] = ()
+    api_key_file: str | pathlib.Path | None = None
+    metrics_key: str | None = None
+    no_auth: bool = False
+    allowed_host: Sequence[str] = ()
+    cors: Sequence[str] = ()
+    chat_template: str | None = None
+    add_bos: bool = False
+    ignore_unknown: bool = False
+    most_tokens: int | None = None
+    most_bytes: int = 4 << 20
+    request_timeout: float | None = 600.0
+    drain: float = 30.0
+    page: bool = True
+
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def app(self) -> App:
+        """Returns the endpoints.
+
+        Raises:
+          ValueError: If it would listen to other machines without a key, or a value is out of
+            range.
+          FileNotFoundError: If there is no file of keys, or no template.
+        """
+        keys = [self.api_key] if isinstance(self.api_key, str) else list(self.api_key)
+        if not all(keys):
+            raise ValueError("api_key must not be empty; leave it out, or give one")
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"port must be from 0 to 65535, found {self.port}")
+        if self.most_bytes < 1:
+            raise ValueError(f"most_bytes must be 1 or more, found {self.most_bytes}")
+        file = None if self.api_key_file is None else pathlib.Path(self.api_key_file)
+        of_clients = Keys(keys, file)
+        if not self.is_local() and not of_clients and not self.no_auth:
+            raise ValueError(
+                f"host {self.host} is reached by other machines, and there is no key: give one "
+                "with api_key, or no_auth if everybody there may ask"
+            )
+        access = Access(
+            of_clients,
+            Keys([self.metrics_key] if self.metrics_key else []),
+            loopback_hosts([*self.allowed_host, self.host]) if self.is_local() else None,
+            self.cors,
+            self.most_bytes,
+            self.ignore_unknown,
+            self.page,
+        )
+        limits = Limits(
+            add_bos=self.add_bos, most_tokens=self.most_tokens, timeout=self.request_timeout
+        )
+        template = None if self.chat_template is None else load_template(self.chat_template)
+        return App(self.name, limits, access, template)
+
+
+@keywords.suggesting()
+def serve(model: Model, *, server: dict[str, Any] | None = None, **options: Any) -> None:
+    """Serves a model over HTTP, in OpenAI's protocol, until the process is told to end.
+
+    Args:
+      model: Loaded.
+      server: Arguments of `Server`, as `{"max_slots": 16}`.
+      **options: Those of `HttpOptions`: host="127.0.0.1", port=8000, name, api_key, ...
+
+    Raises:
+      ValueError: If an option is out of range.
+      TypeError: If one is unknown.
+      OSError: If the port is taken.
+    """
+    keywords.check(options, [field.name for field in dataclasses.fields(HttpOptions)], "serve")
+    run(lambda: Server(model, **(server or {})), HttpOptions(**options))
+
+
+def run(make: Callable[[], Server], options: HttpOptions, program: str = "grok1") -> None:
+    """Answers from the start, and with a model as soon as there is one.
+
+    Args:
+      make: Loads the model and returns its server, not started.
+      options: How it is reached.
+      program: The name that messages begin with.
+
+    Raises:
+      Exception: What `make` raises, or the server's start.
+    """
+    app = options.app()
+    config = uvicorn.Config(
+        app.asgi,
+        host=options.host,
+        port=options.port,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=_END_SECONDS,
+        h11_max_incomplete_event_size=_MOST_HEAD,
+    )
+    _Running(config, app, make, options, program).run_all()
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which ends connections that take too long to say what they want."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._set_timer()
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not None and (
+            self.cycle is not before or not self.cycle.response_complete
+        ):
+            self._stop_timer()
+        elif self._timer is None:
+            self._set_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _set_timer(self) -> None:
+        self._timer = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Running(uvicorn.Server):
+    """uvicorn's server, which lets requests end before it does."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: App,
+        make: Callable[[], Server],
+        options: HttpOptions,
+        program: str,
+    ):
+        super().__init__(config)
+        self._app, self._make, self._options, self._program = app, make, options, program
+        self._error: BaseException | None = None
+        self._is_draining = False
+        self._ended = threading.Event()
+
+    def run_all(self) -> None:
+        """Runs until a signal, or until there can be no model."""
+        loading = threading.Thread(target=self._load, name="grok1-load", daemon=True)
+        loading.start()
+        try:
+            self.run()
+        except SystemExit:
+            # uvicorn has said why, of the socket.
+            self._error = self._error or OSError(
+                f"{self._options.host}:{self._options.port} cannot be listened at; is the port "
+                "taken?"
+            )
+        finally:
+            self._ended.set()
+            if self._app.server is not None:
+                self._app.server.close()
+        if self._error is not None:
+            raise self._error
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            [port, *_] = [
+                socket.getsockname()[1] for server in self.servers for socket in server.sockets
+            ]
+            host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
+            self._say(f"listening at http://{host}:{port}")
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Takes a signal: the first lets requests end, the second does not."""
+        if self._is_draining or self._app.server is None:
+            self.force_exit = self._is_draining
+            self.should_exit = True
+            return
+        self._is_draining = True
+        self._app.server.drain()
+        name = signal.Signals(sig).name
+        threading.Thread(target=self._drain, args=(name,), name="grok1-drain", daemon=True).start()
+
+    def _drain(self, name: str) -> None:
+        server = self._app.server
+        assert server is not None
+        self._say(f"{name}: no new requests; those that run have {self._options.drain:g} s")
+        server.close(self._options.drain)
+        self.should_exit = True
+
+    def _load(self) -> None:
+        try:
+            server = self._make()
+            self._app.serve(server)
+            server.start()
+            sizes = server.sizes
+            self._say(
+                f"ready: {sizes.num_slots} requests side by side, of {sizes.capacity:,} tokens; "
+                f"prompts in chunks of {sizes.chunk:,}, {sizes.prefix_tokens:,} tokens kept"
+            )
+        except BaseException as error:
+            if not self._is_draining:
+                self._error = error
+            self.should_exit = True
+
+    def _say(self, words: str) -> None:
+        print(f"{self._program}: {words}", file=sys.stderr, flush=True)

@@ -1,0 +1,122 @@
+"""Before the first request: how long chunks take, and every program that requests can need.
+
+Programs are compiled by being run, on requests of the server's own; nothing of these is kept.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grok1.engine.engine import Engine
+from grok1.engine.sampling import SamplingParams
+from grok1.engine.shapes import CHUNK_LENGTHS
+from grok1.generate.request import Request, Wishes
+from grok1.machine.agreement import exchange
+from grok1.nn.sharding import DATA_AXIS, put
+from grok1.server.replica import Plan, Replica, Sizes
+
+_GREEDY = SamplingParams(temperature=0)
+_SHARE = 0.6  # of the longest pause; the decode step of the same turn takes the rest
+
+
+def prepared(
+    engine: Engine, sizes: Sizes, chunk: int | None, max_stall: float
+) -> tuple[Sizes, Replica]:
+    """Returns the sizes with a chunk, and a replica of which every program is compiled.
+
+    Args:
+      engine: The model.
+      sizes: Of the server, the chunk left open.
+      chunk: That of a turn; None to measure it.
+      max_stall: As for `chunk_for`.
+    """
+    found = chunk_for(engine, sizes, max_stall) if chunk is None else chunk
+    sizes = dataclasses.replace(sizes, chunk=min(found, sizes.capacity // 2))
+    replica = Replica(engine, sizes)
+    compile_all(replica, sizes)
+    return sizes, replica
+
+
+def chunk_for(engine: Engine, sizes: Sizes, max_stall: float) -> int:
+    """Returns the longest chunk that takes no more than its share of a pause.
+
+    It is measured where it takes longest, behind a text that fills a slot.
+
+    Args:
+      engine: The model.
+      sizes: Of the server; the chunk is not read.
+      max_stall: The longest pause between two tokens of a request, in seconds.
+    """
+    groups = engine.mesh.shape[DATA_AXIS]
+    state = engine.new_state(np.zeros((sizes.num_slots, sizes.capacity), np.int32))
+    slots = np.full(groups, sizes.num_slots, np.int32)
+    slots[0] = 0
+    best = CHUNK_LENGTHS[0]
+    for chunk in CHUNK_LENGTHS:
+        if chunk > sizes.capacity // 2:
+            break
+        num_valid = np.zeros(groups, np.int32)
+        num_valid[0] = chunk
+        took = []
+        for _ in range(3):
+            filled = np.zeros(sizes.num_slots, np.int32)
+            filled[0] = sizes.capacity - chunk
+            length = put(filled, NamedSharding(engine.mesh, P(DATA_AXIS)))
+            state = state._replace(cache=state.cache._replace(length=length))
+            jax.block_until_ready(state)
+            begin = time.perf_counter()
+            state = engine.prefill(state, num_valid, chunk, slots)
+            jax.block_until_ready(state)
+            took.append(time.perf_counter() - begin)
+        # The first compiles.
+        said = exchange("the time of a chunk", lambda: {"took": repr(max(took[1:]))}, engine.mesh)  # noqa: B023
+        longest = max([max(took[1:]), *(float(words["took"]) for words in said.values())])
+        if longest > _SHARE * max_stall:
+            break
+        best = chunk
+    return best
+
+
+def compile_all(replica: Replica, sizes: Sizes) -> None:
+    """Runs every program that a server of these sizes can need."""
+    for requests in _requests(replica, sizes):
+        plan = Plan(dict(enumerate(requests, start=-len(requests))), [])
+        replica.turn(plan)
+        while not replica.scheduler.is_idle:
+            replica.turn(Plan({}, []))
+        replica.turn(Plan({}, list(plan.submitted)))
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+    if replica.store is not None:
+        replica.store.forget()
+        replica.store.num_asked = replica.store.num_found = 0
+
+
+def _requests(replica: Replica, sizes: Sizes) -> Iterator[list[Request]]:
+    fitting = [n for n in sizes.row_counts if n < sizes.num_slots]
+    for num_rows in [*fitting, sizes.num_slots]:
+        for sampling, num_top, wishes in (
+            (_GREEDY, None, None),
+            (SamplingParams(), None, None),
+            (SamplingParams(), replica.num_top, None),
+            (SamplingParams(), None, Wishes()),
+        ):
+            one: dict[str, Any] = {"sampling": sampling, "num_top": num_top, "wishes": wishes}
+            yield [Request(tokens=[0], max_tokens=1, **one) for _ in range(num_rows)]
+    lengths = [length for length in CHUNK_LENGTHS if length <= sizes.chunk]
+    for scores in (False, True):
+        for length in lengths:
+            yield [_prompt(length, scores)]
+    # Once more, so that what was kept is found.
+    yield [_prompt(sizes.chunk, False)]
+
+
+def _prompt(length: int, scores: bool) -> Request:
+    return Request(tokens=[0] * (length + 1), max_tokens=0, scores_prompt=scores)
