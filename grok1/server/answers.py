@@ -12,7 +12,7 @@ import numpy as np
 from grok1.server.asks import Ask, Prompt
 from grok1.server.errors import StepError
 from grok1.server.handle import Handle, Piece
-from grok1.server.texts import Entry, TokenTexts, Track, chat_logprobs, legacy_logprobs
+from grok1.server.texts import Entry, TokenTexts, Track, chat_logprobs, legacy_logprobs, top_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,8 @@ class Choice:
         else:
             choice["text"] = text
         choice["logprobs"] = form.logprobs(entries) if ask.num_top is not None else None
+        if ask.with_top_ids:
+            choice["top_ids"] = top_ids(entries, form.texts)
         choice |= self._end()
         if ask.with_ids:
             choice |= {
@@ -165,6 +167,8 @@ class Choice:
         else:
             choice["text"] = text
         choice["logprobs"] = form.logprobs(entries) if ask.num_top is not None else None
+        if ask.with_top_ids:
+            choice["top_ids"] = top_ids(entries, form.texts)
         choice |= self._end() if is_last else {"finish_reason": None}
         if ask.with_ids:
             choice["token_ids"] = [piece.sampled.token for piece in pieces]

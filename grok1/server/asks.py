@@ -68,6 +68,7 @@ class Ask:
       echo: Whether the answer begins with the prompt.
       num_prompt_top: Alternatives to report of the prompt, as `prompt_logprobs`.
       with_ids: Whether to return token ids.
+      with_top_ids: Whether to return those of `top_logprobs`, by their text.
     """
 
     prompts: list[Prompt]
@@ -77,6 +78,7 @@ class Ask:
     echo: bool = False
     num_prompt_top: int | None = None
     with_ids: bool = False
+    with_top_ids: bool = False
 
     @property
     def every_handle(self) -> list[Handle]:
@@ -215,6 +217,7 @@ def completion_ask(body: CompletionBody, server: Server, limits: Limits) -> Ask:
         echo,
         body.prompt_logprobs,
         bool(body.return_token_ids),
+        bool(body.return_top_ids) and body.logprobs is not None,
     )
 
 

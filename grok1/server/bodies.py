@@ -49,6 +49,7 @@ class SamplingBody(Body):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
+    return_top_ids: bool | None = None
     allowed_token_ids: list[int] | None = None
     priority: int | None = None
     cache_salt: str | None = None

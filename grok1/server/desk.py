@@ -70,7 +70,7 @@ class Desk:
     @property
     def is_due(self) -> bool:
         """Whether a plan would say anything."""
-        return bool(self._inbox or self._to_cancel)
+        return bool(self._inbox or self._to_cancel or self._over)
 
     def take(self, handles: Sequence[Handle]) -> None:
         """Lets requests wait for a slot."""

@@ -147,22 +147,7 @@ def run(make: Callable[[], Server], options: HttpOptions, program: str = "grok1"
     Raises:
       Exception: What `make` raises, or the server's start.
     """
-    app = options.app()
-    config = uvicorn.Config(
-        app.asgi,
-        host=options.host,
-        port=options.port,
-        http=_Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_IDLE_SECONDS,
-        timeout_graceful_shutdown=_END_SECONDS,
-        h11_max_incomplete_event_size=_MOST_HEAD,
-    )
-    _Running(config, app, make, options, program).run_all()
+    Running(make, options, program).run_all()
 
 
 class _Protocol(H11Protocol):
@@ -201,22 +186,35 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-class _Running(uvicorn.Server):
-    """uvicorn's server, which lets requests end before it does."""
+class Running(uvicorn.Server):
+    """uvicorn's server, which lets requests end before it does.
 
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        app: App,
-        make: Callable[[], Server],
-        options: HttpOptions,
-        program: str,
-    ):
+    Attributes:
+      port: Where it listens; None until it does.
+    """
+
+    def __init__(self, make: Callable[[], Server], options: HttpOptions, program: str = "grok1"):
+        """Takes the arguments of `run`, and checks them."""
+        app = options.app()
+        config = uvicorn.Config(
+            app.asgi,
+            host=options.host,
+            port=options.port,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_graceful_shutdown=_END_SECONDS,
+            h11_max_incomplete_event_size=_MOST_HEAD,
+        )
         super().__init__(config)
         self._app, self._make, self._options, self._program = app, make, options, program
+        self.port: int | None = None
         self._error: BaseException | None = None
         self._is_draining = False
-        self._ended = threading.Event()
 
     def run_all(self) -> None:
         """Runs until a signal, or until there can be no model."""
@@ -231,20 +229,18 @@ class _Running(uvicorn.Server):
                 "taken?"
             )
         finally:
-            self._ended.set()
             if self._app.server is not None:
                 self._app.server.close()
         if self._error is not None:
             raise self._error
 
     async def startup(self, sockets: Any = None) -> None:
+        """Opens the socket, and says where."""
         await super().startup(sockets)
         if self.started:
-            [port, *_] = [
-                socket.getsockname()[1] for server in self.servers for socket in server.sockets
-            ]
+            self.port = self.servers[0].sockets[0].getsockname()[1]
             host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
-            self._say(f"listening at http://{host}:{port}")
+            self._say(f"listening at http://{host}:{self.port}")
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Takes a signal: the first lets requests end, the second does not."""

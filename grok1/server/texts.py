@@ -108,24 +108,30 @@ def finite(logprob: float) -> float:
 
 def legacy_logprobs(entries: Sequence[Entry], texts: TokenTexts) -> dict[str, Any]:
     """Returns `logprobs` of a completion."""
-    tops: list[dict[str, float] | None] = []
-    for entry in entries:
-        if entry.top is None:
-            tops.append(None)
-            continue
-        named: dict[str, float] = {}
-        for token, logprob in entry.top.items():
-            name = entry.name if token == entry.token else texts.name(token)
-            # Of two tokens of one name the better stays, but the sampled one is always there.
-            if token == entry.token or name not in named:
-                named[name] = logprob
-        tops.append(named)
+    tops = [
+        None if entry.top is None else {name: entry.top[token] for name, token in named.items()}
+        for entry, named in zip(entries, top_ids(entries, texts), strict=True)
+    ]
     return {
         "tokens": [entry.name for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": tops,
         "text_offset": [entry.offset for entry in entries],
     }
+
+
+def top_ids(entries: Sequence[Entry], texts: TokenTexts) -> list[dict[str, int]]:
+    """Returns for each token the ids of `top_logprobs` by their text."""
+    found = []
+    for entry in entries:
+        named: dict[str, int] = {}
+        for token in entry.top or {}:
+            name = entry.name if token == entry.token else texts.name(token)
+            # Of two tokens of one name the better stays, but the sampled one is always there.
+            if token == entry.token or name not in named:
+                named[name] = token
+        found.append(named)
+    return found
 
 
 def chat_logprobs(entries: Sequence[Entry], texts: TokenTexts) -> dict[str, Any]:

@@ -1,0 +1,270 @@
+"""A server in Python: each request gets what it gets alone, and nothing that fails takes others."""
+
+import asyncio
+import itertools
+import random
+import threading
+import time
+
+import pytest
+
+from grok1.server.core import Server
+from grok1.server.errors import (
+    CancelledError,
+    DeadlineError,
+    QueueFullError,
+    StepError,
+    UnavailableError,
+)
+from tests.server.conftest import SIZES
+
+PROMPTS = [
+    "The answer",
+    "Once upon a time",
+    "def f(x):",
+    "A" * 60,
+    "import os\n",
+    "x = 1",
+    "It",
+    "1 2 3",
+]
+LONG = {"max_new_tokens": 900, "ignore_eos": True}
+
+
+def options_of(number: int) -> dict:
+    return {
+        "max_new_tokens": 6 + number % 9,
+        "temperature": [0, 0.8, 1.3][number % 3],
+        "top_p": 0.9 if number % 2 else 1.0,
+        "seed": number,
+        "stop": ["e ", "\n\n"] if number % 5 == 0 else None,
+        "logprobs": 3 if number % 4 == 0 else None,
+        "allowed_tokens": range(300) if number % 7 == 3 else None,
+    }
+
+
+def idle(server: Server) -> None:
+    """Waits until no request is left, and sees that no slot is lost."""
+    deadline = time.monotonic() + 20
+    while (load := server.load()).num_running or load.num_waiting or server._replica._requests:
+        assert time.monotonic() < deadline, load
+        time.sleep(0.01)
+    assert not server._desk.num_open
+
+
+def test_an_answer_is_that_of_generate(server, toy):
+    options = {"max_new_tokens": 12, "temperature": 0.8}
+    expected = toy.generate(PROMPTS, seed=list(range(8)), **options)
+    handles = [server.submit(p, seed=n, **options) for n, p in enumerate(PROMPTS)]
+    for handle, one in zip(handles, expected, strict=True):
+        found = handle.result(60)
+        assert (found.text, found.tokens, found.stop_reason) == (
+            one.text,
+            one.tokens,
+            one.stop_reason,
+        )
+        assert found.num_prompt_tokens == one.num_prompt_tokens
+
+
+def test_answers_do_not_depend_on_who_comes_and_goes(server):
+    count = 32
+    alone = [server.submit(PROMPTS[n % 8], **options_of(n)).result(60) for n in range(count)]
+    found, errors = {}, []
+
+    def ask(numbers):
+        try:
+            for number in numbers:
+                if number % 6 == 5:
+                    victim = server.submit(PROMPTS[0], **LONG)
+                    threading.Timer(random.random() / 20, victim.cancel).start()
+                handle = server.submit(PROMPTS[number % 8], **options_of(number))
+                text = "".join(handle)
+                found[number] = handle.result()
+                assert text == found[number].text
+        except Exception as error:
+            errors.append(error)
+
+    order = random.Random(0).sample(range(count), count)
+    threads = [threading.Thread(target=ask, args=(order[n::8],)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for number in range(count):
+        one, other = alone[number], found[number]
+        assert (one.tokens, one.text, one.stop_match) == (
+            other.tokens,
+            other.text,
+            other.stop_match,
+        )
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    idle(server)
+
+
+def test_requests_in_asyncio(server):
+    async def main():
+        whole = server.submit(PROMPTS[0], max_new_tokens=8, temperature=0)
+        streamed = server.submit(PROMPTS[0], max_new_tokens=8, temperature=0)
+        text = [piece async for piece in streamed]
+        assert "".join(text) == (await whole).text
+        given_up = asyncio.ensure_future(server.submit(PROMPTS[1], **LONG).wait())
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        handle = server.submit(PROMPTS[1], **LONG)
+        handle.cancel()
+        with pytest.raises(CancelledError, match="was cancelled"):
+            await handle
+
+    asyncio.run(main())
+    idle(server)
+
+
+def test_a_deadline_ends_what_waits_and_what_runs(server):
+    expected = server.submit(PROMPTS[2], max_new_tokens=9, temperature=0).result().text
+    running = [server.submit("A", timeout=0.3, **LONG) for _ in range(4)]
+    waiting = server.submit("A", timeout=0.1, **LONG)
+    behind = server.submit(PROMPTS[2], max_new_tokens=9, temperature=0)
+    for handle in (waiting, *running):
+        with pytest.raises(DeadlineError, match=r"was not over after its 0\.[13] s"):
+            handle.result(20)
+    assert not waiting.times.admitted
+    assert behind.result(20).text == expected
+    idle(server)
+
+
+def test_the_cancel_of_one_that_waits_leaves_the_others(server):
+    running = [server.submit("A", max_new_tokens=60, ignore_eos=True) for _ in range(4)]
+    waiting = [server.submit(p, max_new_tokens=5, temperature=0) for p in PROMPTS]
+    waiting[1].cancel()
+    with pytest.raises(CancelledError):
+        waiting[1].result(20)
+    for number in (0, 2, 3, 4, 5, 6, 7):
+        again = server.submit(PROMPTS[number], max_new_tokens=5, temperature=0)
+        assert waiting[number].result(20).tokens == again.result(20).tokens
+    assert all(len(handle.result(20).tokens) == 60 for handle in running)
+    idle(server)
+
+
+def test_the_queue_is_bounded(server):
+    handles = [server.submit("A", **LONG) for _ in range(64)]
+    with pytest.raises(QueueFullError, match=r"requests wait and at most 64 may; 9 more") as caught:
+        server.enqueue([handles[0]] * 9)
+    assert 1 <= caught.value.retry_after <= 60
+    for handle in handles:
+        handle.cancel()
+    idle(server)
+
+
+def test_what_no_request_may_ask(server, toy):
+    for options, words in (
+        ({"logprobs": 21}, "logprobs must be at most 20 here, found 21"),
+        ({"logits_processor": lambda *_: 0}, "takes no logits_processor"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"max_new_token": 1}, "did you mean 'max_new_tokens'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            server.submit("A", **options)
+    for options, words in (
+        ({"max_slots": 0}, "max_slots must be 1 or more"),
+        ({"capacity": 5000}, "capacity must be from 2 to the context of 1024"),
+        ({"chunk": 17}, "chunk must be one of 16, 64, 256 and 1024"),
+        ({"max_stall": 0}, "max_stall must be above 0"),
+        ({"max_queue": 0}, "max_queue must be 1 or more"),
+        ({"prefix_tokens": -1}, "prefix_tokens must be 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Server(toy, **options)
+
+
+@pytest.fixture
+def own(toy):
+    """A server that a test may break."""
+    with Server(toy, **SIZES) as one:
+        yield one
+
+
+def test_a_failed_step_fails_its_requests_alone(own, monkeypatch, caplog):
+    scheduler = own._replica.scheduler
+    step, fails = scheduler.step, threading.Event()
+
+    def failing():
+        if fails.is_set() and scheduler.num_running:
+            fails.clear()
+            scheduler._forget()
+            raise RuntimeError("the device is on fire")
+        return step()
+
+    monkeypatch.setattr(scheduler, "step", failing)
+    running = [own.submit("A", **LONG) for _ in range(4)]
+    waiting = own.submit(PROMPTS[0], max_new_tokens=5, temperature=0)
+    while not running[3].times.first:
+        time.sleep(0.005)
+    fails.set()
+    for handle in running:
+        with pytest.raises(StepError, match="server's log has the cause under") as caught:
+            handle.result(20)
+        assert caught.value.reference in caplog.text
+    assert "the device is on fire" in caplog.text
+    assert len(waiting.result(20).tokens) == 5
+    idle(own)
+
+
+def test_a_server_that_cannot_go_on_says_so(own, monkeypatch):
+    def failing():
+        if own._desk.num_open:
+            own._replica.scheduler._forget()
+            raise RuntimeError("for good")
+        return []
+
+    monkeypatch.setattr(own._replica.scheduler, "step", failing)
+    for _ in range(3):
+        with pytest.raises((StepError, UnavailableError)):
+            own.submit("A").result(20)
+    own._thread.join(20)
+    assert own.state == "dead"
+    with pytest.raises(UnavailableError, match="the server is dead and takes no requests"):
+        own.submit("A")
+
+
+def test_a_closed_server_lets_its_requests_end_or_ends_them(toy):
+    one = Server(toy, **SIZES)
+    with pytest.raises(UnavailableError, match="is loading and takes no requests"):
+        one.submit("A")
+    one.start()
+    ends = one.submit("A", max_new_tokens=40, ignore_eos=True)
+    never = one.submit("A", **LONG)
+    ends.result(20)
+    one.close(drain=0.05)
+    with pytest.raises(UnavailableError, match="was closed"):
+        never.result(20)
+    for act in (one.start, lambda: one.submit("A")):
+        with pytest.raises(UnavailableError, match="closed"):
+            act()
+
+
+def test_a_turn_runs_a_chunk_and_a_step(server, monkeypatch):
+    replica = server._replica
+    first = server.submit("A", **LONG)
+    while not first.times.first:
+        time.sleep(0.005)
+    prefills = []
+    run = replica.scheduler._prefill.run
+
+    def counted(state, prefilling, slots):
+        prefills.append(len(first._pieces))
+        return run(state, prefilling, slots)
+
+    monkeypatch.setattr(replica.scheduler._prefill, "run", counted)
+    long = server.submit([5] * 400 + [7], max_new_tokens=1, temperature=0)
+    second = server.submit([6] * 20, max_new_tokens=1, temperature=0)
+    second.result(20)
+    assert not long.is_over, "a short prompt waits for a long one"
+    long.result(20)
+    # A token of the one that decodes between any two chunks.
+    assert len(prefills) >= 25
+    assert all(later > earlier for earlier, later in itertools.pairwise(prefills[2:]))
+    first.cancel()
+    idle(server)

@@ -1,0 +1,487 @@
+"""The protocol over HTTP, by OpenAI's own client and by hand; what clients must not do."""
+
+import concurrent.futures
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import openai
+import pytest
+
+from grok1.server import events as events_module
+from grok1.server import running
+from grok1.server.core import Server
+from tests.server.conftest import SIZES
+from tests.server.test_core import LONG, PROMPTS, idle
+
+TEXT = "The answer to life"
+V = 1280
+
+
+@pytest.fixture(scope="module")
+def client(http):
+    with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="any", max_retries=0) as one:
+        yield one
+
+
+def events_of(text: str) -> list:
+    lines = [line for line in text.split("\n\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_the_openai_client_gets_what_generate_gives(client, toy):
+    made = client.completions.create(
+        model="toy", prompt=[TEXT, "def f("], max_tokens=9, temperature=0.7, seed=5, logprobs=2
+    )
+    expected = toy.generate(
+        [TEXT, "def f("], max_new_tokens=9, temperature=0.7, top_p=1, seed=5, logprobs=2
+    )
+    assert [choice.index for choice in made.choices] == [0, 1]
+    for choice, one in zip(made.choices, expected, strict=True):
+        assert choice.text == one.text == "".join(choice.logprobs.tokens)
+        assert choice.logprobs.token_logprobs == pytest.approx(one.logprobs, abs=1e-4)
+        assert choice.finish_reason == one.stop_reason
+    assert made.usage.prompt_tokens == sum(one.num_prompt_tokens for one in expected)
+    assert made.usage.completion_tokens == sum(len(one.tokens) for one in expected)
+    ids = toy.tokenizer.encode(TEXT)
+    options = {"model": "toy", "max_tokens": 9, "temperature": 0.7, "seed": 5}
+    for prompt in (ids, [ids], TEXT):
+        stream = client.completions.create(
+            prompt=prompt, stream=True, stream_options={"include_usage": True}, **options
+        )
+        *parts, last = list(stream)
+        assert "".join(part.choices[0].text for part in parts) == expected[0].text
+        assert [part.choices[0].finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+        assert parts[-1].choices[0].finish_reason == "length"
+        assert not last.choices
+        assert last.usage.completion_tokens == 9
+
+
+def test_the_echo_is_scored_as_score_does(complete, toy):
+    score = toy.score(TEXT, top_k=3)
+    told = complete(prompt=TEXT, max_tokens=0, echo=True, logprobs=3)
+    [choice] = told["choices"]
+    found = choice["logprobs"]
+    assert choice["text"] == TEXT == "".join(found["tokens"])
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    np.testing.assert_allclose(found["token_logprobs"][1:], score.logprobs[1:], atol=1e-4)
+    for place, offset in enumerate(found["text_offset"]):
+        assert TEXT[offset:].startswith(found["tokens"][place])
+    for place, best in enumerate(found["top_logprobs"][1:], start=1):
+        assert found["tokens"][place] in best
+        assert best[found["tokens"][place]] == found["token_logprobs"][place]
+        assert max(best.values()) == pytest.approx(score.top_logprobs[place, 0], abs=1e-4)
+    assert told["usage"]["completion_tokens"] == 0
+    scored = complete(path="/v1/score", prompt=TEXT)["data"][0]
+    assert scored["total_logprob"] == pytest.approx(score.total_logprob, abs=1e-3)
+    assert scored["ranks"][1:] == score.ranks[1:].tolist()
+    # With new tokens, and as lm-eval asks.
+    longer = complete(prompt=[score.tokens.tolist()], max_tokens=1, echo=True, logprobs=1, seed=1)
+    assert longer["choices"][0]["logprobs"]["token_logprobs"][:-1] == found["token_logprobs"]
+    assert complete(prompt=TEXT, max_tokens=0, echo=True)["choices"][0]["text"] == TEXT
+
+
+def test_a_prompt_that_was_run_is_found_again_to_the_bit(complete):
+    text = " ".join(f"word{n} of the text" for n in range(40))
+    answers = []
+    for suffix in ("", "", " and"):
+        told = complete(
+            prompt=text + suffix, max_tokens=6, echo=True, logprobs=5, temperature=0, cache_salt="a"
+        )
+        answers.append(told["choices"][0]["logprobs"])
+        if suffix:
+            assert told["usage"]["prompt_tokens_details"]["cached_tokens"] > 200
+    assert answers[0] == answers[1]
+    assert answers[2]["token_logprobs"][:200] == answers[0]["token_logprobs"][:200]
+    other = complete(prompt=text, max_tokens=1, cache_salt="b")
+    assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_choices_are_streams_of_one_seed(complete):
+    many = complete(prompt="A", n=4, max_tokens=12, seed=3)
+    texts = [choice["text"] for choice in many["choices"]]
+    assert len(set(texts)) == 4
+    assert texts == [
+        one["text"] for one in complete(prompt="A", n=4, max_tokens=12, seed=3)["choices"]
+    ]
+    best = complete(prompt="A", best_of=4, n=2, max_tokens=12, seed=3)
+    assert {choice["text"] for choice in best["choices"]} < set(texts)
+    assert best["usage"]["completion_tokens"] == 48
+    fresh = {complete(prompt="A", max_tokens=12)["choices"][0]["text"] for _ in range(3)}
+    assert len(fresh) > 1
+
+
+def test_fields_do_what_they_say(complete, toy):
+    def ask(**body):
+        return complete(**{"prompt": "x", "max_tokens": 8, "temperature": 0, "seed": 1, **body})
+
+    plain = ask(return_token_ids=True)["choices"][0]
+    ids = plain["token_ids"]
+    assert plain["prompt_token_ids"] == toy.tokenizer.encode("x")
+    biased = ask(logit_bias={"77": 100}, return_token_ids=True)["choices"][0]
+    assert biased["token_ids"] == [77] * 8
+    few = ask(allowed_token_ids=[5, 9], return_token_ids=True, temperature=1)["choices"][0]
+    assert set(few["token_ids"]) <= {5, 9}
+    stopped = ask(stop_token_ids=[ids[3]], return_token_ids=True)["choices"][0]
+    assert stopped["token_ids"] == ids[:4]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", ids[3])
+    held = ask(stop_token_ids=[ids[3]], min_tokens=6, return_token_ids=True)["choices"][0]
+    assert held["token_ids"][:3] == ids[:3]
+    assert ids[3] not in held["token_ids"][3:6]
+    stop = plain["text"][3:5]
+    cut, kept = ask(stop=stop)["choices"][0], ask(stop=stop, include_stop_str_in_output=True)
+    assert cut["text"] + stop == kept["choices"][0]["text"] == plain["text"][: len(cut["text"]) + 2]
+    repeats = ask(frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=50, max_tokens=40)
+    words = ask(prompt=repeats["choices"][0]["text"], max_tokens=1)
+    assert words["usage"]["prompt_tokens"] > 10
+    short = ask(prompt=list(range(10, 40)), truncate_prompt_tokens=5, return_token_ids=True)
+    assert short["choices"][0]["prompt_token_ids"] == list(range(35, 40))
+    scored = ask(prompt="x = 1", prompt_logprobs=1)["choices"][0]["prompt_logprobs"]
+    assert scored[0] is None
+    assert all(min(one["rank"] for one in entry.values()) == 1 for entry in scored[1:])
+    # What benchmarks and frameworks send along without meaning anything by it.
+    nulls = dict.fromkeys(("top_p", "n", "best_of", "logprobs", "stop", "suffix", "user", "echo"))
+    neutral = ask(
+        **nulls, logit_bias={}, presence_penalty=0, frequency_penalty=0.0, repetition_penalty=1.0,
+        top_k=-1, min_p=0.0, use_beam_search=False, skip_special_tokens=True, length_penalty=1.0,
+        spaces_between_special_tokens=True, ignore_eos=True, request_id="a", store=False,
+    )  # fmt: skip
+    assert neutral["choices"][0]["text"] == plain["text"]
+
+
+BAD = [
+    ({}, "there is no prompt", "prompt"),
+    ({"prompt": ""}, "the prompt is empty", "prompt"),
+    ({"prompt": []}, "the prompt is empty", "prompt"),
+    ({"prompt": [[]]}, "the prompt is empty", "prompt"),
+    ({"prompt": ["a", 1]}, "prompt must be one kind", "prompt"),
+    ({"prompt": ["a"] * 129}, "at most 128 prompts, found 129", "prompt"),
+    ({"prompt": "a", "max_tokens": -1}, "there is no -1 for no limit", "max_tokens"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens 0 needs echo", "max_tokens"),
+    ({"prompt": "a", "max_tokens": True}, "got `bool`", "max_tokens"),
+    ({"prompt": "a", "temperature": -1}, "temperature must be from 0", "temperature"),
+    ({"prompt": "a", "top_p": 0}, "top_p must be above 0", "top_p"),
+    ({"prompt": "a", "n": 0}, "n must be from 1 to 128", "n"),
+    ({"prompt": "a", "n": 2, "best_of": 1}, "best_of must be from n", "best_of"),
+    ({"prompt": "a", "best_of": 2, "stream": True}, "without stream", "best_of"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs must be from 0 to 20, found 21", "logprobs"),
+    ({"prompt": "a", "stop": ""}, "stop must be texts of 1 to 256", "stop"),
+    ({"prompt": "a", "stop": ["a"] * 17}, "at most 16", "stop"),
+    ({"prompt": "a", "suffix": "b"}, "only continues", "suffix"),
+    ({"prompt": "a", "stream_options": {}}, "stream_options needs stream", "stream_options"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be by token id", "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"1": 101}}, "from -100 to 100", "logit_bias"),
+    ({"prompt": "a", "min_tokens": 17}, "min_tokens must be from 0 to 16", "min_tokens"),
+    ({"prompt": "a", "priority": 1}, "priority must be 0", "priority"),
+    ({"prompt": "a", "use_beam_search": True}, "no beam search", "use_beam_search"),
+    ({"prompt": "a", "allowed_token_ids": []}, "at least one token id", "allowed_token_ids"),
+    ({"prompt": "a", "temprature": 1}, "the field 'temprature' is unknown", "temprature"),
+    ({"prompt": [5] * 1024}, "has 1024 tokens and the context holds 1024", "prompt"),
+]
+
+
+@pytest.mark.parametrize(("body", "words", "param"), BAD, ids=[words for _, words, _ in BAD])
+def test_what_is_wrong_with_a_request_is_said(complete, body, words, param):
+    error = complete(400, **body)["error"]
+    assert words in error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    if "context holds" in words:
+        assert error["code"] == "context_length_exceeded"
+
+
+def test_no_token_outside_the_vocabulary_reaches_the_engine(http):
+    for bad in ("-1", str(V), str(2**31), str(2**63), "1e400", "NaN", "true", '"1"', "1.5", "[1]"):
+        for body in (
+            f'{{"prompt": [{bad}]}}',
+            f'{{"prompt": [[{bad}, 1]]}}',
+            f'{{"prompt": "a", "stop_token_ids": [{bad}]}}',
+            f'{{"prompt": "a", "allowed_token_ids": [{bad}]}}',
+            f'{{"prompt": "a", "logit_bias": {{"{bad.strip(chr(34))}a": 1}}}}',
+        ):
+            if body == '{"prompt": ["1"]}' or (bad == "[1]" and body == '{"prompt": [[1]]}'):
+                continue  # a text, a list of ids
+            headers = {"content-type": "application/json"}
+            answer = http.post("/v1/completions", content=body, headers=headers)
+            assert answer.status_code == 400, (body, answer.text)
+    body = {"tokens": [V]}
+    assert http.post("/detokenize", json=body).status_code == 400
+    assert (
+        http.post("/v1/completions", json={"prompt": "a", "logit_bias": {str(V): 1}}).status_code
+        == 400
+    )
+
+
+def test_other_paths(http, complete, toy):
+    models = http.get("/v1/models").json()["data"]
+    assert [(one["id"], one["max_model_len"]) for one in models] == [("toy", 1024)]
+    assert http.get("/v1/models/toy").json() == models[0]
+    assert complete(404, model="gpt", prompt="a")["error"]["code"] == "model_not_found"
+    tokens = complete(path="/tokenize", prompt=TEXT)
+    assert tokens["tokens"] == toy.tokenizer.encode(TEXT)
+    assert tokens["count"] == len(tokens["tokens"])
+    assert complete(path="/detokenize", tokens=tokens["tokens"]) == {"prompt": TEXT}
+    assert http.get("/tokenizer_info").json()["eos_token"] == "[EOS]"
+    trace = complete(path="/v1/trace", prompt=tokens["tokens"])
+    expected = toy.trace(TEXT)
+    assert trace["experts"] == expected.expert_indices.tolist()
+    assert http.get("/version").json()["version"]
+    for method, path, status in (
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/..%2f..%2fetc/passwd", 404),
+    ):
+        answer = http.request(method, path, json={})
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+    text = http.get("/metrics").text
+    for name in ("generation_tokens_total", "num_requests_running", "prefix_cache_hits_total"):
+        assert f"grok1_{name}" in text
+    assert http.head("/health").status_code == 200
+
+
+def test_a_chat_needs_a_template_and_stops_at_the_next_speaker(client, complete, start, server):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    chat = client.chat.completions.create(
+        model="toy", messages=messages, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
+    )
+    plain = complete(prompt="User: Hello\n\nAssistant:", max_tokens=6, temperature=0)
+    assert chat.choices[0].message.content == plain["choices"][0]["text"]
+    assert len(chat.choices[0].logprobs.content) == 6
+    stream = client.chat.completions.create(
+        model="toy", messages=messages, max_completion_tokens=6, temperature=0, stream=True
+    )
+    parts = list(stream)
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(one.choices[0].delta.content for one in parts) == plain["choices"][0]["text"]
+    for more, words in (
+        ({"messages": []}, "at least one message"),
+        ({"tools": [{}]}, "tools are not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
+    ):
+        error = complete(400, path="/v1/chat/completions", **{"messages": messages, **more})[
+            "error"
+        ]
+        assert words in error["message"]
+    without, _, _ = start(lambda: server)
+    while without.get("/health").status_code != 200:
+        time.sleep(0.01)
+    answer = without.post("/v1/chat/completions", json={"messages": messages})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
+    assert "/v1/completions" in answer.text
+
+
+def test_a_stream_is_events_that_every_reader_takes(http, server):
+    line_end = "\u2028"
+    with http.stream(
+        "POST", "/v1/completions", json={"prompt": f"a{line_end}b", "echo": True, "stream": True}
+    ) as answer:
+        text = answer.read().decode()
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert line_end not in text
+    assert events_of(text)[0]["choices"][0]["text"].startswith(f"a{line_end}b")
+    body = {"prompt": ["a", "b"], "n": 2, "stream": True, "logprobs": 1, "max_tokens": 5,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
+    parts = events_of(http.post("/v1/completions", json=body).text)
+    ended = [one["index"] for part in parts for one in part["choices"] if one["finish_reason"]]
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert parts[-1]["usage"]["completion_tokens"] == 20
+    assert sum(len(one["logprobs"]["tokens"]) for part in parts for one in part["choices"]) == 20
+    assert all("usage" in part for part in parts)
+
+
+def posted(body) -> bytes:
+    data = json.dumps(body).encode()
+    kind = b"host: localhost\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\n" + kind + b"content-length: %d\r\n\r\n"
+    return head % len(data) + data
+
+
+def test_who_hangs_up_frees_their_slot(http, server):
+    port = http.base_url.port
+
+    def begin(**body):
+        one = socket.create_connection(("127.0.0.1", port))
+        one.sendall(posted({"prompt": "A", "max_tokens": 900, "ignore_eos": True, **body}))
+        return one
+
+    def until(condition):
+        deadline = time.monotonic() + 10
+        while not condition(server.load()):
+            assert time.monotonic() < deadline, server.load()
+            time.sleep(0.005)
+
+    prefilling = {"prompt": [7] * 1000, "max_tokens": 20}
+    scoring = {"prompt": [8] * 1000, "max_tokens": 0, "echo": True, "logprobs": 1}
+    for body in ({}, {"stream": True}, {"n": 3}, prefilling, scoring):
+        one = begin(**body)
+        until(lambda load: load.num_running)
+        one.close()
+        until(lambda load: not load.num_running)
+        idle(server)
+    running = [server.submit("A", **LONG) for _ in range(4)]
+    for body in ({}, {"stream": True}):
+        one = begin(**body)
+        until(lambda load: load.num_waiting)
+        one.close()
+        until(lambda load: not load.num_waiting)
+    assert not any(handle.is_over for handle in running)
+    for handle in running:
+        handle.cancel()
+    idle(server)
+
+
+def test_a_client_that_does_not_read_is_cancelled(http, server, monkeypatch):
+    monkeypatch.setattr(events_module, "_SEND_SECONDS", 0.2)
+    body = {"prompt": "A" * 4000, "max_tokens": 30, "stream": True, "ignore_eos": True, "n": 64,
+            "echo": True, "logprobs": 20, "truncate_prompt_tokens": 900}  # fmt: skip
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    one.connect(("127.0.0.1", http.base_url.port))
+    one.sendall(posted(body))
+    deadline = time.monotonic() + 20
+    while not server.load().num_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    idle(server)
+    one.close()
+
+
+def test_who_may_come_in(start, server, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nalpha\nbeta\n")
+    client, _, _ = start(lambda: server, api_key="gamma", api_key_file=keys, most_bytes=1000)
+
+    def status(key=None, path="/v1/models", **options):
+        headers = {} if key is None else {"authorization": f"Bearer {key}".strip()}
+        return client.get(path, headers={**headers, **options}).status_code
+
+    while status(path="/health") != 200:
+        time.sleep(0.01)
+    assert [status(), status(""), status("x"), status("alpha"), status("gamma")] == [
+        401, 401, 401, 200, 200,
+    ]  # fmt: skip
+    keys.write_text("beta and more\n")
+    assert [status("alpha"), status("beta and more")] == [401, 200]
+    assert status("gamma", host="evil.example") == 421
+    assert [status(path="/"), status(path="/metrics")] == [200, 200]
+    answer = client.post("/v1/completions", content="{}", headers={"authorization": "Bearer gamma"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (415, "invalid_request_error")
+    own = {"authorization": "Bearer gamma", "x-request-id": "mine"}
+    answer = client.post("/v1/completions", json={"prompt": "a" * 2000}, headers=own)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (413, "mine")
+
+    def chunks():
+        yield b'{"prompt": "'
+        yield b"a" * 2000
+
+    headers = {**own, "content-type": "application/json"}
+    assert client.post("/v1/completions", content=chunks(), headers=headers).status_code == 413
+    assert (
+        "access-control-allow-origin"
+        not in client.get("/health", headers={"origin": "http://a"}).headers
+    )
+    for options, words in (
+        ({"host": "0.0.0.0"}, "is reached by other machines, and there is no key"),
+        ({"api_key": [""]}, "api_key must not be empty"),
+        ({"port": 70000}, "port must be from 0 to 65535"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            running.HttpOptions(**options).app()
+
+
+def test_a_request_that_comes_slowly_is_given_up(start, server, monkeypatch):
+    monkeypatch.setattr(running, "_HEADER_SECONDS", 0.2)
+    client, _, _ = start(lambda: server)
+    with socket.create_connection(("127.0.0.1", client.base_url.port)) as one:
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost:")
+        one.settimeout(10)
+        assert one.recv(100) == b""
+
+
+def test_a_full_queue_says_when_to_come_again(http, server):
+    handles = [server.submit("A", **LONG) for _ in range(68)]
+    answer = http.post("/v1/completions", json={"prompt": "A"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert int(answer.headers["retry-after"]) >= 1
+    for handle in handles:
+        handle.cancel()
+    idle(server)
+
+
+def test_states_and_the_end(start, toy, monkeypatch):
+    may_load = threading.Event()
+
+    def make():
+        may_load.wait(30)
+        return Server(toy, **SIZES)
+
+    client, one, thread = start(make, drain=20.0)
+    answer = client.get("/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "loading")
+    answer = client.post("/v1/completions", json={"prompt": "A"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    may_load.set()
+    while client.get("/health").status_code != 200:
+        time.sleep(0.01)
+    server = one._app.server
+    monkeypatch.setattr(server, "_step_timeout", 0.0)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        body = {"prompt": "A", "max_tokens": 200, "ignore_eos": True}
+        asked = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
+        while server.load().num_running < 3:
+            time.sleep(0.005)
+        assert any(client.get("/health").json()["status"] == "stuck" for _ in range(50))
+        one.handle_exit(15, None)
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"]) in [(503, "draining"), (503, "stuck")]
+        assert client.post("/v1/completions", json=body).status_code == 503
+        assert [each.result(20).status_code for each in asked] == [200] * 3
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_program(capsys):
+    def make():
+        raise FileNotFoundError("nowhere: there is no such directory")
+
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        running.run(make, running.HttpOptions(port=0))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="is the port taken"):
+            running.run(lambda: time.sleep(60), running.HttpOptions(port=port))
+
+
+def test_clients_at_once(http, server):
+    """More than there are slots, with options of all kinds; each as alone."""
+    bodies = [
+        {
+            "prompt": PROMPTS[n % 8],
+            "max_tokens": 4 + n % 7,
+            "temperature": [0, 1, 0.5][n % 3],
+            "seed": n,
+            "stop": ["\n"] if n % 4 == 0 else None,
+            "logprobs": 2 if n % 5 == 0 else None,
+            "frequency_penalty": 1.0 if n % 6 == 1 else 0,
+        }
+        for n in range(24)
+    ]
+
+    def ask(body):
+        return http.post("/v1/completions", json=body).json()["choices"]
+
+    alone = [ask(body) for body in bodies]
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(ask, bodies))
+    for one, other in zip(alone, together, strict=True):
+        assert one[0]["text"] == other[0]["text"]
+        if one[0]["logprobs"]:
+            assert one[0]["logprobs"]["token_logprobs"] == pytest.approx(
+                other[0]["logprobs"]["token_logprobs"], abs=1e-5
+            )
+    idle(server)
