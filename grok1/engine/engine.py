@@ -233,9 +233,7 @@ class Engine(EngineBase):
         """
         rows = self._decoding_rows(num_steps, slots)
         adjusts = draw.adjustment is not None
-        program = self.decode_program(
-            draw.num_top, draw.processor, draw.allowed.ndim > 1, adjusts
-        )
+        program = self.decode_program(draw.num_top, draw.processor, draw.allowed.ndim > 1, adjusts)
         more = (draw.adjustment,) if adjusts else ()
         return self._run(program, state, rows, ends, draw.allowed, draw.sampling, *more)
 

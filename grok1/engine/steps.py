@@ -193,9 +193,7 @@ def scoring_head(num_top: int) -> Head:
 def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Head:
     """Returns the head that draws a token a row, as `Engine.decode` says."""
 
-    def draw(
-        hidden: LastHidden, state, rows: Rows, allowed, sampling: SamplingState, *adjustment
-    ):
+    def draw(hidden: LastHidden, state, rows: Rows, allowed, sampling: SamplingState, *adjustment):
         length = lengths(state, rows.slots)
         logits = unembed(hidden.embedding, hidden.config, hidden.values[:, 0])
         if adjustment:

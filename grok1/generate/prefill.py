@@ -17,7 +17,15 @@ from grok1.nn.sharding import DATA_AXIS
 
 
 class Prefill(Protocol):
-    """How prompts are run."""
+    """How prompts are run.
+
+    Attributes:
+      num_top: Alternatives that a step reports where one of its requests asks for any, and that
+        every step reports that fulfils wishes, so that there are few programs; None for as many as
+        are asked for.
+    """
+
+    num_top: int | None
 
     def run(
         self, state: DecodeState, prefilling: Sequence[Running], slots: Slots
@@ -47,6 +55,8 @@ def row_counts(wanted: Sequence[int], num_slots: int, num_groups: int) -> list[i
 
 class SideBySide:
     """The prompt whose turn it is runs together with others whose next chunk is as long."""
+
+    num_top = None
 
     def __init__(self, engine: Engine, num_slots: int, chunk_tokens: int):
         """Takes the arguments of `Scheduler`."""
@@ -102,7 +112,9 @@ class OnGrid:
           num_top: Alternatives to report where a prompt is scored.
           store: Keeps whole chunks; its blocks have this length.
         """
-        self._engine, self._length, self._num_top = engine, length, num_top
+        self._engine, self._length = engine, length
+        self.num_top: int | None = num_top
+        self._most = num_top
         self._store = store
         self._num_groups = engine.mesh.shape[DATA_AXIS]
 
@@ -126,7 +138,7 @@ class OnGrid:
             following = np.zeros((self._num_groups, chunk), np.int32)
             following[layout.rows[0], :count] = request.tokens[start + 1 : start + 1 + count]
             state, found = self._engine.score_tokens(
-                state, num_valid, following, self._num_top, layout.slots
+                state, num_valid, following, self._most, layout.slots
             )
             scored = ScoredPart(found, int(layout.rows[0]), count)
             request.prompt_scores.append(scored)

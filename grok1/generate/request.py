@@ -145,7 +145,8 @@ class Running:
     @property
     def is_done(self) -> bool:
         """Whether nothing of it is left to be started."""
-        return self.is_over or self.request.cancelled or self.num_left == 0
+        is_all_started = not self.to_prefill and self.num_left == 0
+        return self.is_over or self.request.cancelled or is_all_started
 
     @property
     def num_prefilled(self) -> int:

@@ -68,7 +68,6 @@ class Scheduler:
         chunk_tokens: int = 4096,
         *,
         prefill: Prefill | None = None,
-        num_top: int | None = None,
     ):
         """Takes no memory on the devices before the first step.
 
@@ -80,15 +79,13 @@ class Scheduler:
             its own: the least that has room for the requests that decode.
           chunk_tokens: Most tokens of prompts that a step runs, over all rows.
           prefill: How prompts are run; None for side by side.
-          num_top: Alternatives that a step reports where one of its requests asks for any, and that
-            every step reports that fulfils wishes, so that there are few programs; None for as
-            many as are asked for.
         """
         self.num_slots, self.capacity = num_slots, capacity
-        self._engine, self._num_top = engine, num_top
+        self._engine = engine
         self._num_groups = engine.mesh.shape[DATA_AXIS]
         self._decode_rows = row_counts(decode_rows, num_slots, self._num_groups)
         self._prefill = prefill or SideBySide(engine, num_slots, chunk_tokens)
+        self._num_top = self._prefill.num_top
         self._waiting: deque[Request] = deque()
         self.prefilled: list[Request] = []
         self._forget()

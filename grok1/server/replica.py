@@ -67,7 +67,6 @@ class Replica:
             sizes.capacity,
             sizes.row_counts,
             prefill=OnGrid(engine, sizes.chunk, self.num_top, self.store),
-            num_top=self.num_top,
         )
         self._requests: dict[int, Request] = {}
 

@@ -97,6 +97,8 @@ def test_a_prompt_that_was_run_is_found_again_to_the_bit(complete):
             assert told["usage"]["prompt_tokens_details"]["cached_tokens"] > 200
     assert answers[0] == answers[1]
     assert answers[2]["token_logprobs"][:200] == answers[0]["token_logprobs"][:200]
+    scored = complete(prompt=text, max_tokens=0, echo=True, logprobs=5, cache_salt="a")
+    assert scored["choices"][0]["logprobs"]["top_logprobs"] == answers[0]["top_logprobs"][:-6]
     other = complete(prompt=text, max_tokens=1, cache_salt="b")
     assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
