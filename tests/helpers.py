@@ -1,18 +1,26 @@
 """What several test modules need."""
 
+import os
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
 import grok1
 from grok1.checkpoint.stacking import unstack
 from grok1.config import ModelConfig
+from grok1.nn.manifest import abstract_params, arrange
 from grok1.nn.sharding import abstract_stack
-from grok1.nn.transformer import NamedParams, Params, naming
+from grok1.nn.transformer import NamedParams, Params, forward
 from grok1.ops.quantized import QuantizedArray, refine_groups
+
+slow = pytest.mark.skipif(
+    "GROK1_SLOW_TESTS" not in os.environ, reason="slow; set GROK1_SLOW_TESTS=1"
+)
+"""Marks what a fast test covers but for its size."""
 
 
 def relative_error(found, expected) -> float:
@@ -23,15 +31,54 @@ def relative_error(found, expected) -> float:
 
 
 def named_params(model: grok1.Model) -> dict:
-    """A model's tensors by Haiku name."""
+    """A model's tensors by Haiku name, on the host: XLA would compile a slice for each shape."""
     named: dict = {}
-    tensors = unstack(model.params, model.config, model.tensors)
-    for spec, (values, scales) in zip(model.tensors, tensors, strict=True):
+    params = jax.tree.map(np.asarray, model.params)
+    for spec, (values, scales) in zip(
+        model.tensors, unstack(params, model.config, model.tensors), strict=True
+    ):
         module, _, parameter = spec.name.rpartition("/")
-        values = jnp.asarray(values)
-        leaf = values if scales is None else QuantizedArray(values, jnp.asarray(scales))
+        leaf = values if scales is None else QuantizedArray(values, scales)
         named.setdefault(module, {})[parameter] = leaf
     return named
+
+
+def dequantized(weight) -> np.ndarray:
+    """What an int8 weight stands for, exactly: float32 as `quantized.dequantize`, on the host."""
+    if not isinstance(weight, QuantizedArray):
+        return np.asarray(weight)
+    scales = np.asarray(weight.scales, np.float32)
+    return np.asarray(weight.values) * refine_groups(scales, weight.shape[-2])
+
+
+def random_named(config: ModelConfig, seed: int = 0, *, quantized: bool = True) -> NamedParams:
+    """Random weights of the size that `grok1.random_model` gives them, without XLA.
+
+    Args:
+      config: The model.
+      seed: Of the draws.
+      quantized: False for floats.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if isinstance(leaf, QuantizedArray):
+            values = rng.integers(-127, 128, leaf.shape, np.int8)
+            size = 1 / (73.3 * leaf.shape[-2] ** 0.5)
+            scales = rng.uniform(0.5 * size, 1.5 * size, leaf.scales.shape)
+            return QuantizedArray(values, scales.astype(leaf.scales.dtype))
+        if len(leaf.shape) == 1:
+            return np.ones(leaf.shape, leaf.dtype)
+        is_embedding = "embed" in jax.tree_util.keystr(path)
+        deviation = (
+            1 / config.embedding_multiplier_scale if is_embedding else leaf.shape[-2] ** -0.5
+        )
+        return (deviation * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    abstract = abstract_params(config, quantized=quantized)
+    return jax.tree.map_with_path(
+        draw, abstract, is_leaf=lambda node: isinstance(node, QuantizedArray)
+    )
 
 
 def stack(named: NamedParams, config: ModelConfig, mesh: Mesh) -> Params:
@@ -42,7 +89,7 @@ def stack(named: NamedParams, config: ModelConfig, mesh: Mesh) -> Params:
       config: The model.
       mesh: Where it goes.
     """
-    params = naming(config).apply(named, None)
+    params = arrange(named, config)
     target = abstract_stack(params, config, mesh)
     layers = jax.tree.map(lambda *leaves: np.stack(leaves), *params.layers)
 
@@ -52,6 +99,22 @@ def stack(named: NamedParams, config: ModelConfig, mesh: Mesh) -> Params:
         return jax.device_put(array, leaf.sharding)
 
     return jax.tree.map(place, target, params._replace(layers=layers))
+
+
+_forward = jax.jit(forward, static_argnames=("config", "experts"))
+
+
+def readable(named: NamedParams, config: ModelConfig, tokens, **options) -> tuple:
+    """Logits `[T, V]` and the layers' traces of the readable form, compiled.
+
+    Args:
+      named: Arrays or `QuantizedArray`s by Haiku name.
+      config: The model.
+      tokens: `[T]`.
+      **options: As `forward` takes them.
+    """
+    logits, traces = _forward(arrange(named, config), config, jnp.asarray(tokens)[None], **options)
+    return logits[0], traces
 
 
 def count_collectives(compiled_text: str) -> dict[str, int]:

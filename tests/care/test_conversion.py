@@ -27,13 +27,12 @@ from grok1.checkpoint.directory import open_tensors
 from grok1.checkpoint.storage import read_matrix
 from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
 from grok1.files import CheckpointError
-from grok1.ops.quantized import dequantize
 from tests.conftest import GOLDEN, TOY
-from tests.helpers import named_params, relative_error
+from tests.helpers import dequantized, named_params, relative_error
 
 # Slow enough that a signal lands where it is aimed at, fast enough for a test.
-SLOW_CONVERSION = """
-import sys, time
+SLOW_CONVERSIONS = """
+import json, os, sys, time
 from grok1.care import staging
 from grok1.care.conversion import convert
 whole = staging._write_piece
@@ -41,8 +40,46 @@ def slow(*arguments):
     time.sleep(0.002)
     whole(*arguments)
 staging._write_piece = slow
-convert(sys.argv[1], sys.argv[2], to=sys.argv[3], progress=False)
+for line in sys.stdin:
+    source, target, to = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        try:
+            convert(source, target, to=to, progress=False)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+class SlowConversions:
+    """Converts the toy in processes of their own, forked where everything is imported."""
+
+    def __init__(self, server: subprocess.Popen):
+        self._server = server
+
+    def start(self, target: pathlib.Path, to: str) -> int:
+        """Returns the process."""
+        print(json.dumps([str(TOY), str(target), to]), file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())
+
+    def wait(self) -> int:
+        """Returns the exit status of the one that was started last."""
+        return int(self._server.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def slow_conversions():
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_CONVERSIONS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        yield SlowConversions(server)
+        server.stdin.close()
 
 
 def tree(directory: pathlib.Path) -> dict[str, bytes]:
@@ -202,7 +239,7 @@ def test_bfloat16_is_rounded_once_and_loads(tmp_path, toy):
     expected = named_params(toy)
     for module, parameters in named_params(loaded).items():
         for name, found in parameters.items():
-            exact = dequantize(expected[module][name])
+            exact = dequantized(expected[module][name])
             if "router" not in module and name == "w":
                 exact = exact.astype(ml_dtypes.bfloat16).astype(np.float32)
             np.testing.assert_array_equal(found, exact)
@@ -218,19 +255,18 @@ def test_bfloat16_is_rounded_once_and_loads(tmp_path, toy):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 @pytest.mark.parametrize("to", ["safetensors", "gguf"])
-def test_interrupted_at_three_points_and_resumed_is_identical(how, to, tmp_path, toy_safetensors):
+def test_interrupted_at_three_points_and_resumed_is_identical(
+    how, to, tmp_path, toy_safetensors, slow_conversions
+):
     pytest.importorskip(to)
     stops = sorted(random.Random(f"{how} {to}").sample(range(2, 100), 3))
     for stop in stops:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW_CONVERSION, str(TOY), str(tmp_path / "out"), to],
-            stderr=subprocess.DEVNULL,
-        )
+        process = slow_conversions.start(tmp_path / "out", to)
         while journal_of(tmp_path / "out").count(b"\n") <= stop:
-            assert process.poll() is None, "it ended before it was interrupted"
+            os.kill(process, 0)  # an error if it ended before it was interrupted
             time.sleep(0.002)
-        process.send_signal(how)
-        assert process.wait() != 0
+        os.kill(process, how)
+        assert slow_conversions.wait() != 0
         assert [tmp_path / name for name in os.listdir(tmp_path)] == [staging_of(tmp_path / "out")]
         assert stop <= journal_of(tmp_path / "out").count(b"\n")
     written = []
@@ -452,16 +488,14 @@ def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
         convert(TOY, tmp_path / "out", to="grok1", progress=False)
 
 
-def test_two_processes_to_one_place_the_second_is_refused(tmp_path):
-    first = subprocess.Popen(
-        [sys.executable, "-c", SLOW_CONVERSION, str(TOY), str(tmp_path / "out"), "grok1"]
-    )
+def test_two_processes_to_one_place_the_second_is_refused(tmp_path, slow_conversions):
+    first = slow_conversions.start(tmp_path / "out", "grok1")
     while not journal_of(tmp_path / "out"):
-        assert first.poll() is None
+        os.kill(first, 0)
         time.sleep(0.002)
     with pytest.raises(CheckpointError, match="out: another process is writing it now; wait for"):
         convert(TOY, tmp_path / "out", to="grok1", progress=False)
-    assert first.wait() == 0
+    assert slow_conversions.wait() == 0
     assert released(tmp_path / "out") == released(TOY)
 
 

@@ -18,8 +18,11 @@ from grok1.checkpoint.storage import dequantize_matrix, read_matrix
 from grok1.config import GROK_1
 from grok1.config import TOY as TOY_CONFIG
 from grok1.files import CheckpointError
+from grok1.nn.manifest import manifest
+from grok1.nn.sharding import make_mesh
 from grok1.tokenizer import Tokenizer
 from tests.conftest import TOY
+from tests.helpers import random_named, stack
 from tools.compare_llama_cpp import compare
 
 gguf = pytest.importorskip("gguf")
@@ -108,16 +111,17 @@ def test_the_tokenizer_is_in_the_file(toy_gguf):
     assert fields["grok.embedding_scale"].contents() == pytest.approx(128**0.5)
 
 
-def llama_cpp_ids(vocabulary: list[tuple[bytes, float, int]], text: str) -> list[int]:
-    """What llama.cpp makes of a text: pieces it cuts out first, then pairs joined by score."""
+def llama_cpp_ids(vocabulary: list[tuple[bytes, float, int]], texts: list[str]) -> list[list[int]]:
+    """What llama.cpp makes of texts: pieces it cuts out first, then pairs joined by score."""
     ids = {piece.decode(errors="replace"): i for i, (piece, _, _) in enumerate(vocabulary)}
-    cut_out = [piece.decode() for piece, _, kind in vocabulary if kind == 4]
-    parts = re.split("|".join(map(re.escape, sorted(cut_out, key=len, reverse=True))) or "$^", text)
-    assert len(parts) == 1 or cut_out
+    cut_out = sorted((p.decode() for p, _, kind in vocabulary if kind == 4), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, cut_out)) or "$^")
+    return [_llama_cpp_ids(vocabulary, ids, pattern, text) for text in texts]
+
+
+def _llama_cpp_ids(vocabulary, ids, pattern, text) -> list[int]:
     found = []
-    for part, cut in itertools.zip_longest(
-        parts, re.findall("|".join(map(re.escape, cut_out)) or "$^", text)
-    ):
+    for part, cut in itertools.zip_longest(pattern.split(text), pattern.findall(text)):
         symbols = list(f" {part}".replace(" ", "▁")) if part else []
         while pairs := [
             (-vocabulary[ids[a + b]][1], place)
@@ -141,9 +145,9 @@ def test_llama_cpp_is_given_a_vocabulary_that_makes_our_ids(model):
     tokenizer = Tokenizer.load(model)
     vocabulary = llama_cpp_vocabulary(tokenizer)
     expected = [tokenizer.encode(text) for text in TEXTS]
-    assert [llama_cpp_ids(vocabulary, text) for text in TEXTS] == expected
+    assert llama_cpp_ids(vocabulary, TEXTS) == expected
     # Were the types those of the model, pieces would be cut out, and spaces put between.
-    as_it_is = [llama_cpp_ids(tokenizer.vocabulary, text) for text in TEXTS[4:6]]
+    as_it_is = llama_cpp_ids(tokenizer.vocabulary, TEXTS[4:6])
     assert as_it_is != expected[4:6]
     highest = max(score for _, score, kind in tokenizer.vocabulary if kind == 1)
     for (piece, score, kind), (_, new_score, new_kind) in zip(
@@ -180,22 +184,21 @@ def test_llama_cpp_makes_our_ids(model, tmp_path):
 
 def test_scales_that_float16_rounds_are_reported(tmp_path):
     config = dataclasses.replace(TOY_CONFIG, num_layers=1, widening_factor=3)
-    model = grok1.random_model(config, mesh=(1, 1))
-    layers = model.params.layers
-    tiny = layers.query.scales.at[0, 0, :3].set(1e-7)
-    model.params = model.params._replace(
-        layers=layers._replace(query=layers.query._replace(scales=tiny))
-    )
-    grok1.save(model, tmp_path / "model")
+    named, mesh = random_named(config), make_mesh(config, (1, 1))
+    scales = named["transformer/decoder_layer_0/multi_head_attention/query"]["w"].scales
+
+    def save(path):
+        params = stack(named, config, mesh)
+        grok1.save(grok1.Model(params, config, mesh, "float32", manifest(config)), path)
+
+    scales[0, :3] = 1e-7
+    save(tmp_path / "model")
     notes = convert(tmp_path / "model", tmp_path / "a.gguf", to="gguf", progress=False)
     assert "; 3 of " in notes[0]
     assert "scales are not exactly a float16, the worst is off by " in notes[0]
     assert "tokenizer.model is not there" in notes[-1]
-    huge = layers.query.scales.at[0, 0, 5].set(1e6)
-    model.params = model.params._replace(
-        layers=layers._replace(query=layers.query._replace(scales=huge))
-    )
-    grok1.save(model, tmp_path / "huge")
+    scales[0, 5] = 1e6
+    save(tmp_path / "huge")
     with pytest.raises(CheckpointError, match=r"a scale of 999424\.0 does not fit the float16"):
         convert(tmp_path / "huge", tmp_path / "b.gguf", to="gguf", progress=False)
 

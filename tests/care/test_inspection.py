@@ -10,8 +10,8 @@ import pytest
 from grok1 import __main__
 from grok1.care import inspection
 from grok1.care.conversion import convert
-from grok1.ops.quantized import QuantizedArray, dequantize
-from tests.helpers import named_params
+from grok1.ops.quantized import QuantizedArray
+from tests.helpers import dequantized, named_params
 
 
 def test_statistics_are_those_of_the_weights(nano_path, nano):
@@ -21,7 +21,7 @@ def test_statistics_are_those_of_the_weights(nano_path, nano):
     for tensor in report.tensors:
         module, _, parameter = tensor.name.rpartition("/")
         leaf = named[module][parameter]
-        exact = np.asarray(dequantize(leaf), np.float64)
+        exact = np.asarray(dequantized(leaf), np.float64)
         assert tensor.rms == pytest.approx(np.sqrt(np.mean(exact**2)), rel=1e-9)
         if tensor.scales_shape:
             assert tensor.smallest_scale == float(leaf.scales.min())
@@ -58,7 +58,7 @@ def test_layers_have_a_line_each_in_their_order(nano_path, nano):
     assert [layer["layer"] for layer in report.to_dict()["layers"]] == list(range(12))
     named, layer = named_params(nano), report.layers[11]
     attention = named_params_of(named, "transformer/decoder_layer_11/multi_head_attention/")
-    joined = np.concatenate([np.ravel(dequantize(leaf)) for leaf in attention]).astype(np.float64)
+    joined = np.concatenate([np.ravel(dequantized(leaf)) for leaf in attention]).astype(np.float64)
     assert layer.attention_rms == pytest.approx(np.sqrt(np.mean(joined**2)), rel=1e-6)
     scales = [
         np.asarray(leaf.scales, np.float32)

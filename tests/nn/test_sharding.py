@@ -1,6 +1,7 @@
 """Meshes that divide a model and those that do not; where each array goes."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,14 +10,13 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from grok1.config import GROK_1
-from grok1.nn.manifest import abstract_params
 from grok1.nn.sharding import abstract_cache, abstract_stack, make_mesh
-from grok1.nn.transformer import naming
+from grok1.planning.memory import released_weights
 
 
-def stacked(config, sizes):
-    params = naming(config).apply(abstract_params(config), None)
-    return abstract_stack(params, config, make_mesh(config, sizes))
+@functools.cache
+def stacked(sizes):
+    return abstract_stack(released_weights(GROK_1), GROK_1, make_mesh(GROK_1, sizes))
 
 
 def test_none_takes_every_device_with_as_many_on_model_as_divide():
@@ -60,7 +60,7 @@ def test_kv_heads_that_neither_divide_nor_are_divided_are_refused():
 
 
 def test_each_device_holds_an_eighth_of_the_large_weights():
-    params = stacked(GROK_1, (1, 8))
+    params = stacked((1, 8))
     shard = {
         name: leaf.sharding.shard_shape(leaf.shape)
         for name, leaf in params.layers.experts._asdict().items()
@@ -79,7 +79,7 @@ def test_each_device_holds_an_eighth_of_the_large_weights():
     ("model_size", "groups", "local"), [(1, 8, 8), (2, 8, 4), (4, 8, 2), (8, 8, 1), (16, 16, 1)]
 )
 def test_scale_groups_follow_the_mesh(model_size, groups, local):
-    params = stacked(GROK_1, (1, model_size))
+    params = stacked((1, model_size))
     scales = params.layers.experts.down.scales
     assert scales.shape == (64, 8, groups, 6144)
     assert scales.sharding.shard_shape(scales.shape)[2] == local
@@ -88,7 +88,7 @@ def test_scale_groups_follow_the_mesh(model_size, groups, local):
 
 def test_more_devices_than_kv_heads_share_heads():
     mesh = make_mesh(GROK_1, (1, 16))
-    params = stacked(GROK_1, (1, 16))
+    params = stacked((1, 16))
     assert params.layers.key.values.sharding.is_fully_replicated
     cache = abstract_cache(GROK_1, mesh, batch=1, capacity=8192, dtype="bfloat16")
     assert cache.k.sharding.shard_shape(cache.k.shape) == (64, 1, 1, 8192, 128)

@@ -16,7 +16,7 @@ from grok1.offload.expert_store import pageable_buffer
 from grok1.planning import budget, memory
 from tests.helpers import relative_error
 
-GREEDY = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
+GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
 NUM_EXPERTS = 12 * 8
 
 ROUNDING = 1e-5
@@ -66,7 +66,7 @@ def with_room(model, on_host, on_device, monkeypatch):
     return model
 
 
-@pytest.mark.parametrize(("on_host", "on_device"), [(0, 0), (5, 0), (0, 9), (5, 9), (0, 96)])
+@pytest.mark.parametrize(("on_host", "on_device"), [(0, 0), (5, 9), (0, 96)])
 def test_nano_computes_what_the_resident_model_does(
     shared, nano, nano_reference, on_host, on_device, monkeypatch
 ):
@@ -80,7 +80,7 @@ def test_nano_computes_what_the_resident_model_does(
     stats = model.offload_stats
     assert (stats.num_held, stats.num_on_device) == (on_host, on_device)
     assert (f"{on_device} on the device" in str(stats)) == (on_device > 0)
-    assert stats.decode.num_used == 2 * 16 * 12 * 2
+    assert stats.decode.num_used == 2 * 8 * 12 * 2
     read = stats.decode.num_used - stats.decode.num_held
     assert stats.decode.bytes_read == read * model.engine.runner.store.num_bytes
     assert (stats.decode.hit_rate == 0) == (on_host + on_device == 0)
@@ -111,7 +111,7 @@ def test_sampled_tokens_scores_and_batches_are_the_resident_models(shared, nano,
     np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=2e-5)
     state = memory.state_bytes(shared.engine, 4, shared.engine.capacity_for(96))
     shared.engine.runner.budget_bytes += state
-    prompts = [[5, 6, 7], list(range(40, 60)), [9]]
+    prompts = [[5], [40], [9]]
     assert shared.generate(prompts, **GREEDY) == nano.generate(prompts, **GREEDY)
 
 

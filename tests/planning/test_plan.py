@@ -106,15 +106,20 @@ def test_the_bound_on_the_speed_is_what_a_token_reads(on_eight_gpus):
 
 
 def test_working_memory_is_that_of_the_toys_compiled_programs():
-    found = grok1.plan(TOY, devices=2, memory=1, batch=2, context=256, dtype="float32")
+    # The most of both, so that nothing larger is compiled.
+    found = grok1.plan(TOY, devices=2, memory=1, batch=32, context=1024, dtype="float32")
     engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
-    state = engine.abstract_state(2, 256)
-    rows = engine.abstract_rows(2)
-    prefill = engine.prefill_program(256).lower(engine.weights, state, rows).compile()
+    state = engine.abstract_state(32, 1024)
+    rows = engine.abstract_rows(32)
+    prefill = (
+        engine.prefill_program(engine.chunk_for(32, 1024))
+        .lower(engine.weights, state, rows)
+        .compile()
+    )
     # Here with the native kernels, which need less.
     assert found.working_bytes >= prefill.memory_analysis().temp_size_in_bytes > 0
-    assert found.cache_bytes == state_bytes(engine, 2, 256)
-    assert (found.batch, found.context, found.mesh) == (2, 256, (1, 2))
+    assert found.cache_bytes == state_bytes(engine, 32, 1024)
+    assert (found.batch, found.context, found.mesh) == (32, 1024, (1, 2))
 
 
 def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
