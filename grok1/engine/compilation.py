@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
+from grok1.engine import graphs
 from grok1.machine import environment
 from grok1.machine.announcement import announced, hint
 from grok1.machine.background import in_background
@@ -167,16 +168,16 @@ class Program:
     def _executable(self, args):
         # Now, and not while tracing or reading: what is stored may call the kernels, and their
         # build speaks for itself.
-        has_kernels = forms.has_kernels(self._devices[0].platform)
+        kernels = forms.prepare(self._devices[0].platform)
         if self._identity is None or not _are_stored():
             with announced(f"compiling {self._in_words(*args)}"):
-                return self.lower(*args).compile()
-        parts = (_environment(self._devices), has_kernels, self._identity, _signature(args))
+                return graphs.compiled(self.lower(*args), self._devices)
+        parts = (_environment(self._devices), kernels, self._identity, _signature(args))
         name = "program-" + hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
         executable = _read(name, self._devices)
         if executable is None:
             with announced(f"compiling {self._in_words(*args)} {_LATER}"):
-                executable = self.lower(*args).compile()
+                executable = graphs.compiled(self.lower(*args), self._devices)
             _store(name, executable)
         return executable
 

@@ -1,12 +1,14 @@
 """What is set by variables of the environment, each of which has few values that mean something.
 
-GROK1_NATIVE=0 turns the kernels in C++ off. GROK1_COMPILATION_CACHE=0 keeps no programs for later
-processes. GROK1_NUM_THREADS is the number of threads of a kernel.
+GROK1_NATIVE=0 turns the kernels in C++ and CUDA off. GROK1_COMPILATION_CACHE=0 keeps no programs
+for later processes. GROK1_CUDA_GRAPHS=0 records no steps as CUDA graphs. GROK1_NUM_THREADS is the
+number of threads of a kernel.
 """
 
 import os
+import sys
 
-SWITCHES = ("GROK1_NATIVE", "GROK1_COMPILATION_CACHE")
+SWITCHES = ("GROK1_NATIVE", "GROK1_COMPILATION_CACHE", "GROK1_CUDA_GRAPHS")
 _NUM_THREADS = "GROK1_NUM_THREADS"
 _MOST_THREADS = 4096
 
@@ -51,3 +53,12 @@ def check() -> None:
     num_threads()
     for name in SWITCHES:
         is_on(name)
+
+
+def of_child(**variables: str) -> dict[str, str]:
+    """Returns the environment of a process that this one starts, with these variables set.
+
+    It finds this package where this process has found it.
+    """
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHONPATH": path, **variables}

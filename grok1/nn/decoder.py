@@ -26,10 +26,12 @@ from grok1.nn.hooks import apply, redirect
 from grok1.nn.sharding import MODEL_AXIS
 from grok1.nn.transformer import LayerParams, Params
 from grok1.nn.unembedding import logit_lens
-from grok1.ops.attention import KVCache, Place, append, attend_cache, attention_map
-from grok1.ops.experts import Routing, choose_experts, experts, router_logits
-from grok1.ops.layers import apply_rope, rms_norm
+from grok1.ops.attention import KVCache, Place, attend_cache, attention_map
+from grok1.ops.experts import Routing, experts, route_layer
+from grok1.ops.heads import Projections, append_heads
+from grok1.ops.layers import rms_norm
 from grok1.ops.quantized import QuantizedArray, Weight, matmul_split
+from grok1.ops.residual import add_branch, layer_norm
 
 Captures = dict[str, Array]
 """Values kept on the way, each with a leading axis L; see `forward`."""
@@ -99,8 +101,16 @@ def forward(
     if "attention_probs" in capture:
         shape = _map_shape(config, tokens.shape, cache)
         maps = jnp.zeros((len(capture.attention_layers), *shape))
-    layers = jnp.arange(config.num_layers)
-    (x_RTD, cache, maps), captured = jax.lax.scan(run_layer, (x_RTD, cache, maps), layers)
+    carry = x_RTD, cache, maps
+    if capture:
+        layers = jnp.arange(config.num_layers)
+        (x_RTD, cache, maps), captured = jax.lax.scan(run_layer, carry, layers)
+    else:
+        # The loop's own counter is the layer, without a kernel that looks it up.
+        x_RTD, cache, maps = jax.lax.fori_loop(
+            0, config.num_layers, lambda layer, carry: run_layer(carry, layer)[0], carry
+        )
+        captured = {}
     cache = grown(cache, slots, num_valid)
     if maps is not None:
         captured["attention_probs"] = maps
@@ -169,15 +179,19 @@ def attend_and_route(
     config = run.config
     visit, captured = _visitor(layer, run, place)
     x = visit("residual_in", x)
-    normed = rms_norm(x, params.attention_pre_norm[layer])
+    normed = layer_norm(x, params.attention_pre_norm, layer)
     branch, cache, maps = _attention(params, layer, run, place, normed, cache)
     captured |= maps
-    x += visit("attention_out", rms_norm(branch, params.attention_post_norm[layer]))
-    x = visit("residual_mid", x)
-
-    normed_MD = rms_norm(x, params.moe_pre_norm[layer]).reshape(-1, config.emb_size)
-    logits_ME = router_logits(normed_MD, params.router[layer], config.router_softcap)
-    routing = choose_experts(logits_ME, config.num_selected_experts, config.renormalize_gates)
+    scales = params.attention_post_norm, params.moe_pre_norm
+    if _is_unseen(run, "attention_out", "residual_mid"):
+        x, normed = add_branch(x, branch, scales, layer)
+    else:
+        x += visit("attention_out", layer_norm(branch, scales[0], layer))
+        x = visit("residual_mid", x)
+        normed = layer_norm(x, scales[1], layer)
+    normed_MD = normed.reshape(-1, config.emb_size)
+    choice = config.num_selected_experts, config.router_softcap, config.renormalize_gates
+    logits_ME, routing = route_layer(normed_MD, params.router, layer, *choice)
     routing = redirect(run.interventions, logits_ME, routing, layer, place.positions.reshape(-1))
     routed = {
         "router_probs": routing.probs,
@@ -211,9 +225,18 @@ def add_experts(
     """
     visit, captured = _visitor(layer, run, place)
     summed = jax.lax.psum(branch, MODEL_AXIS).reshape(x.shape)
-    x += visit("moe_out", rms_norm(summed, params.moe_post_norm[layer]))
+    if _is_unseen(run, "moe_out"):
+        (x,) = add_branch(x, summed, (params.moe_post_norm,), layer)
+    else:
+        x += visit("moe_out", layer_norm(summed, params.moe_post_norm, layer))
     x = visit("residual", x)
     return x, captured
+
+
+def _is_unseen(run: Run, *points: str) -> bool:
+    """Whether nothing looks at these points of a layer's stream, or changes them."""
+    watched = {*run.capture.names, *(hook.point for hook in run.interventions)}
+    return watched.isdisjoint(points)
 
 
 def _visitor(
@@ -264,21 +287,15 @@ def _attention(
     rows, length, _ = x.shape
     heads_here = cache.k.shape[2]
 
-    def heads(weight, index):
-        projected = matmul_split(x, weight, index, dtype)
-        return projected.reshape(rows, length, -1, config.key_size)
-
-    query = apply_rope(heads(params.query, (layer,)), place.positions)
     key_weight = _columns_of_device(params.key, layer, heads_here, config)
     value_weight = _columns_of_device(params.value, layer, heads_here, config)
-    key = apply_rope(heads(*key_weight), place.positions)
-    value = heads(*value_weight)
-    cache = append(cache, layer, place, key, value)
     # Int8 is exact in any type of product; queries of a float cache are rounded as its keys.
     as_keys = dtype != jnp.float32 and cache.k.dtype != jnp.int8
-    query_RTCGH = query.astype(cache.k.dtype if as_keys else dtype).reshape(
-        rows, length, heads_here, -1, config.key_size
+    dtypes = (dtype, cache.k.dtype if as_keys else dtype)
+    projections = Projections(
+        (params.query, key_weight[0], value_weight[0]), ((layer,), key_weight[1], value_weight[1])
     )
+    query_RTCGH, cache = append_heads(x, projections, cache, layer, place, dtypes)
     scale = config.attn_output_multiplier
     mixed = attend_cache(query_RTCGH, cache, layer, place, scale)
     captured: Captures = {}

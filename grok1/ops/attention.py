@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
+from grok1.ops.cuda import calls_of_rows, shapes_of_rows
 from grok1.ops.layers import exact_einsum
 
 SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
@@ -44,6 +45,12 @@ class KVCache(NamedTuple):
     length: Any
     k_scales: Any = None
     v_scales: Any = None
+
+
+def arrays_of(cache: KVCache) -> tuple[Array, ...]:
+    """Its keys and values, and their scales if there are any."""
+    scales = () if cache.k_scales is None else (cache.k_scales, cache.v_scales)
+    return (cache.k, cache.v, *scales)
 
 
 class Place(NamedTuple):
@@ -103,8 +110,8 @@ def attend_cache(
       layer: Which layer of the cache to read.
       place: Of the queries; each sees the keys of its slot at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
-      implementation: "blocked" goes through XLA, "cpp" through C++, from a float32 cache; None for
-        that of `forms.PREFERRED`.
+      implementation: "blocked" goes through XLA, "cpp" through C++, from a float32 cache, "cuda"
+        through CUDA, for few queries; None for that of `forms.PREFERRED`.
 
     Returns:
       float32.
@@ -129,6 +136,25 @@ def attend_cpp(
     return bindings.attention(
         query, (cache.k, cache.v), layer, place.slots, place.positions, (scale, SOFT_CAP)
     )
+
+
+def _is_not_for_cuda(query, cache, layer, place) -> str | None:
+    heads = calls_of_rows.heads_of(query.shape, query.dtype, arrays_of(cache))
+    return shapes_of_rows.refusal_of(heads)
+
+
+@forms.form("attend_cache", "cuda", refuses=_is_not_for_cuda)
+def attend_cuda(
+    query: Float[Array, "R T C G H"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    scale: float,
+) -> Float[Array, "R T C G H"]:
+    """`attend_blocked` in CUDA: the sequence in parts that run side by side; sums in float32."""
+    limits = (scale, SOFT_CAP)
+    arrays = arrays_of(cache)
+    return calls_of_rows.attend(query, arrays, layer, place.slots, place.positions, limits)
 
 
 @forms.form("attend_cache", "blocked")

@@ -1,9 +1,10 @@
 """Which form of an operation runs where: one table, and the choice.
 
 An operation has several forms, which compute the same thing: those that go through XLA run on any
-device, those in C++ on CPUs. A form is a function of the operation's arguments, under `@form` in
-the module that holds it; what it cannot compute, it says. A new one is that function, its name in
-`PREFERRED`, and a parameter of the tests that hold all forms to the same numbers.
+device, those in C++ on CPUs, those in CUDA on NVIDIA GPUs. A form is a function of the operation's
+arguments, under `@form` in the module that holds it; what it cannot compute, it says. A new one is
+that function, its name in `PREFERRED`, and a parameter of the tests that hold all forms to the same
+numbers.
 """
 
 import functools
@@ -13,11 +14,21 @@ from typing import Any, NamedTuple
 import jax
 
 from grok1.ops.cpu import bindings
+from grok1.ops.cuda import presence
 
 PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     "matmul": {"cpu": ("cpp", "tiled"), "default": ("direct",)},
-    "experts": {"cpu": ("cpp", "sparse"), "default": ("sparse",)},
-    "attend_cache": {"cpu": ("cpp", "blocked"), "default": ("blocked",)},
+    "project": {"cuda": ("cuda", "one_by_one"), "default": ("one_by_one",)},
+    "experts": {"cpu": ("cpp", "sparse"), "cuda": ("cuda", "sparse"), "default": ("sparse",)},
+    "attend_cache": {
+        "cpu": ("cpp", "blocked"),
+        "cuda": ("cuda", "blocked"),
+        "default": ("blocked",),
+    },
+    "append_heads": {"cuda": ("cuda", "steps"), "default": ("steps",)},
+    "norm": {"cuda": ("cuda", "xla"), "default": ("xla",)},
+    "add_norm": {"cuda": ("cuda", "xla"), "default": ("xla",)},
+    "route": {"cuda": ("cuda", "xla"), "default": ("xla",)},
 }
 """The forms of each operation that are asked in turn, by JAX's name of the platform."""
 
@@ -49,6 +60,17 @@ def form(
     return register
 
 
+def prepare(platform: str) -> str:
+    """Names the native kernels that programs for a platform may call; builds them when first asked.
+
+    Args:
+      platform: JAX's name of it.
+    """
+    if platform == "cpu":
+        return str(bindings.is_available())
+    return " ".join(sorted(presence.kernels())) if platform in ("gpu", "cuda") else ""
+
+
 def has_kernels(platform: str) -> bool:
     """Whether forms in C++ run on devices of a platform; builds them when first asked."""
     return platform == "cpu" and bindings.is_available()
@@ -66,6 +88,8 @@ def refusal(operation: str, name: str, *arguments: Any) -> str | None:
         raise ValueError(f"{operation} has no form {name!r}; its forms are {names}")
     if name == "cpp" and not bindings.is_available():
         return "the native kernels are not available here"
+    if name == "cuda" and operation not in presence.kernels():
+        return "its CUDA kernels are not available here"
     return found.refuses(*arguments)
 
 
@@ -99,9 +123,12 @@ def run(operation: str, *arguments: Any, implementation: str | None = None, **st
     by_platform = {
         platform: chosen(operation, platform, *arguments) for platform in PREFERRED[operation]
     }
+    default = by_platform["default"]
     functions = {
         platform: functools.partial(_FORMS[operation, name].function, **static)
         for platform, name in by_platform.items()
-        if name is not None
+        if name is not None and (platform == "default" or name != default)
     }
+    if [*functions] == ["default"]:
+        return functions["default"](*arguments)  # nothing to trace twice
     return jax.lax.platform_dependent(*arguments, **functions)

@@ -71,6 +71,18 @@ def rms_norm(x: Float[Array, "*M D"], scale: Float[Array, " D"]) -> Float[Array,
     return x / jnp.sqrt(mean_square + RMS_NORM_EPSILON) * scale
 
 
+def rope_frequencies(size: int, module: Any = jnp) -> Any:
+    """By which factor a position turns each pair of a head; float32 `[size / 2]`.
+
+    Args:
+      size: H.
+      module: What computes them: NumPy for a constant of the program.
+    """
+    half = size // 2
+    exponents = -module.arange(half, dtype=module.float32) / half
+    return ROPE_BASE**exponents
+
+
 def apply_rope(
     x: Float[Array, "B T heads H"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B T heads H"]:
@@ -82,9 +94,9 @@ def apply_rope(
     Returns:
       float32.
     """
-    half = x.shape[-1] // 2
-    frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    phases = (positions[..., None].astype(jnp.float32) * frequencies)[:, :, None, :]
+    phases = (positions[..., None].astype(jnp.float32) * rope_frequencies(x.shape[-1]))[
+        :, :, None, :
+    ]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(phases), jnp.sin(phases)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -6,6 +6,7 @@ never needs a copy of "its" weight.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
+from grok1.ops.cuda import calls, shapes
 from grok1.ops.layers import exact_einsum, rounded, split_terms
 
 # A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
@@ -157,9 +159,68 @@ def matmul_split(
     Returns:
       float32 `[*M, N]`.
     """
+    return project(x, (weight,), (index,), dtype)[0]
+
+
+def project(
+    x: Float[Array, "*M K"],
+    weights: Sequence[Weight],
+    indices: Sequence[Index],
+    dtype: Any,
+    implementation: str | None = None,
+) -> list[Float[Array, "*M N"]]:
+    """`matmul_split` by several weights of the same rows, in one launch where that is quicker.
+
+    Args:
+      x: float32 `[*M, K]`.
+      weights: Float or quantised `[*lead, K, N]`.
+      indices: For each the index of its matrix.
+      dtype: float32 or bfloat16.
+      implementation: "one_by_one" goes through `matmul`, "cuda" through CUDA; None for that of
+        `forms.PREFERRED`.
+
+    Returns:
+      float32 `[*M, N]`, one for each weight.
+    """
+    arguments = x, tuple(weights), tuple(indices)
+    return forms.run("project", *arguments, implementation=implementation, dtype=jnp.dtype(dtype))
+
+
+@forms.form("project", "one_by_one")
+def project_one_by_one(
+    x: Float[Array, "*M K"], weights: tuple[Weight, ...], indices: tuple[Index, ...], dtype: Any
+) -> list[Float[Array, "*M N"]]:
+    """A product each."""
+    both = zip(weights, indices, strict=True)
     if x.dtype == dtype:
-        return matmul(x, weight, index)
-    return jnp.sum(matmul(jnp.stack(split_terms(x, dtype)), weight, index), axis=0)
+        return [matmul(x, weight, index) for weight, index in both]
+    terms = jnp.stack(split_terms(x, dtype))
+    return [jnp.sum(matmul(terms, weight, index), axis=0) for weight, index in both]
+
+
+def _is_not_for_cuda(x, weights, indices) -> str | None:
+    if not all(isinstance(weight, QuantizedArray) for weight in weights):
+        return "it reads int8 weights"
+    rows = math.prod(x.shape[:-1])
+    if rows > shapes.MOST_ROWS:
+        return f"it multiplies up to {shapes.MOST_ROWS} rows, not {rows}"
+    if len(weights) not in (1, 3):
+        return f"it multiplies one matrix or three, not {len(weights)}"
+    reasons = (shapes.refusal_of(calls.matrix_of(tuple(weight))) for weight in weights)
+    return next(filter(None, reasons), None)
+
+
+@forms.form("project", "cuda", refuses=_is_not_for_cuda)
+def project_cuda(
+    x: Float[Array, "*M K"],
+    weights: tuple[QuantizedArray, ...],
+    indices: tuple[Index, ...],
+    dtype: Any,
+) -> list[Float[Array, "*M N"]]:
+    """All in one launch, each weight read once and in place; float32 whatever `dtype`."""
+    x_MK = x.reshape(-1, x.shape[-1])
+    pairs = [((of.values, of.scales), i) for of, i in zip(weights, indices, strict=True)]
+    return [out.reshape(*x.shape[:-1], -1) for out in calls.project(x_MK, pairs)]
 
 
 @forms.form("matmul", "direct")

@@ -8,10 +8,12 @@ import pytest
 from grok1.ops import forms
 from grok1.ops.attention import KVCache, Place
 from grok1.ops.cpu import bindings
+from grok1.ops.cuda import presence
 from grok1.ops.experts import ExpertWeights, choose_experts
 from grok1.ops.quantized import quantize
 
 NO_KERNELS = "the native kernels are not available here"
+NO_CUDA = "its CUDA kernels are not available here"
 
 
 def test_every_form_of_the_table_exists():
@@ -34,10 +36,25 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         stack = jnp.ones((4, 8, 8))
         weights = ExpertWeights(*(quantize(stack) if quantized_weights else stack for _ in "gud"))
         return x, weights, (), choose_experts(jnp.ones((3, 4)), 2), jnp.ones(3, bool)
-    k = jnp.ones((1, 1, 1, 6, 8), cache_dtype)
+    weight = quantize(jnp.ones((16, 16)))
+    weight = weight if quantized_weights else jnp.ones((16, 16))
+    if operation == "project":
+        return jnp.ones((3, 16)), (weight,), ((),)
+    scales = jnp.ones((2, 8))
+    if operation == "norm":
+        return x, scales, jnp.int32(0)
+    if operation == "add_norm":
+        return x, x, (scales,), jnp.int32(0)
+    if operation == "route":
+        return x, jnp.ones((2, 8, 4)), jnp.int32(0)
+    size = 8 if operation == "attend_cache" else 16
+    k = jnp.ones((1, 1, 1, 6, size), cache_dtype)
     cache = KVCache(k, k, jnp.zeros(1, jnp.int32))
     zeros = jnp.zeros((1, 1), jnp.int32)
     place = Place(jnp.zeros(1, jnp.int32), zeros, zeros == 0)
+    if operation == "append_heads":
+        projections = ((weight,) * 3, ((),) * 3)
+        return jnp.ones((1, 1, 16)), projections, cache, jnp.int32(0), place
     return jnp.ones((1, 1, 1, 1, 8)), cache, jnp.int32(0), place
 
 
@@ -46,11 +63,33 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
 def test_the_first_form_that_can_is_chosen(monkeypatch, operation, available):
     monkeypatch.setattr(bindings, "is_available", lambda: available)
     table, arguments = forms.PREFERRED[operation], arguments_of(operation)
-    assert forms.chosen(operation, "cpu", *arguments) == table["cpu"][0 if available else 1]
+    names = table.get("cpu", (table["default"] * 2))
+    assert forms.chosen(operation, "cpu", *arguments) == names[0 if available else 1]
     for platform in ("cuda", "tpu", "a later one"):
         assert forms.chosen(operation, platform, *arguments) == table["default"][0]
         assert not forms.has_kernels(platform)
     assert forms.has_kernels("cpu") == available
+
+
+@pytest.mark.parametrize("operation", presence.OPERATIONS)
+def test_on_nvidia_gpus_the_kernels_that_are_there_are_chosen(operation):
+    table, arguments = forms.PREFERRED[operation], arguments_of(operation)
+    if operation == "attend_cache":
+        assert forms.refusal(operation, "cuda", *arguments) == NO_CUDA
+        arguments = arguments_of("append_heads")
+        arguments = (jnp.ones((1, 1, 1, 1, 16)), *arguments[2:])
+    if operation == "experts":
+        stack = quantize(jnp.ones((4, 16, 16)))
+        arguments = (jnp.ones((3, 16)), ExpertWeights(stack, stack, stack), *arguments[2:])
+    with presence.assumed():
+        assert forms.chosen(operation, "cuda", *arguments) == "cuda"
+        assert forms.chosen(operation, "cpu", *arguments) != "cuda"
+        assert forms.prepare("gpu") == " ".join(sorted(presence.OPERATIONS))
+    with presence.assumed(frozenset(presence.OPERATIONS) - {operation}):
+        assert forms.chosen(operation, "cuda", *arguments) == table["default"][0]
+    assert forms.prepare("gpu") == forms.prepare("tpu") == ""
+    with pytest.raises(NotImplementedError, match=NO_CUDA):
+        forms.run(operation, *arguments, implementation="cuda")
 
 
 @pytest.mark.parametrize(

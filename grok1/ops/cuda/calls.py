@@ -1,0 +1,142 @@
+"""Calls of the CUDA kernels from a program, by XLA's own launch of PTX.
+
+A launch is a node of the program's CUDA graph like one of XLA's own, without a host part: the
+operands' memory is all that it is given. Stacks of weights are read in place.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grok1.ops.cuda import shapes
+from grok1.ops.cuda.build import ptx_of
+from grok1.ops.cuda.kernel import Kernel
+from grok1.ops.cuda.shapes import Matrix
+
+_TARGET = "__gpu$xla.gpu.ptx"
+_TYPED_CONFIG = 2  # version of XLA's custom calls whose configuration is a text
+
+Quantized = tuple[Array, Array]
+"""int8 values `[*lead, K, N]` and bfloat16 scales `[*lead, G, N]`."""
+
+
+def call(kernel: Kernel, *inputs: Array) -> list[Array]:
+    """Launches a kernel.
+
+    Args:
+      kernel: Which.
+      *inputs: Arrays of its types, in order; memory in order of the axes.
+
+    Returns:
+      Its outputs.
+    """
+    found = [jnp.dtype(array.dtype).name for array in inputs]
+    if found != list(kernel.inputs):
+        raise TypeError(f"{kernel.name} takes {list(kernel.inputs)}, found {found}")
+    outputs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kernel.outputs]
+    (grid_x, grid_y), threads = kernel.grid, kernel.threads
+    config = (
+        f'{{name = "{kernel.name}", kernel_type = "ptx", kernel_data = {_quoted(ptx_of(kernel))}, '
+        f"grid_x = {grid_x} : i32, grid_y = {grid_y} : i32, grid_z = 1 : i32, "
+        f"block_x = {threads} : i32, block_y = 1 : i32, block_z = 1 : i32, "
+        "shared_mem_bytes = 0 : i32}"
+    )
+    launch = jax.ffi.ffi_call(
+        _TARGET,
+        outputs,
+        custom_call_api_version=_TYPED_CONFIG,
+        legacy_backend_config=config,
+        input_output_aliases=dict(kernel.aliases),
+    )
+    return list(launch(*inputs))
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal of MLIR."""
+    escaped = (
+        c if c.isprintable() and c.isascii() and c not in '"\\' else f"\\{ord(c):02X}" for c in text
+    )
+    return f'"{"".join(escaped)}"'
+
+
+def matrix_of(weight: Quantized) -> Matrix:
+    """The sizes of one matrix of a stack."""
+    values, scales = weight
+    rows, columns = values.shape[-2:]
+    return Matrix(rows, columns, scales.shape[-2])
+
+
+def experts(
+    x: Float[Array, "M D"],
+    gate: Quantized,
+    up: Quantized,
+    down: Quantized,
+    layer: int | Array,
+    expert_indices: Int[Array, "M A"],
+    expert_weights: Float[Array, "M A"],
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """Sums, for each token, its experts' gated feed-forward times their weights.
+
+    Args:
+      x: float32 or bfloat16, of up to `shapes.MOST_ROWS` tokens.
+      gate: `[*lead, E, D, F]`.
+      up: Of these shapes.
+      down: `[*lead, E, F, D]`.
+      layer: Index of the layer, 0 where there is no such axis.
+      expert_indices: int32; one outside 0 to E-1 is not run.
+      expert_weights: float32.
+      valid: False for padding, which gets zeros.
+
+    Returns:
+      float32.
+    """
+    tokens, selected = expert_indices.shape
+    gate_up, down_sum = shapes.experts(
+        tokens,
+        selected,
+        gate[0].shape[-3],
+        matrix_of(gate),
+        matrix_of(down),
+        x.dtype == jnp.bfloat16,
+    )
+    indices = expert_indices.astype(jnp.int32)
+    layer = jnp.asarray(layer, jnp.int32)
+    (hidden,) = call(gate_up, x.astype(jnp.float32), *gate, *up, layer, indices, valid)
+    (out,) = call(down_sum, hidden, *down, layer, indices, valid, expert_weights)
+    return out
+
+
+def projected(
+    x: Float[Array, "M K"], weights: list[tuple[Quantized, tuple[int | Array, ...]]]
+) -> Float[Array, "P M N"]:
+    """Multiplies by one matrix of each of some stacks.
+
+    Args:
+      x: float32 or bfloat16, of up to `shapes.MOST_ROWS` rows.
+      weights: Stacks, one or three, and for each an index of each leading axis.
+
+    Returns:
+      float32, what parts of the rows of the matrices add to the products, these side by side.
+    """
+    matrices = tuple(matrix_of(weight) for weight, _ in weights)
+    kernel = shapes.project(len(x), matrices, x.dtype == jnp.bfloat16)
+    operands = []
+    for (values, scales), index in weights:
+        number = jnp.int32(0)
+        for size, i in zip(values.shape[:-2], index, strict=True):
+            number = number * size + jnp.asarray(i, jnp.int32)
+        operands += [values, scales, number]
+    (parts,) = call(kernel, x.astype(jnp.float32), *operands)
+    return parts
+
+
+def project(
+    x: Float[Array, "M K"], weights: list[tuple[Quantized, tuple[int | Array, ...]]]
+) -> list[Float[Array, "M N"]]:
+    """`projected` as one array for each matrix."""
+    parts = projected(x, weights)
+    out = parts[0] if len(parts) == 1 else parts.sum(axis=0)
+    columns = [matrix_of(weight).columns for weight, _ in weights]
+    ends = [sum(columns[: i + 1]) for i in range(len(columns) - 1)]
+    return jnp.split(out, ends, axis=1)

@@ -1,0 +1,210 @@
+"""Compares every CUDA kernel with XLA's form of its operation, on the devices that are here.
+
+`presence` runs it in a process of its own on the first use of a device. Each verdict is a line of
+JSON, written as soon as it is known.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grok1.ops.attention import KVCache, Place, attend_blocked, attend_cuda
+from grok1.ops.cuda import presence
+from grok1.ops.experts import (
+    ExpertWeights,
+    choose_experts,
+    experts_cuda,
+    experts_sparse,
+    route_by_cuda,
+    route_by_xla,
+)
+from grok1.ops.heads import append_heads_by_steps, append_heads_cuda
+from grok1.ops.quantized import QuantizedArray, matmul_direct, project_cuda
+from grok1.ops.residual import add_branch_cuda, add_branch_xla, layer_norm_cuda, layer_norm_xla
+
+TOLERANCE = 2e-3
+"""Largest difference, relative to the largest number: between what rounds otherwise and a fault."""
+
+Case = tuple[Callable[..., Any], Callable[..., Any], tuple]
+"""A kernel, XLA's form, and the arguments of both."""
+
+
+def main() -> None:
+    """Prints the verdicts."""
+    for operation in presence.OPERATIONS:
+        problem = ""
+        for device in jax.local_devices():
+            with jax.default_device(device):
+                problem = problem or problem_of(operation)
+        print(json.dumps({"operation": operation, "problem": problem}), flush=True)
+
+
+def problem_of(operation: str) -> str:
+    """Says how an operation's kernels differ from XLA's form; empty if they do not."""
+    try:
+        for name, (kernel, form, arguments) in cases(operation):
+            arguments = jax.device_put(arguments)
+            # Twice: memory that a launch leaves behind must not matter to the next.
+            program = jax.jit(lambda *of, kernel=kernel: kernel(*of))
+            found = [program(*arguments) for _ in range(2)][-1]
+            expected = jax.jit(form)(*arguments)
+            for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                difference = relative_difference(got, want)
+                if not difference <= TOLERANCE:  # nor is NaN
+                    return f"on {name} it is {difference:.1e} away"
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    return ""
+
+
+def relative_difference(found: Any, expected: Any) -> float:
+    """The largest difference over the largest number."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def cases(operation: str) -> Iterator[tuple[str, Case]]:
+    """Yields small random cases of an operation, each with its name."""
+    make = {
+        "experts": _of_experts,
+        "project": _of_projections,
+        "append_heads": _of_heads,
+        "attend_cache": _of_attention,
+        "norm": _of_norms,
+        "add_norm": _of_sums,
+        "route": _of_routers,
+    }[operation]
+    return make(np.random.default_rng(0))
+
+
+def _weight(rng: np.random.Generator, lead: tuple[int, ...], rows: int, columns: int, groups: int):
+    values = rng.integers(-127, 128, (*lead, rows, columns), dtype=np.int8)
+    scales = (0.005 + 0.01 * rng.random((*lead, groups, columns))).astype(jnp.bfloat16)
+    return QuantizedArray(values, scales)
+
+
+def _of_experts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    layers, num_experts, width, hidden = 2, 8, 256, 384
+    weights = ExpertWeights(
+        _weight(rng, (layers, num_experts), width, hidden, 1),
+        _weight(rng, (layers, num_experts), width, hidden, 1),
+        _weight(rng, (layers, num_experts), hidden, width, 8),
+    )
+
+    def kernel(x, weights, layer, routing, valid):
+        return experts_cuda(x, weights, (layer,), routing, valid)
+
+    def form(x, weights, layer, routing, valid):
+        return experts_sparse(x.astype(jnp.float32), weights, (layer,), routing, valid)
+
+    sizes = (1, "float32"), (1, "bfloat16"), (4, "float32"), (8, "bfloat16"), (33, "bfloat16")
+    for tokens, dtype in sizes:
+        x = rng.standard_normal((tokens, width)).astype(dtype)
+        logits = rng.standard_normal((tokens, num_experts)).astype(np.float32)
+        routing = choose_experts(jnp.asarray(logits), 2)
+        valid = np.arange(tokens) != 1
+        arguments = (x, weights, np.int32(1), routing, valid)
+        yield f"{tokens} tokens in {dtype}", (kernel, form, arguments)
+
+
+def _of_projections(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    width = 512
+    sizes = ((384, 1), (64, 1), (64, 8))
+    weights = tuple(_weight(rng, (2,), width, *size) for size in sizes)
+
+    def kernel(x, layer, *weights):
+        return project_cuda(x, weights, ((layer,),) * len(weights), jnp.float32)
+
+    def form(x, layer, *weights):
+        return [matmul_direct(x, weight, (layer,), len(x)) for weight in weights]
+
+    for rows in (1, 5, 33):
+        x = rng.standard_normal((rows, width)).astype(np.float32)
+        yield f"{rows} rows", (kernel, form, (x, np.int32(1), *weights))
+        yield f"{rows} rows, one matrix", (kernel, form, (x, np.int32(1), weights[2]))
+
+
+def _cache(rng: np.random.Generator, dtype: str, rows: int) -> KVCache:
+    shape = (2, rows + 1, 2, 300, 64)
+    length = jnp.zeros(rows + 1, jnp.int32)
+    if dtype != "int8":
+        k, v = (rng.standard_normal(shape).astype(dtype) for _ in "kv")
+        return KVCache(k, v, length)
+    k, v = (rng.integers(-127, 128, shape, dtype=np.int8) for _ in "kv")
+    scales = (0.02 * rng.random(shape[:-1]).astype(np.float32) for _ in "kv")
+    return KVCache(k, v, length, *scales)
+
+
+def _place(rng: np.random.Generator, rows: int, length: int) -> Place:
+    slots = np.arange(rows, dtype=np.int32)
+    starts = rng.integers(0, 300 - length, (rows, 1)).astype(np.int32)
+    valid = np.ones((rows, length), bool)
+    return Place(slots, starts + np.arange(length, dtype=np.int32), valid)
+
+
+_CALLS = (("float32", 1, 1), ("float16", 3, 1), ("int8", 2, 1), ("float16", 1, 4))
+
+
+def _of_heads(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    width, size = 256, 64
+    columns = (2 * 3 * size, 2 * size, 2 * size)
+    weights = tuple(_weight(rng, (2,), width, count, 1) for count in columns)
+
+    def run(form):
+        def of(x, weights, cache, layer, place):
+            projections = (weights, ((layer,),) * 3)
+            dtypes = (jnp.float32, jnp.float32)
+            return form(x, projections, cache, layer, place, dtypes)
+
+        return of
+
+    for dtype, rows, length in _CALLS:
+        x = rng.standard_normal((rows, length, width)).astype(np.float32)
+        cache, place = _cache(rng, dtype, rows), _place(rng, rows, length)
+        arguments = (x, weights, cache, np.int32(1), place)
+        forms = run(append_heads_cuda), run(append_heads_by_steps)
+        yield f"{rows} x {length} into {dtype}", (*forms, arguments)
+
+
+def _of_attention(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    def kernel(*arguments):
+        return attend_cuda(*arguments, 0.3)
+
+    def form(query, *arguments):
+        return attend_blocked(query.astype(jnp.float32), *arguments, 0.3)
+
+    for dtype, rows, length in _CALLS:
+        query = rng.standard_normal((rows, length, 2, 3, 64)).astype(np.float32)
+        cache, place = _cache(rng, dtype, rows), _place(rng, rows, length)
+        arguments = (query, cache, np.int32(1), place)
+        yield f"{rows} x {length} in {dtype}", (kernel, form, arguments)
+
+
+def _of_norms(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    x = rng.standard_normal((3, 300)).astype(np.float32)
+    scales = rng.random((2, 300)).astype(np.float32)
+    yield "3 rows", (layer_norm_cuda, layer_norm_xla, (x, scales, np.int32(1)))
+
+
+def _of_sums(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    x, branch = (rng.standard_normal((3, 300)).astype(np.float32) for _ in "xb")
+    scales = tuple(rng.random((2, 300)).astype(np.float32) for _ in range(2))
+    for count in (1, 2):
+        arguments = (x, branch, scales[:count], np.int32(1))
+        yield f"{count} norms", (add_branch_cuda, add_branch_xla, arguments)
+
+
+def _of_routers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    x = rng.standard_normal((3, 300)).astype(np.float32)
+    routers = rng.standard_normal((2, 300, 8)).astype(np.float32)
+
+    def run(form):
+        return functools.partial(form, num_selected=2, softcap=30.0, renormalize=True)
+
+    yield "3 tokens", (run(route_by_cuda), run(route_by_xla), (x, routers, np.int32(1)))

@@ -1,0 +1,66 @@
+// What the kernels ask of a device, in CUDA: loads that are not kept, number formats, the product of
+// a warp. tests/ops/standin.h has the same on a CPU.
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+
+// Reads each weight once: it is not worth a place in a cache.
+DEVICE void load_once(const void* from, unsigned (&words)[4]) {
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from));
+}
+
+DEVICE void load_once(const void* from, unsigned (&words)[2]) {
+  asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "l"(from));
+}
+
+DEVICE float float_of_bits(unsigned bits) { return __uint_as_float(bits); }
+DEVICE unsigned bits_of_float(float value) { return __float_as_uint(value); }
+
+DEVICE float float_of_half(unsigned short bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+DEVICE unsigned short half_of_float(float value) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// Two floats, rounded to bfloat16: the first in the lower half.
+DEVICE unsigned bfloats(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// x * y + z of two pairs of bfloat16.
+DEVICE unsigned multiply_add_bfloats(unsigned x, unsigned y, unsigned z) {
+  unsigned pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(x), "r"(y), "r"(z));
+  return pair;
+}
+
+// Bytes of two words, picked by the nibbles of a selector.
+DEVICE unsigned pick_bytes(unsigned x, unsigned y, unsigned selector) {
+  return __byte_perm(x, y, selector);
+}
+
+// sum += a * b of a warp: a is 16 x 16, b 16 x 8, of bfloat16 (mma.sync.m16n8k16).
+DEVICE void multiply_tile(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE unsigned vote(bool is_set) { return __ballot_sync(~0u, is_set); }
+DEVICE int count_bits(unsigned bits) { return __popc(bits); }
+DEVICE int lowest_bit(unsigned bits) { return __ffs(bits) - 1; }
+DEVICE void barrier() { __syncthreads(); }

@@ -1,0 +1,140 @@
+// The chosen experts of a few tokens, in two launches: gate, up and GELU; down and the router's
+// weights. Each block finds out for itself which experts are chosen and by whom.
+//
+// Dimension key: M token, A experts a token, R = M * A dispatched rows, E expert, D model dim, F
+// hidden dim.
+#pragma once
+
+// The rows of one expert.
+template <class S>
+struct Chosen {
+  static constexpr int ROWS = S::M * S::A;
+  int indices[ROWS];
+  int rows[ROWS];
+  int expert;
+  int count;
+};
+
+template <class S>
+DEVICE void read_indices(Chosen<S>& chosen, const int* indices, const unsigned char* valid) {
+  for (int i = threadIdx.x; i < Chosen<S>::ROWS; i += blockDim.x)
+    chosen.indices[i] = valid[i / S::A] ? indices[i] : -1;
+  barrier();
+}
+
+// Fills in the rows of the number-th expert that is chosen at all, by index; none where there are
+// fewer. Every thread of the block calls it.
+template <class S>
+DEVICE void find_expert(Chosen<S>& chosen, int number) {
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 32) {
+    bool is_chosen = false;
+    for (int i = 0; i < Chosen<S>::ROWS; ++i) is_chosen |= lane < S::E && chosen.indices[i] == lane;
+    unsigned left = vote(is_chosen);
+    for (int before = 0; before < number; ++before) left &= left - 1;
+    const int expert = left == 0 ? -1 : lowest_bit(left);
+    int count = 0;
+    for (int start = 0; start < Chosen<S>::ROWS; start += 32) {
+      const int i = start + lane;
+      const bool is_mine = i < Chosen<S>::ROWS && expert >= 0 && chosen.indices[i] == expert;
+      const unsigned all = vote(is_mine);
+      if (is_mine) chosen.rows[count + count_bits(all & ((1u << lane) - 1))] = i;
+      count += count_bits(all);
+    }
+    if (lane == 0) chosen.expert = expert, chosen.count = count;
+  }
+  barrier();
+}
+
+DEVICE float gelu(float x) {  // in its tanh form, as trained
+  return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+
+// hidden[row] = gelu(x gate) * (x up). Grid: tiles of columns, experts; half of the warps each for
+// gate and up.
+template <class S>
+DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
+                    const signed char* up, const unsigned short* up_scales, const int* layer,
+                    const int* indices, const unsigned char* valid, float* hidden) {
+  using Of = typename S::Hidden;
+  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, COLUMNS = Columns<Of::BYTES>::count;
+  constexpr int EACH = COLUMNS * 8 * Of::TILES;
+  __shared__ Chosen<S> chosen;
+  __shared__ int tokens[INPUTS];
+  __shared__ float shared[2 * (Of::WARPS / 2) * EACH];
+  read_indices<S>(chosen, indices, valid);
+  find_expert<S>(chosen, blockIdx.y);
+  if (chosen.count == 0) return;
+  const int warp = threadIdx.x / 32 % Of::WARPS;
+  const bool is_up = threadIdx.x / 32 >= Of::WARPS;
+  const int column = blockIdx.x * COLUMNS;
+  const long long expert = (long long)layer[0] * S::E + chosen.expert;
+  const signed char* matrix = (is_up ? up : gate) + expert * Of::K * Of::N;
+  const unsigned short* scales = (is_up ? up_scales : gate_scales) + expert * Of::G * Of::N;
+  constexpr int TILES_OF_K = (Of::K / Of::G + 15) / 16 * Of::G;
+  for (int first = 0; first < chosen.count; first += INPUTS) {
+    const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
+    if (threadIdx.x < count) tokens[threadIdx.x] = chosen.rows[first + threadIdx.x] / S::A;
+    barrier();
+    Sums<Of::BYTES, Of::TILES> sums;
+    const Rows inputs = {x, tokens, count};
+    multiply<Of>(sums, matrix, scales, column, inputs, warp * TILES_OF_K / Of::WARPS,
+                 (warp + 1) * TILES_OF_K / Of::WARPS);
+    float* mine = shared + (is_up ? Of::WARPS / 2 * EACH : 0);
+    add_up<Of>(sums, warp, mine);
+    if (is_up && warp == 0) {
+      visit_sums<Of>(sums, column, count, [&](int at, int input, float value) {
+        shared[(at - column) * INPUTS + input] = value;
+      });
+    }
+    barrier();
+    if (!is_up && warp == 0) {
+      visit_sums<Of>(sums, column, count, [&](int at, int input, float value) {
+        const long long row = chosen.rows[first + input];
+        hidden[row * Of::N + at] = gelu(value) * shared[(at - column) * INPUTS + input];
+      });
+    }
+    barrier();
+  }
+}
+
+// out[token] = the sum of weight * (hidden[row] down) over the token's rows. Grid: tiles of columns.
+template <class S>
+DEVICE void down_sum(const float* hidden, const signed char* down, const unsigned short* down_scales,
+                     const int* layer, const int* indices, const unsigned char* valid,
+                     const float* weights, float* out) {
+  using Of = typename S::Out;
+  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, COLUMNS = Columns<Of::BYTES>::count;
+  constexpr int EACH = COLUMNS * 8 * Of::TILES;
+  __shared__ Chosen<S> chosen;
+  __shared__ float shared[Of::WARPS / 2 * EACH];
+  const int warp = threadIdx.x / 32, column = blockIdx.x * COLUMNS;
+  constexpr int TILES_OF_K = (Of::K / Of::G + 15) / 16 * Of::G;
+  for (int i = threadIdx.x; i < S::M * COLUMNS; i += blockDim.x) {
+    const int at = column + i % COLUMNS;
+    if (at < Of::N) out[(long long)(i / COLUMNS) * Of::N + at] = 0;
+  }
+  read_indices<S>(chosen, indices, valid);
+  for (int number = 0;; ++number) {
+    find_expert<S>(chosen, number);
+    const int all = chosen.count;  // the first warp may be at the next expert before others read it
+    if (all == 0) return;
+    const long long expert = (long long)layer[0] * S::E + chosen.expert;
+    for (int first = 0; first < all; first += INPUTS) {
+      const int count = all - first < INPUTS ? all - first : INPUTS;
+      Sums<Of::BYTES, Of::TILES> sums;
+      const Rows inputs = {hidden, chosen.rows + first, count};
+      multiply<Of>(sums, down + expert * Of::K * Of::N, down_scales + expert * Of::G * Of::N, column,
+                   inputs, warp * TILES_OF_K / Of::WARPS, (warp + 1) * TILES_OF_K / Of::WARPS);
+      add_up<Of>(sums, warp, shared);
+      if (warp == 0) {
+        visit_sums<Of>(sums, column, count, [&](int at, int input, float value) {
+          const int row = chosen.rows[first + input];
+          out[(long long)(row / S::A) * Of::N + at] += weights[row] * value;
+        });
+      }
+      // The next expert may add to the same token, from another lane.
+      barrier();
+    }
+  }
+}

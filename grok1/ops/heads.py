@@ -1,0 +1,117 @@
+"""The first half of attention: projections, rotary phases, and what goes into the cache.
+
+Dimension key: R row of a call, T query position, M = R*T, D model dim, C key/value head held here,
+G query heads that share it, H head dim.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from grok1.ops import forms
+from grok1.ops.attention import KVCache, Place, append, arrays_of
+from grok1.ops.cuda import calls, calls_of_rows, shapes, shapes_of_rows
+from grok1.ops.layers import apply_rope, rope_frequencies
+from grok1.ops.quantized import Index, QuantizedArray, Weight, project
+
+
+class Projections(NamedTuple):
+    """The weights of queries, keys and values, and the index of each in its stack."""
+
+    weights: tuple[Weight, Weight, Weight]
+    indices: tuple[Index, Index, Index]
+
+
+def append_heads(
+    x: Float[Array, "R T D"],
+    projections: Projections,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    dtypes: tuple[Any, Any],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "R T C G H"], KVCache]:
+    """Projects queries, keys and values; keys and values are written to the cache.
+
+    Args:
+      x: float32.
+      projections: Weights with H columns for each head, of keys and values for the cache's heads.
+      cache: What there is.
+      layer: Which of its layers.
+      place: Where the tokens stand; invalid ones are not written.
+      dtypes: Type of the products, and type of the queries that are returned.
+      implementation: "steps" goes step by step, "cuda" through CUDA, for few tokens; None for that
+        of `forms.PREFERRED`.
+
+    Returns:
+      The queries, rotary phases applied, and the cache with the same `length`.
+    """
+    arguments = x, tuple(projections), cache, layer, place
+    return forms.run("append_heads", *arguments, implementation=implementation, dtypes=dtypes)
+
+
+def _query_shape(x: Array, projections: Any, cache: KVCache) -> tuple[int, ...]:
+    heads, size = cache.k.shape[2], cache.k.shape[4]
+    (query, _, _), _ = projections
+    return (*x.shape[:2], heads, query.shape[-1] // (heads * size), size)
+
+
+@forms.form("append_heads", "steps")
+def append_heads_by_steps(
+    x: Float[Array, "R T D"],
+    projections: Any,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    dtypes: tuple[Any, Any],
+) -> tuple[Float[Array, "R T C G H"], KVCache]:
+    """Each step by itself."""
+    dtype, query_dtype = dtypes
+    query, key, value = (
+        projected.reshape(*x.shape[:2], -1, cache.k.shape[4])
+        for projected in project(x, projections[0], projections[1], dtype)
+    )
+    query, key = apply_rope(query, place.positions), apply_rope(key, place.positions)
+    cache = append(cache, layer, place, key, value)
+    return query.astype(query_dtype).reshape(_query_shape(x, projections, cache)), cache
+
+
+def _is_not_for_cuda(x, projections, cache, layer, place) -> str | None:
+    weights, _ = projections
+    if not all(isinstance(weight, QuantizedArray) for weight in weights):
+        return "it reads int8 weights"
+    rows = x.shape[0] * x.shape[1]
+    if rows > shapes.MOST_ROWS:
+        return f"it projects up to {shapes.MOST_ROWS} rows, not {rows}"
+    shape = _query_shape(x, projections, cache)
+    heads = calls_of_rows.heads_of(shape, jnp.float32, arrays_of(cache))
+    reasons = [shapes.refusal_of(calls.matrix_of(tuple(weight))) for weight in weights]
+    return next(filter(None, (*reasons, shapes_of_rows.refusal_of(heads))), None)
+
+
+@forms.form("append_heads", "cuda", refuses=_is_not_for_cuda)
+def append_heads_cuda(
+    x: Float[Array, "R T D"],
+    projections: Any,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    dtypes: tuple[Any, Any],
+) -> tuple[Float[Array, "R T C G H"], KVCache]:
+    """In two launches, in CUDA: projections of float32 accuracy, then phases and cache."""
+    pairs = [
+        ((weight.values, weight.scales), index) for weight, index in zip(*projections, strict=True)
+    ]
+    parts = calls.projected(x.reshape(-1, x.shape[-1]), pairs)
+    query, arrays = calls_of_rows.place(
+        parts,
+        jnp.asarray(rope_frequencies(cache.k.shape[4], np)),
+        arrays_of(cache),
+        layer,
+        tuple(place),
+        (_query_shape(x, projections, cache), dtypes[1]),
+    )
+    names = ("k", "v", "k_scales", "v_scales")[: len(arrays)]
+    return query, cache._replace(**dict(zip(names, arrays, strict=True)))

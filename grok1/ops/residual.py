@@ -1,0 +1,106 @@
+"""The residual stream: norms before and after a branch, and the sum.
+
+Dimension key: M row, D model dim, L layer.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grok1.ops import forms
+from grok1.ops.cuda import calls_of_rows, shapes, shapes_of_rows
+from grok1.ops.layers import RMS_NORM_EPSILON, rms_norm
+
+
+def layer_norm(
+    x: Float[Array, "*M D"],
+    scales: Float[Array, "L D"],
+    layer: Int[Array, ""],
+    implementation: str | None = None,
+) -> Float[Array, "*M D"]:
+    """`rms_norm` with the scale of a layer.
+
+    Args:
+      x: float32.
+      scales: Of all layers.
+      layer: Which.
+      implementation: "xla" or "cuda"; None for that of `forms.PREFERRED`.
+
+    Returns:
+      float32.
+    """
+    return forms.run("norm", x, scales, layer, implementation=implementation)
+
+
+def add_branch(
+    x: Float[Array, "*M D"],
+    branch: Float[Array, "*M D"],
+    scales: tuple[Float[Array, "L D"], ...],
+    layer: Int[Array, ""],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*M D"], ...]:
+    """Adds the norm of a branch; then the norm of the sum, if there are scales for it too.
+
+    Args:
+      x: float32, the residual stream.
+      branch: float32.
+      scales: Of the norm of the branch in all layers, then of the norm of the sum.
+      layer: Which layer.
+      implementation: "xla" or "cuda"; None for that of `forms.PREFERRED`.
+
+    Returns:
+      The stream, and its norm if there are scales for it; float32.
+    """
+    return forms.run("add_norm", x, branch, scales, layer, implementation=implementation)
+
+
+@forms.form("norm", "xla")
+def layer_norm_xla(
+    x: Float[Array, "*M D"], scales: Float[Array, "L D"], layer: Int[Array, ""]
+) -> Float[Array, "*M D"]:
+    """By XLA."""
+    return rms_norm(x, scales[layer])
+
+
+@forms.form("add_norm", "xla")
+def add_branch_xla(
+    x: Float[Array, "*M D"],
+    branch: Float[Array, "*M D"],
+    scales: tuple[Float[Array, "L D"], ...],
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "*M D"], ...]:
+    """By XLA."""
+    x = x + rms_norm(branch, scales[0][layer])
+    return (x, *(rms_norm(x, of_sum[layer]) for of_sum in scales[1:]))
+
+
+def _is_not_for_cuda(x, *others) -> str | None:
+    *rows, width = x.shape
+    if math.prod(rows) > shapes.MOST_ROWS:
+        return f"it norms up to {shapes.MOST_ROWS} rows, not {math.prod(rows)}"
+    if width > shapes_of_rows.MOST_WIDTH:
+        return f"its rows are up to {shapes_of_rows.MOST_WIDTH} wide, not {width}"
+    return None
+
+
+@forms.form("norm", "cuda", refuses=_is_not_for_cuda)
+def layer_norm_cuda(
+    x: Float[Array, "*M D"], scales: Float[Array, "L D"], layer: Int[Array, ""]
+) -> Float[Array, "*M D"]:
+    """In one launch."""
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return calls_of_rows.norm(rows, scales, layer, RMS_NORM_EPSILON).reshape(x.shape)
+
+
+@forms.form("add_norm", "cuda", refuses=_is_not_for_cuda)
+def add_branch_cuda(
+    x: Float[Array, "*M D"],
+    branch: Float[Array, "*M D"],
+    scales: tuple[Float[Array, "L D"], ...],
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "*M D"], ...]:
+    """In one launch."""
+    rows, of_branch = (array.reshape(-1, x.shape[-1]) for array in (x, branch))
+    found = calls_of_rows.add_norm(rows, of_branch, scales, layer, RMS_NORM_EPSILON)
+    return tuple(array.reshape(x.shape) for array in found)

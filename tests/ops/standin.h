@@ -1,0 +1,223 @@
+// What the CUDA kernels ask of a device, on a CPU: threads of a block are fibers that take turns, in
+// one order or the other, and wait for each other at barriers and in what a warp does together.
+#pragma once
+#include <csetjmp>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define DEVICE inline
+
+struct Dim {
+  int x, y, z;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+static Dim threadIdx, blockIdx, blockDim, gridDim;
+
+struct Meeting {  // of all that are still running
+  int alive = 0, arrived = 0, number = 0;
+  void leave() {
+    --alive;
+    if (arrived == alive && alive > 0) open();
+  }
+  void open() { arrived = 0, ++number; }
+};
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;
+  std::vector<char> stack;
+  bool is_started = false, is_over = false;
+};
+
+struct Warp {
+  Meeting meeting;
+  unsigned deposits[2][32][8];
+  int turn[32];
+};
+
+static std::vector<Fiber> fibers;
+static std::vector<Warp> warps;
+static Meeting block_meeting;
+static jmp_buf scheduler;
+static ucontext_t home;
+static int current, idle;
+static void (*body)(void**);
+static void** arguments;
+
+static void yield() {
+  if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1);
+}
+
+static void meet(Meeting& meeting) {
+  const int number = meeting.number;
+  if (++meeting.arrived == meeting.alive) {
+    meeting.open();
+    idle = 0;
+  } else {
+    while (meeting.number == number) yield();
+  }
+}
+
+static void run_fiber() {
+  body(arguments);
+  fibers[current].is_over = true;
+  block_meeting.leave();
+  warps[current / 32].meeting.leave();
+  idle = 0;
+  _longjmp(scheduler, 1);
+}
+
+// Runs one block after the other; `backward` lets the last thread go first.
+static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threads, bool backward) {
+  body = kernel, arguments = buffers;
+  gridDim = grid, blockDim = {threads, 1, 1};
+  for (int number = 0; number < grid.x * grid.y * grid.z; ++number) {
+    blockIdx = {number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
+    fibers.resize(threads);
+    warps.assign((threads + 31) / 32, Warp());
+    block_meeting = Meeting();
+    block_meeting.alive = threads;
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[i];
+      fiber.stack.resize(1 << 16);
+      fiber.is_started = fiber.is_over = false;
+      ++warps[i / 32].meeting.alive;
+    }
+    idle = 0;
+    volatile int left = threads;
+    while (left > 0) {
+      if (++idle > 3) {
+        std::fprintf(stderr, "the threads of block %d wait for each other\n", number);
+        std::abort();
+      }
+      for (volatile int turn = 0; turn < threads; ++turn) {
+        current = backward ? threads - 1 - turn : turn;
+        Fiber& fiber = fibers[current];
+        if (fiber.is_over) continue;
+        threadIdx = {current, 0, 0};
+        if (!_setjmp(scheduler)) {
+          if (fiber.is_started) _longjmp(fiber.at, 1);
+          fiber.is_started = true;
+          getcontext(&fiber.start);
+          fiber.start.uc_stack.ss_sp = fiber.stack.data();
+          fiber.start.uc_stack.ss_size = fiber.stack.size();
+          fiber.start.uc_link = nullptr;
+          makecontext(&fiber.start, run_fiber, 0);
+          setcontext(&fiber.start);
+        }
+        if (fibers[current].is_over) left = left - 1;
+      }
+    }
+  }
+}
+
+inline void barrier() { meet(block_meeting); }
+
+// Lets all lanes of a warp see what each deposits; a lane is never two exchanges ahead.
+inline unsigned (*exchange(const unsigned* deposit, int count))[8] {
+  Warp& warp = warps[threadIdx.x / 32];
+  const int lane = threadIdx.x % 32, turn = warp.turn[lane]++ % 2;
+  if (warp.meeting.alive != 32) {
+    std::fprintf(stderr, "a warp works together of which lanes have left\n");
+    std::abort();
+  }
+  std::memcpy(warp.deposits[turn][lane], deposit, 4 * count);
+  meet(warp.meeting);
+  return warp.deposits[turn];
+}
+
+inline float float_of_bits(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline unsigned bits_of_float(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float float_of_half(unsigned short bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float value = exponent == 0    ? std::ldexp((float)mantissa, -24)
+                : exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                 : std::ldexp((float)(mantissa + 1024), exponent - 25);
+  return bits >> 15 ? -value : value;
+}
+inline unsigned short half_of_float(float value) {
+  const _Float16 half = (_Float16)value;
+  unsigned short bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline unsigned bfloat(float value) {
+  const unsigned bits = bits_of_float(value);
+  if (value != value) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned bfloats(float low, float high) { return bfloat(low) | bfloat(high) << 16; }
+inline float low_of(unsigned pair) { return float_of_bits(pair << 16); }
+inline float high_of(unsigned pair) { return float_of_bits(pair & 0xffff0000u); }
+inline unsigned multiply_add_bfloats(unsigned x, unsigned y, unsigned z) {
+  return bfloats(low_of(x) * low_of(y) + low_of(z), high_of(x) * high_of(y) + high_of(z));
+}
+inline unsigned pick_bytes(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t both = (uint64_t)y << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+template <int N>
+inline void load_once(const void* from, unsigned (&words)[N]) {
+  if ((uintptr_t)from % (4 * N) != 0) {
+    std::fprintf(stderr, "a load of %d bytes is not aligned\n", 4 * N);
+    std::abort();
+  }
+  std::memcpy(words, from, 4 * N);
+}
+
+// As the documentation of mma.sync.m16n8k16 says which lane has what.
+inline void multiply_tile(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const unsigned mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const auto all = exchange(mine, 6);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const unsigned a_pair = all[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+      const unsigned b_pair = all[column * 4 + k % 8 / 2][4 + k / 8];
+      sum[i] += k % 2 ? high_of(a_pair) * high_of(b_pair) : low_of(a_pair) * low_of(b_pair);
+    }
+  }
+}
+
+inline float shuffle_xor(float value, int mask) {
+  const unsigned mine = bits_of_float(value);
+  return float_of_bits(exchange(&mine, 1)[threadIdx.x % 32 ^ mask][0]);
+}
+inline unsigned vote(bool is_set) {
+  const unsigned mine = is_set;
+  const auto all = exchange(&mine, 1);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= all[lane][0] << lane;
+  return result;
+}
+inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(unsigned bits) { return __builtin_ffs(bits) - 1; }

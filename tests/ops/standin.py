@@ -1,0 +1,119 @@
+"""Runs CUDA kernels on the CPU: `standin.h` in place of a device."""
+
+import ctypes
+import functools
+import hashlib
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from grok1.ops.cuda.kernel import Kernel, function_of, text_of
+
+_FLAGS = (
+    "-std=c++17",
+    "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE",
+    "-w",
+    "-shared",
+    "-fPIC",
+)
+_HEADER = pathlib.Path(__file__).parent / "standin.h"
+
+
+def _named(kernel: Kernel) -> Kernel:
+    """The kernel under a name that tells it from those of other shapes."""
+    text = hashlib.sha256(repr(kernel).encode()).hexdigest()
+    return kernel._replace(name=f"{kernel.name}_{text[:12]}")
+
+
+def _caller(kernel: Kernel) -> str:
+    arguments = ", ".join(f"({of})a[{i}]" for i, of in enumerate(kernel.parameters))
+    body = f"[](void** a) {{ {kernel.name}({arguments}); }}"
+    grid = f"{{{kernel.grid[0]}, {kernel.grid[1]}, 1}}"
+    return (
+        f'extern "C" void run_{kernel.name}(void** buffers, int backward) {{\n'
+        f"  run_grid({body}, buffers, {grid}, {kernel.threads}, backward);\n}}\n"
+    )
+
+
+def build(
+    kernels: Sequence[Kernel], replacements: Sequence[tuple[str, str]] = (), level: str = "-O1"
+) -> ctypes.CDLL:
+    """Compiles kernels for the CPU.
+
+    Args:
+      kernels: Which.
+      replacements: Texts of the sources, and what to put in their place.
+      level: How much the compiler makes of them: less is quicker where they run once.
+    """
+    named = [_named(kernel) for kernel in dict.fromkeys(kernels)]
+    headers = tuple(dict.fromkeys(header for kernel in named for header in kernel.headers))
+    text = text_of(headers)
+    for old, new in replacements:
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in the sources"
+        text = text.replace(old, new)
+    parts = [_HEADER.read_text(), text, *(function_of(k) + _caller(k) for k in named)]
+    with tempfile.TemporaryDirectory() as directory:
+        source = pathlib.Path(directory, "kernels.cc")
+        source.write_text("\n".join(parts))
+        output = source.with_suffix(".so")
+        subprocess.run(["c++", *_FLAGS, level, str(source), "-o", str(output)], check=True)
+        return ctypes.CDLL(str(output))
+
+
+def run(
+    library: ctypes.CDLL, kernel: Kernel, *inputs: Any, backward: bool = False
+) -> list[np.ndarray]:
+    """Runs a kernel; outputs are full of NaN, or the largest number, before it writes them.
+
+    Args:
+      library: Of `build`.
+      kernel: One of its kernels.
+      *inputs: As the kernel's.
+      backward: Whether the last threads go first.
+    """
+    arrays = [np.ascontiguousarray(array) for array in inputs]
+    assert [str(array.dtype) for array in arrays] == list(kernel.inputs)
+    outputs = []
+    aliased = {output: of for of, output in kernel.aliases}
+    for number, output in enumerate(kernel.outputs):
+        if number in aliased:
+            outputs.append(arrays[aliased[number]].copy())
+            arrays[aliased[number]] = outputs[-1]
+            continue
+        is_float = not re.match("u?int", output.dtype)
+        value = np.nan if is_float else np.iinfo(output.dtype).max
+        outputs.append(
+            np.full(
+                output.shape,
+                value,
+                ml_dtypes.bfloat16 if output.dtype == "bfloat16" else output.dtype,
+            )
+        )
+    pointers = [array.ctypes.data for array in (*arrays, *outputs)]
+    function = getattr(library, f"run_{_named(kernel).name}")
+    function((ctypes.c_void_p * len(pointers))(*pointers), ctypes.c_int(backward))
+    return outputs
+
+
+def call(kernel: Kernel, *inputs):
+    """`calls.call` on the CPU, within a program."""
+    library = _library(kernel)
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kernel.outputs]
+
+    def on_host(*arrays):
+        return run(library, kernel, *map(np.asarray, arrays))
+
+    return jax.pure_callback(on_host, shapes, *inputs)
+
+
+@functools.cache
+def _library(kernel: Kernel) -> ctypes.CDLL:
+    return build([kernel], level="-O0")
