@@ -31,9 +31,10 @@ def append_heads(
     layer: Int[Array, ""],
     place: Place,
     dtypes: tuple[Any, Any],
-    implementation: str | None = None,
 ) -> tuple[Float[Array, "R T C G H"], KVCache]:
     """Projects queries, keys and values; keys and values are written to the cache.
+
+    Of its forms "steps" goes step by step and "cuda" through CUDA, for few tokens.
 
     Args:
       x: float32.
@@ -42,14 +43,12 @@ def append_heads(
       layer: Which of its layers.
       place: Where the tokens stand; invalid ones are not written.
       dtypes: Type of the products, and type of the queries that are returned.
-      implementation: "steps" goes step by step, "cuda" through CUDA, for few tokens; None for that
-        of `forms.PREFERRED`.
 
     Returns:
       The queries, rotary phases applied, and the cache with the same `length`.
     """
     arguments = x, tuple(projections), cache, layer, place
-    return forms.run("append_heads", *arguments, implementation=implementation, dtypes=dtypes)
+    return forms.run("append_heads", *arguments, dtypes=dtypes)
 
 
 def _query_shape(x: Array, projections: Any, cache: KVCache) -> tuple[int, ...]:

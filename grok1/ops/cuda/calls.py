@@ -68,29 +68,25 @@ def matrix_of(weight: Quantized) -> Matrix:
 
 def experts(
     x: Float[Array, "M D"],
-    gate: Quantized,
-    up: Quantized,
-    down: Quantized,
+    weights: tuple[Quantized, Quantized, Quantized],
     layer: int | Array,
-    expert_indices: Int[Array, "M A"],
-    expert_weights: Float[Array, "M A"],
+    choice: tuple[Int[Array, "M A"], Float[Array, "M A"]],
     valid: Bool[Array, " M"],
 ) -> Float[Array, "M D"]:
     """Sums, for each token, its experts' gated feed-forward times their weights.
 
     Args:
       x: float32 or bfloat16, of up to `shapes.MOST_ROWS` tokens.
-      gate: `[*lead, E, D, F]`.
-      up: Of these shapes.
-      down: `[*lead, E, F, D]`.
+      weights: Gate and up `[*lead, E, D, F]`, and down `[*lead, E, F, D]`.
       layer: Index of the layer, 0 where there is no such axis.
-      expert_indices: int32; one outside 0 to E-1 is not run.
-      expert_weights: float32.
+      choice: Experts, int32, of which one outside 0 to E-1 is not run; and their weights, float32.
       valid: False for padding, which gets zeros.
 
     Returns:
       float32.
     """
+    gate, up, down = weights
+    expert_indices, expert_weights = choice
     tokens, selected = expert_indices.shape
     gate_up, down_sum = shapes.experts(
         tokens,

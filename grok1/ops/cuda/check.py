@@ -20,12 +20,11 @@ from grok1.ops.experts import (
     choose_experts,
     experts_cuda,
     experts_sparse,
-    route_by_cuda,
-    route_by_xla,
 )
 from grok1.ops.heads import append_heads_by_steps, append_heads_cuda
 from grok1.ops.quantized import QuantizedArray, matmul_direct, project_cuda
 from grok1.ops.residual import add_branch_cuda, add_branch_xla, layer_norm_cuda, layer_norm_xla
+from grok1.ops.routing import route_by_cuda, route_by_xla
 
 TOLERANCE = 2e-3
 """Largest difference, relative to the largest number: between what rounds otherwise and a fault."""
