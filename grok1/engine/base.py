@@ -37,13 +37,14 @@ from grok1.engine.steps import (
     one_step,
     sampling_head,
     scoring_head,
+    screened_head,
 )
 from grok1.engine.wording import in_words
 from grok1.machine.pages import use_huge_pages
 from grok1.nn.capture import NOTHING, Capture, as_capture
 from grok1.nn.decoder import Captures
 from grok1.nn.precision import default_cache_dtype
-from grok1.nn.sharding import DATA_AXIS, AnyMesh, specs_of
+from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, specs_of
 from grok1.nn.transformer import Params
 from grok1.nn.unembedding import ScreeningTable, TokenStatistics, screening_table
 from grok1.ops import forms
@@ -288,7 +289,7 @@ class EngineBase:
 
     @functools.cached_property
     def screening_table(self) -> ScreeningTable | None:
-        """What `decode_greedily` reads instead of the whole embedding; None where it cannot."""
+        """What is read instead of the whole embedding to decode; None where that cannot be."""
         if self._root is not self:
             return self._root.screening_table
         if not forms.has_kernels(self.mesh.devices.flat[0].platform):
@@ -304,6 +305,11 @@ class EngineBase:
         table = program(self.params.embedding)
         use_huge_pages(table)
         return table
+
+    @property
+    def screens_draws(self) -> bool:
+        """Whether `decode` reads the `screening_table` where nothing but tokens is wanted."""
+        return self.mesh.shape[MODEL_AXIS] == 1 and self.screening_table is not None
 
     def abstract_rows(self, num_rows: int) -> Rows:
         """Returns the shapes and types of the `Rows` that programs take."""
@@ -369,6 +375,20 @@ class EngineBase:
         if adjusts:
             specs = (*specs, Adjustment(*(ROWS,) * len(Adjustment._fields)))
         return self._decode_step(key, sampling_head(num_top, processor), specs)
+
+    def screened_program(self, masks_differ: bool = False):
+        """As `decode_program` where `screens_draws`, with the table before the allowed tokens."""
+        key = Key(
+            kind=Kind.DECODE,
+            length=1,
+            capture=self.capture,
+            masks_differ=masks_differ,
+            is_screened=True,
+        )
+        sampling = SamplingState(*(ROWS,) * len(SamplingState._fields))
+        table = specs_of(self.screening_table)
+        masks = ROWS if masks_differ else P()
+        return self._decode_step(key, screened_head, (table, masks, sampling))
 
     def greedy_program(self, masks_differ: bool = False):
         """The program behind `decode_greedily`; `masks_differ` as for `decode_program`."""

@@ -232,8 +232,11 @@ class Engine(EngineBase):
           ValueError: If a row is given more steps than one call runs.
         """
         rows = self._decoding_rows(num_steps, slots)
-        adjusts = draw.adjustment is not None
-        program = self.decode_program(draw.num_top, draw.processor, draw.allowed.ndim > 1, adjusts)
+        adjusts, masks_differ = draw.adjustment is not None, draw.allowed.ndim > 1
+        if draw.wants_tokens_alone and self.screens_draws:
+            program, table = self.screened_program(masks_differ), self.screening_table
+            return self._run(program, state, rows, ends, table, draw.allowed, draw.sampling)
+        program = self.decode_program(draw.num_top, draw.processor, masks_differ, adjusts)
         more = (draw.adjustment,) if adjusts else ()
         return self._run(program, state, rows, ends, draw.allowed, draw.sampling, *more)
 

@@ -82,6 +82,7 @@ class Key(NamedTuple):
       processor: The caller's function within it.
       masks_differ: Whether each row has allowed tokens of its own.
       adjusts: Whether it adjusts the logits of each row.
+      is_screened: Whether it draws by way of the screening table.
       piece: Which piece of a layerwise step it is.
       of: The kind of step whose end the piece is.
     """
@@ -94,6 +95,7 @@ class Key(NamedTuple):
     processor: LogitsProcessor | None = None
     masks_differ: bool = False
     adjusts: bool = False
+    is_screened: bool = False
     piece: str = ""
     of: Kind | None = None
 

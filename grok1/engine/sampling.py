@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from grok1.config import ModelConfig
+from grok1.nn.unembedding import ScreeningTable
 from grok1.ops import race
 from grok1.ops.cpu import bindings
 
@@ -175,6 +177,35 @@ def sample(
     drawn = jax.lax.cond(jnp.all(greedy), lambda: most_probable, draw)
     drawn = jnp.where(remaining.max(axis=-1) > -jnp.inf, drawn, NONE_LEFT)
     return jnp.where(logits.max(axis=-1) < jnp.inf, drawn, NOT_FINITE)  # NaN is not
+
+
+def sample_screened(
+    embedding: Float[Array, "V D"],
+    table: ScreeningTable,
+    config: ModelConfig,
+    x: Float[Array, "B D"],
+    allowed: Bool[Array, "... V"],
+    state: SamplingState,
+    positions: Int[Array, " B"],
+) -> Int[Array, " B"]:
+    """Draws as `sample` does from the logits of `unembed`, few of which it computes; on CPUs.
+
+    Args:
+      embedding: All rows, float32.
+      table: Their `screening_table`.
+      config: The model.
+      x: The final norm's output.
+      allowed: As for `sample`.
+      state: Each row's parameters and key.
+      positions: Position of the token that is drawn.
+
+    Returns:
+      As `sample`; `NOT_FINITE` also where the embedding or `x` is not finite.
+    """
+    parameters = bindings.RowParameters(**state._asdict(), positions=positions)
+    return bindings.draw(
+        x, (embedding, *table), config.output_multiplier_scale, allowed, parameters
+    )
 
 
 def keep_probable(

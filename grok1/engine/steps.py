@@ -25,6 +25,7 @@ from grok1.engine.sampling import (
     PROCESSED_NOT_FINITE,
     SamplingState,
     sample,
+    sample_screened,
     top_logprobs,
 )
 from grok1.nn.sharding import DATA_AXIS
@@ -115,6 +116,11 @@ class Draw(NamedTuple):
     num_top: int | None = None
     processor: LogitsProcessor | None = None
     adjustment: Adjustment | None = None
+
+    @property
+    def wants_tokens_alone(self) -> bool:
+        """Whether they are drawn from the logits as they are, and nothing else is wanted."""
+        return self.num_top is None and self.processor is None and self.adjustment is None
 
 
 class LastHidden(NamedTuple):
@@ -225,6 +231,26 @@ def greedy_head(
     chosen = most_probable(hidden.embedding, table, hidden.values[:, 0], allowed)
     chosen = jnp.where(chosen < 0, NOT_FINITE, chosen)
     return _advanced(state, rows, chosen), _without_logprobs(chosen)
+
+
+def screened_head(
+    hidden: LastHidden,
+    state: DecodeState,
+    rows: Rows,
+    table: ScreeningTable,
+    allowed: Bool[Array, "*R vocab"],
+    sampling: SamplingState,
+) -> tuple[DecodeState, Step]:
+    """As `sampling_head` without log-probabilities, by way of the `ScreeningTable`."""
+    drawn = sample_screened(
+        hidden.values[:, 0],
+        (hidden.embedding, *table),
+        hidden.config.output_multiplier_scale,
+        allowed,
+        sampling,
+        lengths(state, rows.slots),
+    )
+    return _advanced(state, rows, drawn), _without_logprobs(drawn)
 
 
 def one_step(head: Head) -> Head:

@@ -31,6 +31,7 @@ _FETCHED_EXPERTS = "grok1_fetched_experts"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
 _SAMPLE = "grok1_sample"
+_DRAW = "grok1_draw"
 _LOG_PROBABILITIES = "grok1_log_probabilities"
 _USE_THREADS = "grok1_use_threads"
 _LOCK = threading.Lock()
@@ -70,6 +71,7 @@ def _is_available() -> bool:
             _ATTENTION,
             _MOST_PROBABLE,
             _SAMPLE,
+            _DRAW,
             _LOG_PROBABILITIES,
         )
         library = loaded_library([*targets, _USE_THREADS])
@@ -329,6 +331,36 @@ def sample(
     _require()
     out = jax.ShapeDtypeStruct((len(logits),), jnp.int32)
     return jax.ffi.ffi_call(_SAMPLE, out)(logits, allowed, *parameters)
+
+
+def draw(
+    x: Float[Array, "B D"],
+    table: tuple[Array, Array, Array, Array],
+    factor: float,
+    allowed: Bool[Array, "... V"],
+    parameters: RowParameters,
+) -> Int[Array, " B"]:
+    """Draws as `sample` does from the logits `factor * (rows @ x)`, few of which it computes.
+
+    Args:
+      x: float32.
+      table: rows, values, scales and uncertainty, as `most_probable` takes them.
+      factor: Above 0.
+      allowed: As for `sample`.
+      parameters: How each row draws.
+
+    Returns:
+      int32; -1 where nothing is left to draw, -2 where a logit that was computed is not finite, or
+      `x` or a row of the table is not.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    out = jax.ShapeDtypeStruct((len(x),), jnp.int32)
+    return jax.ffi.ffi_call(_DRAW, out)(
+        x, *table, allowed, *parameters, factor=np.float32(factor)
+    )
 
 
 def log_probabilities(

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "attention.h"
+#include "draw.h"
 #include "experts.h"
 #include "log_probabilities.h"
 #include "matmul.h"
@@ -154,27 +155,55 @@ ffi::Error Attention(Pool pool, Floats query, Floats keys, Floats values, Intege
   return ffi::Error::Success();
 }
 
+grok1::ScreenedTable screened_table(Floats& rows, Values& values, Floats& scales,
+                                    Floats& uncertainty, Flags& allowed) {
+  int64_t num_rows = rows.dimensions()[0];
+  return {rows.typed_data(),    values.typed_data(),
+          scales.typed_data(),  uncertainty.typed_data(),
+          allowed.typed_data(), allowed.dimensions().size() > 1 ? num_rows : 0,
+          num_rows,             rows.dimensions()[1]};
+}
+
 ffi::Error MostProbable(Pool pool, Floats x, Floats rows, Values values, Floats scales,
                         Floats uncertainty, Flags allowed, IntegersOut index, FloatsOut product) {
-  int64_t num_rows = rows.dimensions()[0];
-  grok1::ScreenedTable table = {rows.typed_data(),    values.typed_data(),
-                                scales.typed_data(),  uncertainty.typed_data(),
-                                allowed.typed_data(), allowed.dimensions().size() > 1 ? num_rows : 0,
-                                num_rows,             rows.dimensions()[1]};
-  grok1::most_probable(pool, table, x.typed_data(), x.dimensions()[0], index->typed_data(),
+  grok1::most_probable(pool, screened_table(rows, values, scales, uncertainty, allowed),
+                       x.typed_data(), x.dimensions()[0], index->typed_data(),
                        product->typed_data());
   return ffi::Error::Success();
+}
+
+// How the rows of a batch draw, but for their logits.
+grok1::Sampling sampling_of(Flags& allowed, Floats& temperature, Floats& top_p, Integers& top_k,
+                            Floats& min_p, Words& keys, Integers& positions) {
+  auto sizes = allowed.dimensions();
+  int64_t vocab_size = sizes.back();
+  return {nullptr,
+          allowed.typed_data(),
+          temperature.typed_data(),
+          top_p.typed_data(),
+          top_k.typed_data(),
+          min_p.typed_data(),
+          keys.typed_data(),
+          positions.typed_data(),
+          vocab_size,
+          sizes.size() == 2 ? vocab_size : 0};
 }
 
 ffi::Error Sample(Pool pool, Floats logits, Flags allowed, Floats temperature, Floats top_p,
                   Integers top_k, Floats min_p, Words keys, Integers positions,
                   IntegersOut tokens) {
-  int64_t num_rows = logits.dimensions()[0], vocab_size = logits.dimensions()[1];
-  grok1::Sampling sampling = {logits.typed_data(), allowed.typed_data(), temperature.typed_data(),
-                              top_p.typed_data(),  top_k.typed_data(),   min_p.typed_data(),
-                              keys.typed_data(),   positions.typed_data(), vocab_size,
-                              allowed.dimensions().size() == 2 ? vocab_size : 0};
-  grok1::sample(pool, sampling, num_rows, tokens->typed_data());
+  auto sampling = sampling_of(allowed, temperature, top_p, top_k, min_p, keys, positions);
+  sampling.logits = logits.typed_data();
+  grok1::sample(pool, sampling, logits.dimensions()[0], tokens->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error Draw(Pool pool, Floats x, Floats rows, Values values, Floats scales, Floats uncertainty,
+                Flags allowed, Floats temperature, Floats top_p, Integers top_k, Floats min_p,
+                Words keys, Integers positions, float factor, IntegersOut tokens) {
+  grok1::draw(pool, screened_table(rows, values, scales, uncertainty, allowed), x.typed_data(),
+              factor, sampling_of(allowed, temperature, top_p, top_k, min_p, keys, positions),
+              x.dimensions()[0], tokens->typed_data());
   return ffi::Error::Success();
 }
 
@@ -269,6 +298,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_sample, Sample,
                                   .Arg<Floats>()
                                   .Arg<Words>()
                                   .Arg<Integers>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_draw, Draw,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Values>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Flags>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Arg<Words>()
+                                  .Arg<Integers>()
+                                  .Attr<float>("factor")
                                   .Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_log_probabilities, LogProbabilities,

@@ -1,263 +1,32 @@
 // The row of a float32 table [V, D] with the largest product, for each input row [M, D], without
-// reading the whole table.
-//
-// An int8 copy of the table gives every product to within a bound that holds for each row: what the
-// copy leaves out of the row has a known norm (Cauchy-Schwarz). Only rows whose upper bound reaches
-// the best lower bound can be the largest; their float32 products decide. The answer is that of
-// the float32 table, ties to the lower row, for a quarter of the bytes.
+// reading the whole table: only rows whose upper bound reaches the best lower bound can be the
+// largest, and their float32 products decide. The answer is that of the float32 table, ties to the
+// lower row.
 
 #pragma once
 
-#include <cmath>
-#include <limits>
-#include <type_traits>
-#include <vector>
-
-#include "threads.h"
-#include "vectors.h"
+#include "screen.h"
 
 namespace grok1 {
 
-struct ScreenedTable {
-  const float* rows;         // [V, D]
-  const int8_t* values;      // [V, D]
-  const float* scales;       // [V]
-  const float* uncertainty;  // [V], bounds |row . x - scale * (values . x)| / |x|
-  const bool* allowed;       // [V], or [M, V] with another row for each input
-  int64_t allowed_stride;    // 0 or V
-  int64_t num_rows, depth;
-};
-
-constexpr int64_t kUnitRows = 256;  // table rows of a unit
-constexpr int64_t kNearRows = 32;    // those that stay near while all inputs go by
-constexpr int64_t kAhead = 8192;     // bytes fetched ahead of their use
-constexpr int kInputs = 4;           // most inputs that table rows are multiplied by at a time
-
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-template <int kCount, typename Value>
-void dot(const Value* row, const float* x, int64_t depth, float* products) {
-  // Several sums, for the latency of an addition.
-  constexpr int kSums = 8 / kCount;
-  Floats sums[kCount][kSums] = {};
-  int64_t k = 0;
-  for (; k + kSums * kLanes <= depth; k += kSums * kLanes) {
-    // Beyond the row comes the next one; an address past the table is harmless.
-    for (int64_t line = 0; line < kSums * kLanes * int64_t{sizeof(Value)}; line += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead + line, 0, 2);
-    }
-    for (int s = 0; s < kSums; ++s) {
-      Floats weight = load(row + k + s * kLanes);
-      for (int m = 0; m < kCount; ++m) {
-        sums[m][s] += weight * load(x + m * depth + k + s * kLanes);
-      }
-    }
-  }
-  for (int m = 0; m < kCount; ++m) {
-    Floats sum = sums[m][0];
-    for (int s = 1; s < kSums; ++s) sum += sums[m][s];
-    products[m] = sum_of(sum);
-    for (int64_t rest = k; rest < depth; ++rest) products[m] += row[rest] * x[m * depth + rest];
-  }
-}
-
-// An input as the screen multiplies it.
-struct Input {
-  const float* x;
-  float norm, uncertainty = 0;  // how far from its products with a row of scale 1 the screen's are
-#if defined(__AVX512VNNI__)
-  // x is close to step * (128 * high + low): a row is then multiplied as integers, at the speed of
-  // the memory bus.
-  float step;
-  int64_t sum_of_digits = 0;  // of 128 * high + low
-#endif
-};
-
-// Inputs that table rows are multiplied by at a time.
-struct InputBlock {
-  std::vector<Input> inputs;
-#if defined(__AVX512VNNI__)
-  std::vector<int8_t> digits;  // [lines, inputs, high and low, kCacheLine], zero beyond the depth
-#endif
-
-  InputBlock(int64_t count, [[maybe_unused]] int64_t depth) : inputs(count) {
-#if defined(__AVX512VNNI__)
-    digits.resize((depth + kCacheLine - 1) / kCacheLine * count * 2 * kCacheLine);
-#endif
-  }
-
-  void set(int64_t m, const float* x, int64_t depth) {
-    Input& input = inputs[m];
-    double sum = 0;
-    for (int64_t k = 0; k < depth; ++k) sum += static_cast<double>(x[k]) * x[k];
-    input.x = x;
-    input.norm = static_cast<float>(std::sqrt(sum) * (1 + 1e-6));
-#if defined(__AVX512VNNI__)
-    constexpr float kSteps = 127 * 128;
-    float largest = 0;
-    for (int64_t k = 0; k < depth; ++k) largest = std::max(largest, std::abs(x[k]));
-    input.step = largest / kSteps;
-    // Half a step in each place, times the largest weight.
-    input.uncertainty = 1.001f * static_cast<float>(depth) * 0.5f * input.step * 127;
-    for (int64_t k = 0; k < depth; ++k) {
-      // What is no number becomes 0; by the norm no bound is one.
-      float steps = input.step > 0 && x[k] == x[k] ? x[k] / input.step : 0;
-      int32_t rounded = static_cast<int32_t>(std::lrint(std::clamp(steps, -kSteps, kSteps)));
-      int32_t upper = (rounded + 64) >> 7;
-      int64_t line = k / kCacheLine * static_cast<int64_t>(inputs.size()) + m;
-      int8_t* high = digits.data() + 2 * line * kCacheLine + k % kCacheLine;
-      high[0] = static_cast<int8_t>(upper);
-      high[kCacheLine] = static_cast<int8_t>(rounded - 128 * upper);
-      input.sum_of_digits += rounded;
-    }
-#endif
-  }
-};
-
-#if defined(__AVX512VNNI__)
-// Eight sums of two of 16 integers each, which do not overflow.
-inline __m512i widened(__m512i integers) {
-  return _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(integers)),
-                          _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(integers, 1)));
-}
-#endif
-
-// products[kRows, kCount] of rows of the int8 copy, without their scales.
-template <int kRows, int kCount>
-void screen(const int8_t* rows, const InputBlock& block, int64_t depth, float* products) {
-#if defined(__AVX512VNNI__)
-  __m512i high[kRows][kCount] = {}, low[kRows][kCount] = {};
-  const __m512i offset = _mm512_set1_epi8(-128);
-  const int8_t* digits = block.digits.data();
-  auto multiply_line = [&](auto load_line) {
-    __m512i weights[kRows];
-    // Adds 128 to each: one factor has to be unsigned.
-    for (int r = 0; r < kRows; ++r) weights[r] = _mm512_xor_si512(load_line(r), offset);
-    for (int m = 0; m < kCount; ++m, digits += 2 * kCacheLine) {
-      __m512i high_digits = _mm512_loadu_si512(digits);
-      __m512i low_digits = _mm512_loadu_si512(digits + kCacheLine);
-      for (int r = 0; r < kRows; ++r) {
-        high[r][m] = _mm512_dpbusd_epi32(high[r][m], weights[r], high_digits);
-        low[r][m] = _mm512_dpbusd_epi32(low[r][m], weights[r], low_digits);
-      }
-    }
-  };
-  int64_t k = 0;
-  for (; k + kCacheLine <= depth; k += kCacheLine) {
-    multiply_line([&](int r) {
-      const int8_t* from = rows + r * depth + k;
-      // Beyond these rows come the next ones; an address past the table is harmless.
-      __builtin_prefetch(from + kRows * depth, 0, 2);
-      return _mm512_loadu_si512(from);
-    });
-  }
-  if (k < depth) {
-    __mmask64 rest = (uint64_t{1} << (depth - k)) - 1;
-    multiply_line([&](int r) { return _mm512_maskz_loadu_epi8(rest, rows + r * depth + k); });
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int m = 0; m < kCount; ++m) {
-      const Input& input = block.inputs[m];
-      __m512i sum_of_high = _mm512_slli_epi64(widened(high[r][m]), 7);
-      __m512i sums = _mm512_add_epi64(sum_of_high, widened(low[r][m]));
-      int64_t sum = _mm512_reduce_add_epi64(sums) - 128 * input.sum_of_digits;
-      products[r * kCount + m] = input.step * static_cast<float>(sum);
-    }
-  }
-#else
-  for (int r = 0; r < kRows; ++r) {
-    dot<kCount>(rows + r * depth, block.inputs[0].x, depth, products + r * kCount);
-  }
-#endif
-}
-
-// upper[kCount, num_rows] and the largest lower bound of each input, for table rows `begin` to
-// `end`; rows that are not allowed have neither.
-template <int kRows, int kCount>
-void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t begin, int64_t end,
-                 const bool* allowed_rows, float* best, float* upper) {
-  auto screen_rows = [&](int64_t row, auto rows) {
-    constexpr int kHere = decltype(rows)::value;
-    float products[kHere * kCount];
-    screen<kHere, kCount>(table.values + row * table.depth, block, table.depth, products);
-    for (int r = 0; r < kHere; ++r, ++row) {
-      for (int m = 0; m < kCount; ++m) {
-        const Input& input = block.inputs[m];
-        float value = products[r * kCount + m] * table.scales[row];
-        float bound = input.norm * table.uncertainty[row] + input.uncertainty * table.scales[row];
-        bool allowed = allowed_rows[m * table.allowed_stride + row];
-        upper[m * table.num_rows + row] = allowed ? value + bound : kLowest;
-        if (allowed) best[m] = std::max(best[m], value - bound);
-      }
-    }
-  };
-  int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) screen_rows(row, std::integral_constant<int, kRows>{});
-  for (; row < end; ++row) screen_rows(row, std::integral_constant<int, 1>{});
-}
-
-// index[M], product[M]: -1 and -infinity where no row is allowed; a row whose product is no number,
-// and NaN, where there is one.
+// index[M], product[M]: -1 and -infinity where no row is allowed; NaN where a row, allowed or not,
+// or the input is no number.
 inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table, const float* x,
                           int64_t num_inputs, int32_t* index, float* product) {
-  int64_t num_units = (table.num_rows + kUnitRows - 1) / kUnitRows;
-  std::vector<InputBlock> blocks;
-  std::vector<int64_t> starts;
-  for (int64_t m = 0, count; m < num_inputs; m += count) {
-    count = num_inputs - m >= kInputs ? kInputs : num_inputs - m >= 2 ? 2 : 1;
-    blocks.emplace_back(count, table.depth);
-    starts.push_back(m);
-  }
-  run_units(pool, blocks.size(), [&](int64_t number) {
-    InputBlock& block = blocks[number];
-    const float* first = x + starts[number] * table.depth;
-    for (size_t m = 0; m < block.inputs.size(); ++m) {
-      block.set(m, first + m * table.depth, table.depth);
-    }
-  });
-  static thread_local Scratch scratch;
-  float* highest = scratch.floats(num_inputs * (table.num_rows + num_units));  // upper bounds
-  float* best_of_unit = highest + num_inputs * table.num_rows;  // [units, M] of lower bounds
-  auto rows_of = [&](int64_t unit) {
-    return std::pair{unit * kUnitRows, std::min((unit + 1) * kUnitRows, table.num_rows)};
-  };
-  run_units(pool, num_units, [&](int64_t unit) {
-    std::fill_n(best_of_unit + unit * num_inputs, num_inputs, kLowest);
-    auto [unit_begin, unit_end] = rows_of(unit);
-    for (int64_t begin = unit_begin; begin < unit_end; begin += kNearRows) {
-      int64_t end = std::min(begin + kNearRows, unit_end);
-      float *best = best_of_unit + unit * num_inputs, *upper = highest;
-      const bool* allowed = table.allowed;
-      for (const InputBlock& block : blocks) {
-        switch (block.inputs.size()) {
-          case 1: screen_unit<4, 1>(table, block, begin, end, allowed, best, upper); break;
-          case 2: screen_unit<4, 2>(table, block, begin, end, allowed, best, upper); break;
-          default: screen_unit<2, kInputs>(table, block, begin, end, allowed, best, upper);
-        }
-        allowed += block.inputs.size() * table.allowed_stride;
-        best += block.inputs.size();
-        upper += block.inputs.size() * table.num_rows;
-      }
-    }
-  }, {reinterpret_cast<const char*>(table.values), table.num_rows * table.depth});
-  std::vector<float> threshold(num_inputs, kLowest);
-  for (int64_t unit = 0; unit < num_units; ++unit) {
-    for (int64_t m = 0; m < num_inputs; ++m) {
-      threshold[m] = std::max(threshold[m], best_of_unit[unit * num_inputs + m]);
-    }
-  }
+  const Screened found = screened(pool, table, x, num_inputs);
+  const int64_t num_units = table.num_units();
   std::vector<int32_t> index_of_unit(num_units * num_inputs, -1);
+  std::vector<float> best_of_unit(num_units * num_inputs, kLowest);
   run_units(pool, num_units, [&](int64_t unit) {
-    auto [begin, end] = rows_of(unit);
+    auto [begin, end] = table.unit(unit);
     for (int64_t m = 0; m < num_inputs; ++m) {
       float best = kLowest;
-      const float* input = x + m * table.depth;
+      const float* upper = found.upper + m * table.num_rows;
       const bool* allowed = table.allowed + m * table.allowed_stride;
       for (int64_t row = begin; row < end; ++row) {
         // A bound that is no number is of a product that may be none.
-        if (highest[m * table.num_rows + row] < threshold[m] || !allowed[row]) continue;
-        float exact;
-        dot<1>(table.rows + row * table.depth, input, table.depth, &exact);
+        if (upper[row] < found.lower[m] || !allowed[row]) continue;
+        float exact = table.product(row, x + m * table.depth);
         if (exact > best || std::isnan(exact)) {
           best = exact;
           index_of_unit[unit * num_inputs + m] = static_cast<int32_t>(row);
@@ -268,7 +37,7 @@ inline void most_probable(xla::ffi::ThreadPool& pool, const ScreenedTable& table
   });
   for (int64_t m = 0; m < num_inputs; ++m) {
     index[m] = -1;
-    product[m] = kLowest;
+    product[m] = std::isnan(found.lower[m]) ? found.lower[m] : kLowest;
     for (int64_t unit = 0; unit < num_units; ++unit) {
       float best = best_of_unit[unit * num_inputs + m];
       if (best > product[m] || std::isnan(best)) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "vectors.h"
 
@@ -140,6 +141,110 @@ void threefry(uint32_t key0, uint32_t key1, Number& x, Number& y) {
     x += keys[(group + 1) % 3];
     y += keys[(group + 2) % 3] + group + 1;
   }
+}
+
+// Log-weights of logits, below the largest of them; not above 0 whatever is given.
+class LogWeights {
+ public:
+  LogWeights(float largest, float temperature)
+      : largest_(largest),
+        factor_(std::min(kUnits / std::max(temperature, std::numeric_limits<float>::min()), kMost)) {
+  }
+
+  int32_t of(float logit) const {
+    float below = std::min(std::max(logit - largest_, -kMost), 0.0f);
+    return static_cast<int32_t>(std::max(below * factor_, kFloor));
+  }
+
+  Ints of(Floats logits) const {
+    Floats below = logits - largest_;
+    below = below > -kMost ? below : Floats{} - kMost;
+    below = below < 0 ? below : Floats{};
+    Floats scaled = below * factor_;
+    scaled = scaled > kFloor ? scaled : Floats{} + kFloor;
+    return __builtin_convertvector(scaled, Ints);
+  }
+
+ private:
+  static constexpr float kMost = std::numeric_limits<float>::max();
+  static constexpr float kUnits = 24204406.0f;  // kOctave / ln 2
+  static constexpr auto kFloor = static_cast<float>(kLeast);
+
+  float largest_, factor_;
+};
+
+// The log-weight from which on min-p keeps tokens.
+inline int32_t least_kept(float min_p) {
+  int32_t low = kLeast - 1, high = 0;
+  while (min_p > 0 && high - low > 1) {
+    int32_t middle = low + (high - low) / 2;
+    (relative_weight(middle) >= min_p ? high : low) = middle;
+  }
+  return min_p > 0 ? high : kLeast;
+}
+
+// The random numbers of a row's draw: from the request's key, folded with the position.
+class RowKey {
+ public:
+  RowKey(const uint32_t* key, int32_t position) : words_{0, static_cast<uint32_t>(position)} {
+    threefry(key[0], key[1], words_[0], words_[1]);
+  }
+
+  template <typename Number>
+  void block(Number& x, Number& y) const {
+    threefry(words_[0], words_[1], x, y);
+  }
+
+  // Of one token.
+  uint32_t bits(int64_t id) const {
+    auto x = static_cast<uint32_t>(id / kGroup * kHalf + id % kHalf);
+    uint32_t y = 0;
+    block(x, y);
+    return id % kGroup < kHalf ? x : y;
+  }
+
+  // Tokens of a group; one word of a block is for a token of its first half, the other of the second.
+  static constexpr int64_t kGroup = 32, kHalf = 16;
+
+ private:
+  uint32_t words_[2];
+};
+
+// Calls `enter(id, bits)` for all tokens whose log-weight is at least `least`, which is above that
+// of a forbidden one, and with noise may reach `bar`, which `enter` may raise. The size is a
+// multiple of a group.
+template <typename Enter>
+void race(const RowKey& key, const int32_t* log_weights, int64_t size, int32_t least,
+          const int64_t& bar, Enter enter) {
+  constexpr int64_t kHalf = RowKey::kHalf;
+  for (int64_t start = 0; start < size; start += RowKey::kGroup) {
+    for (int64_t part = 0; part < kHalf; part += kLanes) {
+      Ints first, second;
+      const int32_t* from = log_weights + start + part;
+      std::memcpy(&first, from, sizeof(first));
+      std::memcpy(&second, from + kHalf, sizeof(second));
+      if (!any((first >= least) | (second >= least))) continue;
+      Words x = static_cast<uint32_t>(start / 2 + part) + kCounting, y = {};
+      key.block(x, y);
+      const auto here = static_cast<int32_t>(std::max<int64_t>(bar, kForbidden));
+      Ints can_win[2] = {(first >= least) & (first + noise_bound(x) >= here),
+                         (second >= least) & (second + noise_bound(y) >= here)};
+      if (!any(can_win[0] | can_win[1])) continue;
+      for (int half = 0; half < 2; ++half) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          if (!can_win[half][lane]) continue;
+          enter(start + half * kHalf + part + lane, half == 0 ? x[lane] : y[lane]);
+        }
+      }
+    }
+  }
+}
+
+// Room for the log-weights of a row, in whole groups of which what is beyond the row is forbidden.
+inline int32_t* groups_of(std::vector<int32_t>& memory, int64_t size) {
+  memory.resize((size + RowKey::kGroup - 1) / RowKey::kGroup * RowKey::kGroup);
+  std::fill(memory.begin() + size, memory.end(), kForbidden);
+  return memory.data();
 }
 
 }  // namespace grok1

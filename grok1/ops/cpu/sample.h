@@ -26,6 +26,15 @@ struct Sampling {
   const uint32_t* keys;  // [R, 2]
   const int32_t* positions;
   int64_t vocab_size, allowed_stride;
+
+  // Of one row alone, whose logits are elsewhere.
+  Sampling of_row(int64_t row, const float* its_logits) const {
+    return {its_logits,    allowed + row * allowed_stride,
+            temperature + row, top_p + row,
+            top_k + row,   min_p + row,
+            keys + 2 * row, positions + row,
+            vocab_size,    0};
+  }
 };
 
 // In place of a token; see engine/sampling.py.
@@ -154,17 +163,13 @@ class RowSampler {
         temperature_(sampling.temperature[row]),
         top_p_(sampling.top_p[row]),
         min_p_(sampling.min_p[row]),
-        top_k_(sampling.top_k[row]) {
-    // The request's key, folded with the position.
-    key_[0] = 0;
-    key_[1] = static_cast<uint32_t>(sampling.positions[row]);
-    threefry(sampling.keys[2 * row], sampling.keys[2 * row + 1], key_[0], key_[1]);
-  }
+        top_k_(sampling.top_k[row]),
+        key_(sampling.keys + 2 * row, sampling.positions[row]) {}
 
   int32_t draw() {
     if (!find_most_probable()) return kNotFinite;
     if (most_probable_ < 0) return kNoneLeft;
-    return temperature_ == 0 ? most_probable_ : race(last_kept());
+    return temperature_ == 0 ? most_probable_ : winner(last_kept());
   }
 
   // False if a logit is NaN or +infinity; the most probable is -1 if nothing may be drawn.
@@ -216,30 +221,19 @@ class RowSampler {
   }
 
   void set_log_weights() {
-    constexpr float kMost = std::numeric_limits<float>::max();
-    constexpr float kSmallest = std::numeric_limits<float>::min();
-    constexpr float kUnits = 24204406.0f;  // kOctave / ln 2
-    constexpr auto kFloor = static_cast<float>(kLeast);
     static thread_local std::vector<int32_t> memory;
-    if (static_cast<int64_t>(memory.size()) < size_) memory.resize(size_);
-    log_weights_ = memory.data();
-    const float factor = std::min(kUnits / std::max(temperature_, kSmallest), kMost);
+    log_weights_ = groups_of(memory, size_);
+    const LogWeights log_weights(largest_, temperature_);
     int64_t i = 0;
     for (; i + kLanes <= size_; i += kLanes) {
       Floats block = load(logits_ + i);
       Ints drawable = flags(i) & (block > -std::numeric_limits<float>::infinity());
-      Floats below = block - largest_;
-      below = below > -kMost ? below : Floats{} - kMost;
-      Floats scaled = below * factor;
-      scaled = scaled > kFloor ? scaled : Floats{} + kFloor;
-      Ints whole = __builtin_convertvector(scaled, Ints);
-      whole = drawable ? whole : Ints{} + kForbidden;
+      Ints whole = drawable ? log_weights.of(block) : Ints{} + kForbidden;
       std::memcpy(log_weights_ + i, &whole, sizeof(whole));
     }
     for (; i < size_; ++i) {
       bool drawable = allowed_[i] && logits_[i] > -std::numeric_limits<float>::infinity();
-      float scaled = std::max(std::max(logits_[i] - largest_, -kMost) * factor, kFloor);
-      log_weights_[i] = drawable ? static_cast<int32_t>(scaled) : kForbidden;
+      log_weights_[i] = drawable ? log_weights.of(logits_[i]) : kForbidden;
     }
   }
 
@@ -259,13 +253,8 @@ class RowSampler {
       });
     }
     if (min_p_ > 0) {
-      // The least log-weight that is enough, by halves.
-      int32_t low = kLeast - 1, high = 0;
-      while (high - low > 1) {
-        int32_t middle = low + (high - low) / 2;
-        (relative_weight(middle) >= min_p_ ? high : low) = middle;
-      }
-      if (high > last.log_weight) last = {high};
+      const int32_t least = least_kept(min_p_);
+      if (least > last.log_weight) last = {least};
     }
     return last;
   }
@@ -278,8 +267,7 @@ class RowSampler {
     }
   }
 
-  int32_t race(const Last& last) {
-    constexpr int64_t kGroup = 32, kHalf = 16;  // of a group, which one word of each block is for
+  int32_t winner(const Last& last) {
     int64_t best_score = int64_t{kForbidden} - 1;
     int32_t winner = most_probable_;
     auto enter = [&](int64_t id, uint32_t bits) {
@@ -291,44 +279,9 @@ class RowSampler {
       }
     };
     // A good result to begin with spares the others' noise.
-    uint32_t words[2];
-    bits_of(most_probable_ / kGroup * kHalf + most_probable_ % kHalf, words);
-    enter(most_probable_, words[most_probable_ % kGroup / kHalf]);
-
-    int64_t start = 0;
-    for (; start + kGroup <= size_; start += kGroup) {
-      for (int64_t part = 0; part < kHalf; part += kLanes) {
-        Ints first, second;
-        const int32_t* from = log_weights_ + start + part;
-        std::memcpy(&first, from, sizeof(first));
-        std::memcpy(&second, from + kHalf, sizeof(second));
-        if (!any((first >= last.log_weight) | (second >= last.log_weight))) continue;
-        Words x = static_cast<uint32_t>(start / 2 + part) + kCounting, y = {};
-        threefry(key_[0], key_[1], x, y);
-        const auto bar = static_cast<int32_t>(std::max<int64_t>(best_score, kForbidden));
-        Ints can_win[2] = {(first >= last.log_weight) & (first + noise_bound(x) >= bar),
-                           (second >= last.log_weight) & (second + noise_bound(y) >= bar)};
-        if (!any(can_win[0] | can_win[1])) continue;
-        for (int half = 0; half < 2; ++half) {
-          for (int lane = 0; lane < kLanes; ++lane) {
-            if (!can_win[half][lane]) continue;
-            enter(start + half * kHalf + part + lane, half == 0 ? x[lane] : y[lane]);
-          }
-        }
-      }
-    }
-    for (int64_t id = start; id < size_; ++id) {
-      if (log_weights_[id] < last.log_weight) continue;
-      bits_of(id / kGroup * kHalf + id % kHalf, words);
-      enter(id, words[id % kGroup / kHalf]);
-    }
+    enter(most_probable_, key_.bits(most_probable_));
+    race(key_, log_weights_, size_, last.log_weight, best_score, enter);
     return winner;
-  }
-
-  void bits_of(int64_t counter, uint32_t (&words)[2]) const {
-    words[0] = static_cast<uint32_t>(counter);
-    words[1] = 0;
-    threefry(key_[0], key_[1], words[0], words[1]);
   }
 
   const int64_t size_;
@@ -336,7 +289,7 @@ class RowSampler {
   const bool* allowed_;
   const float temperature_, top_p_, min_p_;
   const int32_t top_k_;
-  uint32_t key_[2];
+  const RowKey key_;
   float largest_ = 0;
   int32_t most_probable_ = -1;
   int32_t* log_weights_ = nullptr;  // [V]
