@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from grok1.config import ModelConfig
-from grok1.nn.unembedding import ScreeningTable
 from grok1.ops import race
 from grok1.ops.cpu import bindings
 
@@ -153,7 +151,11 @@ def sample(
 
     Returns:
       int32; `NONE_LEFT`, or for NaN or +infinity `NOT_FINITE`, where no token can be drawn.
+
+    Raises:
+      ValueError: If the vocabulary has more than `race.MOST_TOKENS`.
     """
+    _check_vocabulary(logits.shape[-1])
     if bindings.is_available():
         parameters = bindings.RowParameters(**state._asdict(), positions=positions)
         return bindings.sample(logits, allowed, parameters)
@@ -180,32 +182,40 @@ def sample(
 
 
 def sample_screened(
-    embedding: Float[Array, "V D"],
-    table: ScreeningTable,
-    config: ModelConfig,
     x: Float[Array, "B D"],
+    table: tuple[Array, Array, Array, Array],
+    factor: float,
     allowed: Bool[Array, "... V"],
     state: SamplingState,
     positions: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """Draws as `sample` does from the logits of `unembed`, few of which it computes; on CPUs.
+    """Draws as `sample` does from the logits `factor * (embedding @ x)`; computes few; on CPUs.
 
     Args:
-      embedding: All rows, float32.
-      table: Their `screening_table`.
-      config: The model.
       x: The final norm's output.
+      table: The embedding, float32 `[V, D]`, and the parts of its `screening_table`.
+      factor: Above 0.
       allowed: As for `sample`.
       state: Each row's parameters and key.
       positions: Position of the token that is drawn.
 
     Returns:
       As `sample`; `NOT_FINITE` also where the embedding or `x` is not finite.
+
+    Raises:
+      ValueError: As `sample`.
     """
+    _check_vocabulary(len(table[0]))
     parameters = bindings.RowParameters(**state._asdict(), positions=positions)
-    return bindings.draw(
-        x, (embedding, *table), config.output_multiplier_scale, allowed, parameters
-    )
+    return bindings.draw(x, table, factor, allowed, parameters)
+
+
+def _check_vocabulary(size: int) -> None:
+    if size > race.MOST_TOKENS:
+        raise ValueError(
+            f"tokens can be drawn from a vocabulary of up to {race.MOST_TOKENS:,}, found {size:,}; "
+            "with temperature 0 and no logprobs the most probable one is found in any"
+        )
 
 
 def keep_probable(

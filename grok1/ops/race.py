@@ -37,6 +37,10 @@ _LOG2 = (598381691, 211551882, 79453832, 39700180, 10724941, 0, 10835733)  # see
 _EARLY = (774509980, 161866735, 45823803, 22197021, 3005039, 0, 4563343)  # see noise
 
 
+MOST_TOKENS = (1 << 18) - 1
+"""The largest vocabulary: the sum of its weights has to fit."""
+
+
 class Sum(NamedTuple):
     """A weight, or a sum of weights: high * 2**30 + middle * 2**15 + low, each a uint32."""
 
@@ -50,9 +54,13 @@ class Sum(NamedTuple):
         return high * 2.0**30 + middle * 2.0**15 + low
 
     def plus(self, other: "Sum", times: Array) -> "Sum":
-        """This and `times` the other, a single weight; `times` is below 2**17."""
+        """This and `times` the other, a single weight; `times` is at most `MOST_TOKENS`."""
         times = times.astype(jnp.uint32)
-        return Sum(*(mine + times * its for mine, its in zip(self.carried(), other, strict=True)))
+        half, result = times >> 1, self
+        for part in (half, times - half):
+            limbs = zip(result.carried(), other, strict=True)
+            result = Sum(*(mine + part * its for mine, its in limbs))
+        return result
 
     def plus_sum(self, other: "Sum") -> "Sum":
         """This and another sum, both carried."""
@@ -66,7 +74,7 @@ class Sum(NamedTuple):
 
 
 def total(weights: Sum, among: Bool[Array, "B V"] | None = None) -> Sum:
-    """Sums weights `[B, V]`, or those among them, over a vocabulary of up to 2**18 - 1 tokens."""
+    """Sums weights `[B, V]`, or those among them, over up to `MOST_TOKENS` tokens."""
 
     def sum_of(limb, part):
         limb = limb[:, part] if among is None else jnp.where(among[:, part], limb[:, part], 0)
@@ -104,7 +112,7 @@ def log_weights(
 
 
 def weights(log_weights: Int[Array, "..."]) -> Sum:
-    """Weights, of which the largest is 2**44, for up to 2**17 tokens; 0 for forbidden ones."""
+    """Weights, of which the largest is 2**44; 0 for forbidden tokens."""
     mantissa, octaves = _exp2(log_weights)
     # mantissa * 2**14 >> octaves, cut into limbs; a shift by 32 or more gives 0.
     high, middle, low = (_shifted(mantissa, octaves + right) for right in (16, 1, -14))

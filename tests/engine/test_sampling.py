@@ -13,15 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grok1 import TOY
 from grok1.engine.sampling import (
+    NONE_LEFT,
+    NOT_FINITE,
     SamplingParams,
     SamplingState,
     keep,
     keep_probable,
     sample,
+    sample_screened,
     sampling_state,
     top_logprobs,
 )
+from grok1.nn.unembedding import screening_table
 from grok1.ops import race
 from grok1.ops.cpu import bindings, build
 
@@ -437,6 +442,90 @@ def test_only_allowed_tokens_are_drawn(rows):
         tokens = draw(logits, state_of(*rows), np.full(7, position), allowed)
         assert set(tokens.tolist()) <= {3, 19}
         assert tokens[2] == (3 if logits[2, 3] > logits[2, 19] else 19)
+
+
+@pytest.mark.parametrize("run", sample_by)
+def test_a_vocabulary_whose_sums_do_not_fit_is_refused(run):
+    size = race.MOST_TOKENS + 1
+    with pytest.raises(ValueError, match="a vocabulary of up to 262,143, found 262,144; with temp"):
+        sample_by[run](
+            np.zeros((1, size), np.float32), np.ones(size, bool), state_of(GREEDY), np.zeros(1, int)
+        )
+
+
+def test_many_equals_are_summed_up():
+    one = race.weights(jnp.zeros(1, jnp.int32))
+    for times in (1, 2**17, race.MOST_TOKENS):
+        limbs = one.plus(one, jnp.array([times - 1])).carried()
+        found = sum(int(limb[0]) << bits for limb, bits in zip(limbs, (30, 15, 0), strict=True))
+        assert found == times << 44
+
+
+# --- sample_screened --------------------------------------------------------------------------
+
+
+@functools.cache
+def screened_and_all():
+    """What is drawn by way of the int8 copy, and from all logits."""
+
+    def run(embedding, x, allowed, state, positions):
+        table = screening_table(embedding)
+        products = jnp.einsum("bd,vd->bv", x, embedding, precision="highest")
+        logits = products * TOY.output_multiplier_scale
+        factor = TOY.output_multiplier_scale
+        drawn = sample_screened(x, (embedding, *table), factor, allowed, state, positions)
+        return drawn, sample(logits, allowed, state, positions)
+
+    if not bindings.is_available():
+        pytest.skip("no native kernels on this machine")
+    return jax.jit(run)
+
+
+def screened_cases(seed, rows, vocab_size, width):
+    """Tables and inputs whose logits are flat, peaked or alike, with `random_cases`' parameters."""
+    random = np.random.default_rng(seed)
+    _, allowed, state = random_cases(seed, rows, vocab_size)
+    # Mostly without top-k, so that bounds of the nucleus decide.
+    state = state._replace(top_k=np.where(np.arange(rows) % 4, ALL, state.top_k).astype(np.int32))
+    embedding = random.standard_normal((vocab_size, width)) / np.sqrt(width)
+    if seed % 2:
+        embedding = embedding[random.integers(vocab_size // 4, size=vocab_size)]
+    x = random.standard_normal((rows, width)) * random.choice([0.1, 1, 4, 20], (rows, 1))
+    peak = random.choice([0, 0, 1, 4], (rows, 1)) * np.sqrt(width)
+    x += peak * embedding[random.integers(vocab_size, size=rows)]
+    return embedding.astype(np.float32), x.astype(np.float32), allowed, state
+
+
+def test_a_screened_draw_is_that_of_all_logits():
+    for seed in range(4):
+        *arrays, state = screened_cases(seed, 512, 1203, 70)
+        drawn, expected = screened_and_all()(*arrays, state, np.arange(512) + seed)
+        np.testing.assert_array_equal(drawn, expected)
+        assert len(set(np.asarray(drawn).tolist())) > 100
+
+
+def test_a_screened_draw_does_not_depend_on_its_batch():
+    embedding, x, allowed, state = screened_cases(7, 512, 1203, 70)
+    positions = np.arange(512)
+    drawn, _ = screened_and_all()(embedding, x, allowed, state, positions)
+    turned = SamplingState(*(part[::-1] for part in state))
+    again, _ = screened_and_all()(embedding, x[::-1], allowed[::-1], turned, positions[::-1])
+    np.testing.assert_array_equal(again, drawn[::-1])
+
+
+def test_where_no_token_can_be_drawn_a_screened_draw_says_why():
+    embedding, x, allowed, state = screened_cases(2, 512, 1203, 70)
+    x[3, 5], x[4, 0] = np.nan, -np.inf
+    allowed[9] = False
+    drawn, _ = screened_and_all()(embedding, x, allowed, state, np.arange(512))
+    assert np.flatnonzero(drawn == NOT_FINITE).tolist() == [3, 4]
+    assert np.flatnonzero(drawn == NONE_LEFT).tolist() == [9]
+    for value in (np.nan, -np.inf):
+        damaged = embedding.copy()
+        damaged[700, 5] = value
+        allowed[:, 700] = False
+        drawn, _ = screened_and_all()(damaged, x, allowed, state, np.arange(512))
+        assert np.all(drawn == NOT_FINITE)
 
 
 # --- top_logprobs -----------------------------------------------------------------------------

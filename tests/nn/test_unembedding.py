@@ -96,8 +96,9 @@ def test_the_largest_product_is_no_number_where_one_is_none(num_rows, poison):
     # Infinity may also make a product that is no number, or minus infinity, the least of all.
     if np.isnan(poison):
         assert np.isnan(largest(of_table, x, allowed)).all()
+        # A damaged weight is a damaged model, whatever may be drawn.
         allowed[700] = False
-        assert np.isfinite(largest(of_table, x, allowed)).all()
+        assert np.isnan(largest(of_table, x, allowed)).all()
     else:
         found = np.asarray(largest(of_table, np.abs(x), allowed))
         assert not np.isfinite(found).any()

@@ -358,9 +358,7 @@ def draw(
     """
     _require()
     out = jax.ShapeDtypeStruct((len(x),), jnp.int32)
-    return jax.ffi.ffi_call(_DRAW, out)(
-        x, *table, allowed, *parameters, factor=np.float32(factor)
-    )
+    return jax.ffi.ffi_call(_DRAW, out)(x, *table, allowed, *parameters, factor=np.float32(factor))
 
 
 def log_probabilities(

@@ -47,7 +47,10 @@ class ScreenedRow {
     if (!bound_log_weights()) return kUndecided;
     if (top_k_ < table_.num_rows) return drawn_from_top_k();
     int32_t token = winner(kept());
-    if (token == kUndecided && top_p_ < 1 && refine()) token = winner(kept());
+    for (double share : {4.0, 1.0, 0.25}) {
+      if (token != kUndecided || top_p_ >= 1 || !refine(share)) break;
+      token = winner(kept());
+    }
     return token;
   }
 
@@ -66,7 +69,7 @@ class ScreenedRow {
   static constexpr int64_t kSteps = (int64_t{kOctaves} * kOctave >> kStep) + 1;
 
   // Most rows of the table that are read beside the screen, unless all are.
-  int64_t most_rows() const { return table_.num_rows / 8; }
+  int64_t most_rows() const { return table_.num_rows / 4; }
 
   bool any_allowed() const {
     return std::any_of(upper_, upper_ + table_.num_rows, [](float upper) { return upper != kLowest; });
@@ -258,10 +261,10 @@ class ScreenedRow {
     return beats(undecided, best) && undecided.most > kForbidden ? kUndecided : best.id;
   }
 
-  // Makes rows exact of which the weight is uncertain; false if that would be too many.
-  bool refine() {
-    // What stays uncertain is to be little beside what the filter leaves out.
-    const double enough = (1 - top_p_) * total_.least_of_high / 8;
+  // Makes rows exact until what is uncertain is this small beside what the nucleus leaves out;
+  // false if that would be too many.
+  bool refine(double share) {
+    const double enough = share * (1 - top_p_) * total_.least_of_high;
     double left = 0;
     int64_t step = kSteps - 1;
     for (; step >= 0 && left + sums_[step].most_of_high <= enough; --step) {
