@@ -27,6 +27,7 @@ from grok1.nn.manifest import manifest
 from grok1.nn.sharding import make_mesh
 from grok1.offload.runner import Offload, is_offloaded, load_offloaded
 from grok1.ops.cpu import bindings
+from grok1.ops.formats import INT4
 from grok1.planning.memory import abstract_engine, abstract_weights
 from grok1.tokenizer import Tokenizer
 
@@ -223,12 +224,17 @@ def save(model: Model, path: str | pathlib.Path) -> None:
     Raises:
       CheckpointError: If the directory already holds a checkpoint, in this format or another, or
         a file of these names, or cannot be written; nothing is replaced or left half-written.
-      ValueError: If the model lies on the devices of several processes, or its experts on disk.
+      ValueError: If the model lies on the devices of several processes, its experts on disk, or
+        they are 4-bit.
     """
     if model.offload_stats is not None:
         raise ValueError(
             "save needs the whole model in memory, and this one's experts are read from its files; "
             "copy those, or load it with offload='none'"
+        )
+    if any(spec.dtype == INT4.name for spec in model.tensors):
+        raise ValueError(
+            "save writes Grok-1's own format, which has no 4-bit experts; copy the model's files"
         )
     if not model.params.embedding.is_fully_addressable:
         raise ValueError(

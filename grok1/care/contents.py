@@ -143,6 +143,9 @@ def _blocks(
             start = stop
 
 
+_WHOLE_NUMBERS = ("int8", "uint8")
+
+
 class _ArrayCheck:
     """What the elements of one array are, seen a block at a time."""
 
@@ -157,12 +160,12 @@ class _ArrayCheck:
         """Takes in the bytes of the file from `start` on."""
         dtype = DTYPES[self.span.dtype]
         values = data.view(dtype)
-        if self.span.dtype != "int8":
+        if self.span.dtype not in _WHOLE_NUMBERS:
             self._look_for_faults(values, (start - self.span.offset) // dtype.itemsize)
         step = _HOLE_BYTES // dtype.itemsize
         for first in range(0, len(values), step):
             block = values[first : first + step]
-            lowest = block.min() if self.span.dtype == "int8" else block[0]
+            lowest = block.min() if self.span.dtype in _WHOLE_NUMBERS else block[0]
             if lowest == -128 and self.span.dtype == "int8":
                 self._lowest += int(np.count_nonzero(block == -128))
             elif lowest == 0 and len(block) == step and not block.any():
@@ -183,7 +186,7 @@ class _ArrayCheck:
                 "the file is damaged: fetch it again",
             )
         holes = f"{self._zeros * _HOLE_BYTES:,} bytes of the {self._what} in whole blocks are zero"
-        if self._zeros and self.span.dtype == "int8":
+        if self._zeros and self.span.dtype in _WHOLE_NUMBERS:
             raise CheckpointError(
                 self._path,
                 f"{holes}, expected weights",

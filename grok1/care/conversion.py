@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grok1.care import gguf_file
+from grok1.care import gguf_file, int4_card
 from grok1.care.staging import OutputFile, Piece, content, write_files
 from grok1.checkpoint import safetensors_layout
 from grok1.checkpoint.directory import load_config, located, open_tensors, tokenizer_path
@@ -23,7 +23,8 @@ from grok1.checkpoint.safetensors_file import open_safetensors
 from grok1.checkpoint.storage import (
     StoredArray,
     StoredTensor,
-    dequantize_matrix,
+    dequantized_matrix,
+    matrix_as_float32,
     read_matrix,
     transpose,
 )
@@ -31,13 +32,19 @@ from grok1.checkpoint.tensor_file import DTYPES, tensor_file_pieces
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
 from grok1.machine.float_errors import as_numpy_comes
-from grok1.nn.manifest import file_name, manifest
+from grok1.nn.manifest import TensorSpec, file_name, manifest, with_int4_experts
+from grok1.ops.formats import INT4
+from grok1.ops.int4_rounding import round_weight
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
 
-FORMATS = ("grok1", "safetensors", "gguf")
+FORMATS = ("grok1", "safetensors", "int4", "gguf")
 
+_ROUNDED_COLUMNS = 1024  # that are rounded at a time
 _BLOCK_BYTES = 1 << 28  # Rows of a larger matrix, as the embedding, are converted in such blocks.
+
+
+_PACKAGES = {"safetensors": "safetensors", "int4": "safetensors", "gguf": "gguf"}
 
 
 class _Plan(NamedTuple):
@@ -63,7 +70,8 @@ def convert(
     Args:
       source: A directory that `grok1.load` reads.
       target: A new directory; with `to="gguf"` a new file.
-      to: "grok1", the released format; "safetensors", see `safetensors_layout`; or "gguf", see
+      to: "grok1", the released format; "safetensors", see `safetensors_layout`; "int4", the same
+        with 4-bit experts and a `quantization.json` that says how they were made; or "gguf", see
         `gguf_file`, which this library writes and does not read.
       dtype: "bfloat16" for dequantised weights; "int8" to be refused if the source has none; None
         to keep what the source has.
@@ -92,13 +100,22 @@ def convert(
             "foreign",
         )
     if to == "grok1":
-        plan = _grok1_plan(config, tensors, specs)
+        plan = _grok1_plan(source, config, tensors, specs)
     elif to == "safetensors":
-        plan = _safetensors_plan(config, tensors, specs, dtype)
+        plan = _safetensors_plan(config, tensors, specs, _dequantized(specs, dtype))
+        if dtype == "bfloat16" and any(spec.scales_shape for spec in specs):
+            plan.notes.append(
+                f"weights are rounded to bfloat16 once, from {_weight_type(specs)} times its scale"
+            )
+    elif to == "int4":
+        _check_int8_experts(source, specs)
+        plan = _safetensors_plan(config, tensors, specs, with_int4_experts(specs))
+        card = int4_card.describe(source, config, tensors, specs)
+        plan.files.append(content(int4_card.NAME, card))
     else:
         plan = _gguf_plan(source, config, tensors, specs, dtype, embedding or "f32")
     # Loaders of safetensors want to be told which model it is.
-    config_json = config.to_json(hugging_face=to == "safetensors").encode()
+    config_json = config.to_json(hugging_face=to in ("safetensors", "int4")).encode()
     tokenizer = b""
     if tokenizer_file is not None:
         Tokenizer.load(tokenizer_file)
@@ -125,6 +142,8 @@ def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, found {to!r}")
     if dtype not in (None, "int8", "bfloat16"):
         raise ValueError(f'dtype must be "int8" or "bfloat16", found {dtype!r}')
+    if to == "int4" and dtype is not None:
+        raise ValueError("int4 says what the experts become; leave out the dtype")
     if to == "grok1" and dtype == "bfloat16":
         raise ValueError("Grok-1's own format has no bfloat16 weights; convert to safetensors")
     if embedding is not None and to != "gguf":
@@ -134,12 +153,12 @@ def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:
             f"the embedding must be one of {', '.join(gguf_file.EMBEDDING_TYPES)}, found "
             f"{embedding!r}"
         )
-    if to != "grok1":
+    if package := _PACKAGES.get(to):
         try:
-            importlib.import_module(to)
+            importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"converting to {to} needs the package {to}: pip install 'grok1[convert]'"
+                f"converting to {to} needs the package {package}: pip install 'grok1[convert]'"
             ) from error
 
 
@@ -151,12 +170,21 @@ def _weight_type(specs) -> str:
 def _versions(to: str) -> dict[str, str]:
     """What writes the files: another version may write other bytes."""
     versions = {"grok1": __version__}
-    if to != "grok1":
-        versions[to] = importlib.metadata.version(to)
+    if package := _PACKAGES.get(to):
+        versions[package] = importlib.metadata.version(package)
     return versions
 
 
-def _grok1_plan(config: ModelConfig, tensors: list[StoredTensor], specs) -> _Plan:
+def _grok1_plan(
+    source: pathlib.Path, config: ModelConfig, tensors: list[StoredTensor], specs
+) -> _Plan:
+    if any(spec.dtype == INT4.name for spec in specs):
+        raise CheckpointError(
+            source,
+            "its experts are 4-bit, which Grok-1's own format has not",
+            "convert the files that it was made from",
+            "foreign",
+        )
     files = []
     for number, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
         arrays = iter(array for array in tensor if array is not None)
@@ -180,20 +208,50 @@ def _grok1_plan(config: ModelConfig, tensors: list[StoredTensor], specs) -> _Pla
     return _Plan(files, check, [])
 
 
-def _safetensors_plan(config: ModelConfig, tensors, specs, dtype: str | None) -> _Plan:
-    stored = [
+def _dequantized(specs: list[TensorSpec], dtype: str | None) -> list[TensorSpec]:
+    return [
         spec._replace(dtype="bfloat16", scales_shape=None)
         if dtype == "bfloat16" and spec.scales_shape
         else spec
         for spec in specs
     ]
+
+
+def _check_int8_experts(source: pathlib.Path, specs: list[TensorSpec]) -> None:
+    if _weight_type(specs) == INT4.name:
+        raise CheckpointError(source, "its experts are 4-bit already", "use it as it is", "foreign")
+
+
+def _safetensors_plan(
+    config: ModelConfig,
+    tensors: list[StoredTensor],
+    specs: list[TensorSpec],
+    stored: list[TensorSpec],
+) -> _Plan:
+    """The shards of a model.
+
+    Args:
+      config: The model.
+      tensors: Its tensors.
+      specs: As they are.
+      stored: As they are to be.
+    """
     shards = safetensors_layout.shards(stored)
     files = []
     for number, shard in enumerate(shards):
         pieces = content("", safetensors_layout.shard_header(shard)).pieces
         for named in shard:
             tensor, spec = tensors[named.tensor], stored[named.tensor]
-            if safetensors_layout.is_transposed(spec):
+            if spec.dtype == INT4.name and specs[named.tensor].dtype != INT4.name:
+                # All of a matrix at once: its parts follow one another.
+                if named.part == "values":
+                    pieces = [*pieces, _rounded_piece(tensor, spec, named.matrix)]
+            elif spec.dtype == INT4.name:
+                part: StoredArray = getattr(tensor, named.part)
+                nbytes = part.nbytes // part.num_matrices
+                make = functools.partial(read_matrix, part, named.matrix)
+                pieces = [*pieces, Piece(nbytes, make)]
+            elif safetensors_layout.is_transposed(spec):
                 nbytes = int(np.prod(named.shape)) * DTYPES[named.dtype].itemsize
                 make = functools.partial(_transposed, tensor, named)
                 pieces = [*pieces, Piece(nbytes, make)]
@@ -201,9 +259,6 @@ def _safetensors_plan(config: ModelConfig, tensors, specs, dtype: str | None) ->
                 pieces = [*pieces, *_array_pieces(tensor.values, named.dtype)]
         files.append(OutputFile(safetensors_layout.shard_name(number, len(shards)), pieces))
     files.append(content(safetensors_layout.INDEX_NAME, safetensors_layout.index_json(shards)))
-    notes = []
-    if stored != specs:
-        notes.append("weights are rounded to bfloat16 once, from int8 times its scale")
 
     def check(path: pathlib.Path) -> None:
         import safetensors
@@ -217,7 +272,27 @@ def _safetensors_plan(config: ModelConfig, tensors, specs, dtype: str | None) ->
             if found != {named.name: named.shape for named in shard}:
                 raise CheckpointError(path / name, "the safetensors package reads other tensors")
 
-    return _Plan(files, check, notes)
+    return _Plan(files, check, [])
+
+
+def _rounded_piece(tensor: StoredTensor, spec: TensorSpec, number: int) -> Piece:
+    """A matrix of an expert in 4 bits: values and scales, one behind the other."""
+    assert spec.scales_shape is not None
+    *_, num_blocks, columns = spec.scales_shape
+    shapes = INT4.part_shapes(spec.shape[-2:], num_blocks)
+    sizes = [DTYPES[part.dtype].itemsize for part in INT4.parts]
+    nbytes = sum(math.prod(shape) * size for shape, size in zip(shapes, sizes, strict=True))
+
+    def make() -> np.ndarray:
+        weight = matrix_as_float32(tensor, number)
+        parts = []
+        for start in range(0, columns, _ROUNDED_COLUMNS):
+            part = np.ascontiguousarray(weight[:, start : start + _ROUNDED_COLUMNS])
+            parts.append(round_weight(part, num_blocks))
+        arrays = (np.concatenate(of_part, axis=-1) for of_part in zip(*parts, strict=True))
+        return np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
+
+    return Piece(nbytes, make)
 
 
 def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: str) -> _Plan:
@@ -253,6 +328,9 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
         f"{report.num_inexact:,} of {report.num_scales:,} scales are not exactly a float16"
         + (f", the worst is off by {report.largest_error:.1e}" if report.num_inexact else "")
     ]
+    num_int4 = sum(entry.kind == "iq4_xs" for entry in layout)
+    if num_int4:
+        notes.append(f"{num_int4} tensors hold the 4-bit experts unchanged in IQ4_XS blocks")
     if embedding != "f32":
         notes.append(f"the embedding is rounded to {embedding}")
     widened = sum(
@@ -262,6 +340,9 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
         notes.append(
             f"{widened} tensors are float32, exactly, because their scale groups are no multiples "
             "of the 32 rows of a Q8_0 block"
+            if not any(spec.dtype == INT4.name for spec in specs)
+            else f"{widened} tensors are float32, exactly, because their blocks are not of the 256 "
+            "rows of IQ4_XS"
         )
     notes.append(
         "this library does not read GGUF, and there is no way back from it: keep the source"
@@ -301,12 +382,11 @@ def _plain(array: StoredArray, number: int, start: int, stop: int | None, dtype:
 
 
 def _transposed(tensor: StoredTensor, named: safetensors_layout.NamedMatrix) -> np.ndarray:
-    array = tensor.scales if named.is_scales else tensor.values
-    assert array is not None  # scales are only planned for a tensor that has them
-    matrix = read_matrix(array, named.matrix)
-    if named.dtype == "bfloat16" and not named.is_scales and tensor.scales is not None:
-        scales = read_matrix(tensor.scales, named.matrix)
-        matrix = dequantize_matrix(matrix, scales, "bfloat16")
+    if named.dtype == "bfloat16" and named.part == "values" and tensor.scales is not None:
+        matrix = dequantized_matrix(tensor, named.matrix, "bfloat16")
+    else:
+        array: StoredArray = getattr(tensor, named.part)
+        matrix = read_matrix(array, named.matrix)
     return transpose(matrix.astype(DTYPES[named.dtype], copy=False))
 
 

@@ -2,12 +2,15 @@
 
 Int8 weights go unchanged into Q8_0: blocks of 32 values along the contracting axis, each behind a
 float16 scale. bfloat16 scales have 8 significant bits and float16 has 11, so the file is exact as
-long as every scale lies in float16's range; `scale_report` counts those that do not. A scale group
-that is no multiple of 32 rows cannot be written so, and its weight becomes float32, which is exact.
+long as every scale lies in float16's range; `scale_report` counts those that do not. 4-bit experts
+go unchanged into IQ4_XS: blocks of 256 values behind their scales. A scale group that is no
+multiple of 32 rows, or a 4-bit block that is not of 256, cannot be written so, and its weight
+becomes float32, which is exact.
 
 Format and names: the `gguf` package. Dimension key as in `storage`.
 """
 
+import math
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -15,17 +18,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grok1.checkpoint.storage import StoredTensor, dequantize_matrix, read_matrix, transpose
+from grok1.checkpoint.storage import (
+    StoredTensor,
+    dequantize_matrix,
+    dequantized_matrix,
+    read_matrix,
+    transpose,
+)
 from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
 from grok1.nn.manifest import TensorSpec
+from grok1.ops.formats import INT4
+from grok1.ops.int4 import CODE_ROWS, Int4Array, unpack
 from grok1.tokenizer import Tokenizer, is_control_spelling
 
 EMBEDDING_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 _BLOCK = 32  # Values in a block of Q8_0, behind a float16 scale.
 _BLOCK_BYTES = 2 + _BLOCK
+# Values in a block, and its bytes.
+_BLOCKS = {"q8_0": (_BLOCK, _BLOCK_BYTES), "iq4_xs": (256, 136)}
 _ELSE = "convert with --to safetensors instead"
 # Types of pieces, in llama.cpp as in SentencePiece.
 _ORDINARY, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -55,7 +68,7 @@ class GgufTensor(NamedTuple):
     Attributes:
       name: Its name there.
       tensor: Number of the manifest's tensor.
-      kind: "f32", "f16", "bf16" or "q8_0".
+      kind: "f32", "f16", "bf16", "q8_0" or "iq4_xs".
       shape: Its shape in the file, slowest axis first.
       nbytes: Its length.
     """
@@ -140,8 +153,12 @@ def layout(
         shape = spec.shape
         if name not in outside and len(shape) > 1:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        itemsize = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": _BLOCK_BYTES / _BLOCK}[kind]
-        found.append(GgufTensor(theirs, numbers[name], kind, shape, int(np.prod(shape) * itemsize)))
+        if kind in _BLOCKS:
+            values, block_bytes = _BLOCKS[kind]
+            nbytes = math.prod(shape) // values * block_bytes
+        else:
+            nbytes = math.prod(shape) * {"f32": 4, "f16": 2, "bf16": 2}[kind]
+        found.append(GgufTensor(theirs, numbers[name], kind, shape, nbytes))
     return found
 
 
@@ -182,11 +199,11 @@ def header(
     _add_tokenizer(writer, config, tokenizer)
     for tensor in tensors:
         *lead, width = tensor.shape
-        quantized = tensor.kind == "q8_0"
+        values, block_bytes = _BLOCKS.get(tensor.kind, (1, 0))
         writer.add_tensor_info(
             tensor.name,
-            (*lead, width // _BLOCK * _BLOCK_BYTES) if quantized else tensor.shape,
-            np.dtype(np.uint8 if quantized else np.float32),
+            (*lead, width // values * block_bytes) if block_bytes else tensor.shape,
+            np.dtype(np.uint8 if block_bytes else np.float32),
             tensor.nbytes,
             types[tensor.kind.upper()],
         )
@@ -214,6 +231,11 @@ def encode(
       stop: Behind the last row; None for all.
       flip: Whether the file has the matrix as `[N, K]`.
     """
+    if kind == "iq4_xs":
+        return pack_iq4_xs(Int4Array(*(read_matrix(part, number) for part in tensor.parts)))
+    if tensor.subscales is not None:
+        values = dequantized_matrix(tensor, number, "bfloat16" if kind == "bf16" else "float32")
+        return transpose(values)
     values = read_matrix(tensor.values, number, start, stop)
     if tensor.scales is not None:
         scales = read_matrix(tensor.scales, number)
@@ -249,6 +271,30 @@ def pack_q8_0(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     repeated = halves.repeat(rows // _BLOCK // halves.shape[1], axis=1)
     blocks[:, :, :2] = repeated[:, :, None].view(np.uint8)
     return blocks
+
+
+def pack_iq4_xs(weight: Int4Array) -> np.ndarray:
+    """Packs a 4-bit matrix into IQ4_XS blocks; no bit of a code or scale changes.
+
+    Args:
+      weight: `[K, N]` in blocks of 256 rows, NumPy arrays.
+
+    Returns:
+      uint8 `[N, K/256, 136]`.
+    """
+    rows, columns = weight.shape
+    num_blocks = rows // 256
+    blocks = np.empty((num_blocks, columns, 136), np.uint8)
+    blocks[..., :2] = np.ascontiguousarray(weight.scales)[..., None].view(np.uint8)
+    scales = weight.subscales.reshape(num_blocks, CODE_ROWS, columns).swapaxes(1, 2)
+    blocks[..., 2:4], blocks[..., 4:8] = scales[..., 4:], scales[..., :4]
+    for block in range(num_blocks):
+        of_block = weight.values[128 * block : 128 * (block + 1)]
+        codes = unpack(np.ascontiguousarray(of_block)).reshape(8, 2, 16, columns)
+        # Rows that are half a group apart share a byte there.
+        packed = codes[:, 0] | codes[:, 1] << 4
+        blocks[block, :, 8:] = transpose(packed.reshape(128, columns))
+    return np.ascontiguousarray(blocks.swapaxes(0, 1))
 
 
 def scale_report(tensors: list[StoredTensor], layout: list[GgufTensor]) -> ScaleReport:
@@ -330,6 +376,8 @@ def _kind(spec: TensorSpec, dtype: str | None) -> str:
         return "bf16" if is_weight and spec.dtype == "bfloat16" else "f32"
     if dtype == "bfloat16":
         return "bf16"
+    if spec.dtype == INT4.name:
+        return "iq4_xs" if spec.shape[-2] // spec.scales_shape[-2] == 256 else "f32"
     return "f32" if spec.shape[-2] // spec.scales_shape[-2] % _BLOCK else "q8_0"
 
 

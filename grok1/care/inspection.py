@@ -12,6 +12,7 @@ from grok1.checkpoint.directory import load_config, located, open_tensors
 from grok1.checkpoint.storage import StoredTensor, read_matrix
 from grok1.checkpoint.tensor_file import ArraySpan, read_span
 from grok1.machine.float_errors import as_numpy_comes
+from grok1.ops.int4 import BOOK, CODE_ROWS, Int4Array, group_rows, group_scales, unpack
 
 _SAMPLE_ROWS = 16  # Of each matrix of the file, evenly spaced.
 _FULL_ROWS = 256  # Read at a time.
@@ -24,9 +25,9 @@ class TensorReport(NamedTuple):
     Attributes:
       file: The file it is in, or the first of them.
       name: Haiku module and parameter.
-      dtype: "float32", "bfloat16" or "int8".
+      dtype: "float32", "bfloat16", or the name of a quantised weight's format.
       shape: Its shape.
-      scales_shape: Shape of the bfloat16 scales of an int8 weight, else None.
+      scales_shape: Shape of the scales of a quantised weight, else None.
       num_bytes: Its elements and scales.
       rms: Root of the mean square of the dequantised weights that were read.
       smallest_scale: Smallest of all its scales, None without.
@@ -149,9 +150,8 @@ def inspect(
         scales = tensor.scales and [
             read_matrix(tensor.scales, number) for number in range(tensor.scales.num_matrices)
         ]
-        totals[spec.dtype] += tensor.values.nbytes
-        if tensor.scales:
-            totals["bfloat16"] += tensor.scales.nbytes
+        for part in tensor.parts:
+            totals[part.dtype] += part.nbytes
         reports.append(
             TensorReport(
                 tensor.values.parts[0][0].path.name,
@@ -159,8 +159,8 @@ def inspect(
                 spec.dtype,
                 spec.shape,
                 spec.scales_shape,
-                tensor.values.nbytes + (tensor.scales.nbytes if tensor.scales else 0),
-                _rms(tensor, scales, full),
+                tensor.nbytes,
+                _int4_rms(tensor, full) if tensor.subscales else _rms(tensor, scales, full),
                 float(min(part.min() for part in scales)) if scales else None,
                 float(max(part.max() for part in scales)) if scales else None,
             )
@@ -217,6 +217,31 @@ def _rms(tensor: StoredTensor, scales: list[np.ndarray] | None, full: bool) -> f
             if scales is not None:
                 values *= _scales_of_rows(scales[number], start, stop, span.shape, array.transposed)
             total, count = total + float(np.sum(values * values)), count + values.size
+    return math.sqrt(total / count)
+
+
+def _int4_rms(tensor: StoredTensor, full: bool) -> float:
+    """Root mean square of 4-bit weights, a block of rows or a pair of them at a time."""
+    total, count = 0.0, 0
+    values, subscales, scales = tensor.parts
+    rows = tensor.shape[-2] // scales.num_rows  # of a block
+    step = rows if full else max(2, tensor.shape[-2] // _SAMPLE_ROWS * 2)
+    for number in range(values.num_matrices):
+        for first in range(0, tensor.shape[-2] // 2 * 2, step - step % 2):
+            block, pair = first // rows, first // 2
+            of_block = Int4Array(
+                read_matrix(values, number, pair, pair + (rows // 2 if full else 1)),
+                read_matrix(subscales, number, block * CODE_ROWS, (block + 1) * CODE_ROWS),
+                read_matrix(scales, number, block, block + 1),
+            )
+            groups = group_scales(of_block._replace(values=np.empty((rows // 2, 1), np.uint8)))
+            group = first % rows // group_rows(rows)
+            codes = BOOK[unpack(of_block.values)].astype(np.float64)
+            if full:
+                codes *= groups.repeat(group_rows(rows), axis=0)
+            else:
+                codes *= groups[group]
+            total, count = total + float(np.sum(codes * codes)), count + codes.size
     return math.sqrt(total / count)
 
 

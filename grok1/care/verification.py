@@ -31,6 +31,7 @@ from grok1.config import GROK_1, ModelConfig
 from grok1.files import LFS_PROBLEM, LFS_REMEDY, CheckpointError, printable
 from grok1.machine.progress import progress_bar
 from grok1.nn.manifest import TensorSpec, file_name, manifest
+from grok1.ops.formats import INT4
 from grok1.tokenizer import Tokenizer
 
 SUMS_NAME = "SHA256SUMS"
@@ -186,15 +187,18 @@ def _safetensors_files(
             shard.path.name,
             shard.path,
             shard.file_size,
-            [
-                (f"{'scales' if name.endswith('_scale') else 'values'} of {name}", span)
-                for name, span in shard.spans.items()
-            ],
+            [(f"{_part_of(name)} of {name}", span) for name, span in shard.spans.items()],
         )
         for shard in found.shards
     ]
     files.append(CheckedFile(INDEX_NAME, index, index.stat().st_size, []))
     return [file for file in files if file.name not in bad], faults
+
+
+def _part_of(name: str) -> str:
+    """Which of a weight's arrays a name is of."""
+    parts = (part for part in INT4.parts if part.suffix and name.endswith(part.suffix))
+    return next((part.name for part in parts), "values")
 
 
 def _tensor_files(

@@ -100,7 +100,7 @@ def open_tensors(path: str | os.PathLike[str], config: ModelConfig) -> StoredMod
         headers = open_checkpoint(pathlib.Path(path, "ckpt-0"), expected)
         tensors = [from_header(header) for header in headers]
     specs = [
-        spec._replace(dtype=tensor.values.dtype, scales_shape=tensor.scales and tensor.scales.shape)
+        spec._replace(dtype=tensor.dtype, scales_shape=tensor.scales and tensor.scales.shape)
         for spec, tensor in zip(expected, tensors, strict=True)
     ]
     return StoredModel(tensors, specs)

@@ -63,7 +63,7 @@ def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | Non
 
     Args:
       file: The file they come from, for the message.
-      scales: All of its bfloat16 scales, or a slice.
+      scales: All of its bfloat16 or float16 scales, or a slice.
       origin: Where the slice starts in the file's array; None for zeros.
 
     Raises:
@@ -76,7 +76,9 @@ def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | Non
 
 
 def are_scales(values: np.ndarray) -> np.ndarray:
-    """Returns which bfloat16 elements are finite and of at most `MOST_SCALE`."""
+    """Returns which bfloat16 or float16 elements are finite and of at most `MOST_SCALE`."""
+    if values.dtype == np.float16:  # whose largest is below that
+        return np.isfinite(values)
     # As integers, the magnitudes of floats are in their order, and what is not finite is largest.
     return (values.view(np.uint16) & _MAGNITUDE) <= _MOST_BITS
 

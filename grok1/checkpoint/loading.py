@@ -21,14 +21,15 @@ from tqdm import tqdm
 from grok1.checkpoint.elements import check_finite, check_scales
 from grok1.checkpoint.reading import Bounds, Reader, Target
 from grok1.checkpoint.storage import StoredArray, StoredModel
+from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
 from grok1.machine.processes import together
 from grok1.machine.progress import progress_bar
 from grok1.nn.manifest import arrange
 from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import NamedParams, Params
-from grok1.ops.experts import ExpertWeights
-from grok1.ops.quantized import QuantizedArray, refine_groups
+from grok1.ops.experts import fetched_parts
+from grok1.ops.formats import OF_VALUES, Part, is_quantized
 
 # The large tensors, which take as long to look at as to read; `verify --deep` does that.
 _QUANTIZED = re.compile("/(moe|multi_head_attention)/")
@@ -42,13 +43,15 @@ class _Leaf(NamedTuple):
     Attributes:
       array: The array.
       dtype: Its type in memory.
-      is_scales: Whether it holds scales.
+      part: What it is of a quantised weight, where it follows the grouping of the scales.
+      block_rows: Rows of the weight in a group of the files.
       name: Of the tensor, where its elements are to be checked; "" where they are not.
     """
 
     array: StoredArray
     dtype: np.dtype
-    is_scales: bool = False
+    part: Part | None = None
+    block_rows: int = 0
     name: str = ""
 
     @property
@@ -140,7 +143,7 @@ def _load_params(
         with Reader(advance, keep_pages=jax.process_count() > 1) as reader:
             buffers = []
             for leaf, stored, local in zip(leaves, files, shards, strict=True):
-                if stored[0].is_scales:
+                if stored[0].part is not None:
                     buffers.append(_read_scales(leaf, stored, local, reader))
                 elif local[0].device.platform == "cpu":
                     buffers.append(_fill_host(stored, local, reader))
@@ -149,7 +152,7 @@ def _load_params(
             reader.wait()
         arrays = []
         for leaf, stored, local, filled in zip(leaves, files, shards, buffers, strict=True):
-            if stored[0].is_scales:
+            if stored[0].part is not None:
                 filled = _refine(leaf, stored, local, filled, bar)
             elif local[0].device.platform == "cpu":
                 for layer, of_layer in enumerate(stored):
@@ -165,28 +168,30 @@ def _load_params(
     return jax.tree.unflatten(structure, arrays)
 
 
-def expert_arrays(stored: StoredModel, config: ModelConfig) -> list[ExpertWeights]:
-    """Returns where the int8 values of each layer's experts lie.
+def expert_arrays(stored: StoredModel, config: ModelConfig) -> list[list[StoredArray]]:
+    """Returns where the experts' weights lie that `offload` fetches.
 
     Args:
-      stored: As for `load_params`.
+      stored: The tensors on disk.
       config: The model.
 
     Returns:
-      For each layer `StoredArray`s of gate, up and down.
+      For each layer those of gate, up and down: int8 values, or the three parts of 4-bit weights.
 
     Raises:
-      ValueError: If the experts are not int8.
+      ValueError: If the experts are floats.
     """
     layers = []
     for layer in arrange(_named_leaves(stored), config).layers:
+        arrays = []
         for weight in layer.experts:
-            if not isinstance(weight, QuantizedArray):
+            if not is_quantized(weight):
                 raise ValueError(
                     f"{weight.array.parts[0][0].path}: the experts are {weight.array.dtype}, and "
-                    "only int8 ones can be offloaded; load it with offload='none'"
+                    "only quantised ones can be offloaded; load it with offload='none'"
                 )
-        layers.append(ExpertWeights(*(weight.values.array for weight in layer.experts)))
+            arrays += [weight[place].array for place in fetched_parts(weight)]
+        layers.append(arrays)
     return layers
 
 
@@ -312,14 +317,17 @@ def _refine(
 ) -> list[np.ndarray]:
     """Checks scales and repeats them for the groups that the shards have in memory."""
     repeats = target.shape[-2] // stored[0].shape[-2]
+    part, block_rows = stored[0].part, stored[0].block_rows
+    assert part is not None  # others have no groups
     refined = []
     for shard, scales in zip(shards, buffers, strict=True):
         bounds = _file_bounds(target, stored, shard)
         origin = [start for start, _ in bounds]
         for leaf, of_layer in zip(stored, scales, strict=True):
-            check_scales(leaf.array.parts[0][0], of_layer, origin)
+            if part.name == "scales":
+                check_scales(leaf.array.parts[0][0], of_layer, origin)
         start = shard.bounds[-2][0] - bounds[-2][0] * repeats
-        repeated = refine_groups(scales, scales.shape[-2] * repeats)
+        repeated = part.refine(scales, repeats, block_rows)
         refined.append(repeated[..., start : start + shard.shape[-2], :])
         bar.update(refined[-1].nbytes - scales.nbytes)
     return refined
@@ -329,9 +337,14 @@ def _file_bounds(
     target: jax.ShapeDtypeStruct, stored: list[_Leaf], shard: _Shard
 ) -> tuple[Bounds, ...]:
     """Bounds of a shard's scales in the files, whose groups may be larger."""
-    repeats = target.shape[-2] // stored[0].shape[-2]
+    part = stored[0].part
+    assert part is not None  # others have no groups
+    assert part.rows_of_group is not None
+    # Whole groups of the files.
+    step = target.shape[-2] // stored[0].shape[-2] * part.rows_of_group
     *lead, (start, stop), columns = shard.bounds
-    return (*lead, (start // repeats, -(-stop // repeats)), columns)
+    groups = start // step, -(-stop // step)
+    return (*lead, (groups[0] * part.rows_of_group, groups[1] * part.rows_of_group), columns)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -351,9 +364,15 @@ def _named_leaves(stored: StoredModel) -> NamedParams:
             name = spec.name if _QUANTIZED.search(spec.name) is None else ""
             leaf = _Leaf(tensor.values, jnp.dtype(spec.dtype), name=name)
         else:
-            leaf = QuantizedArray(
-                _Leaf(tensor.values, jnp.dtype("int8")),
-                _Leaf(tensor.scales, jnp.dtype("bfloat16"), is_scales=True),
+            stored_as = OF_VALUES[tensor.values.dtype]
+            rows = tensor.shape[-2] // tensor.scales.shape[-2]
+            leaf = stored_as.weight(
+                *(
+                    _Leaf(array, DTYPES[part.dtype])
+                    if part.rows_of_group is None
+                    else _Leaf(array, DTYPES[part.dtype], part, rows)
+                    for part, array in zip(stored_as.parts, tensor.parts, strict=True)
+                )
             )
         named.setdefault(module, {})[parameter] = leaf
     return named

@@ -1,10 +1,9 @@
 """Checkpoints in safetensors, read against the model; names and layout: `safetensors_layout`."""
 
-import collections
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +12,17 @@ from grok1.checkpoint.safetensors_layout import (
     EMBEDDING,
     HEAD,
     INDEX_NAME,
-    LAYER,
     TYPES,
-    NamedMatrix,
-    is_transposed,
-    shards,
 )
-from grok1.checkpoint.storage import StoredArray, StoredTensor
+from grok1.checkpoint.safetensors_tensors import (
+    Found,
+    ShardHeader,
+    fill_in,
+    left_over,
+    text_of,
+    unlike,
+)
+from grok1.checkpoint.storage import StoredTensor
 from grok1.checkpoint.tensor_file import ArraySpan, read_span
 from grok1.files import (
     CheckpointError,
@@ -40,30 +43,12 @@ _DAMAGED = "the file is damaged: copy it again"
 _MIXED = "these files are of different checkpoints"
 
 
-class ShardHeader(NamedTuple):
-    """What one safetensors file holds.
-
-    Attributes:
-      path: The file.
-      file_size: Its length in bytes when it was read.
-      spans: Its arrays by name.
-    """
-
-    path: pathlib.Path
-    file_size: int
-    spans: dict[str, ArraySpan]
-
-
-Found = dict[str, tuple[ShardHeader, ArraySpan]]
-"""The tensors of all shards by name, with the shard that each is in."""
-
-
 def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
     """Finds the arrays in a safetensors file.
 
     Raises:
       CheckpointError: If the file cannot be read, or its header is not that of a safetensors file
-        of float32, bfloat16 and int8 arrays that fill it.
+        of arrays of the types in `TYPES` that fill it.
     """
     path = pathlib.Path(path)
     with open_file(path) as file:
@@ -109,8 +94,8 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
     except KeyError as error:
         raise CheckpointError(
             path,
-            f"its header has {error} where a tensor's dtype (F32, BF16 or I8), shape and "
-            "data_offsets are expected",
+            f"its header has {error} where a tensor's dtype (F32, BF16, I8, U8 or F16), "
+            "shape and data_offsets are expected",
             _CONVERSION,
             "foreign",
         ) from None
@@ -190,9 +175,9 @@ def examine_safetensors(
     faults += itertools.chain(
         _misplaced(directory, weight_map, headers),
         _untied(found),
-        _left_over(directory, manifest, found, absent),
-        _stored_tensors(manifest, found, absent, tensors),
-        _unlike(manifest, tensors),
+        left_over(directory, manifest, found, absent),
+        fill_in(manifest, found, absent, tensors),
+        unlike(manifest, tensors),
     )
     return Examination(list(headers.values()), tensors, faults)
 
@@ -230,7 +215,7 @@ def _untied(found: Found) -> Iterator[CheckpointError]:
     file, span = head
     other, embedding = found.setdefault(EMBEDDING, head)
     if (span.shape, span.dtype) != (embedding.shape, embedding.dtype):
-        problem = f"{HEAD} is {_text(span)}, and {EMBEDDING} {_text(embedding)}"
+        problem = f"{HEAD} is {text_of(span)}, and {EMBEDDING} {text_of(embedding)}"
     elif any(
         not np.array_equal(
             read_span(file, span, row, row + 1), read_span(other, embedding, row, row + 1)
@@ -246,108 +231,6 @@ def _untied(found: Found) -> Iterator[CheckpointError]:
         _MIXED,
         "foreign",
     )
-
-
-def _wanted(manifest: list[TensorSpec]) -> dict[str, NamedMatrix]:
-    """The matrices that the model needs, whatever types and scales they have."""
-    plain = [spec._replace(scales_shape=None) for spec in manifest]
-    return {tensor.name: tensor for shard in shards(plain) for tensor in shard}
-
-
-def _left_over(directory, manifest, found: Found, absent: Set[str]) -> Iterator[CheckpointError]:
-    wanted = _wanted(manifest)
-    allowed = {f"{name}_scale" for name, t in wanted.items() if manifest[t.tensor].scales_shape}
-    missing = wanted.keys() - found.keys() - absent
-    names = {directory / INDEX_NAME: ("lacks", sorted(missing))} if missing else {}
-    for name in sorted(found.keys() - wanted.keys() - allowed):
-        names.setdefault(found[name][0].path, ("has the unexpected", []))[1].append(name)
-    for path, (what, tensors) in names.items():
-        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
-        yield CheckpointError(
-            path,
-            f"{what} {tensors[0]}{more}",
-            "is its config.json the one it was converted with, and is it a conversion by grok1?",
-            "foreign",
-        )
-
-
-def _stored_tensors(
-    manifest: list[TensorSpec],
-    found: Found,
-    absent: Set[str],
-    tensors: list[StoredTensor | None],
-) -> Iterator[CheckpointError]:
-    """Fills in the tensors that are whole and yields what is wrong with the others."""
-    parts: list[list[Any]] = [[] for _ in manifest]
-    scale_parts: list[list[Any]] = [[] for _ in manifest]
-    broken = set()
-    for name, tensor in _wanted(manifest).items():
-        problem = _problem(name, tensor, manifest[tensor.tensor], found, absent)
-        if problem is not None or name not in found or _lacks_scales(name, found):
-            broken.add(tensor.tensor)
-            if problem is not None:
-                yield problem
-            continue
-        parts[tensor.tensor].append(found[name])
-        if found[name][1].dtype == "int8":
-            scale_parts[tensor.tensor].append(found[f"{name}_scale"])
-    for number, spec in enumerate(manifest):
-        if number not in broken:
-            tensors[number] = _stored(spec, parts[number], scale_parts[number])
-
-
-def _lacks_scales(name: str, found: Found) -> bool:
-    return found[name][1].dtype == "int8" and f"{name}_scale" not in found
-
-
-def _problem(
-    name: str, tensor: NamedMatrix, spec: TensorSpec, found: Found, absent: Set[str]
-) -> CheckpointError | None:
-    """What is wrong with one matrix and its scales; an absent one is no fault of its own."""
-    if name not in found:
-        return None
-    file, span = found[name]
-    scale_name = f"{name}_scale"
-    types = {spec.dtype, "float32", "bfloat16"}
-    if span.shape != tensor.shape or span.dtype not in types:
-        expected = _text(ArraySpan(0, tensor.shape, spec.dtype))
-        problem = f"{name} is {_text(span)}, expected {expected}"
-        return CheckpointError(file.path, problem, _CONVERSION, "foreign")
-    if span.dtype != "int8":
-        if scale_name not in found:
-            return None
-        return CheckpointError(
-            file.path,
-            f"{name} is {span.dtype} and has scales, expected int8 for a weight with scales",
-            _CONVERSION,
-            "foreign",
-        )
-    if scale_name not in found:
-        if scale_name in absent:
-            return None
-        return CheckpointError(
-            file.path, f"{name} is int8 and has no {scale_name}", "copy it again"
-        )
-    columns, rows = span.shape
-    scale_file, scales = found[scale_name]
-    if (
-        scales.dtype != "bfloat16"
-        or len(scales.shape) != 2
-        or scales.shape[0] != columns
-        or rows % scales.shape[1]
-    ):
-        return CheckpointError(
-            scale_file.path,
-            f"{scale_name} is {_text(scales)}, expected bfloat16[{columns},G] with a G that "
-            f"divides {rows}",
-            _CONVERSION,
-            "foreign",
-        )
-    return None
-
-
-def _text(span: ArraySpan) -> str:
-    return f"{span.dtype}[{','.join(map(str, span.shape))}]"
 
 
 def _json_object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
@@ -377,39 +260,3 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 def _is_beside(name: str) -> bool:
     return is_plain(name) and name not in ("", ".", "..") and name == os.path.basename(name)
-
-
-def _stored(spec: TensorSpec, parts: list, scale_parts: list) -> StoredTensor:
-    transposed = is_transposed(spec)
-    values = StoredArray(spec.shape, parts[0][1].dtype, tuple(parts), transposed)
-    if not scale_parts:
-        return StoredTensor(values, None)
-    groups = scale_parts[0][1].shape[1]
-    shape = (*spec.shape[:-2], groups, spec.shape[-1])
-    return StoredTensor(values, StoredArray(shape, "bfloat16", tuple(scale_parts), transposed))
-
-
-def _unlike(
-    manifest: list[TensorSpec], tensors: list[StoredTensor | None]
-) -> Iterator[CheckpointError]:
-    """Every matrix of a kind, in all layers and experts, must be stored alike, to be stacked."""
-    kinds: dict[str, list[tuple[str, pathlib.Path, str]]] = {}
-    for spec, tensor in zip(manifest, tensors, strict=True):
-        if tensor is None:
-            continue
-        match = LAYER.match(spec.name)
-        of_kind = kinds.setdefault(match[2] if match else spec.name, [])
-        for number, (file, span) in enumerate(tensor.values.parts):
-            storage = span.dtype
-            if tensor.scales is not None:
-                groups = tensor.scales.parts[number][1].shape[1]
-                storage += f" with {groups} scales a column"
-            of_kind.append((spec.name, file.path, storage))
-    for members in kinds.values():
-        usual = collections.Counter(storage for *_, storage in members).most_common(1)[0][0]
-        # A tensor's experts are stored alike as a rule; it is named once.
-        for name, path, storage in dict.fromkeys(members):
-            if storage != usual:
-                yield CheckpointError(
-                    path, f"{name} is stored as {storage}, elsewhere as {usual}", _MIXED, "foreign"
-                )

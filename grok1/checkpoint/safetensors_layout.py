@@ -22,23 +22,35 @@ Matrices are `[N, K]`, output before input, and every expert is a tensor of its 
 
 An int8 `weight` has beside it a bfloat16 `weight_scale` `[N, G]`, one column a group of inputs.
 
+Experts may be 4-bit, see `ops.int4`, and then are as they are in memory, input before output: a
+uint8 `weight` `[K/2, N]`, the codes of rows 2i in the low four bits and 2i + 1 in the high ones; a
+uint8 `weight_subscale` `[6B, N]`; and a float16 `weight_scale` `[B, N]`, in B blocks.
+
 Format: https://huggingface.co/docs/safetensors. Names: those of vLLM's Grok1ForCausalLM, which are
 those of the conversions on Hugging Face.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from grok1.checkpoint.tensor_file import ArraySpan
 from grok1.nn.manifest import TensorSpec
+from grok1.ops.formats import FORMATS, INT4
 
 INDEX_NAME = "model.safetensors.index.json"
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The embedding, and the name that ports give the head, which is the embedding."""
 
-TYPES = {"F32": "float32", "BF16": "bfloat16", "I8": "int8"}
+TYPES = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "I8": "int8",
+    "U8": "uint8",
+    "F16": "float16",
+}
 """The types of elements by what the format calls them."""
 
 _TYPE_NAMES = {name: code for code, name in TYPES.items()}
@@ -72,22 +84,22 @@ class NamedMatrix(NamedTuple):
       name: Its name.
       tensor: Number of the manifest's tensor that it belongs to.
       matrix: Which of its matrices.
-      is_scales: Whether it holds scales rather than values.
+      part: Which of a weight's arrays it holds: "values", "scales" or "subscales".
       shape: Its shape in the file.
-      dtype: "float32", "int8" or "bfloat16".
+      dtype: One of `TYPES`.
     """
 
     name: str
     tensor: int
     matrix: int
-    is_scales: bool
+    part: str
     shape: tuple[int, ...]
     dtype: str
 
 
 def is_transposed(spec: TensorSpec) -> bool:
-    """Whether a tensor's matrices are `[N, K]` here: all but the embedding and the norms."""
-    return spec.name not in _OUTSIDE and len(spec.shape) > 1
+    """Whether matrices are `[N, K]` here: all but the embedding, the norms and 4-bit experts."""
+    return spec.name not in _OUTSIDE and len(spec.shape) > 1 and spec.dtype != INT4.name
 
 
 def shards(manifest: list[TensorSpec]) -> list[list[NamedMatrix]]:
@@ -104,16 +116,20 @@ def shards(manifest: list[TensorSpec]) -> list[list[NamedMatrix]]:
         shard = found[int(match[1]) + 1 if match else 0]
         name = f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}" if match else _OUTSIDE[spec.name]
         for matrix in range(spec.shape[0] if len(spec.shape) > 2 else 1):
-            full_name = name.format(matrix)
-            shard.append(
-                NamedMatrix(full_name, number, matrix, False, _shape(spec, spec.shape), spec.dtype)
-            )
-            if spec.scales_shape is not None:
-                shape = _shape(spec, spec.scales_shape)
-                shard.append(
-                    NamedMatrix(f"{full_name}_scale", number, matrix, True, shape, "bfloat16")
-                )
+            shard.extend(_arrays(spec, name.format(matrix), number, matrix))
     return found
+
+
+def _arrays(spec: TensorSpec, name: str, number: int, matrix: int) -> Iterator[NamedMatrix]:
+    if spec.scales_shape is None:
+        shape = _shape(spec, spec.shape)
+        yield NamedMatrix(name, number, matrix, "values", shape, spec.dtype)
+        return
+    stored_as = FORMATS[spec.dtype]
+    shapes = stored_as.part_shapes(spec.shape, spec.scales_shape[-2])
+    for part, shape in zip(stored_as.parts, shapes, strict=True):
+        full_name = f"{name}{part.suffix}"
+        yield NamedMatrix(full_name, number, matrix, part.name, _shape(spec, shape), part.dtype)
 
 
 def shard_name(shard: int, num_shards: int) -> str:
@@ -151,4 +167,4 @@ def index_json(found: list[list[NamedMatrix]]) -> bytes:
 
 
 def _shape(spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:-3:-1] if is_transposed(spec) else shape
+    return shape[:-3:-1] if is_transposed(spec) else shape[-2:]

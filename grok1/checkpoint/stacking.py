@@ -14,6 +14,7 @@ from grok1.config import ModelConfig
 from grok1.nn.manifest import TensorSpec, abstract_params, arrange
 from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import Params
+from grok1.ops.formats import is_quantized
 from grok1.ops.quantized import QuantizedArray, refine_groups
 
 # Standard deviation of the uniform integers from -127 to 127.
@@ -36,14 +37,11 @@ def unstack(
         numbers.setdefault(module, {})[parameter] = number
     arranged = arrange(numbers, config)
 
-    def is_weight(node: Any) -> bool:
-        return isinstance(node, QuantizedArray)
-
     source: dict[int, tuple[Any, int | None]] = {
         arranged.embedding: (params.embedding, None),
         arranged.final_norm: (params.final_norm, None),
     }
-    weights = jax.tree.leaves(params.layers, is_leaf=is_weight)
+    weights = jax.tree.leaves(params.layers, is_leaf=is_quantized)
     for layer, of_layer in enumerate(arranged.layers):
         for number, weight in zip(jax.tree.leaves(of_layer), weights, strict=True):
             source[number] = (weight, layer)
@@ -71,7 +69,7 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     abstract = arrange(abstract_params(config.first_layers(1)), config.first_layers(1))
     abstract = abstract._replace(layers=list(abstract.layers) * config.num_layers)
     target = abstract_stack(abstract, config, mesh)
-    groups = jax.tree.map(_file_groups, abstract.layers[0], is_leaf=_is_weight)
+    groups = jax.tree.map(_file_groups, abstract.layers[0], is_leaf=is_quantized)
     key = jax.random.key(seed, impl="threefry2x32")  # named: a setting would choose another
     keys = iter(jax.random.split(key, len(jax.tree.leaves(target))))
 
@@ -109,7 +107,7 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
 
     return Params(
         embedding=normal(target.embedding, 1 / config.embedding_multiplier_scale),
-        layers=jax.tree.map(weight, target.layers, groups, is_leaf=_is_weight),
+        layers=jax.tree.map(weight, target.layers, groups, is_leaf=is_quantized),
         final_norm=ones(target.final_norm),
     )
 
@@ -129,10 +127,6 @@ def _hashed_positions(seed: Array, shape: tuple[int, ...]) -> Array:
         bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
         bits ^= bits >> 16
     return bits
-
-
-def _is_weight(node: Any) -> bool:
-    return isinstance(node, QuantizedArray)
 
 
 def _file_groups(weight: Any) -> int:

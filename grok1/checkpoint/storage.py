@@ -13,11 +13,13 @@ import numpy as np
 from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, DataFile, TensorHeader, read_span
 from grok1.config import ModelConfig
 from grok1.nn.manifest import TensorSpec, in_memory, manifest
+from grok1.ops.formats import OF_VALUES, Format
+from grok1.ops.int4 import Int4Array, dequantize_int4
 
 # Rows and columns of the tile in which a matrix is transposed: as int8 it fits the first- or
 # second-level cache, which a whole row after another does not.
 _TILE = 64, 2048
-_ROWS = 256
+_ROWS, _COLUMNS = 256, 1024  # that are made float32 at a time
 
 
 class StoredArray(NamedTuple):
@@ -25,7 +27,7 @@ class StoredArray(NamedTuple):
 
     Attributes:
       shape: Shape in the model.
-      dtype: "float32", "int8" or "bfloat16".
+      dtype: One of `tensor_file.DTYPES`.
       parts: The file and the span of the whole array, or of each of its matrices.
       transposed: Whether the parts are matrices `[N, K]`, as other programs keep them.
     """
@@ -55,12 +57,42 @@ class StoredTensor(NamedTuple):
     """One tensor of a manifest on disk.
 
     Attributes:
-      values: The elements.
-      scales: The bfloat16 scales `[*lead, G, N]` of an int8 weight, else None.
+      values: The elements; those of a quantised weight as its format has them.
+      scales: The scales `[*lead, G, N]` of a quantised weight, else None.
+      subscales: Those of groups of a format that has both, else None.
     """
 
     values: StoredArray
     scales: StoredArray | None
+    subscales: StoredArray | None = None
+
+    @property
+    def format(self) -> Format | None:
+        """How a quantised weight is stored; None for floats."""
+        return None if self.scales is None else OF_VALUES[self.values.dtype]
+
+    @property
+    def dtype(self) -> str:
+        """The type of its elements, or the name of its format."""
+        return self.values.dtype if self.format is None else self.format.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        shape = self.values.shape
+        return shape if self.format is None else self.format.shape_of(shape)
+
+    @property
+    def parts(self) -> list[StoredArray]:
+        """The arrays of a quantised weight in the order of its format; of floats, the elements."""
+        if self.format is None:
+            return [self.values]
+        return [getattr(self, part.name) for part in self.format.parts]
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return sum(part.nbytes for part in self.parts)
 
 
 class StoredModel(NamedTuple):
@@ -116,11 +148,12 @@ def read_matrix(
     """
     if array.transposed:
         return read_span(*array.parts[number]).T[start:stop]
-    file, span = array.parts[0]
-    matrix = ArraySpan(
-        span.offset + number * span.nbytes // array.num_matrices, span.shape[-2:], span.dtype
-    )
-    return read_span(file, matrix, start, array.num_rows if stop is None else stop)
+    is_apart = len(array.parts) > 1
+    file, span = array.parts[number if is_apart else 0]
+    if not is_apart:
+        offset = span.offset + number * span.nbytes // array.num_matrices
+        span = ArraySpan(offset, span.shape[-2:], span.dtype)
+    return read_span(file, span, start, array.num_rows if stop is None else stop)
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
@@ -138,6 +171,40 @@ def transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
         for j in range(0, columns, wide_step):
             tile = matrix[i : i + step, j : j + wide_step]
             out[j : j + wide_step, i : i + step] = tile.T
+
+
+def dequantized_matrix(tensor: StoredTensor, number: int, dtype: str) -> np.ndarray:
+    """Reads one matrix of a quantised weight and returns what it stands for, `[K, N]`.
+
+    Args:
+      tensor: The weight.
+      number: Which matrix.
+      dtype: "float32", which is exact, or "bfloat16", rounded once.
+
+    Raises:
+      CheckpointError: As `read_matrix`.
+    """
+    parts = [np.ascontiguousarray(read_matrix(part, number)) for part in tensor.parts]
+    if tensor.subscales is None:
+        values, scales = parts
+        return dequantize_matrix(values, scales, dtype)
+    weight = Int4Array(*parts)
+    result = np.empty(weight.shape, DTYPES[dtype])
+    for start in range(0, result.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        result[:, columns] = dequantize_int4(Int4Array(*(part[:, columns] for part in parts)))
+    return result
+
+
+def matrix_as_float32(tensor: StoredTensor, number: int) -> np.ndarray:
+    """Reads one matrix of a weight, whatever its type, and returns it as float32 `[K, N]`.
+
+    Raises:
+      CheckpointError: As `read_matrix`.
+    """
+    if tensor.scales is None:
+        return np.ascontiguousarray(read_matrix(tensor.values, number), np.float32)
+    return dequantized_matrix(tensor, number, "float32")
 
 
 def dequantize_matrix(values: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:

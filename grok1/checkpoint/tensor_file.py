@@ -43,6 +43,8 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "int8": np.dtype(np.int8),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "uint8": np.dtype(np.uint8),
+    "float16": np.dtype(np.float16),
 }
 """The types of stored arrays, by name."""
 

@@ -12,7 +12,7 @@ from grok1.command import escapes
 from grok1.version import __version__
 
 # What the library's own modules take, which are not imported before they are needed.
-FORMATS = ("grok1", "safetensors", "gguf")
+FORMATS = ("grok1", "safetensors", "int4", "gguf")
 EMBEDDING_TYPES = ("f32", "f16", "bf16", "q8_0")
 DEVICES = ("a100-80", "h100", "h200", "b200", "mi300x", "tpu-v5p", "tpu-v6e", "cpu")
 
@@ -313,6 +313,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embedding-dtype", choices=_TYPES, default="float32", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--weights", choices=["int8", "int4"], help="of the experts; default: as the directory has"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -338,7 +341,10 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=_directory, help="directory that holds the checkpoint")
     parser.add_argument("target", type=pathlib.Path, help="new directory; for gguf a new file")
     parser.add_argument(
-        "--to", choices=FORMATS, required=True, help="gguf is for llama.cpp: there is no way back"
+        "--to",
+        choices=FORMATS,
+        required=True,
+        help="int4: safetensors with 4-bit experts; gguf: for llama.cpp, and no way back",
     )
     parser.add_argument(
         "--dtype", choices=["int8", "bfloat16"], help="of the weights; default: as in the source"

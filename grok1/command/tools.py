@@ -76,7 +76,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.directory is not None:
         config = load_config(arguments.directory)
     names = ("devices", "memory", "device", "mesh", "batch", "context", "dtype", "cache_dtype",
-             "bandwidth", "disk", "layers", "embedding_dtype")  # fmt: skip
+             "bandwidth", "disk", "layers", "embedding_dtype", "weights")  # fmt: skip
     found = planning.plan(
         config,
         **{name: getattr(arguments, name) for name in names},

@@ -28,9 +28,10 @@ from grok1.nn.transformer import LayerParams, Params
 from grok1.nn.unembedding import logit_lens
 from grok1.ops.attention import KVCache, Place, attend_cache, attention_map
 from grok1.ops.experts import Routing, experts
+from grok1.ops.formats import is_quantized
 from grok1.ops.heads import Projections, append_heads
 from grok1.ops.layers import rms_norm
-from grok1.ops.quantized import QuantizedArray, Weight, matmul_split
+from grok1.ops.quantized import Weight, matmul_split
 from grok1.ops.residual import add_branch, layer_norm
 from grok1.ops.routing import route_layer
 
@@ -337,6 +338,6 @@ def _columns_of_device(
         sizes = (1, array.shape[1], columns)
         return jax.lax.dynamic_slice(array, (layer, 0, head * config.key_size), sizes)[0]
 
-    if isinstance(weight, QuantizedArray):
-        return QuantizedArray(take(weight.values), take(weight.scales)), ()
+    if is_quantized(weight):
+        return jax.tree.map(take, weight), ()
     return take(weight), ()

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from grok1.config import ModelConfig
 from grok1.nn.transformer import NamedParams, Params, naming
-from grok1.ops.quantized import QuantizedArray
+from grok1.ops.formats import INT4, format_of, is_quantized
+from grok1.ops.int4 import num_blocks
 
 EMBEDDING = "language_model/in_out_embed/embeddings"
 
@@ -26,8 +27,8 @@ class TensorSpec(NamedTuple):
     Attributes:
       name: Haiku module and parameter, as `transformer/decoder_layer_0/moe/linear/w`.
       shape: Shape of the weight.
-      dtype: "float32", or "int8" for a quantised weight.
-      scales_shape: Shape of the bfloat16 scales of a quantised weight, else None.
+      dtype: "float32", or the name of a quantised weight's format.
+      scales_shape: Shape of the scales of a quantised weight, else None.
     """
 
     name: str
@@ -99,6 +100,28 @@ def in_memory(specs: list[TensorSpec], embedding_dtype: Any) -> list[TensorSpec]
     ]
 
 
+def with_int4_experts(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """Returns the tensors of a model with 4-bit experts, in blocks of at most 256 rows.
+
+    Raises:
+      ValueError: If experts have an odd number of rows.
+    """
+    return [
+        spec._replace(
+            dtype=INT4.name,
+            scales_shape=(*spec.shape[:-2], num_blocks(spec.shape[-2]), spec.shape[-1]),
+        )
+        if is_of_experts(spec)
+        else spec
+        for spec in specs
+    ]
+
+
+def is_of_experts(spec: TensorSpec) -> bool:
+    """Whether a tensor has the weights of a layer's experts."""
+    return len(spec.shape) == 3
+
+
 def named_leaves(named: NamedParams) -> list[tuple[str, Any]]:
     """Returns (name, leaf) in file order; a quantised weight is one leaf."""
     return [
@@ -144,6 +167,6 @@ def _in_layer(name: str, number: int) -> str:
 
 
 def _spec(name: str, leaf) -> TensorSpec:
-    if isinstance(leaf, QuantizedArray):
-        return TensorSpec(name, leaf.shape, str(leaf.values.dtype), leaf.scales.shape)
+    if is_quantized(leaf):
+        return TensorSpec(name, leaf.shape, format_of(leaf).name, leaf.scales.shape)
     return TensorSpec(name, leaf.shape, str(leaf.dtype), None)

@@ -19,7 +19,7 @@ from grok1.machine.startup import start_jax
 from grok1.nn.transformer import LayerParams, Params
 from grok1.ops.attention import KVCache
 from grok1.ops.experts import ExpertWeights
-from grok1.ops.quantized import QuantizedArray, num_refined_groups
+from grok1.ops.formats import format_of, is_quantized
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or one without, which serves to compute shapes."""
@@ -177,17 +177,27 @@ def abstract_stack(params: Params, config: ModelConfig, mesh: AnyMesh) -> Params
     """
 
     def place(axes, leaf, *lead):
-        if not isinstance(leaf, QuantizedArray):
+        if not is_quantized(leaf):
             sharding = NamedSharding(mesh, spec(axes, config, mesh))
             return jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype, sharding=sharding)
-        *outer, rows, columns = leaf.shape
+        stored_as = format_of(leaf)
         rows_axis = spec(axes, config, mesh)[-2]
         groups = leaf.scales.shape[-2]
         if rows_axis is not None:
-            groups = num_refined_groups(rows, groups, mesh.shape[rows_axis])
+            groups = stored_as.num_refined(leaf.shape[-2], groups, mesh.shape[rows_axis])
+        # One group's scales are every device's.
         scales_axes = axes if groups > 1 else (*axes[:-2], "embed", axes[-1])
-        scales = jax.ShapeDtypeStruct((*outer, groups, columns), leaf.scales.dtype)
-        return QuantizedArray(place(axes, leaf.values, *lead), place(scales_axes, scales, *lead))
+        shapes = stored_as.part_shapes(leaf.shape, groups)
+        return stored_as.weight(
+            *(
+                place(
+                    axes if part.rows_of_group is None else scales_axes,
+                    jax.ShapeDtypeStruct(shape, of_part.dtype),
+                    *lead,
+                )
+                for part, of_part, shape in zip(stored_as.parts, leaf, shapes, strict=True)
+            )
+        )
 
     def is_axes(node):
         return isinstance(node, tuple) and all(isinstance(axis, str) for axis in node)

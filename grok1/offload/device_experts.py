@@ -15,27 +15,27 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from grok1.offload.expert_cache import ExpertCache
-from grok1.offload.expert_store import Buffer, ExpertStore
+from grok1.offload.expert_store import Buffer, ExpertStore, PartOfExpert
 
 _PINNED = "pinned_host"
 
 
-def pinned_buffer(device: Any, shapes: Sequence[tuple[int, ...]]) -> Buffer:
+def pinned_buffer(device: Any, parts: Sequence[PartOfExpert]) -> Buffer:
     """Returns memory of the host that a device reads without the host's help.
 
     Args:
       device: The device.
-      shapes: Of the matrices.
+      parts: What an expert is fetched as.
     """
     sharding = SingleDeviceSharding(device, memory_kind=_PINNED)
-    arrays = [jax.device_put(np.zeros((1, *shape), np.int8), sharding) for shape in shapes]
+    arrays = [jax.device_put(np.zeros((1, *part.shape), part.dtype), sharding) for part in parts]
     matrices = []
     for array in arrays:
         jax.block_until_ready(array)
         # JAX has no array that can be written to; this is the memory of one that only `arrays`
         # knows, and that is written to when no transfer reads it.
-        memory = (ctypes.c_int8 * array.size).from_address(array.unsafe_buffer_pointer())
-        matrices.append(np.ctypeslib.as_array(memory).reshape(array.shape))
+        memory = (ctypes.c_int8 * array.nbytes).from_address(array.unsafe_buffer_pointer())
+        matrices.append(np.ctypeslib.as_array(memory).view(array.dtype).reshape(array.shape))
     return Buffer(matrices, arrays)
 
 
@@ -65,7 +65,7 @@ class DeviceExperts:
         self._in_transfer: list[jax.Array] = []
 
     def fetch(self, layer: int, chosen: Sequence[int]) -> Iterator[tuple[int, list[jax.Array]]]:
-        """Yields (expert, gate, up and down on the device) for some of a layer's experts.
+        """Yields (expert, what is fetched of it on the device) for some of a layer's experts.
 
         Transfers may still be under way. Those that the device has come first.
 

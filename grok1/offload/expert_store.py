@@ -19,9 +19,9 @@ from grok1.checkpoint import mapping
 from grok1.checkpoint.mapping import Window
 from grok1.checkpoint.reading import Reader, Target
 from grok1.checkpoint.storage import StoredArray
+from grok1.checkpoint.tensor_file import DTYPES
 from grok1.offload.expert_cache import ExpertCache, Key
 from grok1.ops.cpu import bindings
-from grok1.ops.experts import ExpertWeights
 
 _NUM_THREADS = 8
 _COPIED_BYTES = 1 << 25  # by one thread at a time
@@ -59,7 +59,7 @@ class Buffer(NamedTuple):
     """Memory for an expert.
 
     Attributes:
-      matrices: Gate, up and down, int8 `[1, K, N]`, to be written to.
+      matrices: What is fetched of gate, up and down, `[1, rows, N]` each, to be written to.
       arrays: The same memory, as `jax.device_put` takes it.
     """
 
@@ -67,9 +67,16 @@ class Buffer(NamedTuple):
     arrays: Sequence[Any]
 
 
-def pageable_buffer(shapes: Sequence[tuple[int, ...]]) -> Buffer:
-    """Returns ordinary memory for matrices of these shapes."""
-    matrices = [np.empty((1, *shape), np.int8) for shape in shapes]
+class PartOfExpert(NamedTuple):
+    """Shape and type of one of the arrays that an expert is fetched as."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def pageable_buffer(parts: Sequence[PartOfExpert]) -> Buffer:
+    """Returns ordinary memory for the parts of an expert."""
+    matrices = [np.empty((1, *part.shape), part.dtype) for part in parts]
     return Buffer(matrices, matrices)
 
 
@@ -88,7 +95,7 @@ class _Fetched(NamedTuple):
 
     @property
     def addresses(self) -> list[int]:
-        """Of gate, up and down."""
+        """Of what is fetched of gate, up and down."""
         if self.buffer is None:
             return [window.address for window in self.windows]
         return [matrix.ctypes.data for matrix in self.buffer.matrices]
@@ -107,23 +114,24 @@ class ExpertStore:
 
     def __init__(
         self,
-        layers: list[ExpertWeights],
+        layers: list[list[StoredArray]],
         allow_mapping: bool = True,
-        new_buffer: Callable[[Sequence[tuple[int, ...]]], Buffer] = pageable_buffer,
+        new_buffer: Callable[[Sequence[PartOfExpert]], Buffer] = pageable_buffer,
     ):
         """Reads nothing yet.
 
         Args:
-          layers: For each layer gate, up and down of all experts, `StoredArray`s of int8.
+          layers: For each layer what is fetched of gate, up and down of all experts.
           allow_mapping: Whether files may be mapped.
           new_buffer: Allocates the memory that experts are read into.
         """
         self._layers = layers
-        arrays: list[StoredArray] = list(layers[0])
-        self._new_buffer = functools.partial(new_buffer, [array.shape[-2:] for array in arrays])
+        arrays = layers[0]
+        parts = [PartOfExpert(array.shape[-2:], DTYPES[array.dtype]) for array in arrays]
+        self._new_buffer = functools.partial(new_buffer, parts)
         self._num_experts = arrays[0].num_matrices
         self.num_bytes = sum(array.nbytes for array in arrays) // self._num_experts
-        in_place = not any(array.transposed or array.dtype != "int8" for array in arrays)
+        in_place = not any(array.transposed for array in arrays)
         self.is_mapped = allow_mapping and in_place and mapping.is_available()
         self.fetch = bindings.Fetch(self._fetch)
         self.error: BaseException | None = None
@@ -292,7 +300,7 @@ class ExpertStore:
         try:
             jobs = []
             for window, matrix in zip(mapped.windows, buffer.matrices, strict=True):
-                source, target = window.bytes(), matrix.reshape(-1)
+                source, target = window.bytes(), matrix.reshape(-1).view(np.int8)
                 for start in range(0, len(target), _COPIED_BYTES):
                     part = slice(start, start + _COPIED_BYTES)
                     jobs.append((target[part], source[part]))

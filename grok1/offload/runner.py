@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,6 +36,7 @@ from grok1.offload.device_experts import DeviceExperts, has_pinned_memory, pinne
 from grok1.offload.expert_store import ExpertStore, Traffic, pageable_buffer
 from grok1.offload.layerwise import LayerwiseStep
 from grok1.ops import forms
+from grok1.ops.experts import FetchedInt4Experts
 from grok1.planning.budget import budget, resident_bytes, without_experts
 from grok1.planning.memory import (
     WORKING_BYTES,
@@ -342,6 +344,12 @@ def load_offloaded(
     if not by_layer:
         handle = jax.device_put(store.fetch.handle, NamedSharding(mesh, P()))
         experts = params.layers.experts._replace(handle=handle)
+        if isinstance(experts, FetchedInt4Experts):
+            gate, _, down = whole.params.layers.experts
+            *_, num_experts, num_blocks, hidden_size = gate.scales.shape
+            sizes = (num_experts, hidden_size, num_blocks, down.scales.shape[-2])
+            on_device = jax.device_put(np.array(sizes, np.uint32), NamedSharding(mesh, P()))
+            experts = experts._replace(sizes=on_device)
         params = params._replace(layers=params.layers._replace(experts=experts))
     runner = Streamed(store, device, budget_bytes)
     return Engine(params, config, mesh, whole.dtype, whole.cache_dtype, runner=runner)

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import calls, shapes
+from grok1.ops.formats import is_quantized
+from grok1.ops.int4 import Int4Array
 from grok1.ops.layers import exact_einsum
 from grok1.ops.quantized import Index, QuantizedArray, dequantize, matmul
 
@@ -50,6 +52,24 @@ class FetchedExperts(NamedTuple):
     gate_scales: Any
     up_scales: Any
     down_scales: Any
+
+
+class FetchedInt4Experts(NamedTuple):
+    """The experts of a stack of layers of which the host fetches all that is 4-bit.
+
+    Attributes:
+      handle: As of `FetchedExperts`.
+      sizes: uint32 `[4]`: E, F, the blocks of gate and up, and those of down; None where the host
+        brings experts to the device itself.
+    """
+
+    handle: Any
+    sizes: Any
+
+
+def fetched_parts(weight: Any) -> range:
+    """Which parts of an expert's quantised weight are fetched; int8 scales are small, and stay."""
+    return range(1) if isinstance(weight, QuantizedArray) else range(len(weight))
 
 
 class Routing(NamedTuple):
@@ -139,7 +159,7 @@ def choose_experts(
 
 def experts(
     x: Float[Array, "M D"],
-    weights: ExpertWeights | FetchedExperts,
+    weights: ExpertWeights | FetchedExperts | FetchedInt4Experts,
     index: Index,
     routing: Routing,
     valid: Bool[Array, " M"],
@@ -149,8 +169,8 @@ def experts(
 
     Args:
       x: Input, in the type of the products.
-      weights: Experts of a stack of layers; `FetchedExperts` where `forms.has_kernels`, and without
-        a choice of implementation.
+      weights: Experts of a stack of layers; fetched ones where `forms.has_kernels`, and without a
+        choice of implementation.
       index: Index of the layer, `(layer,)`, or `()` when the experts have no layer axis.
       routing: Where each token goes.
       valid: False for padding, which gets zeros.
@@ -160,7 +180,7 @@ def experts(
     Returns:
       float32.
     """
-    if isinstance(weights, FetchedExperts):
+    if isinstance(weights, (FetchedExperts, FetchedInt4Experts)):
         return experts_fetched(x, weights, index, routing, valid)
     arguments = x, weights, index, routing, valid
     return forms.run("experts", *arguments, implementation=implementation)
@@ -260,9 +280,9 @@ def experts_sparse(
 
 
 def _is_float(x, weights, index, routing, valid) -> str | None:
-    if all(isinstance(weight, QuantizedArray) for weight in weights):
+    if len({type(weight) for weight in weights}) == 1 and is_quantized(weights[0]):
         return None
-    return "it reads int8 weights"
+    return "it reads quantised weights, gate, up and down in one format"
 
 
 @forms.form("experts", "cpp", refuses=_is_float)
@@ -273,19 +293,17 @@ def experts_cpp(
     routing: Routing,
     valid: Bool[Array, " M"],
 ) -> Float[Array, "M D"]:
-    """As `experts_sparse`, in C++: int8 weights read in place, float32 whatever the input."""
+    """As `experts_sparse`, in C++: quantised weights read in place, float32 whatever the input."""
     (layer,) = index or (0,)
     num_experts = routing.probs.shape[-1]
     indices_MA = jnp.where(valid[:, None], routing.expert_indices, num_experts)
-    gate, up, down = ((weight.values, weight.scales) for weight in weights)
     x = x.astype(jnp.float32)
-    return bindings.experts(x, (gate, up, down), layer, indices_MA, routing.expert_weights)
+    return bindings.experts(x, weights, layer, indices_MA, routing.expert_weights)
 
 
 def _is_not_for_cuda(x, weights, index, routing, valid) -> str | None:
-    reason = _is_float(x, weights, index, routing, valid)
-    if reason is not None:
-        return reason
+    if not all(isinstance(weight, QuantizedArray) for weight in weights):
+        return "it reads int8 weights"
     if len(x) > shapes.MOST_ROWS:
         return f"it runs up to {shapes.MOST_ROWS} tokens, not {len(x)}"
     gate, up, down = ((weight.values, weight.scales) for weight in weights)
@@ -312,7 +330,7 @@ def experts_cuda(
 
 def experts_fetched(
     x: Float[Array, "M D"],
-    weights: FetchedExperts,
+    weights: FetchedExperts | FetchedInt4Experts,
     index: Index,
     routing: Routing,
     valid: Bool[Array, " M"],
@@ -329,7 +347,7 @@ def experts_fetched(
 def fetched_expert(
     routed: Routed,
     values: Sequence[Array],
-    scales: FetchedExperts,
+    scales: FetchedExperts | FetchedInt4Experts,
     layer: Int[Array, ""],
     expert: Int[Array, ""],
 ) -> Float[Array, "M D"]:
@@ -337,20 +355,24 @@ def fetched_expert(
 
     Args:
       routed: The tokens.
-      values: Its gate, up and down, int8 `[1, K, N]`.
-      scales: Those of all experts.
+      values: What is fetched of its gate, up and down: int8 values `[1, K, N]`, or the three parts
+        of each, which are 4-bit.
+      scales: Those of all experts that are not fetched.
       layer: Index of the layer.
       expert: Which of the layer's experts it is.
 
     Returns:
       float32.
     """
-    alone = ExpertWeights(
-        *(
-            QuantizedArray(matrix, of_all[layer, expert][None])
-            for matrix, of_all in zip(values, scales[1:], strict=True)
+    if isinstance(scales, FetchedExperts):
+        alone = ExpertWeights(
+            *(
+                QuantizedArray(matrix, of_all[layer, expert][None])
+                for matrix, of_all in zip(values, scales[1:], strict=True)
+            )
         )
-    )
+    else:
+        alone = ExpertWeights(*(Int4Array(*values[i : i + 3]) for i in (0, 3, 6)))
     x, expert_indices, expert_weights = routed
     is_mine_MA = expert_indices == expert
     # As the first expert of one; tokens that did not choose it are as padding.

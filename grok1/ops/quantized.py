@@ -1,4 +1,4 @@
-"""8-bit weights: the type, and the one matrix product that understands it.
+"""8-bit weights: the type, and the one matrix product, which understands 4-bit ones too.
 
 Dimension key: K contracting rows, N output columns, G scale groups along K, M rows of the input.
 Leading axes (layers, experts) come before K; `index` picks one matrix from them, so that a product
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import calls, shapes
+from grok1.ops.int4 import Int4Array, dequantize_int4
 from grok1.ops.layers import exact_einsum, rounded, split_terms
 
 # A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
@@ -44,7 +45,7 @@ class QuantizedArray(NamedTuple):
         return self.values.shape
 
 
-Weight = Array | np.ndarray | QuantizedArray
+Weight = Array | np.ndarray | QuantizedArray | Int4Array
 
 
 def quantize(weight: Float[Array, "*lead K N"], num_groups: int = 1) -> QuantizedArray:
@@ -74,6 +75,8 @@ def quantize(weight: Float[Array, "*lead K N"], num_groups: int = 1) -> Quantize
 
 def dequantize(weight: Weight) -> Array:
     """Returns the float32 weight that `weight` stands for (a float weight is returned as it is)."""
+    if isinstance(weight, Int4Array):
+        return dequantize_int4(weight)
     if not isinstance(weight, QuantizedArray):
         return jnp.asarray(weight)
     *lead, rows, columns = weight.values.shape
@@ -125,20 +128,21 @@ def matmul(
       index: One index, a number or a traced scalar, for each leading axis of `weight`.
       num_valid: How many of the M rows matter, from the first on, a number or a traced scalar; None
         for all. What comes out for the others is finite, and costs nothing where that is possible.
-      implementation: Which form multiplies a quantised weight, "direct", "tiled" or "cpp"; None for
-        that of `forms.PREFERRED`.
+      implementation: Which form multiplies a quantised weight: an int8 one "direct", "tiled" or
+        "cpp", a 4-bit one "blocked" or "cpp"; None for that of `forms.PREFERRED`.
 
     Returns:
       float32 `[*M, N]`.
     """
     rows, columns = weight.shape[-2:]
     x_MK = x.reshape(-1, rows)
-    if not isinstance(weight, QuantizedArray):
+    if not isinstance(weight, (QuantizedArray, Int4Array)):
         out = _dot(x_MK, weight[index].astype(x.dtype))
     else:
         num_valid = len(x_MK) if num_valid is None else num_valid
         arguments = x_MK, weight, index, num_valid
-        out = forms.run("matmul", *arguments, implementation=implementation)
+        operation = "matmul" if isinstance(weight, QuantizedArray) else "matmul_int4"
+        out = forms.run(operation, *arguments, implementation=implementation)
     return out.reshape(*x.shape[:-1], columns)
 
 
@@ -273,7 +277,7 @@ def matmul_cpp(
 ):
     """The same sum in C++, reading the weight once and in place; float32 whatever the input."""
     x = x.astype(jnp.float32)
-    return bindings.quantized_matmul(x, weight.values, weight.scales, index, num_valid)
+    return bindings.quantized_matmul(x, weight, index, num_valid)
 
 
 def _dot(x: Array, y: Array) -> Array:

@@ -1,9 +1,12 @@
 """How much a process may take when the experts of its model stay on disk, and what must fit."""
 
+from typing import Any
+
 from grok1.engine.base import EngineBase
 from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.transformer import Params
-from grok1.ops.experts import FetchedExperts
+from grok1.ops.experts import FetchedExperts, FetchedInt4Experts
+from grok1.ops.quantized import QuantizedArray
 from grok1.planning.memory import WORKING_BYTES, screening_table_bytes, shard_bytes
 
 SHARE = 0.8
@@ -11,9 +14,12 @@ SHARE = 0.8
 
 
 def without_experts(params: Params) -> Params:
-    """Returns a tree of parameters with the experts' scales alone."""
+    """Returns a tree of parameters with what is not fetched of the experts."""
     experts = params.layers.experts
-    fetched = FetchedExperts(None, *(weight.scales for weight in experts))
+    if isinstance(experts.gate, QuantizedArray):
+        fetched: Any = FetchedExperts(None, *(weight.scales for weight in experts))
+    else:
+        fetched = FetchedInt4Experts(None, None)
     return params._replace(layers=params.layers._replace(experts=fetched))
 
 

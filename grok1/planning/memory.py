@@ -15,7 +15,7 @@ from grok1.nn.manifest import TensorSpec, arrange, manifest
 from grok1.nn.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
 from grok1.nn.transformer import NamedParams, Params
 from grok1.ops import forms
-from grok1.ops.quantized import QuantizedArray
+from grok1.ops.formats import FORMATS
 
 PREALLOCATED = 0.75
 """Share of a GPU's memory that JAX takes, unless told otherwise; the rest it never uses.
@@ -58,9 +58,10 @@ def abstract_weights(tensors: list[TensorSpec], config: ModelConfig) -> Params:
     named: dict[str, dict[str, Any]] = {}
     for spec in tensors:
         module, _, parameter = spec.name.rpartition("/")
-        leaf: Any = jax.ShapeDtypeStruct(spec.shape, spec.dtype)
-        if spec.scales_shape is not None:
-            leaf = QuantizedArray(leaf, jax.ShapeDtypeStruct(spec.scales_shape, "bfloat16"))
+        if spec.scales_shape is None:
+            leaf: Any = jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+        else:
+            leaf = FORMATS[spec.dtype].abstract(spec.shape, spec.scales_shape[-2])
         named.setdefault(module, {})[parameter] = leaf
     stored: NamedParams = named
     return arrange(stored, config)

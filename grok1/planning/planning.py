@@ -23,10 +23,11 @@ from grok1.engine.engine import Engine
 from grok1.files import CheckpointError
 from grok1.generate.scheduler import MAX_ROWS
 from grok1.nn import precision
-from grok1.nn.manifest import TensorSpec, in_memory
+from grok1.nn.manifest import TensorSpec, in_memory, with_int4_experts
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, abstract_mesh, mesh_sizes
 from grok1.nn.transformer import Params
-from grok1.ops.quantized import QuantizedArray
+from grok1.ops.experts import fetched_parts
+from grok1.ops.formats import FORMATS, INT4, is_quantized
 from grok1.planning import devices as device_table
 from grok1.planning.bandwidth import file_bandwidth, memory_bandwidth
 from grok1.planning.budget import SHARE, resident_bytes, without_experts
@@ -62,6 +63,7 @@ def plan(
     checkpoint: str | os.PathLike[str] | None = None,
     layers: int | None = None,
     embedding_dtype: Any = "float32",
+    weights: str | None = None,
 ) -> Plan:
     """Says how a model would lie on some devices, what fits there and how fast it can be at most.
 
@@ -91,6 +93,8 @@ def plan(
         float32 in memory. Part of a download is taken for a release.
       layers: Only so many layers, the first ones; None for all.
       embedding_dtype: "float32", or "bfloat16" for half of the embedding's memory.
+      weights: "int4" for the experts that `convert --to int4` makes; None for those of
+        `checkpoint`, or int8 as released.
 
     Raises:
       ValueError: If a number is out of range, the model does not divide over the mesh, or the
@@ -110,11 +114,11 @@ def plan(
         memory_bytes = found.memory_bytes * found.number / num_devices
         found = found._replace(memory_bytes=memory_bytes)
     product = precision.product_dtype(dtype, found.platform)
-    stored = _stored_tensors(whole, checkpoint)
+    stored = _stored_tensors(whole, checkpoint, weights)
     tensors = in_memory(stored, embedding_type)
-    weights = released_weights(config, tensors)
+    abstract = released_weights(config, tensors)
     engine = abstract_engine(
-        weights, config, abstract_mesh(sizes), product, precision.cache_dtype(cache_dtype)
+        abstract, config, abstract_mesh(sizes), product, precision.cache_dtype(cache_dtype)
     )
     rows, capacity = engine.batch_for(batch), engine.capacity_for(context or config.sequence_len)
     weights_bytes = shard_bytes(engine.params)
@@ -132,13 +136,13 @@ def plan(
     decode_bytes = _decode_bytes(engine, rows, capacity, found.platform)
     fits = needed <= usable
     streaming = None
-    is_quantized = isinstance(weights.layers[0].experts[0], QuantizedArray)
-    if not fits and is_quantized and found.platform == "cpu" and num_devices == rows == 1:
+    can_stream = is_quantized(abstract.layers[0].experts[0])
+    if not fits and can_stream and found.platform == "cpu" and num_devices == rows == 1:
         files, memory_rate, measured = _rates(stored_at, disk_rate, bandwidth, config.num_layers)
         streaming = _streaming(engine, found.memory_bytes, decode_bytes, files, memory_rate)
         streaming = streaming._replace(measured=measured)
     return Plan(
-        num_weights=_num_weights(weights),
+        num_weights=_num_weights(abstract),
         num_devices=num_devices,
         mesh=sizes,
         wider_mesh=None if mesh else _wider_mesh(config, found, sizes),
@@ -158,7 +162,7 @@ def plan(
         needed_share=found.needed_share(needed),
         largest_batch=answer["largest_batch"],
         largest_context=answer["largest_context"],
-        fewest_devices=fewest_devices(weights, engine, found.platform, most),
+        fewest_devices=fewest_devices(abstract, engine, found.platform, most),
         checkpoint_bytes=checkpoint_bytes,
         disk=disk_rate,
         load_seconds=checkpoint_bytes / (disk_rate * 1e9),
@@ -169,10 +173,14 @@ def plan(
 
 
 def _stored_tensors(
-    config: ModelConfig, checkpoint: str | os.PathLike[str] | None
+    config: ModelConfig, checkpoint: str | os.PathLike[str] | None, weights: str | None
 ) -> list[TensorSpec]:
     """The tensors of one layer and outside of layers, with the types that the files have."""
     expected = one_layer(config)
+    if weights not in (None, *FORMATS):
+        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, found {weights!r}")
+    if weights == INT4.name:
+        return with_int4_experts(expected)
     if checkpoint is None:
         return expected
     # Of a directory with the configuration alone, or part of a download, the sizes are enough.
@@ -184,7 +192,7 @@ def _stored_tensors(
 
 
 def _num_weights(weights: Params) -> int:
-    leaves = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, QuantizedArray))
+    leaves = jax.tree.leaves(weights, is_leaf=is_quantized)
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
@@ -316,7 +324,8 @@ def _streaming(
     least = resident_bytes(without) + state_bytes(without, 1, without.capacity_for(1))
     budget_bytes = int(SHARE * memory_bytes)
     num_all = config.num_layers * config.num_experts
-    num_bytes = sum(weight.values.size for weight in engine.params.layers.experts) // num_all
+    fetched = [weight[i] for weight in engine.params.layers.experts for i in fetched_parts(weight)]
+    num_bytes = sum(part.size * part.dtype.itemsize for part in fetched) // num_all
     num_held = min(max(0, budget_bytes - least) // num_bytes, num_all)
     chosen = config.num_layers * config.num_selected_experts
     read_bytes = int(chosen * num_bytes * (1 - num_held / num_all))

@@ -542,7 +542,7 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "onnx"}, "to must be one of grok1, safetensors, gguf, found 'onnx'"),
+        ({"to": "onnx"}, "to must be one of grok1, safetensors, int4, gguf, found 'onnx'"),
         ({"to": "grok1", "dtype": "bfloat16"}, "own format has no bfloat16 weights"),
         ({"to": "safetensors", "embedding": "q8_0"}, "can be chosen for gguf only"),
         ({"to": "gguf", "embedding": "q4"}, "the embedding must be one of f32, f16, bf16, q8_0"),
@@ -592,7 +592,7 @@ SHARD = "model-00002-of-00007.safetensors"
         (SHARD, lambda data: data[:4], "is 4 bytes long and claims a header of"),
         (SHARD, lambda data: b"\xff" * 8 + data[8:], "claims a header of 18446744073709551615"),
         (SHARD, lambda data: data[:8] + b"[" * 1000 + data[1008:], "expected a JSON object"),
-        (SHARD, lambda data: data.replace(b'"I8"', b'"U8"', 1), "has 'U8' where a tensor's dtype"),
+        (SHARD, lambda data: data.replace(b'"I8"', b'"U8"', 1), "is 4-bit and has no "),
         (SHARD, lambda data: data.replace(b'"I8"', b'"F4"', 1), "has 'F4' where a tensor's dtype"),
         (SHARD, lambda data: data.replace(b"q_proj", b"x_proj"), "lacks model.layers.0.attn.q_pr"),
         (

@@ -293,7 +293,7 @@ def test_a_matrix_beyond_the_stack_is_an_error():
     values, scales = jnp.zeros((3, 4, 5), jnp.int8), jnp.zeros((3, 1, 5), jnp.bfloat16)
     product = jax.jit(bindings.quantized_matmul)
     with pytest.raises(jax.errors.JaxRuntimeError, match="matrix 3 of a stack of 3"):
-        product(jnp.zeros((1, 4)), values, scales, (3,), 1).block_until_ready()
+        product(jnp.zeros((1, 4)), (values, scales), (3,), 1).block_until_ready()
 
 
 PRODUCT = """
@@ -302,7 +302,7 @@ from grok1.ops.cpu import bindings, build
 rng = np.random.default_rng(0)
 values = rng.integers(-127, 128, (700, 1200), dtype=np.int8)
 scales = rng.uniform(1, 2, (2, 1200)).astype(jax.numpy.bfloat16)
-out = jax.jit(bindings.quantized_matmul)(rng.random((3, 700), np.float32), values, scales, (), 3)
+out = jax.jit(bindings.quantized_matmul)(rng.random((3, 700), np.float32), (values, scales), (), 3)
 sys.stdout.buffer.write(np.asarray(out).tobytes())
 """
 

@@ -26,8 +26,11 @@ from grok1.machine.processor import available_cores
 from grok1.ops.cpu.build import UnavailableError, loaded_library
 
 _MATMUL = "grok1_quantized_matmul"
+_MATMUL_INT4 = "grok1_int4_matmul"
 _EXPERTS = "grok1_experts"
+_EXPERTS_INT4 = "grok1_int4_experts"
 _FETCHED_EXPERTS = "grok1_fetched_experts"
+_FETCHED_EXPERTS_INT4 = "grok1_int4_fetched_experts"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
 _SAMPLE = "grok1_sample"
@@ -66,8 +69,11 @@ def _is_available() -> bool:
     try:
         targets = (
             _MATMUL,
+            _MATMUL_INT4,
             _EXPERTS,
+            _EXPERTS_INT4,
             _FETCHED_EXPERTS,
+            _FETCHED_EXPERTS_INT4,
             _ATTENTION,
             _MOST_PROBABLE,
             _SAMPLE,
@@ -87,19 +93,18 @@ def _is_available() -> bool:
 
 def quantized_matmul(
     x: Float[Array, "M K"],
-    values: Array,
-    scales: Array,
+    weight: Sequence[Array],
     index: tuple[int | Array, ...],
     num_valid: int | Array,
 ) -> Float[Array, "M N"]:
-    """Computes `x @ (values[index] * scales[index])`.
+    """Computes `x @ weight[index]`.
 
     Products and sums are float32; the result does not depend on the number of threads.
 
     Args:
       x: float32 `[M, K]`.
-      values: int8 `[*lead, K, N]`; read in place, whatever the index.
-      scales: bfloat16 `[*lead, G, N]`.
+      weight: A `QuantizedArray` or an `Int4Array` `[*lead, K, N]`; read in place, whatever the
+        index.
       index: One index, a number or a traced scalar, for each leading axis, from 0 on.
       num_valid: Rows of `x` to multiply, a number or a traced scalar.
 
@@ -111,17 +116,16 @@ def quantized_matmul(
     """
     _require()
     matrix = jnp.int32(0)
-    for size, i in zip(values.shape[:-2], index, strict=True):
+    for size, i in zip(weight[0].shape[:-2], index, strict=True):
         matrix = matrix * size + jnp.asarray(i, jnp.int32)
-    out = jax.ShapeDtypeStruct((x.shape[0], values.shape[-1]), jnp.float32)
-    return jax.ffi.ffi_call(_MATMUL, out)(
-        x, values, scales, matrix, jnp.asarray(num_valid, jnp.int32)
-    )
+    out = jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[-1]), jnp.float32)
+    target = _MATMUL if len(weight) == 2 else _MATMUL_INT4
+    return jax.ffi.ffi_call(target, out)(x, *weight, matrix, jnp.asarray(num_valid, jnp.int32))
 
 
 def experts(
     x: Float[Array, "M D"],
-    weights: Sequence[tuple[Array, Array]],
+    weights: Sequence[Sequence[Array]],
     layer: int | Array,
     expert_indices: Int[Array, "M A"],
     expert_weights: Float[Array, "M A"],
@@ -130,8 +134,8 @@ def experts(
 
     Args:
       x: float32 `[M, D]`.
-      weights: Gate, up and down, read in place: of the first two int8 values `[*lead, E, D, F]` and
-        bfloat16 scales `[*lead, E, G, F]`, of down `[*lead, E, F, D]` and `[*lead, E, G, D]`.
+      weights: Gate, up and down, all `QuantizedArray`s or all `Int4Array`s; read in place. The
+        first two `[*lead, E, D, F]`, down `[*lead, E, F, D]`.
       layer: Index of the layer, 0 where there is no such axis.
       expert_indices: int32; one outside 0 to E-1 is not run.
       expert_weights: float32.
@@ -144,7 +148,8 @@ def experts(
     """
     _require()
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return jax.ffi.ffi_call(_EXPERTS, out)(
+    target = _EXPERTS if len(weights[0]) == 2 else _EXPERTS_INT4
+    return jax.ffi.ffi_call(target, out)(
         x,
         *itertools.chain(*weights),
         jnp.asarray(layer, jnp.int32),
@@ -165,16 +170,17 @@ class Fetch:
 
         Args:
           function: Called on a thread of XLA's with a layer, the expert that is needed and the one
-            that will be needed next, if any. It returns the addresses of the expert's int8 gate, up
-            and down, row by row, which stay as they are until it is called again; or None if they
-            cannot be had. It must not raise.
+            that will be needed next, if any. It returns the addresses of what is fetched of the
+            expert's gate, up and down, row by row, which stay as they are until it is called again;
+            or None if they cannot be had. It must not raise.
         """
 
         def fetch(layer, expert, following, values):
             addresses = function(layer, expert, None if following < 0 else following)
             if addresses is None:
                 return 1
-            values[0], values[1], values[2] = addresses
+            for place, one in enumerate(addresses):
+                values[place] = one
             return 0
 
         self._callback = _FETCH(fetch)
@@ -185,17 +191,19 @@ class Fetch:
 def fetched_experts(
     x: Float[Array, "M D"],
     handle: UInt32[Array, "2"],
-    scales: Sequence[Array],
+    known: Sequence[Array],
     layer: int | Array,
     expert_indices: Int[Array, "M A"],
     expert_weights: Float[Array, "M A"],
 ) -> Float[Array, "M D"]:
-    """As `experts`, with int8 values that the host is asked for once the choice is known.
+    """As `experts`, with weights that the host is asked for once the choice is known.
 
     Args:
       x: float32 `[M, D]`.
       handle: Of a `Fetch`, which is asked for one chosen expert after another.
-      scales: bfloat16, those of gate and up `[L, E, G, F]`, of down `[L, E, G, D]`.
+      known: Of int8 experts the bfloat16 scales, those of gate and up `[L, E, G, F]`, of down
+        `[L, E, G, D]`; of 4-bit ones their sizes, uint32 `[4]`: E, F, the blocks of gate and up,
+        and those of down.
       layer: Index of the layer.
       expert_indices: int32; one outside 0 to E-1 is not run, and not asked for.
       expert_weights: float32.
@@ -209,10 +217,11 @@ def fetched_experts(
     """
     _require()
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return jax.ffi.ffi_call(_FETCHED_EXPERTS, out)(
+    target = _FETCHED_EXPERTS if len(known) == 3 else _FETCHED_EXPERTS_INT4
+    return jax.ffi.ffi_call(target, out)(
         x,
         handle,
-        *scales,
+        *known,
         jnp.asarray(layer, jnp.int32),
         expert_indices.astype(jnp.int32),
         expert_weights,

@@ -19,6 +19,7 @@ constexpr int64_t parts_for(int64_t num_rows) {
 
 constexpr int64_t kSumColumns = 512;  // of a unit of the last sum
 
+template <typename Matrix>
 struct Expert {
   Matrix gate, up, down;
 };
@@ -47,8 +48,9 @@ inline void activate(const float* gate, const float* up, int64_t num_rows, int64
 
 // A slice of an expert's hidden columns, for few rows. Parts of the model dimension are summed and
 // activated by the thread that finishes the last; then parts of the slice go through `down`.
+template <typename Matrix>
 struct Slice {
-  const Expert* expert;
+  const Expert<Matrix>* expert;
   const std::vector<Dispatched>* rows;
   const float* packed;    // the expert's rows, [D, rows]
   int64_t begin, width;   // hidden columns
@@ -101,7 +103,8 @@ struct Slice {
 };
 
 // Experts of at most kFewRows rows each, all in one job.
-inline void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert>& experts,
+template <typename Matrix>
+void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert<Matrix>>& experts,
                     const std::vector<std::vector<Dispatched>>& rows, const float* x, float* out) {
   int64_t depth = experts[0].gate.depth, hidden_size = experts[0].gate.columns;
   auto is_few = [&](size_t e) { return !rows[e].empty() && rows[e].size() <= kFewRows; };
@@ -121,8 +124,8 @@ inline void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert>& exper
   static thread_local Scratch scratch;
   float* memory = scratch.floats(size);
   auto take = [&](int64_t count) { return std::exchange(memory, memory + count); };
-  std::vector<Slice> slices(num_slices);
-  std::vector<std::pair<Slice*, int64_t>> units;  // and which part of the slice
+  std::vector<Slice<Matrix>> slices(num_slices);
+  std::vector<std::pair<Slice<Matrix>*, int64_t>> units;  // and which part of the slice
   auto slice = slices.begin();
   for (size_t e = 0; e < experts.size(); ++e) {
     if (!is_few(e)) continue;
@@ -156,12 +159,13 @@ inline void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert>& exper
   }, {experts[0].gate.stream().begin});
   run_units(pool, (depth + kSumColumns - 1) / kSumColumns, [&](int64_t unit) {
     int64_t first = unit * kSumColumns;
-    for (const Slice& done : slices) done.add_to(out, first, std::min(first + kSumColumns, depth));
+    for (const Slice<Matrix>& done : slices) done.add_to(out, first, std::min(first + kSumColumns, depth));
   });
 }
 
 // One expert of many rows, a pass of them at a time.
-inline void run_many(xla::ffi::ThreadPool& pool, const Expert& expert,
+template <typename Matrix>
+void run_many(xla::ffi::ThreadPool& pool, const Expert<Matrix>& expert,
                      const std::vector<Dispatched>& dispatched, const float* x, float* out) {
   static thread_local Scratch scratch;
   int64_t depth = expert.gate.depth, hidden_size = expert.gate.columns;
@@ -207,7 +211,8 @@ inline void run_many(xla::ffi::ThreadPool& pool, const Expert& expert,
   }
 }
 
-inline void run_experts(xla::ffi::ThreadPool& pool, const std::vector<Expert>& experts,
+template <typename Matrix>
+void run_experts(xla::ffi::ThreadPool& pool, const std::vector<Expert<Matrix>>& experts,
                         const std::vector<std::vector<Dispatched>>& rows, const float* x,
                         float* out) {
   run_few(pool, experts, rows, x, out);

@@ -1,7 +1,8 @@
-// out[M, N] = x[M, K] @ (values[K, N] * scales[G, N]), on all threads.
+// out[M, N] = x[M, K] @ weight[K, N], on all threads.
 
 #pragma once
 
+#include "int4.h"
 #include "product.h"
 #include "threads.h"
 
@@ -14,7 +15,8 @@ constexpr int64_t kRowsOfPass = 32 * kMaxRows;  // rows whose sums stay in the s
 
 // Few rows: the matrix is cut into panels of columns, and those into slots of rows, whose sums the
 // thread that finishes a panel adds up in order.
-inline void matmul_few(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
+template <typename Matrix>
+void matmul_few(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
                        int64_t num_rows, float* out) {
   static thread_local Scratch scratch;
   int64_t panel = panel_for(num_rows);
@@ -45,7 +47,8 @@ inline void matmul_few(xla::ffi::ThreadPool& pool, const Matrix& matrix, const f
   }, matrix.stream());
 }
 
-inline void matmul_many(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
+template <typename Matrix>
+void matmul_many(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
                         int64_t num_rows, float* out) {
   static thread_local Scratch scratch;
   float* packed = scratch.floats(std::min(num_rows, kRowsOfPass) * matrix.depth);
@@ -64,10 +67,11 @@ inline void matmul_many(xla::ffi::ThreadPool& pool, const Matrix& matrix, const 
   }
 }
 
-inline void matmul(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
+template <typename Matrix>
+void matmul(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
                    int64_t num_rows, float* out) {
   if (num_rows == 0 || matrix.columns == 0) return;
-  (num_rows <= kFewRows ? matmul_few : matmul_many)(pool, matrix, x, num_rows, out);
+  (num_rows <= kFewRows ? matmul_few<Matrix> : matmul_many<Matrix>)(pool, matrix, x, num_rows, out);
 }
 
 }  // namespace grok1

@@ -39,7 +39,7 @@ constexpr int64_t walked_for(int64_t num_rows) {
   return num_rows <= 2 ? 8 : num_rows <= 4 ? 16 : 32;
 }
 
-struct Matrix {
+struct Int8Matrix {
   const int8_t* values;    // [depth, columns]
   const uint16_t* scales;  // [groups, columns], bfloat16
   int64_t depth, columns, depth_of_group;
@@ -49,10 +49,15 @@ struct Matrix {
   }
 
   const uint16_t* scales_at(int64_t k) const { return scales + k / depth_of_group * columns; }
+
+  const int8_t* address(int64_t k, int64_t column) const { return values + k * columns + column; }
+
+  // Where a tile that begins at weight row k must end.
+  int64_t tile_end(int64_t k) const { return (k / depth_of_group + 1) * depth_of_group; }
 };
 
 // Matrix `number` of a stack.
-inline Matrix matrix_of(const int8_t* values, const uint16_t* scales, int64_t number,
+inline Int8Matrix matrix_of(const int8_t* values, const uint16_t* scales, int64_t number,
                         int64_t depth, int64_t columns, int64_t num_groups) {
   return {values + number * depth * columns, scales + number * num_groups * columns, depth, columns,
           depth / num_groups};
@@ -137,7 +142,7 @@ constexpr WalkRows kWalkRows[kMaxRows + 1] = {
 // out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
 // columns from `column` on, for at most kFewRows rows. x is [depth, num_rows] from weight row
 // `begin` on.
-inline void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                          int64_t width, const float* x, int64_t num_rows, bool add, float* out,
                          int64_t out_stride) {
   const int64_t panel_columns = panel_for(num_rows), walked = walked_for(num_rows);
@@ -175,7 +180,7 @@ inline void multiply_few(const Matrix& matrix, int64_t begin, int64_t end, int64
 
 // tile[depth, kTileColumns] = weight rows `begin` to `begin + depth`, all of one scale group, and
 // `width` columns; what is beyond them is zero.
-inline void convert_tile(const Matrix& matrix, int64_t begin, int64_t depth, int64_t column,
+inline void convert_tile(const Int8Matrix& matrix, int64_t begin, int64_t depth, int64_t column,
                          int64_t width, float* tile) {
   const int8_t* row = matrix.values + begin * matrix.columns + column;
   const uint16_t* scales = matrix.scales_at(begin) + column;
@@ -225,17 +230,17 @@ constexpr MultiplyTile kMultiplyTile[kMaxRows + 1] = {
 
 // As multiply_few, for many rows: x is packed in blocks, `x_depth` deep, and begins at
 // weight row 0.
-inline void multiply_many(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+template <typename Matrix>
+void multiply_many(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                           int64_t width, const float* x, int64_t x_depth, int64_t num_rows,
                           bool add, float* out, int64_t out_stride) {
   alignas(kCacheLine) static thread_local float tile[kTileDepth * kTileColumns];
   for (int64_t k = begin, depth; k < end; k += depth) {
-    int64_t group_end = (k / matrix.depth_of_group + 1) * matrix.depth_of_group;
-    depth = std::min({kTileDepth, end - k, group_end - k});
+    depth = std::min({kTileDepth, end - k, matrix.tile_end(k) - k});
     for (int64_t first = 0; first < width; first += kTileColumns) {
       int64_t columns = std::min(kTileColumns, width - first);
       convert_tile(matrix, k, depth, column + first, columns, tile);
-      const int8_t* next = matrix.values + k * matrix.columns + column + first + kTileColumns;
+      const int8_t* next = matrix.address(k, column + first + kTileColumns);
       for (int64_t block = 0; block < num_blocks(num_rows); ++block) {
         int64_t rows = rows_of_block(num_rows, block);
         const float* x_block = x + block * kMaxRows * x_depth + k * rows;
@@ -260,7 +265,8 @@ inline void multiply_many(const Matrix& matrix, int64_t begin, int64_t end, int6
 
 // out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
 // columns from `column` on. x is packed in blocks, `x_depth` deep, and begins at weight row 0.
-inline void multiply(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+template <typename Matrix>
+void multiply(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                      int64_t width, const float* x, int64_t x_depth, int64_t num_rows, bool add,
                      float* out, int64_t out_stride) {
   if (num_rows <= kMaxRows) {

@@ -1,0 +1,148 @@
+"""A model with 4-bit experts: made, checked, loaded on meshes and out of core, or refused."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grok1
+from grok1.care import inspection, verification
+from grok1.care.conversion import convert
+from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.checkpoint.safetensors_file import read_shard_header
+from grok1.checkpoint.storage import matrix_as_float32
+from grok1.nn.manifest import with_int4_experts
+from grok1.nn.sharding import abstract_mesh
+from grok1.nn.transformer import forward
+from grok1.planning.memory import abstract_engine, one_layer, released_weights, shard_bytes
+from tests.helpers import relative_error
+
+pytest.importorskip("safetensors")
+TOKENS = np.arange(1, 40) * 7 % 128
+
+
+@pytest.fixture(scope="module")
+def int4_path(nano_path, tmp_path_factory) -> pathlib.Path:
+    target = tmp_path_factory.mktemp("int4") / "nano"
+    assert convert(nano_path, target, to="int4", progress=False) == []
+    return target
+
+
+@pytest.fixture(scope="module")
+def logits(int4_path) -> np.ndarray:
+    return grok1.load(int4_path, mesh=(1, 1), progress=False).logits(TOKENS)
+
+
+def test_what_is_written_is_near_the_source_and_described(int4_path, nano_path):
+    config = load_config(nano_path)
+    before, after = open_tensors(nano_path, config), open_tensors(int4_path, config)
+    for tensor, rounded, spec in zip(before.tensors, after.tensors, after.specs, strict=True):
+        if len(spec.shape) < 3:
+            assert spec.dtype in ("float32", "int8")
+            continue
+        assert spec.dtype == "int4"
+        error = relative_error(matrix_as_float32(rounded, 5), matrix_as_float32(tensor, 5))
+        assert 0.03 < error < 0.09
+    card = json.loads((int4_path / "quantization.json").read_text())
+    assert card["format"] == "grok1-int4"
+    assert card["experts"]["linear"] == {"rows_of_block": 64, "rows_of_group": 32}
+    assert card["source"]["experts"] == "int8"
+    assert len(card["source"]["sha256_of_samples"]) == len(before.tensors)
+
+
+def test_verify_and_inspect(int4_path, nano_path):
+    assert verification.verify(int4_path, deep=True, progress=False).is_good
+    rounded, before = (inspection.inspect(path, full=True) for path in (int4_path, nano_path))
+    for one, other in zip(rounded.tensors, before.tensors, strict=True):
+        assert one.rms == pytest.approx(other.rms, rel=0.01)
+        assert (one.dtype == "int4") == (len(one.shape) == 3)
+    assert sum(rounded.num_bytes.values()) < sum(before.num_bytes.values())
+    sampled = inspection.inspect(int4_path, layer=3)
+    for one in sampled.tensors:
+        assert one.rms == pytest.approx(
+            next(t.rms for t in rounded.tensors if t.name == one.name), rel=0.2
+        )
+
+
+def test_the_model_is_that_of_the_weights_that_it_stands_for(int4_path):
+    model = grok1.load(int4_path, mesh=(1, 1), layers=2, progress=False)
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], model.params.layers) for i in range(2)]
+    expected, _ = forward(
+        model.params._replace(layers=layers), model.config, jnp.asarray(TOKENS[None])
+    )
+    assert relative_error(model.logits(TOKENS), expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 2)])
+def test_meshes(mesh, int4_path, logits):
+    found = grok1.load(int4_path, mesh=mesh, progress=False).logits(TOKENS)
+    assert relative_error(found, logits) < 1e-4
+
+
+def test_experts_that_stay_on_disk(int4_path, logits):
+    model = grok1.load(int4_path, mesh=(1, 1), offload="disk", memory="4GB", progress=False)
+    assert relative_error(model.logits(TOKENS), logits) < 1e-6
+    stats = model.offload_stats
+    assert stats is not None
+    assert stats.prompt.bytes_read > 0
+    assert len(model.generate(TOKENS[:4].tolist(), max_new_tokens=3, ignore_eos=True).tokens) == 3
+
+
+def test_converted_again_and_to_other_formats(int4_path, tmp_path):
+    convert(int4_path, tmp_path / "st", to="safetensors", progress=False)
+    for name in ("model-00003-of-00013.safetensors", "config.json"):
+        assert (tmp_path / "st" / name).read_bytes() == (int4_path / name).read_bytes()
+    with pytest.raises(grok1.CheckpointError, match="its experts are 4-bit, which Grok-1's own"):
+        convert(int4_path, tmp_path / "own", to="grok1", progress=False)
+    with pytest.raises(grok1.CheckpointError, match="its experts are 4-bit already"):
+        convert(int4_path, tmp_path / "again", to="int4", progress=False)
+    with pytest.raises(ValueError, match="int4 says what the experts become"):
+        convert(int4_path, tmp_path / "again", to="int4", dtype="int8", progress=False)
+    model = grok1.load(int4_path, layers=1, mesh=(1, 1), progress=False)
+    with pytest.raises(ValueError, match="has no 4-bit experts; copy the model's files"):
+        grok1.save(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("fault", ["scale", "type", "hole"])
+def test_what_is_wrong_is_said(fault, int4_path, tmp_path):
+    for path in int4_path.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    shard = tmp_path / "model-00002-of-00013.safetensors"
+    data = bytearray(shard.read_bytes())
+    name = "model.layers.0.moe_block.experts.2.linear_1.weight"
+    spans = read_shard_header(shard).spans
+    if fault == "scale":
+        offset = spans[f"{name}_scale"].offset
+        data[offset + 20 : offset + 22] = np.float16("inf").tobytes()
+        said = f"scales of {name}_scale are not finite"
+    elif fault == "hole":
+        span = spans[name]
+        data[span.offset : span.offset + span.nbytes] = bytes(span.nbytes)
+        said = "in whole blocks are zero"
+    else:
+        data = data.replace(b'"dtype":"F16"', b'"dtype":"U16"', 1)
+        said = "its header has 'U16'"
+    shard.unlink()
+    shard.write_bytes(data)
+    report = verification.verify(tmp_path, deep=True, sums_file=tmp_path / "s", progress=False)
+    if fault == "hole":  # smaller than a block that a download leaves out
+        assert report.is_good
+        return
+    assert [said in each.problem for each in report.faults] == [True]
+
+
+@pytest.mark.parametrize(("count", "each"), [(4, 43.6e9), (2, 87e9)])
+def test_the_released_model_takes_174_gb_on_four_devices_and_on_two(count, each):
+    specs = with_int4_experts(one_layer(grok1.GROK_1))
+    weights = released_weights(grok1.GROK_1, specs)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights)) <= 174e9
+    engine = abstract_engine(weights, grok1.GROK_1, abstract_mesh((1, count)), "bfloat16")
+    assert shard_bytes(engine.params) <= each
+
+
+def test_plan_says_what_weights_there_are():
+    with pytest.raises(ValueError, match="weights must be one of int8, int4, found 'int3'"):
+        grok1.plan(grok1.TOY, devices=1, device="cpu", memory=1, weights="int3")

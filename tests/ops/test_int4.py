@@ -1,0 +1,111 @@
+"""4-bit weights: packing, and every form of their product against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.ops import forms, int4
+from grok1.ops.formats import FORMATS, INT4
+from grok1.ops.int4 import BOOK, Int4Array
+from grok1.ops.int4_rounding import round_weight
+from grok1.ops.quantized import matmul
+from tests.helpers import relative_error
+
+
+def drawn(rows, columns, lead=(), seed=0):
+    """A weight of random codes and scales, and the float64 weight that it stands for."""
+    rng = np.random.default_rng(seed)
+    blocks = int4.num_blocks(rows)
+    size = int4.group_rows(rows // blocks)
+    codes = rng.integers(0, 16, (*lead, rows, columns))
+    groups = rng.integers(-32, 32, (*lead, blocks, rows // blocks // size, columns))
+    scales = rng.normal(size=(*lead, blocks, columns)).astype(np.float16)
+    weight = Int4Array(int4.pack(codes), int4.pack_subscales(groups), scales)
+    of_groups = (groups * scales.astype(float)[..., None, :]).reshape(*lead, -1, columns)
+    return weight, BOOK[codes].astype(float) * of_groups.repeat(size, axis=-2)
+
+
+@pytest.mark.parametrize("rows", [2, 20, 24, 128, 192, 344, 512])
+def test_what_is_packed_stands_for_itself(rows):
+    weight, expected = drawn(rows, 6, (3,))
+    assert weight.shape == expected.shape
+    np.testing.assert_allclose(int4.dequantize_int4(weight), expected, rtol=3e-7)
+    shapes = INT4.part_shapes(weight.shape, weight.scales.shape[-2])
+    assert shapes == [part.shape for part in weight]
+
+
+def test_a_weight_of_the_released_sizes_takes_4_25_bits():
+    weight = INT4.abstract((6144, 32768), int4.num_blocks(6144))
+    bits = 8 * sum(part.size * part.dtype.itemsize for part in weight)
+    assert bits == 4.25 * 6144 * 32768
+
+
+@pytest.mark.parametrize(("rows", "shards"), [(192, 8), (192, 16), (512, 4), (344, 4), (6144, 16)])
+def test_finer_blocks_for_the_shards_of_devices_change_no_weight(rows, shards):
+    weight, _ = drawn(rows, 5, (2,))
+    blocks = weight.scales.shape[-2]
+    refined = INT4.num_refined(rows, blocks, shards)
+    assert rows // shards % (rows // refined) == 0
+    parts = [
+        part.refine(array, refined // blocks, weight.block_rows)
+        for part, array in zip(INT4.parts, weight, strict=True)
+    ]
+    again = int4.dequantize_int4(Int4Array(*parts))
+    np.testing.assert_array_equal(again, int4.dequantize_int4(weight))
+
+
+def test_shards_of_odd_rows_are_refused():
+    with pytest.raises(
+        ValueError, match="hold two rows in a byte, and a device would hold 3 of 24"
+    ):
+        FORMATS["int4"].num_refined(24, 1, 8)
+
+
+# Odd counts of rows, of columns, and rows of the weight that no register divides.
+SIZES = [(1, 512, 96), (2, 192, 64), (3, 512, 40), (7, 24, 33), (13, 344, 70), (33, 512, 65)]
+
+
+@pytest.mark.parametrize("form", ["blocked", "cpp"])
+@pytest.mark.parametrize(("num_rows", "rows", "columns"), SIZES)
+def test_every_form_against_float64(form, num_rows, rows, columns):
+    weight, expected = drawn(rows, columns, (2, 3), seed=num_rows)
+    if form == "cpp" and not forms.has_kernels("cpu"):
+        pytest.skip("no compiler here")
+    x = np.random.default_rng(5).normal(size=(num_rows, rows)).astype(np.float32)
+    on_device = jax.tree.map(jnp.asarray, weight)
+    num_valid = num_rows - num_rows // 3
+    found = np.asarray(matmul(jnp.asarray(x), on_device, (1, 2), num_valid, form))[:num_valid]
+    exact = x[:num_valid].astype(float) @ expected[1, 2]
+    assert relative_error(found, exact) <= 2e-6
+
+
+def test_bfloat16_inputs_meet_values_that_are_exact():
+    weight, expected = drawn(512, 64)
+    x = np.random.default_rng(5).normal(size=(4, 512)).astype(jnp.bfloat16)
+    found = matmul(jnp.asarray(x), jax.tree.map(jnp.asarray, weight), implementation="blocked")
+    assert relative_error(np.asarray(found), x.astype(float) @ expected) <= 2e-6
+
+
+@pytest.mark.parametrize(("tails", "most"), [("normal", 0.0757), ("heavy", 0.0864)])
+def test_searched_scales_against_the_largest_value_and_published_errors(tails, most):
+    rng = np.random.default_rng(1)
+    shape = 1024, 128
+    weight = rng.normal(size=shape) if tails == "normal" else rng.standard_t(5, size=shape)
+    # As released: int8 for each column.
+    scale = np.abs(weight).max(axis=0) / 127
+    weight = (np.round(weight / scale) * scale).astype(np.float32)
+    grouped = weight.reshape(-1, 32, shape[1])
+    step = np.abs(grouped).max(axis=1, keepdims=True) / 7
+    nearest = (np.clip(np.round(grouped / step), -8, 7) * step).reshape(shape)
+    error = relative_error(int4.dequantize_int4(round_weight(weight, 4)), weight)
+    assert error <= 0.78 * relative_error(nearest, weight)
+    assert error <= 1.01 * most
+
+
+def test_a_weight_of_zeros_and_one_of_few_values_are_rounded():
+    # The book has no zero: beside one large value the others become 1/127 of it.
+    assert not int4.dequantize_int4(round_weight(np.zeros((64, 8), np.float32), 1)).any()
+    weight = np.zeros((64, 8), np.float32)
+    weight[5] = 0.3
+    assert relative_error(int4.dequantize_int4(round_weight(weight, 1)), weight) < 0.05
