@@ -66,6 +66,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_true",
         help="few tokens, one round: a smoke test of some minutes, whose ratios mean little",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="what a GPU has to show, in six minutes: exactness of every kernel and of the golden "
+        "checkpoint, then decode, prefill, long context, load and offload; kept line by line",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     parser.add_argument("--gguf", type=pathlib.Path, help="the model as a file of llama.cpp")
     parser.add_argument(
@@ -162,6 +168,14 @@ def say(text: str) -> None:
 def main() -> None:
     """Measures, prints the table or the JSON, and writes the file."""
     arguments = parse_arguments()
+    if arguments.check:
+        # Not before: it starts JAX in this process, which the measurements leave to others.
+        from benchmarks import gpu_check
+
+        figures = gpu_check.run(arguments.output or ROOT / "benchmarks" / "results")
+        if not all(figure.holds for figure in figures):
+            raise BenchmarkError("not everything holds; the lines that say NO name what does not")
+        return
     with Worker() as worker:
         device = worker.call("describe")
     chosen = plan(arguments, device)

@@ -19,6 +19,7 @@ from grok1.checkpoint.stacking import random_params, unstack
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.machine.agreement import agree, exchange
+from grok1.machine.announcement import hint
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.processes import together
 from grok1.model import Model
@@ -27,6 +28,7 @@ from grok1.nn.manifest import manifest
 from grok1.nn.sharding import make_mesh
 from grok1.offload.runner import Offload, is_offloaded, load_offloaded
 from grok1.ops.cpu import bindings
+from grok1.ops.cuda import presence
 from grok1.ops.formats import INT4
 from grok1.planning.memory import abstract_engine, abstract_weights
 from grok1.tokenizer import Tokenizer
@@ -199,7 +201,20 @@ def _agree_on_model(engine: Engine, what: str, items: Callable[[], dict[str, Any
 
 def _agree_on_kernels() -> None:
     """Lets all processes run through XLA where one of them has no native kernels."""
-    have = exchange("load", lambda: {"kernels": str(bindings.is_available())})
+    have = exchange(
+        "load",
+        lambda: {
+            "kernels": str(bindings.is_available()),
+            "cuda": " ".join(sorted(presence.kernels())),
+        },
+    )
+    if len({words["cuda"] for words in have.values()}) > 1:
+        presence.turn_off()
+        fewest = min(have, key=lambda rank: len(have[rank]["cuda"]))
+        hint(
+            "running through XLA, several times slower than the CUDA kernels: process "
+            f"{fewest} has fewer of them than others"
+        )
     without = [rank for rank, words in have.items() if words["kernels"] == "False"]
     if without and len(without) < len(have):
         # Their sums are rounded otherwise, and a near tie in the router would part the processes.

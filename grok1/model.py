@@ -20,6 +20,7 @@ from grok1.machine.jax_settings import own_settings
 from grok1.nn.manifest import TensorSpec
 from grok1.nn.transformer import Params
 from grok1.offload.runner import OffloadStats, stats_of
+from grok1.ops.forms import kernels_in_words
 from grok1.study import scoring
 from grok1.study.intervention import Intervention, prepare
 from grok1.study.scores import Choice, Score
@@ -70,6 +71,7 @@ class Model:
             f"{gigabytes:.3g} GB",
             f"{self.dtype}",
             f"mesh {sizes} {self.mesh.devices.flat[0].platform}",
+            *kernels_in_words(self.mesh.devices.flat[0].platform),
             *description.particulars(self.engine),
         ]
         return f"Model({', '.join(parts)})"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import grok1
-from benchmarks import machine, models, peers, report, suite, workload
+from benchmarks import gpu_check, machine, models, peers, report, suite, workload
 from benchmarks.__main__ import cost, parse_arguments, plan
 from benchmarks.device import copies_of, summed
 from benchmarks.machine import BenchmarkError, Worker
@@ -412,3 +412,28 @@ def test_memory_that_cannot_be_used_is_one_error(tmp_path, monkeypatch):
     )
     with pytest.raises(BenchmarkError, match=r"could not use 0\.0 GB .*status -9.*leave out"):
         machine.use_memory(tmp_path)
+
+
+def test_the_check_of_a_gpu_keeps_every_figure_and_goes_on_after_a_failure(tmp_path, monkeypatch):
+    def fails(operation):
+        raise RuntimeError("no device\nand more")
+        yield
+
+    monkeypatch.setattr(gpu_check.check, "differences", fails)
+    figures = gpu_check.run(tmp_path, only=("kernels", "nano in float32"))
+    named = {figure.name: figure for figure in figures}
+    assert named["kernels"].value is None
+    assert named["kernels"].details == {"RuntimeError": "no device"}
+    assert not named["kernels"].holds
+    assert named["nano in float32, logits"].holds
+    assert named["nano in float32, greedy tokens that differ of 32"].value == 0
+    (path,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["name"] for line in lines] == [figure.name for figure in figures]
+
+
+def test_a_check_that_takes_too_long_says_what_it_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "SECONDS", 0.0)
+    figures = gpu_check.run(tmp_path)
+    assert {figure.value for figure in figures[:-1]} == {None}
+    assert figures[0].line().startswith("device: -  <-- NO  [left out after")

@@ -137,7 +137,7 @@ def launches(sequence: str) -> tuple[int, int, list[str]]:
       Graphs, launches outside of them, and the kernels of a turn of the first loop.
     """
     graph_indents, outside, layer, num_graphs = [], 0, [], 0
-    loop, body = None, None
+    loop, body, is_over = None, None, False
     for line in sequence.splitlines():
         indent = len(line) - len(line.lstrip())
         if loop is not None and body is None and line.strip() == "body:":
@@ -152,11 +152,10 @@ def launches(sequence: str) -> tuple[int, int, list[str]]:
             graph_indents.append(indent)
         elif match[2] == "kWhile" and loop is None:
             loop = indent
-        elif body is not None and loop is not None and indent <= loop:
-            body = -1  # past the first loop
         elif match[2] in _LAUNCHES or match[2].startswith(("kNccl", "kAllReduce", "kCollective")):
             outside += not graph_indents
-            if body is not None and indent > body >= 0:
+            is_over |= body is not None and loop is not None and indent <= loop
+            if body is not None and not is_over:
                 layer.append(match[3])
     return num_graphs, outside, layer
 

@@ -72,6 +72,17 @@ def prepare(platform: str) -> str:
     return " ".join(sorted(presence.kernels())) if platform in ("gpu", "cuda") else ""
 
 
+def kernels_in_words(platform: str) -> list[str]:
+    """Says which operations run in CUDA kernels on devices of a platform that has them."""
+    if platform not in ("gpu", "cuda"):
+        return []
+    there = presence.kernels()
+    missing = sorted(set(presence.OPERATIONS) - there)
+    if not missing:
+        return ["CUDA kernels"]
+    return [f"CUDA kernels but for {', '.join(missing)}" if there else "no CUDA kernels"]
+
+
 def has_kernels(platform: str) -> bool:
     """Whether forms in C++ run on devices of a platform; builds them when first asked."""
     return platform == "cpu" and bindings.is_available()

@@ -1,9 +1,17 @@
 """The CUDA kernels behind their operations, on a CPU in place of a device."""
 
+import json
+import subprocess
+import sys
+import types
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from grok1.ops.cuda import calls, check, presence
+from grok1.machine import announcement
+from grok1.ops import forms
+from grok1.ops.cuda import build, calls, check, presence
 from tests.ops import standin
 
 
@@ -35,3 +43,106 @@ def test_the_check_of_a_device_names_a_fault(monkeypatch):
 
     monkeypatch.setattr(calls, "call", fails)
     assert check.problem_of("route") == "RuntimeError: CUDA_ERROR_INVALID_PTX"
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes JAX say that it has these devices; returns what then runs."""
+
+    def of(*capabilities):
+        devices = [
+            types.SimpleNamespace(
+                device_kind=f"GPU {capability}",
+                compute_capability=capability,
+                client=types.SimpleNamespace(platform_version="CUDA 13"),
+            )
+            for capability in capabilities
+        ]
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "local_devices", lambda: devices)
+        announcement.hint.cache_clear()
+        return presence._kernels.__wrapped__()
+
+    return of
+
+
+def verdicts(*faulty):
+    lines = []
+    for operation in presence.OPERATIONS:
+        problem = "it is wrong" if operation in faulty else ""
+        lines.append(json.dumps({"operation": operation, "problem": problem}) + "\n")
+    return "".join(lines)
+
+
+def child(monkeypatch, script, tmp_path):
+    """Lets a script of Python stand for the process that checks a device."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    started = []
+
+    def start(command, **options):
+        started.append(command)
+        return popen([sys.executable, "-c", script], **options)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(presence.subprocess, "Popen", start)
+    return started
+
+
+def test_a_device_that_is_too_old_runs_through_xla_and_says_so(gpus, capfd):
+    assert gpus("9.0", "7.5") == frozenset()
+    assert capfd.readouterr().err == (
+        "grok1: running through XLA, several times slower than the CUDA kernels: GPU 7.5 has "
+        "compute capability 7.5, and they need 8.0\n"
+    )
+
+
+def test_gpus_of_another_maker_are_left_alone_without_a_word(gpus, capfd):
+    assert gpus("gfx942") == frozenset()
+    assert capfd.readouterr().err == ""
+
+
+def test_switched_off_there_are_none(gpus, monkeypatch):
+    monkeypatch.setenv("GROK1_NATIVE", "0")
+    assert gpus("9.0") == frozenset()
+
+
+def test_without_nvrtc_one_line_says_what_to_install(gpus, monkeypatch, capfd):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(build, "compiler", build.compiler.__wrapped__)
+    assert gpus("9.0") == frozenset()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "NVRTC cannot be loaded: there is none; install nvidia-cuda-nvrtc-cu12" in line
+
+
+def test_what_differs_is_refused_by_name_and_that_is_kept(gpus, monkeypatch, tmp_path, capfd):
+    started = child(monkeypatch, f"print({verdicts('route')!r}, end='')", tmp_path)
+    there = frozenset(presence.OPERATIONS) - {"route"}
+    for _ in range(2):
+        assert gpus("9.0") == there
+        assert capfd.readouterr().err == (
+            "grok1: route runs through XLA, its CUDA kernel was refused: it is wrong\n"
+        )
+    assert len(started) == 1
+    monkeypatch.setattr(presence, "_kernels", lambda: there)
+    assert forms.kernels_in_words("gpu") == ["CUDA kernels but for route"]
+    assert forms.kernels_in_words("cpu") == []
+
+
+def test_a_check_that_crashes_refuses_what_it_did_not_come_to(gpus, monkeypatch, tmp_path, capfd):
+    first = json.dumps({"operation": "experts", "problem": ""})
+    script = f"import sys; print({first!r}, flush=True); sys.exit('an illegal address')"
+    started = child(monkeypatch, script, tmp_path)
+    assert gpus("9.0") == frozenset(["experts"])
+    assert "its check ended with status 1: an illegal address" in capfd.readouterr().err
+    # It may have been for want of memory: it is tried again.
+    gpus("9.0")
+    assert len(started) == 2
+
+
+def test_a_check_that_never_ends_is_given_up(gpus, monkeypatch, tmp_path, capfd):
+    child(monkeypatch, "import time; time.sleep(60)", tmp_path)
+    monkeypatch.setattr(presence, "_PATIENCE", 0.2)
+    assert gpus("9.0") == frozenset()
+    assert "its check took more than 0 s" in capfd.readouterr().err

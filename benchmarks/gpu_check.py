@@ -1,0 +1,340 @@
+"""`python -m benchmarks --check`: what a GPU has to show, within six minutes.
+
+Exactness first, then speed; each figure is written as soon as it is there, so that a run that is
+cut off was not for nothing. A figure without a bound says how it is on this device.
+"""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import grok1
+from benchmarks import device, workload
+from benchmarks.machine import ROOT
+from grok1.ops.cuda import check, presence
+
+SECONDS = 360.0
+"""What the whole may take; what has not begun by then is left out, and named."""
+
+NANO = ROOT / "tests" / "golden" / "nano"
+LAYERS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One result.
+
+    Attributes:
+      name: Of what.
+      value: The figure; None where it could not be had.
+      unit: Its unit.
+      bound: What it is held to; None where it is held to nothing.
+      at_least: Whether more is better, so that the bound is the least.
+      details: What else belongs to it.
+    """
+
+    name: str
+    value: float | None
+    unit: str = ""
+    bound: float | None = None
+    at_least: bool = False
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within its bound."""
+        if self.value is None:
+            return False
+        if self.bound is None:
+            return True
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def line(self) -> str:
+        """It in words."""
+        value = "-" if self.value is None else f"{self.value:.4g} {self.unit}".strip()
+        bound = ""
+        if self.bound is not None:
+            bound = f" ({'>=' if self.at_least else '<='} {self.bound:g})"
+        note = "" if self.holds else "  <-- NO"
+        words = [f"{name} {value}" for name, value in self.details.items()]
+        return f"{self.name}: {value}{bound}{note}" + (f"  [{', '.join(words)}]" if words else "")
+
+
+def run(
+    directory: pathlib.Path,
+    config: grok1.ModelConfig | None = None,
+    only: Collection[str] | None = None,
+) -> list[Figure]:
+    """Measures everything, says it, and writes it to a file of JSON lines.
+
+    Args:
+      directory: For the file.
+      config: Of the model that is timed; by default 8 layers of Grok-1.
+      only: Names of the parts to measure; None for all.
+
+    Returns:
+      The figures.
+    """
+    start = time.perf_counter()
+    config = config or dataclasses.replace(grok1.GROK_1, num_layers=LAYERS)
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"check-{kind}-{datetime.datetime.now():%Y-%m-%dT%H%M%S}.jsonl"
+    figures = []
+    with path.open("w") as file:
+
+        def note(figure: Figure) -> None:
+            figures.append(figure)
+            print(figure.line(), flush=True)
+            file.write(json.dumps(dataclasses.asdict(figure)) + "\n")
+            file.flush()
+
+        for name, measure in _parts(config).items():
+            if only is not None and name not in only:
+                continue
+            spent = time.perf_counter() - start
+            if spent > SECONDS:
+                note(Figure(name, None, details={"left out after": f"{spent:.0f} s"}))
+                continue
+            try:
+                for figure in measure():
+                    note(figure)
+            # One that fails must not keep the others from being measured.
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [""]
+                note(Figure(name, None, details={type(error).__name__: lines[0][:300]}))
+        note(Figure("whole check", time.perf_counter() - start, "s", SECONDS))
+    print(f"written to {path}")
+    return figures
+
+
+def _parts(config: grok1.ModelConfig) -> dict[str, Callable[[], Iterator[Figure]]]:
+    timed = _Timed(config)
+    return {
+        "device": _device,
+        "kernels": _kernels,
+        "nano in float32": _nano_float32,
+        "nano in bfloat16": _nano_bfloat16,
+        "decode": timed.decode,
+        "sampling": timed.sampling,
+        "long context": timed.long_context,
+        "prefill": timed.prefill,
+        "launches": timed.launches,
+        "load and offload": timed.files,
+    }
+
+
+def _is_on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _bandwidth() -> float:
+    return (workload.HostBandwidth() if _is_on_cpu() else workload.DeviceBandwidth())()
+
+
+def _device() -> Iterator[Figure]:
+    first = jax.devices()[0]
+    client = first.client
+    yield Figure(
+        "devices",
+        len(jax.devices()),
+        details={"kind": first.device_kind, "jax": jax.__version__, "by": client.platform_version},
+    )
+    yield Figure("copy bandwidth", _bandwidth() / 1e9, "GB/s, read and written")
+
+
+def _kernels() -> Iterator[Figure]:
+    runs = presence.kernels()
+    for operation in presence.OPERATIONS:
+        worst, where = 0.0, ""
+        for name, difference in check.differences(operation):
+            if not difference <= worst:
+                worst, where = difference, name
+        details = {"worst on": where, "chosen": operation in runs}
+        yield Figure(f"kernel {operation}", worst, "relative", 1e-4, details=details)
+
+
+def _error(found: Any, expected: Any) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def _nano_float32() -> Iterator[Figure]:
+    reference = np.load(NANO / "reference.npz")
+    model = grok1.load(NANO, dtype="float32", progress=False)
+    logits = model.logits(reference["tokens"])
+    yield Figure("nano in float32, logits", _error(logits, reference["logits_f64"]), "", 2e-5)
+    drawn = model.generate(
+        reference["greedy_prompt"], max_new_tokens=32, temperature=0, ignore_eos=True
+    )
+    differ = sum(a != b for a, b in zip(drawn.tokens, reference["greedy_tokens"], strict=True))
+    yield Figure("nano in float32, greedy tokens that differ of 32", differ, "", 0)
+    toy = grok1.load(ROOT / "checkpoints" / "toy", dtype="float32", progress=False)
+    assert toy.tokenizer is not None
+    prompt = toy.tokenizer.encode("The first argument is the name of the file")
+    exact = _error_of_steps(toy, prompt)
+    yield Figure("toy in float32, decoding step by step against one pass", exact, "", 2e-5)
+
+
+def _error_of_steps(model: grok1.Model, tokens: list[int]) -> float:
+    """How far logits of single steps, which kernels for few rows make, are from one pass's."""
+    whole = np.asarray(model.logits(tokens))[-1]
+    engine = model.engine
+    padded = np.zeros((engine.batch_for(1), engine.capacity_for(len(tokens))), np.int32)
+    padded[0, : len(tokens)] = tokens
+    state, logits = engine.new_state(padded), None
+    for _ in tokens:
+        count = np.zeros(len(padded), np.int32)
+        count[0] = 1
+        state, logits, _ = engine.score(state, count, 1)
+    return _error(np.asarray(logits)[0, 0], whole)
+
+
+def _nano_bfloat16() -> Iterator[Figure]:
+    reference = np.load(NANO / "reference.npz")
+    expected = jax.nn.log_softmax(reference["logits_f64"].astype(np.float32))
+    choices = grok1.ForceExperts(reference["selected_experts"])
+    for cache_dtype, bound in (("float16", 4e-4), ("float32", 4e-4), ("int8", 5e-3)):
+        model = grok1.load(NANO, dtype="bfloat16", cache_dtype=cache_dtype, progress=False)
+        with model.intervene(choices) as forced:
+            logits = jax.nn.log_softmax(forced.logits(reference["tokens"]))
+        divergence = jnp.sum(jnp.exp(expected) * (expected - logits), axis=-1).mean()
+        name = f"nano in bfloat16 with the experts of float64, {cache_dtype} cache, divergence"
+        yield Figure(name, float(divergence), "", bound)
+
+
+class _Timed:
+    """What is timed, of a random model that is made once."""
+
+    def __init__(self, config: grok1.ModelConfig):
+        self._config = config
+        self._model: grok1.Model | None = None
+        self._bandwidth = 0.0
+
+    @property
+    def model(self) -> grok1.Model:
+        if self._model is None:
+            self._model = grok1.random_model(self._config)
+            self._bandwidth = _bandwidth()
+        return self._model
+
+    def _rate(self, batch: int, prompt: int, steps: int) -> tuple[float, dict[str, Any]]:
+        """Steps a second, and the share of the copy bandwidth that the bytes of one are."""
+        model = self.model
+        workload.decode(model, batch, prompt, 4)
+        timing = workload.decode(model, batch, prompt, steps)
+        experts = workload.experts_read(model, timing.sequences, prompt)
+        parts = workload.decode_bytes(model, batch, prompt, steps, experts)
+        rate = steps / timing.steps
+        share = sum(parts.values()) * rate / self._bandwidth
+        return share, {
+            "tokens/s": f"{batch * rate:.1f}",
+            "GB a step": f"{sum(parts.values()) / 1e9:.3f}",
+            "ms a step": f"{1e3 / rate:.3f}",
+        }
+
+    def decode(self) -> Iterator[Figure]:
+        for batch, bound in ((1, 0.80), (8, 0.75), (32, 0.70)):
+            share, details = self._rate(batch, 16, 64)
+            name = f"decode, {batch} rows: share of the copy bandwidth"
+            yield Figure(name, share, "", bound, at_least=True, details=details)
+
+    def sampling(self) -> Iterator[Figure]:
+        greedy = self._seconds_of_draws(temperature=0)
+        for name, options in (("top-p 0.95", {"top_p": 0.95}), ("temperature alone", {"top_p": 1})):
+            drawn = self._seconds_of_draws(temperature=0.7, **options)
+            more = 1e3 * (drawn - greedy)
+            yield Figure(f"a step more with {name}, 1 row", more, "ms", 0.3)
+
+    def _seconds_of_draws(self, **options: Any) -> float:
+        """Seconds of a step."""
+        prompt, seconds = [5] * 16, []
+        for _ in range(3):
+            times = [time.perf_counter()]
+            for _piece in self.model.stream(
+                prompt, max_new_tokens=49, ignore_eos=True, seed=1, **options
+            ):
+                times.append(time.perf_counter())
+            seconds.append((times[-1] - times[1]) / max(1, len(times) - 2))
+        return min(seconds)
+
+    def long_context(self) -> Iterator[Figure]:
+        most = self._config.sequence_len
+        long = min(8000, most - 40)
+        _, short_details = self._rate(1, 100, 32)
+        share, details = self._rate(1, long, 24)
+        ratio = float(details["ms a step"]) / float(short_details["ms a step"])
+        details |= {"ms a step at 100": short_details["ms a step"], "share": f"{share:.3f}"}
+        yield Figure(f"decode at {long} positions against 100", ratio, "x", 1.3, details=details)
+
+    def prefill(self) -> Iterator[Figure]:
+        rate = workload.MatmulRate(jnp.bfloat16, _is_on_cpu())()
+        yield Figure("plain product of bfloat16", rate / 1e12, "TFLOP/s")
+        for length in (128, 512, 2048, 8191):
+            if length >= self._config.sequence_len:
+                continue
+            workload.prefill(self.model, length)
+            seconds = workload.prefill(self.model, length)
+            done = workload.prefill_operations(self._config, length) / seconds
+            bound = 0.6 if length >= 2048 else None
+            details = {"TFLOP/s": f"{done / 1e12:.1f}", "seconds": f"{seconds:.3f}"}
+            name = f"prefill of {length}: share of the plain product"
+            yield Figure(name, done / rate, "", bound, at_least=True, details=details)
+
+    def launches(self) -> Iterator[Figure]:
+        steps, model = 8, self.model
+        prompt = workload.random_prompts(model.config.vocab_size, 1, 16)
+        workload.run(model, prompt, steps)
+        start = time.perf_counter()
+        kernels = device.profile(lambda: workload.run(model, prompt, steps).sequences)
+        seconds = time.perf_counter() - start
+        count = sum(times for times, _ in kernels.values())
+        busy = sum(duration for _, duration in kernels.values())
+        longest = {name[:40]: f"{1e3 * duration:.2f} ms" for name, (_, duration) in kernels.items()}
+        yield Figure("kernels of a step", count / steps, "", details=dict([*longest.items()][:8]))
+        yield Figure("share of the time in which the device works", min(1.0, busy / seconds))
+
+    def files(self) -> Iterator[Figure]:
+        config = dataclasses.replace(self._config, num_layers=min(2, self._config.num_layers))
+        with tempfile.TemporaryDirectory(prefix="grok1-check-") as name:
+            path = pathlib.Path(name, "model")
+            self._model = None  # its memory is needed
+            small = grok1.random_model(config)
+            grok1.save(small, path)
+            expected = small.generate([5, 6, 7], max_new_tokens=8, temperature=0, ignore_eos=True)
+            del small
+            num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            copied = _host_to_device()
+            yield Figure("copy from host to device", copied / 1e9, "GB/s")
+            start = time.perf_counter()
+            model = grok1.load(path, progress=False)
+            jax.block_until_ready(model.params)
+            rate = num_bytes / (time.perf_counter() - start)
+            details = {"GB/s": f"{rate / 1e9:.2f}"}
+            name = "load from the page cache: share of the copy"
+            yield Figure(name, rate / copied, "", 0.8, at_least=True, details=details)
+            del model
+            model = grok1.load(path, offload="disk", progress=False)
+            timing = workload.decode(model, 1, 4, 16)
+            found = model.generate([5, 6, 7], max_new_tokens=8, temperature=0, ignore_eos=True)
+            differ = sum(a != b for a, b in zip(found.tokens, expected.tokens, strict=True))
+            yield Figure("offloaded against resident, greedy tokens that differ", differ, "", 0)
+            yield Figure("offloaded decode", 16 / timing.steps, "tokens/s")
+
+
+def _host_to_device() -> float:
+    """Bytes a second."""
+    array = np.zeros(1 << 30, np.int8)
+    jax.block_until_ready(jax.device_put(array))
+    start = time.perf_counter()
+    jax.block_until_ready(jax.device_put(array))
+    return array.nbytes / (time.perf_counter() - start)

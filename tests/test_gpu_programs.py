@@ -1,0 +1,111 @@
+"""What is compiled for NVIDIA GPUs, without one: `tools/gpu_programs.py`.
+
+It takes the wheels of JAX's plugin for CUDA, 1 GB, which an environment for tests may do without.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grok1.config import GROK_1
+from grok1.ops.cpu import bindings
+from grok1.ops.cuda import build, presence
+from grok1.ops.layers import exact_einsum, split_terms
+from tools import gpu_programs
+
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+SEQUENCE = """\
+000: kCommandBuffer [source | sink]
+    001: kCopy         [source       | next=002 (1)] kCopy
+    002: kCustomKernel [prev=001 (1) | next=003 (1)] loop_add_fusion grid: [1, 1, 1]
+    003: kWhile        [prev=002 (1) | next=010 (1)]
+condition:
+        004: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1]
+      body:
+        005: kCustomKernel [source       | next=006 (1)] grok1_norm grid: [1, 1, 1]
+        006: kAllReduce    [prev=005 (1) | next=007 (1)] kAllReduce
+        007: kWhile        [prev=006 (1) | sink        ]
+condition:
+            008: kCustomKernel [source | sink] wrapped_compare grid: [1, 1, 1]
+          body:
+            009: kCustomKernel [source | sink] loop_multiply_fusion grid: [1, 1, 1]
+    010: kCustomKernel [prev=003 (1) | sink        ] head grid: [1, 1, 1]
+011: kCustomKernel [source | sink] outside grid: [1, 1, 1]
+"""
+
+
+def test_launches_are_counted():
+    num_graphs, outside, layer = gpu_programs.launches(SEQUENCE)
+    assert (num_graphs, outside) == (1, 1)
+    assert layer == ["grok1_norm", "kAllReduce", "wrapped_compare", "loop_multiply_fusion"]
+
+
+@pytest.fixture(scope="module")
+def h200():
+    """One device and eight of them, described."""
+    if not any(map(importlib.util.find_spec, PLUGINS)):
+        pytest.skip("JAX's plugin for CUDA is not installed; tools/gpu_programs.py says how")
+    try:
+        build.compiler()
+    except build.UnavailableError as error:
+        pytest.skip(str(error))
+    return {count: gpu_programs.mesh_of("h200", count) for count in (1, 8)}
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_of_cpus(monkeypatch):
+    monkeypatch.setattr(bindings, "is_available", lambda: False)
+
+
+def reported(mesh, function, *shapes):
+    place = NamedSharding(mesh, P())
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
+    program = jax.jit(function).lower(*arguments)
+    return gpu_programs.report(program, mesh.devices.flatten().tolist())
+
+
+def split_by_conversions(x, dtype):
+    high = x.astype(dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
+def test_the_split_into_two_terms_survives_xla(h200):
+    shapes = ((4, 256), jnp.float32), ((256, 128), jnp.bfloat16)
+
+    def product(split):
+        def run(x, weight):
+            return exact_einsum("MK,KN->MN", jnp.concatenate(split(x, jnp.bfloat16)), weight)
+
+        return run
+
+    assert not reported(h200[1], product(split_terms), *shapes).vanished
+    # What it is there against: a pair of conversions is dropped, and nothing is left.
+    assert reported(h200[1], product(split_by_conversions), *shapes).vanished
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_step_of_grok_1_is_one_graph_that_copies_no_weight(h200, count):
+    mesh = h200[count]
+    with presence.assumed():
+        program, engine = gpu_programs.lowered(GROK_1, mesh, "decode", 1, 8192)
+    found = gpu_programs.report(program, mesh.devices.flatten().tolist(), engine.weights)
+    assert not found.unknown_loops
+    assert not found.copies
+    assert not found.vanished
+    assert (found.graphs, found.outside) == (1, 0)
+    kernels = [name for name in found.layer if not name.startswith("kAllReduce")]
+    assert len(kernels) <= 12, kernels
+    assert len(found.layer) - len(kernels) == (0 if count == 1 else 2)
+
+
+def test_without_the_kernels_xla_copies_weights_and_asks_for_lengths(h200):
+    with presence.assumed(frozenset()):
+        program, engine = gpu_programs.lowered(GROK_1, h200[1], "decode", 1, 256)
+    found = gpu_programs.report(program, h200[1].devices.flatten().tolist(), engine.weights)
+    assert found.unknown_loops
+    assert found.copies
