@@ -160,7 +160,7 @@ def _kernels() -> Iterator[Figure]:
             if not difference <= worst:
                 worst, where = difference, name
         details = {"worst on": where, "chosen": operation in runs}
-        yield Figure(f"kernel {operation}", worst, "relative", 1e-4, details=details)
+        yield Figure(f"kernel {operation}", worst, "relative", check.TOLERANCE, details=details)
 
 
 def _error(found: Any, expected: Any) -> float:

@@ -41,6 +41,7 @@ DEVICES = pathlib.Path(__file__).parent / "devices"
 
 _THUNK = re.compile(r"^( *)\d+: (\w+)\s+\[[^\]]*\]\s*(\S*)")
 _LAUNCHES = {"kCustomKernel", "kKernel", "kCopy", "kGemm", "kCublasLtMatmul", "kCustomCall"}
+_DIGEST = re.compile(r"_[0-9a-f]{8}$")  # at the end of a CUDA kernel's name
 _SAME = re.compile(r"= \S+ subtract\((%?[\w.\-]+), \1\)")
 
 
@@ -156,7 +157,7 @@ def launches(sequence: str) -> tuple[int, int, list[str]]:
             outside += not graph_indents
             is_over |= body is not None and loop is not None and indent <= loop
             if body is not None and not is_over:
-                layer.append(match[3])
+                layer.append(_DIGEST.sub("", match[3]))
     return num_graphs, outside, layer
 
 

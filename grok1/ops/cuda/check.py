@@ -34,10 +34,11 @@ Case = tuple[Callable[..., Any], Callable[..., Any], tuple]
 
 
 def main() -> None:
-    """Prints the verdicts."""
+    """Prints the verdicts, of one device of each kind."""
+    devices = {device.device_kind: device for device in jax.local_devices()}
     for operation in presence.OPERATIONS:
         problem = ""
-        for device in jax.local_devices():
+        for device in devices.values():
             with jax.default_device(device):
                 problem = problem or problem_of(operation)
         print(json.dumps({"operation": operation, "problem": problem}), flush=True)
@@ -68,9 +69,11 @@ def differences(operation: str) -> Iterator[tuple[str, float]]:
 
 
 def relative_difference(found: Any, expected: Any) -> float:
-    """The largest difference over the largest number."""
+    """The largest difference over the largest number; int8 may be rounded to its neighbour."""
+    allowed = 1 if np.asarray(found).dtype == np.int8 else 0
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+    difference = np.abs(found - expected) - allowed
+    return float(difference.max() / max(np.abs(expected).max(), 1e-30))
 
 
 def cases(operation: str) -> Iterator[tuple[str, Case]]:
@@ -107,7 +110,7 @@ def _of_experts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     def form(x, weights, layer, routing, valid):
         return experts_sparse(x.astype(jnp.float32), weights, (layer,), routing, valid)
 
-    sizes = (1, "float32"), (1, "bfloat16"), (4, "float32"), (8, "bfloat16"), (33, "bfloat16")
+    sizes = (1, "bfloat16"), (4, "float32"), (33, "bfloat16")
     for tokens, dtype in sizes:
         x = rng.standard_normal((tokens, width)).astype(dtype)
         logits = rng.standard_normal((tokens, num_experts)).astype(np.float32)
@@ -128,10 +131,9 @@ def _of_projections(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     def form(x, layer, *weights):
         return [matmul_direct(x, weight, (layer,), len(x)) for weight in weights]
 
-    for rows in (1, 5, 33):
+    for rows, stacks in ((1, weights), (5, weights[2:]), (33, weights)):
         x = rng.standard_normal((rows, width)).astype(np.float32)
-        yield f"{rows} rows", (kernel, form, (x, np.int32(1), *weights))
-        yield f"{rows} rows, one matrix", (kernel, form, (x, np.int32(1), weights[2]))
+        yield f"{rows} rows", (kernel, form, (x, np.int32(1), *stacks))
 
 
 def _cache(rng: np.random.Generator, dtype: str, rows: int) -> KVCache:
@@ -152,7 +154,7 @@ def _place(rng: np.random.Generator, rows: int, length: int) -> Place:
     return Place(slots, starts + np.arange(length, dtype=np.int32), valid)
 
 
-_CALLS = (("float32", 1, 1), ("float16", 3, 1), ("int8", 2, 1), ("float16", 1, 4))
+_CALLS = (("float32", 1, 1), ("float16", 2, 4), ("int8", 3, 1))
 
 
 def _of_heads(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:

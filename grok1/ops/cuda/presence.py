@@ -29,7 +29,7 @@ from grok1.ops.cuda.kernel import SOURCES
 OPERATIONS = ("experts", "project", "append_heads", "attend_cache", "norm", "add_norm", "route")
 """What there are kernels for, in the order in which they are checked."""
 
-_PATIENCE = 180.0  # seconds for the check of all kernels, of which starting JAX takes most
+_PATIENCE = 600.0  # seconds for the check of all kernels, most of which XLA compiles
 _LOCK = threading.Lock()
 _TURNED_OFF = threading.Event()
 _ASSUMED: list[frozenset[str]] = []
