@@ -1,9 +1,12 @@
 """Strict settings for every test, sixteen virtual CPU devices, and the shared models."""
 
+import fcntl
 import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import types
 
 # Before JAX starts: the number of devices is fixed from then on.
@@ -27,6 +30,35 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
+CACHE = pathlib.Path(os.environ["XDG_CACHE_HOME"])
+BUILD_KERNELS = "from grok1.ops.cpu import bindings; bindings.is_available()"
+
+
+def pytest_configure(config):
+    """Builds the kernels where there are none, while the processes that test start and collect."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        return
+    if any(CACHE.glob("*/native-*")):
+        return
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "kernels.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # It has the lock as long as it runs.
+        build = subprocess.Popen(
+            [sys.executable, "-c", BUILD_KERNELS],
+            cwd=pathlib.Path(__file__).parent.parent,
+            pass_fds=[lock.fileno()],
+            stderr=subprocess.DEVNULL,
+        )
+    config.add_cleanup(build.wait)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels():
+    """Waits for those that are being built, instead of building them too."""
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "kernels.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 COMPILED = ("grok1.engine", "grok1.nn", "grok1.ops", "jax")

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.nn.transformer import forward, naming
-from tests.helpers import named_params, relative_error
+from tests.helpers import named_params, readable, relative_error
 
 
 def load_toy(**options) -> grok1.Model:
@@ -26,15 +25,14 @@ def divergence(model: grok1.Model, other: grok1.Model, tokens: list[int]) -> flo
 
 def ragged_prompts(vocab_size: int) -> list[list[int]]:
     rng = np.random.default_rng(7)
-    lengths = (1, 3, 17, 40, 64, 5, 30, 2)
-    return [rng.integers(0, vocab_size, size=length).tolist() for length in lengths]
+    return [rng.integers(0, vocab_size, size=length).tolist() for length in (1, 40, 3, 64)]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_a_batch_gives_what_each_prompt_gives_alone(nano, temperature):
     prompts = ragged_prompts(128)
     options = {"max_new_tokens": 16, "temperature": temperature, "ignore_eos": True}
-    seeds = list(range(20, 28))
+    seeds = list(range(20, 24))
     together = nano.generate(prompts, seed=seeds, **options)
     alone = [nano.generate(p, seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
     assert [c.tokens for c in together] == [c.tokens for c in alone]
@@ -83,7 +81,7 @@ def test_token_zero_is_an_ordinary_token(nano, nano_reference):
 
 
 def test_more_prompts_than_rows_run_in_several_batches(nano):
-    prompts = [[i + 1, i + 2] for i in range(37)]
+    prompts = [[i + 1] for i in range(37)]
     completions = nano.generate(prompts, max_new_tokens=2, temperature=0)
     assert len(completions) == 37
     assert (
@@ -300,11 +298,14 @@ def test_the_type_of_the_cache(dtype, cache_dtype, cache):
 
 
 def test_random_models_are_the_same_on_every_mesh():
-    tokens = [3, 1, 4, 1, 5]
-    one = grok1.random_model(grok1.TOY, mesh=(1, 1), dtype="float32", seed=1).logits(tokens)
-    other = grok1.random_model(grok1.TOY, mesh=(2, 4), dtype="float32", seed=1).logits(tokens)
-    assert relative_error(other, one) <= 2e-5
-    assert 0.1 < one.std() < 3
+    one, other = (
+        grok1.random_model(grok1.TOY, mesh=mesh, dtype="float32", seed=1)
+        for mesh in ((1, 1), (2, 4))
+    )
+    found, expected = (jax.tree.leaves(named_params(model)) for model in (other, one))
+    for leaf, leaf_of_one in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(leaf, leaf_of_one)
+    assert 0.1 < one.logits([3, 1, 4, 1, 5]).std() < 3
 
 
 class TestToy:
@@ -357,14 +358,11 @@ class TestToy:
 
     def test_a_long_prompt_runs_in_chunks_and_key_blocks(self, toy):
         tokens = np.random.default_rng(3).integers(4, toy.config.vocab_size, size=700)
-        params = naming(toy.config).apply(named_params(toy), None)
-        expected, _ = jax.jit(forward, static_argnums=1)(
-            params, toy.config, jnp.asarray(tokens)[None]
-        )
-        assert relative_error(toy.logits(tokens), expected[0]) <= 2e-5
+        expected, _ = readable(named_params(toy), toy.config, tokens)
+        assert relative_error(toy.logits(tokens), expected) <= 2e-5
         out = toy.generate(tokens, max_new_tokens=2, temperature=0, logprobs=0, ignore_eos=True)
-        assert out.tokens[0] == expected[0, -1].argmax()
-        logprob = jax.nn.log_softmax(expected[0, -1]).max()
+        assert out.tokens[0] == expected[-1].argmax()
+        logprob = jax.nn.log_softmax(expected[-1]).max()
         assert out.logprobs[0] == pytest.approx(float(logprob), abs=1e-4)
 
     def test_a_float16_cache_changes_little(self, toy):
@@ -372,13 +370,13 @@ class TestToy:
         assert divergence(toy, load_toy(cache_dtype="float16"), tokens) < 1e-4
 
     # Rows on two groups of devices, each of which has more devices than there are cached heads.
-    @pytest.mark.parametrize("mesh", [(1, 1), (2, 8)])
-    def test_an_int8_cache_changes_little(self, toy, mesh):
-        model = load_toy(mesh=mesh, cache_dtype="int8")
-        tokens = toy.tokenizer.encode(self.text)
+    def test_an_int8_cache_changes_little(self, toy):
+        model = load_toy(mesh=(2, 8), cache_dtype="int8")
+        # All of it in chunks of 64.
+        tokens = toy.tokenizer.encode(self.text)[:64]
         assert 1e-6 < divergence(toy, model, tokens) < 4e-3
         options = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
-        prompts = [tokens[:40], tokens[:3], tokens[5:30]]
+        prompts = [tokens[:40], tokens[:33], tokens[5:50]]
         together = model.generate(prompts, **options)
         for prompt, completion in zip(prompts, together, strict=True):
             assert len(completion.tokens) == 12

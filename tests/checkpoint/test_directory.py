@@ -192,7 +192,7 @@ from grok1.checkpoint.fingerprint import fingerprint
 path, target = sys.argv[1:]
 print(verification.verify(path, progress=False).is_good)
 print(len(inspection.inspect(path).tensors))
-cpu = {"devices": 1, "device": "cpu", "memory": 1, "bandwidth": 9, "disk": 1, "context": 64}
+cpu = {"devices": 1, "device": "cpu", "memory": 1, "bandwidth": 9, "disk": 1, "batch": 32}
 print(len(grok1.plan(checkpoint=path, **cpu).lines()))
 conversion.convert(path, target, to="grok1", progress=False)
 print(fingerprint(target) == fingerprint(path))

@@ -11,18 +11,16 @@ from grok1.config import GROK_1
 from grok1.engine.engine import Engine
 from grok1.engine.programs import Key, Kind
 from grok1.engine.shapes import CHUNK_LENGTHS, chunk_for, chunks
-from grok1.nn.manifest import abstract_params
-from grok1.nn.sharding import abstract_stack, make_mesh
-from grok1.nn.transformer import naming
+from grok1.nn.sharding import make_mesh
 from grok1.ops.cpu import bindings
+from grok1.planning.memory import abstract_engine, released_weights
 from tests.conftest import TOY as TOY_PATH
 
 
 @pytest.fixture(scope="module")
 def grok_1_engine() -> Engine:
     mesh = make_mesh(GROK_1, (1, 8))
-    params = abstract_stack(naming(GROK_1).apply(abstract_params(GROK_1), None), GROK_1, mesh)
-    return Engine(params, GROK_1, mesh, "bfloat16")
+    return abstract_engine(released_weights(GROK_1), GROK_1, mesh, "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def run(accesses, capacity, per_step=1 << 30):
                 assert cache.take(victim) == victim
             if victim != key:
                 cache.put(key, key)
-        held.append({k for k in set(accesses[: i + 1]) if k in cache._held})
+        held.append(set(cache._held))
     return np.array(hits), held
 
 

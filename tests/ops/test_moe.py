@@ -18,7 +18,8 @@ from grok1.ops.experts import (
     experts_sparse,
     route,
 )
-from grok1.ops.quantized import dequantize, quantize
+from grok1.ops.quantized import quantize
+from tests.helpers import dequantized
 
 D, F = 7, 11
 
@@ -51,10 +52,17 @@ def normal(seed, *shape):
 
 
 def random_weights(num_experts, lead=(), model_dim=D, hidden_dim=F):
-    gate = normal(0, *lead, num_experts, model_dim, hidden_dim) / model_dim**0.5
-    up = normal(1, *lead, num_experts, model_dim, hidden_dim) / model_dim**0.5
-    down = normal(2, *lead, num_experts, hidden_dim, model_dim) / hidden_dim**0.5
-    return ExpertWeights(gate, up, down)
+    """On the host, so that XLA has no scaling of each shape to compile."""
+
+    def draw(seed, rows, columns):
+        drawn = np.random.default_rng(seed).standard_normal((*lead, num_experts, rows, columns))
+        return (drawn / rows**0.5).astype(np.float32)
+
+    return ExpertWeights(
+        gate=draw(0, model_dim, hidden_dim),
+        up=draw(1, model_dim, hidden_dim),
+        down=draw(2, hidden_dim, model_dim),
+    )
 
 
 def random_inputs(num_tokens, num_experts, num_selected, model_dim=D):
@@ -140,7 +148,7 @@ def test_expert_ffn_by_hand():
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "num_selected"),
     # 300 tokens are several blocks of 128 an expert.
-    [(1, 8, 2), (2, 5, 3), (7, 8, 2), (300, 5, 3), (300, 8, 2)],
+    [(1, 8, 2), (2, 5, 3), (300, 8, 2)],
 )
 def test_dense_and_sparse_against_float64(num_tokens, num_experts, num_selected):
     x, routing = random_inputs(num_tokens, num_experts, num_selected)
@@ -214,7 +222,7 @@ def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
     )
     x, routing = random_inputs(7, 5, 3, model_dim)
     x = x.astype(dtype)
-    exact = [dequantize(weight) for weight in weights]
+    exact = [dequantized(weight) for weight in weights]
     for layer in (0, 2):
         output = in_form(x, weights, (layer,), routing, np.ones(7, bool), form)
         one_layer = ExpertWeights(*(np.asarray(weight)[layer] for weight in exact))
@@ -263,7 +271,7 @@ def test_native_experts_of_few_and_of_many_rows(num_tokens):
     routing = with_experts(routing, np.stack([first, np.where(number % 50 == 0, 4, 2)], axis=1))
     valid = number % 7 != 5
     output = np.asarray(in_form(x, weights, (), routing, valid, "cpp"))
-    expected = float64_experts(x, [dequantize(weight) for weight in weights], routing)
+    expected = float64_experts(x, [dequantized(weight) for weight in weights], routing)
     assert_close(output[valid], expected[valid], 2e-6)
     np.testing.assert_array_equal(output[~valid], 0)
 
@@ -281,7 +289,7 @@ def test_native_experts_with_next_to_no_columns(model_dim, hidden_dim):
     # The kernel's memory keeps what a call has left there.
     in_form(1e6 * x, weights, (), routing, valid, "cpp")
     output = in_form(x, weights, (), routing, valid, "cpp")
-    exact = [dequantize(weight) for weight in weights]
+    exact = [dequantized(weight) for weight in weights]
     assert_close(output, float64_experts(x, exact, routing), 2e-6)
 
 
