@@ -10,7 +10,7 @@ import pytest
 import grok1
 from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams, sampling_state
-from grok1.engine.steps import NUM_ENDS, DecodeState, Ends, Rows, Step, run_steps
+from grok1.engine.steps import NUM_ENDS, DecodeState, Draw, Ends, Rows, Step, run_steps
 from grok1.generate import pace, scheduler
 from grok1.generate.request import Request
 from grok1.nn.capture import as_capture
@@ -180,10 +180,10 @@ def test_more_steps_than_a_call_runs_are_refused(nano, greedily, capture):
     state = engine.new_state(np.ones((1, 256), np.int32))
     everything = jnp.ones(nano.config.vocab_size, bool)
     ends = Ends(np.full((1, NUM_ENDS), -1), np.array([1]))
-    arguments = (np.array([most + 1]), ends, everything)
-    decode = engine.decode_greedily
+    decode, draw = engine.decode_greedily, everything
     if not greedily:
-        decode = engine.decode
-        arguments += (sampling_state(SamplingParams(), np.zeros((1, 2), np.uint32)),)
+        sampling = sampling_state(SamplingParams(), np.zeros((1, 2), np.uint32))
+        decode, draw = engine.decode, Draw(everything, sampling)
+    arguments = (np.array([most + 1]), ends, draw)
     with pytest.raises(ValueError, match=f"at most {most} steps of a row here, found {most + 1}"):
         decode(state, *arguments)
