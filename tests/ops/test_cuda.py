@@ -44,6 +44,7 @@ HEADS = [
     Heads(2, 3, 1, 2, 32, 2, 64, "float16", "float16"),
     Heads(3, 1, 2, 3, 48, 4, 130, "int8", "bfloat16"),
     Heads(1, 9, 1, 7, 16, 1, 257, "bfloat16", "float32"),
+    Heads(2, 1, 3, 2, 8, 2, 96, "float32", "float32"),
     Heads(1, 2, 1, 2, 256, 1, 96, "int8", "float32"),
 ]
 ROWS = [(3, 160), (1, 2048), (2, 40)]

@@ -76,6 +76,10 @@ def test_on_nvidia_gpus_the_kernels_that_are_there_are_chosen(operation):
     table, arguments = forms.PREFERRED[operation], arguments_of(operation)
     if operation == "attend_cache":
         assert forms.refusal(operation, "cuda", *arguments) == NO_CUDA
+        with presence.assumed():
+            narrow = (jnp.ones((1, 1, 1, 1, 4)), arguments[1]._replace(k=jnp.ones((1, 1, 1, 6, 4))))
+            reason = forms.refusal(operation, "cuda", *narrow, *arguments[2:])
+            assert reason == "heads must be 8 or a multiple of 16 wide, up to 256, not 4"
         arguments = arguments_of("append_heads")
         arguments = (jnp.ones((1, 1, 1, 1, 16)), *arguments[2:])
     if operation == "experts":

@@ -88,10 +88,11 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
                    const typename Stored<S::KIND>::Type* values, const float* key_scales,
                    const float* value_scales, const int* layer, const int* slots, const int* positions,
                    float* mixed, float* totals) {
-  constexpr int EACH = S::H / 16, M = S::G * S::T, UNROLL = 2, STEP = 2 * UNROLL * S::WARPS;
+  constexpr int EACH = (S::H + 15) / 16, M = S::G * S::T, UNROLL = 2, STEP = 2 * UNROLL * S::WARPS;
   constexpr int BLOCKS = (M + S::QUERIES - 1) / S::QUERIES;
   __shared__ float shared[S::WARPS][S::QUERIES][S::H + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 16, half = threadIdx.x / 16 % 2;
+  const bool has_numbers = lane * EACH < S::H;  // narrow heads leave lanes without
   const int head = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * S::QUERIES;
   const int row = blockIdx.y / S::PARTS, part = blockIdx.y % S::PARTS;
   const int slot = slots[row];
@@ -110,11 +111,12 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
   for (int m = 0; m < S::QUERIES; ++m) {
     const int number = first + m, t = number < M ? number / S::G : 0, g = number % S::G;
     upto[m] = number < M ? positions[row * S::T + t] : -1;
-    read_numbers<S::QUERY_KIND>(
-        query + ((((long long)row * S::T + t) * S::C + head) * S::G + g) * S::H + lane * EACH, q[m]);
     total[m] = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) sums[m][i] = 0;
+    for (int i = 0; i < EACH; ++i) q[m][i] = sums[m][i] = 0;
+    if (has_numbers)
+      read_numbers<S::QUERY_KIND>(
+          query + ((((long long)row * S::T + t) * S::C + head) * S::G + g) * S::H + lane * EACH, q[m]);
   }
   const long long heads = ((long long)layer[0] * S::B + (begin < end ? slot : 0)) * S::C + head;
   const auto* key_rows = keys + heads * S::CAPACITY * S::H;
@@ -124,8 +126,9 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int wanted = base + 2 * u + half, at = wanted < end ? wanted : end - 1;
-      read_numbers<S::KIND>(key_rows + (long long)at * S::H + lane * EACH, key[u]);
-      read_numbers<S::KIND>(value_rows + (long long)at * S::H + lane * EACH, value[u]);
+      const long long start = (long long)at * S::H + (has_numbers ? lane * EACH : 0);
+      read_numbers<S::KIND>(key_rows + start, key[u]);
+      read_numbers<S::KIND>(value_rows + start, value[u]);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -157,7 +160,7 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       sums[m][i] += shuffle_xor(sums[m][i], 16);
-      if (half == 0) shared[warp][m][lane * EACH + i] = sums[m][i];
+      if (half == 0 && has_numbers) shared[warp][m][lane * EACH + i] = sums[m][i];
     }
     if (half == 0 && lane == 0) shared[warp][m][S::H] = total[m];
   }

@@ -53,8 +53,8 @@ def refusal_of(heads: Heads) -> str | None:
     """Why attention cannot take these; None if it can."""
     if heads.cache_dtype not in _KINDS or heads.query_dtype not in _KINDS:
         return f"it reads no cache of {heads.cache_dtype} with queries of {heads.query_dtype}"
-    if heads.size % 16 or heads.size > 256:
-        return f"heads must be a multiple of 16 wide and up to 256, not {heads.size}"
+    if heads.size % (8 if heads.size < 16 else 16) or heads.size > 256:
+        return f"heads must be 8 or a multiple of 16 wide, up to 256, not {heads.size}"
     if heads.group * heads.length > MOST_QUERIES:
         queries = heads.group * heads.length
         return f"it takes up to {MOST_QUERIES} queries of a key head, not {queries}"
