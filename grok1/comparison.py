@@ -24,8 +24,9 @@ from grok1.machine.agreement import agree
 from grok1.machine.float_errors import as_numpy_comes
 from grok1.machine.jax_settings import own_settings
 from grok1.model import Model
-from grok1.study.comparison_report import Comparison
+from grok1.study.comparison_report import Comparison, ForcedComparison
 from grok1.study.recorded_run import RecordedRun, compare_runs
+from grok1.study.router_interventions import ForceExperts
 from grok1.study.saved_logits import check_new_file, open_saved, save_logits_of
 
 Source = Model | str | os.PathLike[str]
@@ -47,6 +48,7 @@ def compare(
     load_a: Mapping[str, Any] | None = None,
     load_b: Mapping[str, Any] | None = None,
     save_logits: str | os.PathLike[str] | None = None,
+    force_experts: bool = False,
 ) -> Comparison:
     """Compares two models, or saved logits, over a text.
 
@@ -64,6 +66,8 @@ def compare(
       load_a: Options of `load` for A, such as `mesh` and `dtype`.
       load_b: Options of `load` for B.
       save_logits: A new `.npz` for A's logits and tokens, to compare others with later.
+      force_experts: Run B once more with every token sent to the experts that A's went to, which
+        tells the rounding of weights from near ties of the router (`Comparison.forced`).
 
     Raises:
       ValueError: If the two have different vocabularies, tokenizers or lengths, there is no text or
@@ -78,6 +82,10 @@ def compare(
     }
     options = {"A": dict(load_a or {}), "B": dict(load_b or {})}
     for side, source in sources.items():
+        if force_experts and _is_saved(source):
+            raise ValueError(
+                f"{side} is a file of logits, and force_experts needs two models; leave it out"
+            )
         _check_source(source, side, options[side])
     if text is not None and all(_names_tokens(source) for source in sources.values()):
         raise ValueError("both files hold their tokens; leave out the text")
@@ -86,6 +94,7 @@ def compare(
         check_new_file(save_logits)
     with tempfile.TemporaryDirectory(prefix="grok1-compare-") as directory:
         runs: dict[str, RecordedRun] = {}
+        again: RecordedRun | None = None
         sizes: dict[str, int] = {}
         files = {side: pathlib.Path(directory, side) for side in sources}
         # Files first: they may hold the tokens that the models are to run.
@@ -107,12 +116,21 @@ def compare(
                 raise ValueError(
                     "compare needs a text; give one, or logits saved with their tokens"
                 )
-            runs[side] = _run(source, options[side], text, files[side])
+            forced = runs["A"] if force_experts and side == "B" else None
+            made = _run(source, options[side], text, files[side], forced)
+            runs[side], again = made[0], made[-1]
         runs = _with_tokens(runs, text)
         _check_same_text(runs)
         if save_logits is not None:
             save_logits_of(runs["A"], save_logits)
-        return compare_runs(runs["A"], runs["B"], top_k)
+        found = compare_runs(runs["A"], runs["B"], top_k)
+        if not force_experts:
+            return found
+        assert again is not None  # B is a model
+        same = compare_runs(runs["A"], again._replace(tokens=runs["A"].tokens), top_k)
+        residuals = [layer.residual for layer in same.layers or []]
+        forced = ForcedComparison(same.mean_divergence, same.top_1_agreement, residuals)
+        return found._replace(forced=forced)
 
 
 def _is_saved(source: _Opened) -> TypeGuard[pathlib.Path]:
@@ -152,19 +170,43 @@ def _check_vocabularies(sizes: dict[str, int], top_k: int) -> None:
 
 
 def _run(
-    source: _Opened, options: dict[str, Any], text: Prompt, files: pathlib.Path
-) -> RecordedRun:
-    if isinstance(source, Model):
-        return _run_model(source, repr(source), text, files)
-    model = load(source, **options)
-    run = _run_model(model, f"{source}, {model!r}", text, files)
+    source: _Opened,
+    options: dict[str, Any],
+    text: Prompt,
+    files: pathlib.Path,
+    forced: RecordedRun | None,
+) -> list[RecordedRun]:
+    """Runs a model; and again with the experts of another one's run, if there is one."""
+    given = isinstance(source, Model)
+    model = source if given else load(source, **options)
+    name = repr(model) if given else f"{source}, {model!r}"
+    runs = [_run_model(model, name, text, files)]
+    if forced is not None:
+        own, others = runs[0].experts, forced.experts
+        assert own is not None  # a model's run has them
+        assert others is not None
+        sizes = own.shape[0], others.shape[0]
+        if sizes[0] != sizes[1] or others.max() >= model.config.num_experts:
+            raise ValueError(
+                f"force_experts needs models of the same layers and experts, found {sizes[1]} "
+                f"layers in A and {sizes[0]} of {model.config.num_experts} experts in B"
+            )
+        (files / "forced").mkdir()
+        runs.append(_run_model(model, name, text, files / "forced", others))
     # The next model needs the memory: programs and engine refer to each other.
     del model
     gc.collect()
-    return run
+    return runs
 
 
-def _run_model(model: Model, name: str, text: Prompt, files: pathlib.Path) -> RecordedRun:
+def _run_model(
+    model: Model,
+    name: str,
+    text: Prompt,
+    files: pathlib.Path,
+    forced: np.ndarray | None = None,
+) -> RecordedRun:
+    """Runs the text; `forced` are experts `[L, T, A]` for its tokens, -1 for none."""
     engine, config = model.engine, model.config
     agree("compare", lambda: {"the text": text, "interventions": engine.interventions}, model.mesh)
     tokens = encode_prompt(text, model.tokenizer, config.vocab_size)
@@ -186,6 +228,8 @@ def _run_model(model: Model, name: str, text: Prompt, files: pathlib.Path) -> Re
     capacity = engine.capacity_for(min(num_tokens, config.sequence_len))
     for start in range(0, num_tokens, config.sequence_len):
         end = min(start + config.sequence_len, num_tokens)
+        if forced is not None:
+            engine = model.intervene(ForceExperts(forced[:, start:end])).engine
         padded = np.zeros((batch, capacity), np.int32)
         padded[0, : end - start] = tokens[start:end]
         state = engine.new_state(padded)

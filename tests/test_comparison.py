@@ -141,6 +141,20 @@ def test_models_with_other_routers_and_interventions(toy):
     assert itself.expert_agreement == 1
 
 
+def test_with_the_experts_of_the_other_the_router_parts_them_no_more(toy):
+    with toy.intervene(grok1.SelectExperts(1)) as one:
+        found = compare(toy, one, TEXT, force_experts=True)
+    assert found.mean_divergence > 1e-3
+    assert found.forced is not None
+    assert found.forced.mean_divergence < 1e-9
+    assert found.forced.top_1_agreement == 1
+    assert max(found.forced.residuals) < 1e-5
+    assert any(line.startswith("with A's experts         KL mean ") for line in found.lines())
+    assert found.to_dict()["forced"]["mean_divergence"] == found.forced.mean_divergence
+    with pytest.raises(ValueError, match="A is a file of logits, and force_experts needs two"):
+        compare(__file__.replace(".py", ".npz"), toy, TEXT, force_experts=True)
+
+
 def test_other_ports_routers_on_the_command_line(capsys):
     arguments = ["compare", str(TOY), str(TOY), "--prompt", TEXT, "--json"]
     sides = ["--mesh-a", "1x1", "--mesh-b", "1x1", "--router-softcap-a", "30"]

@@ -383,6 +383,11 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="default: 5")
     parser.add_argument(
+        "--force-experts",
+        action="store_true",
+        help="run B again with A's experts: its divergence without near ties of the router",
+    )
+    parser.add_argument(
         "--save-logits", type=pathlib.Path, metavar="FILE", help="write A's to a .npz, for later"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -66,6 +66,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         load_a=loads[0],
         load_b=loads[1],
         save_logits=arguments.save_logits,
+        force_experts=arguments.force_experts,
     )
     _show(found, arguments)
     return 0

@@ -42,6 +42,22 @@ class LayerDifference(NamedTuple):
     same_experts: float
 
 
+class ForcedComparison(NamedTuple):
+    """How far B is from A when its tokens go to the experts that A's went to.
+
+    What is left is the rounding of weights; the rest of a divergence is near ties of the router.
+
+    Attributes:
+      mean_divergence: Mean of KL(A || B) over the positions, in nats.
+      top_1_agreement: Fraction of positions with the same most probable token.
+      residuals: For each layer, as `LayerDifference.residual`.
+    """
+
+    mean_divergence: float
+    top_1_agreement: float
+    residuals: list[float]
+
+
 class Comparison(NamedTuple):
     """How far B is from A on a text; divergences are in nats.
 
@@ -59,6 +75,7 @@ class Comparison(NamedTuple):
       worst: The positions of the largest divergences, largest first.
       layers: One entry a layer; None where there are no layers to compare.
       notes: What was not compared, and why.
+      forced: The same with A's experts in both; None if that was not asked for.
     """
 
     a: str
@@ -74,6 +91,7 @@ class Comparison(NamedTuple):
     worst: list[Position]
     layers: list[LayerDifference] | None
     notes: list[str]
+    forced: ForcedComparison | None = None
 
     @property
     def mean_divergence(self) -> float:
@@ -102,6 +120,7 @@ class Comparison(NamedTuple):
             "expert_agreement": self.expert_agreement,
             "worst": [one._asdict() for one in self.worst],
             "layers": self.layers and [layer._asdict() for layer in self.layers],
+            "forced": self.forced and self.forced._asdict(),
         }
 
     def __repr__(self) -> str:
@@ -162,6 +181,11 @@ class Comparison(NamedTuple):
             )
         if self.expert_agreement is not None:
             lines.append(f"same experts             {self.expert_agreement:8.2%}")
+        if self.forced is not None:
+            lines.append(
+                f"with A's experts         KL mean {self.forced.mean_divergence:.3e}, same most "
+                f"probable token {self.forced.top_1_agreement:.2%}"
+            )
         lines += [
             "",
             "largest divergences",
@@ -174,9 +198,10 @@ class Comparison(NamedTuple):
                 f"{one.top_a}, {one.top_b}"
             )
         if self.layers is not None:
-            lines += ["", "  layer  residual differs by  same experts"]
-            lines += [
-                f"  {number:5}  {layer.residual:19.3e}  {layer.same_experts:12.2%}"
-                for number, layer in enumerate(self.layers)
-            ]
+            forced = [] if self.forced is None else self.forced.residuals
+            columns = "  residual with A's experts" if forced else ""
+            lines += ["", f"  layer  residual differs by  same experts{columns}"]
+            for number, layer in enumerate(self.layers):
+                line = f"  {number:5}  {layer.residual:19.3e}  {layer.same_experts:12.2%}"
+                lines.append(line + (f"  {forced[number]:25.3e}" if forced else ""))
         return lines + [f"note: {note}" for note in self.notes]

@@ -12,7 +12,7 @@ import pytest
 
 import grok1
 from grok1.care.conversion import convert
-from grok1.care.gguf_file import check_model, header, llama_cpp_vocabulary, pack_q8_0
+from grok1.care.gguf_file import check_model, header, llama_cpp_vocabulary, pack_iq4_xs, pack_q8_0
 from grok1.checkpoint.directory import open_tensors
 from grok1.checkpoint.storage import dequantize_matrix, read_matrix
 from grok1.config import GROK_1
@@ -20,6 +20,8 @@ from grok1.config import TOY as TOY_CONFIG
 from grok1.files import CheckpointError
 from grok1.nn.manifest import manifest
 from grok1.nn.sharding import make_mesh
+from grok1.ops.int4 import dequantize_int4
+from grok1.ops.int4_rounding import round_weight
 from grok1.tokenizer import Tokenizer
 from tests.conftest import TOY
 from tests.helpers import random_named, stack
@@ -42,6 +44,15 @@ TEXTS = [
     *("<|separator|>", "a<|mask|>b", "[BOS]x[EOS]", "<0x0A>", "[UNUSED5]", "[UNK]"),
 ]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def test_4_bit_blocks_are_what_the_gguf_package_reads():
+    rng = np.random.default_rng(0)
+    weight = round_weight(rng.normal(size=(512, 6)).astype(np.float32), 2)
+    blocks = pack_iq4_xs(weight)
+    assert (blocks.shape, blocks.dtype) == ((6, 2, 136), np.uint8)
+    found = gguf.quants.dequantize(blocks.reshape(6, -1), gguf.GGMLQuantizationType.IQ4_XS)
+    np.testing.assert_array_equal(found, dequantize_int4(weight).T)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import grok1
 from grok1 import AblateExperts, AddToResidual
 from grok1.nn.manifest import file_name
 from grok1.offload import device_experts, expert_store, runner
-from grok1.offload.expert_store import pageable_buffer
+from grok1.offload.expert_store import PartOfExpert, pageable_buffer
 from grok1.planning import budget, memory
 from tests.helpers import relative_error
 
@@ -136,7 +136,9 @@ def test_captures_and_interventions_are_those_of_the_resident_model(shared, nano
 def test_pinned_memory_is_written_in_place_and_is_no_alias_of_what_was_sent():
     device = jax.devices()[0]
     assert device_experts.has_pinned_memory(device)
-    buffer = device_experts.pinned_buffer(device, [(3, 5), (5, 3)])
+    buffer = device_experts.pinned_buffer(
+        device, [PartOfExpert(shape, np.dtype(np.int8)) for shape in ((3, 5), (5, 3))]
+    )
     assert [array.sharding.memory_kind for array in buffer.arrays] == ["pinned_host"] * 2
     buffer.matrices[1][...] = 7
     sent = jax.device_put(

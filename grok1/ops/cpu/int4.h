@@ -1,8 +1,8 @@
 // Products of float32 rows with a rectangle of a 4-bit matrix, on one thread.
 //
-// As in product.h: few rows multiply what a register holds, a group of weight rows at a time, and its
-// scales are applied to the sums; for many rows a tile becomes float32 in the first-level
-// cache. A byte holds the codes of two weight rows. A register's worth of them becomes floats by
+// As in product.h: few rows multiply what a register holds, a group of weight rows at a time, whose
+// scales are applied to the sums; for many rows a tile becomes float32 in the first-level cache. A
+// byte holds the codes of two weight rows. A register's worth of them becomes floats by
 // looking up 16 values: in a register where that holds as many, otherwise by bytes.
 
 #pragma once
@@ -54,9 +54,6 @@ struct Int4Matrix {
     return reinterpret_cast<const int8_t*>(values) + k / 2 * columns + column;
   }
 
-  // A tile has the scales of all its groups in it.
-  int64_t tile_end(int64_t) const { return depth; }
-
   // to[width] = the scales of the group of weight row k, from a column on.
   void group_scales(int64_t k, int64_t column, int64_t width, float* __restrict to) const {
     const int64_t number = k % block / group;
@@ -86,7 +83,7 @@ inline Int4Matrix matrix_of(const uint8_t* values, const uint8_t* subscales,
 
 // low, high[kCodeVectors] = the values of the codes of two weight rows; with AVX2 not in the order
 // of the columns, see `in_order`.
-inline void decode(const uint8_t* codes, Floats* low, Floats* high) {
+__attribute__((always_inline)) inline void decode(const uint8_t* codes, Floats* low, Floats* high) {
 #if defined(__AVX512F__)
   const __m512 book = _mm512_loadu_ps(kBook);
   for (int v = 0; v < kCodeVectors; ++v) {
@@ -123,16 +120,16 @@ inline void decode(const uint8_t* codes, Floats* low, Floats* high) {
 }
 
 // Brings what `decode` gave, or sums of it, to the order of the columns.
-inline void in_order(Floats* floats) {
+__attribute__((always_inline)) inline void in_order(Floats* floats) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  Floats ordered[4];
-  for (int half = 0; half < 2; ++half) {
-    __m256 even = floats[2 * half], odd = floats[2 * half + 1];
-    __m256 near = _mm256_unpacklo_ps(even, odd), far = _mm256_unpackhi_ps(even, odd);
-    ordered[half] = _mm256_permute2f128_ps(near, far, 0x20);
-    ordered[half + 2] = _mm256_permute2f128_ps(near, far, 0x31);
-  }
-  std::memcpy(floats, ordered, sizeof(ordered));
+  __m256 near = _mm256_unpacklo_ps(floats[0], floats[1]);
+  __m256 far = _mm256_unpackhi_ps(floats[0], floats[1]);
+  __m256 other_near = _mm256_unpacklo_ps(floats[2], floats[3]);
+  __m256 other_far = _mm256_unpackhi_ps(floats[2], floats[3]);
+  floats[0] = _mm256_permute2f128_ps(near, far, 0x20);
+  floats[1] = _mm256_permute2f128_ps(other_near, other_far, 0x20);
+  floats[2] = _mm256_permute2f128_ps(near, far, 0x31);
+  floats[3] = _mm256_permute2f128_ps(other_near, other_far, 0x31);
 #endif
 }
 
@@ -273,30 +270,56 @@ inline void multiply_few(const Int4Matrix& matrix, int64_t begin, int64_t end, i
   }
 }
 
-// tile[depth, kTileColumns] = weight rows `begin`, which is even, to `begin + depth` and `width`
-// columns; what is beyond them is zero.
-inline void convert_tile(const Int4Matrix& matrix, int64_t begin, int64_t depth, int64_t column,
-                         int64_t width, float* tile) {
+constexpr int kTilesOfCodes = kCodeColumns / kTileColumns;
+
+// tiles[kTilesOfCodes, depth, kTileColumns] = `depth` weight rows from `begin` on, which is even, and
+// `width` columns; what is beyond them is zero.
+inline void convert_tiles(const Int4Matrix& matrix, int64_t begin, int64_t depth, int64_t column,
+                          int64_t width, float* tiles) {
+  const bool is_whole = width == kCodeColumns;
+  alignas(kCacheLine) float scale[kCodeColumns] = {};
   for (int64_t k = begin; k < begin + depth;) {
     const int64_t end = std::min(begin + depth, (k / matrix.group + 1) * matrix.group);
-    alignas(kCacheLine) float scale[kTileColumns] = {};
     matrix.group_scales(k, column, width, scale);
-    const uint16_t* scales = matrix.scales + k / matrix.block * matrix.columns + column;
-    for (int64_t c = 0; c < width; ++c) scale[c] *= half_to_float(scales[c]);
+    const uint16_t* halves = matrix.scales + k / matrix.block * matrix.columns + column;
+    for (int64_t c = 0; c < width; ++c) scale[c] *= half_to_float(halves[c]);
     for (; k < end; k += 2) {
       const uint8_t* codes = matrix.values + k / 2 * matrix.columns + column;
       uint8_t edge[kCodeColumns] = {};
-      if (column + kCodeColumns > matrix.columns) {
+      if (!is_whole) {
         std::memcpy(edge, codes, width);
         codes = edge;
       }
-      Floats values[2][kCodeVectors];
-      decode(codes, values[0], values[1]);
-      for (Floats* row : {values[0], values[1]}) {
-        in_order(row);
-        for (int v = 0; v < kTileVectors; ++v, tile += kLanes) {
-          store_floats(tile, row[v] * load(scale + v * kLanes));
-        }
+      Floats low[kCodeVectors], high[kCodeVectors];
+      decode(codes, low, high);
+      in_order(low);
+      in_order(high);
+      for (int v = 0; v < kCodeVectors; ++v) {
+        float* to = tiles + ((v / kTileVectors) * depth + k - begin) * kTileColumns +
+                    v % kTileVectors * kLanes;
+        Floats factor = load(scale + v * kLanes);
+        store_floats(to, low[v] * factor);
+        store_floats(to + kTileColumns, high[v] * factor);
+      }
+    }
+  }
+}
+
+// As for int8 matrices, in product.h.
+inline void multiply_many(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+                          int64_t width, const float* x, int64_t x_depth, int64_t num_rows,
+                          bool add, float* out, int64_t out_stride) {
+  alignas(kCacheLine) static thread_local float tiles[kTileDepth * kCodeColumns];
+  for (int64_t k = begin, depth; k < end; k += depth) {
+    depth = std::min(kTileDepth, end - k);
+    for (int64_t first = 0; first < width; first += kCodeColumns) {
+      const int64_t wide = std::min<int64_t>(kCodeColumns, width - first);
+      convert_tiles(matrix, k, depth, column + first, wide, tiles);
+      const int8_t* next = matrix.address(k, column + first + kCodeColumns);
+      for (int64_t done = 0; done < wide; done += kTileColumns) {
+        multiply_converted(tiles + done * depth, k, depth, std::min(kTileColumns, wide - done), x,
+                           x_depth, num_rows, add || k > begin, out + first + done, out_stride,
+                           next, matrix.columns);
       }
     }
   }

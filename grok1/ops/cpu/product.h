@@ -49,11 +49,6 @@ struct Int8Matrix {
   }
 
   const uint16_t* scales_at(int64_t k) const { return scales + k / depth_of_group * columns; }
-
-  const int8_t* address(int64_t k, int64_t column) const { return values + k * columns + column; }
-
-  // Where a tile that begins at weight row k must end.
-  int64_t tile_end(int64_t k) const { return (k / depth_of_group + 1) * depth_of_group; }
 };
 
 // Matrix `number` of a stack.
@@ -228,37 +223,47 @@ constexpr MultiplyTile kMultiplyTile[kMaxRows + 1] = {
     nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
     multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
 
+// out[num_rows, columns] = (add ? out : 0) + x @ tile, for many rows: x is packed in blocks,
+// `x_depth` deep, and begins at weight row 0, the tile at weight row k. Meanwhile the rows at
+// `next` are fetched.
+inline void multiply_converted(const float* tile, int64_t k, int64_t depth, int64_t columns,
+                               const float* x, int64_t x_depth, int64_t num_rows, bool add,
+                               float* out, int64_t out_stride, const int8_t* next,
+                               int64_t next_stride) {
+  for (int64_t block = 0; block < num_blocks(num_rows); ++block) {
+    int64_t rows = rows_of_block(num_rows, block);
+    const float* x_block = x + block * kMaxRows * x_depth + k * rows;
+    float* out_block = out + block * kMaxRows * out_stride;
+    if (columns == kTileColumns) {
+      kMultiplyTile[rows](tile, depth, x_block, add, out_block, out_stride, next, next_stride);
+      continue;
+    }
+    alignas(kCacheLine) float edge[kMaxRows * kTileColumns];
+    kMultiplyTile[rows](tile, depth, x_block, false, edge, kTileColumns, next, next_stride);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t c = 0; c < columns; ++c) {
+        float& sum = out_block[m * out_stride + c];
+        sum = (add ? sum : 0.0f) + edge[m * kTileColumns + c];
+      }
+    }
+  }
+}
+
 // As multiply_few, for many rows: x is packed in blocks, `x_depth` deep, and begins at
 // weight row 0.
-template <typename Matrix>
-void multiply_many(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
+inline void multiply_many(const Int8Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                           int64_t width, const float* x, int64_t x_depth, int64_t num_rows,
                           bool add, float* out, int64_t out_stride) {
   alignas(kCacheLine) static thread_local float tile[kTileDepth * kTileColumns];
   for (int64_t k = begin, depth; k < end; k += depth) {
-    depth = std::min({kTileDepth, end - k, matrix.tile_end(k) - k});
+    int64_t group_end = (k / matrix.depth_of_group + 1) * matrix.depth_of_group;
+    depth = std::min({kTileDepth, end - k, group_end - k});
     for (int64_t first = 0; first < width; first += kTileColumns) {
       int64_t columns = std::min(kTileColumns, width - first);
       convert_tile(matrix, k, depth, column + first, columns, tile);
-      const int8_t* next = matrix.address(k, column + first + kTileColumns);
-      for (int64_t block = 0; block < num_blocks(num_rows); ++block) {
-        int64_t rows = rows_of_block(num_rows, block);
-        const float* x_block = x + block * kMaxRows * x_depth + k * rows;
-        float* out_block = out + block * kMaxRows * out_stride + first;
-        if (columns == kTileColumns) {
-          kMultiplyTile[rows](tile, depth, x_block, add || k > begin, out_block, out_stride, next,
-                              matrix.columns);
-          continue;
-        }
-        alignas(kCacheLine) float edge[kMaxRows * kTileColumns];
-        kMultiplyTile[rows](tile, depth, x_block, false, edge, kTileColumns, next, matrix.columns);
-        for (int64_t m = 0; m < rows; ++m) {
-          for (int64_t c = 0; c < columns; ++c) {
-            float& sum = out_block[m * out_stride + c];
-            sum = (add || k > begin ? sum : 0.0f) + edge[m * kTileColumns + c];
-          }
-        }
-      }
+      const int8_t* next = matrix.values + k * matrix.columns + column + first + kTileColumns;
+      multiply_converted(tile, k, depth, columns, x, x_depth, num_rows, add || k > begin,
+                         out + first, out_stride, next, matrix.columns);
     }
   }
 }
