@@ -84,6 +84,16 @@ def test_defaults_are_shown():
         assert option in text
 
 
+def test_the_options_of_loading_are_the_librarys(capsys, toy):
+    options = {"mesh": "1x1", "dtype": "float32", "cache_dtype": "int8", "layers": 6,
+               "embedding_dtype": "bfloat16", "offload": "disk", "memory": "2GB"}  # fmt: skip
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    with mock.patch.object(generate, "load", return_value=toy) as load:
+        status, _, err = run(capsys, *GREEDY, "--prompt", "The", *arguments)
+    assert status == 0, err
+    assert options.items() <= load.call_args.kwargs.items()
+
+
 # --- escapes ----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """`python run.py` as a user runs it."""
 
-import json
 import os
 import pathlib
 import signal
@@ -12,6 +11,12 @@ import pytest
 
 RUN = pathlib.Path(__file__).parent.parent.parent / "run.py"
 PROMPT = "The answer to life the universe and everything is of course"
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """A user's machine, on which all of these share their compiled programs."""
+    monkeypatch.setenv("XLA_FLAGS", "")
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -29,16 +34,6 @@ def test_no_arguments_runs_the_toy_and_says_so():
     assert "checkpoints/ckpt-0" in first
     assert "bundled toy" in first
     assert all(line.startswith(("grok1: ", "run.py: ")) for line in more)
-
-
-def test_an_int8_cache_is_near_a_float_one_and_not_equal(toy):
-    result = run("--json", "--prompt", "The ", "--max-new-tokens", "5", "--temperature", "0",
-                 "--logprobs", "2", "--mesh", "1x1", "--dtype", "float32",
-                 "--cache-dtype", "int8")  # fmt: skip
-    found = json.loads(result.stdout)["logprobs"]
-    expected = toy.generate("The ", max_new_tokens=5, temperature=0, logprobs=2).logprobs
-    assert found == pytest.approx(expected, abs=0.2)
-    assert found != pytest.approx(expected, abs=1e-4)
 
 
 def test_experts_on_disk_give_the_same_text_and_say_what_it_cost(toy):
@@ -64,7 +59,6 @@ def test_interactive_continues_every_line_and_a_stop_ends_it():
     [
         (("--checkpoint", "absent"), r"absent: there is no such directory"),
         (("--mesh", "1x99"), "mesh 1x99 needs 99 devices"),
-        (("--mesh", "8"), "mesh must be two sizes above 0, (data, model), as 1x8, found '8'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

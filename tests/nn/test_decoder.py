@@ -1,4 +1,4 @@
-"""The fast forward pass: golden numbers on every mesh, and the shape of the compiled program."""
+"""The fast forward pass against golden numbers and the readable form, on meshes."""
 
 import dataclasses
 
@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.config import GROK_1, ModelConfig
+from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
-from grok1.nn.manifest import abstract_params
 from grok1.nn.sharding import abstract_stack, make_mesh
-from grok1.nn.transformer import forward, naming
-from grok1.ops.quantized import QuantizedArray, dequantize, quantize
+from grok1.ops.quantized import QuantizedArray
+from grok1.planning.memory import released_weights
 from tests.helpers import (
     cancelled_differences,
-    count_collectives,
+    dequantized,
     named_params,
+    random_named,
+    readable,
     relative_error,
     stack,
 )
 
-MESHES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4)]
+MESHES = [(1, 1), (1, 8), (2, 4)]
 
 
 def run(engine: Engine, tokens: np.ndarray, chunk: int, capture=()):
@@ -79,33 +80,34 @@ def test_chunks_and_single_steps_equal_one_forward_pass(nano, nano_reference):
     assert relative_error(np.concatenate(found), whole) <= 2e-5
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
-def test_bfloat16_with_the_chosen_experts_of_the_reference(mesh, nano_path, nano_reference):
+@pytest.mark.parametrize(
+    ("mesh", "cache_dtypes"),
+    [((1, 1), ("float16", "float32", "int8")), ((2, 4), ("float16",))],
+    ids=["1x1", "2x4"],
+)
+def test_bfloat16_with_the_chosen_experts_of_the_reference(
+    mesh, cache_dtypes, nano_path, nano_reference
+):
     # In layer 1 an expert is chosen by 4e-4: whoever rounds otherwise, more finely too, chooses
     # others from there on. With the choices given, what is left is what products lose.
     model = grok1.load(nano_path, mesh=mesh, dtype="bfloat16", progress=False)
     expected = jax.nn.log_softmax(nano_reference["logits_f64"].astype(np.float32))
     choices = grok1.ForceExperts(nano_reference["selected_experts"])
-    found = {}
-    for cache_dtype in ("float16", "float32", "int8"):
+    for cache_dtype in cache_dtypes:
         cached = grok1.Model(
             model.params, model.config, model.mesh, model.dtype, model.tensors, None, cache_dtype
         )
         with cached.intervene(choices) as forced:
             logits = jax.nn.log_softmax(forced.logits(nano_reference["tokens"]))
         divergence = jnp.sum(jnp.exp(expected) * (expected - logits), axis=-1).mean()
-        found[cache_dtype] = float(divergence)
-    # 1.2e-3 where the low term of the split is lost.
-    assert found["float16"] <= 4e-4
-    assert found["float32"] <= 4e-4
-    assert found["int8"] <= 5e-3
+        # 1.2e-3 where the low term of the split is lost.
+        assert divergence <= (5e-3 if cache_dtype == "int8" else 4e-4)
 
 
 def test_no_step_subtracts_a_number_from_itself(nano_config):
     # On a GPU a number that is rounded by converting it there and back is the number itself.
     mesh = make_mesh(nano_config, (1, 2))
-    named = abstract_params(nano_config)
-    params = abstract_stack(naming(nano_config).apply(named, None), nano_config, mesh)
+    params = abstract_stack(released_weights(nano_config), nano_config, mesh)
     embedding = params.embedding
     params = params._replace(
         embedding=jax.ShapeDtypeStruct(embedding.shape, jnp.bfloat16, sharding=embedding.sharding)
@@ -123,8 +125,10 @@ def test_no_step_subtracts_a_number_from_itself(nano_config):
         assert cancelled_differences(text) == []
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize("model_size", [1, 2, 4, 8, 16])
+# Shares of the rows that are several groups, one, or a half of one.
+@pytest.mark.parametrize(
+    ("model_size", "groups"), [(1, 8), (2, 8), (4, 1), (4, 8), (8, 8), (16, 8)]
+)
 def test_int8_equals_its_dequantized_weights(model_size, groups):
     config = ModelConfig(
         vocab_size=48,
@@ -138,27 +142,28 @@ def test_int8_equals_its_dequantized_weights(model_size, groups):
         num_selected_experts=2,
         sequence_len=24,
     )
-    floats = naming(config, quantized=False).init(jax.random.key(groups))
 
-    def round_weight(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if leaf.ndim < 2 or "router" in name or "embed" in name:
-            return leaf
-        return quantize(leaf, groups if "linear" in name and "_v" not in name else 1)
+    def coarser(leaf):
+        scales = leaf.scales if groups > 1 else leaf.scales[..., :1, :]
+        return QuantizedArray(leaf.values, scales)
 
-    quantized = jax.tree.map_with_path(round_weight, floats)
-    dequantized = jax.tree.map(
-        dequantize, quantized, is_leaf=lambda node: isinstance(node, QuantizedArray)
-    )
+    def on_weights(change, named):
+        def is_weight(node):
+            return isinstance(node, QuantizedArray)
+
+        return jax.tree.map(
+            lambda leaf: change(leaf) if is_weight(leaf) else leaf, named, is_leaf=is_weight
+        )
+
+    quantized = on_weights(coarser, random_named(config))
+    floats = on_weights(dequantized, quantized)
     tokens = np.arange(3, 20)
-    expected, _ = forward(
-        naming(config).apply(dequantized, None), config, jnp.asarray(tokens)[None]
-    )
+    expected, _ = readable(floats, config, tokens)
     mesh = make_mesh(config, (1, model_size))
-    for named in (quantized, dequantized):
+    for named in (quantized, floats) if model_size in (1, 16) else (quantized,):
         engine = Engine(stack(named, config, mesh), config, mesh, "float32")
         logits, _ = run(engine, tokens, 64)
-        assert relative_error(logits, expected[0]) <= 2e-5
+        assert relative_error(logits, expected) <= 2e-5
 
 
 @pytest.mark.parametrize(("num_experts", "num_selected"), [(1, 1), (7, 4)], ids=lambda n: str(n))
@@ -166,11 +171,11 @@ def test_any_number_of_experts(num_experts, num_selected):
     config = dataclasses.replace(
         grok1.TOY, num_layers=2, num_experts=num_experts, num_selected_experts=num_selected
     )
-    model = grok1.random_model(config, mesh=(1, 1), dtype="float32", seed=5)
+    mesh, named = make_mesh(config, (1, 1)), random_named(config)
     tokens = np.arange(100, 120)
-    params = naming(config).apply(named_params(model), None)
-    expected, _ = forward(params, config, jnp.asarray(tokens)[None])
-    assert relative_error(model.logits(tokens), expected[0]) <= 2e-5
+    expected, _ = readable(named, config, tokens)
+    engine = Engine(stack(named, config, mesh), config, mesh, "float32")
+    assert relative_error(run(engine, tokens, 64)[0], expected) <= 2e-5
 
 
 @pytest.mark.parametrize(
@@ -181,38 +186,13 @@ def test_any_number_of_experts(num_experts, num_selected):
 def test_other_routers_equal_the_readable_form(change, mesh, nano_path, nano_config):
     model = grok1.load(nano_path, mesh=mesh, dtype="float32", layers=2, progress=False, **change)
     tokens = np.arange(100, 120)
-    params = naming(model.config).apply(named_params(model), None)
-    expected, _ = forward(params, model.config, jnp.asarray(tokens)[None])
-    released, _ = forward(params, nano_config.first_layers(2), jnp.asarray(tokens)[None])
-    assert relative_error(model.logits(tokens), expected[0]) <= 2e-5
+    named = named_params(model)
+    expected, _ = readable(named, model.config, tokens)
+    released, _ = readable(named, nano_config.first_layers(2), tokens)
+    assert relative_error(model.logits(tokens), expected) <= 2e-5
     # The norm after the experts makes up for most of it: what is left is the order of 1e-3.
     assert relative_error(released, expected) >= 1e-5
 
 
 def test_what_is_not_captured_is_not_computed(nano):
     assert run(nano.engine, np.arange(5), 16)[1] == {}
-
-
-def test_grok_1_compiles_for_eight_devices_from_shapes_alone():
-    mesh = make_mesh(GROK_1, (1, 8))
-    named = abstract_params(GROK_1)
-    params = abstract_stack(naming(GROK_1).apply(named, None), GROK_1, mesh)
-    engine = Engine(params, GROK_1, mesh, "bfloat16")
-    compiled = (
-        engine.decode_program(None, None)
-        .lower(engine.weights, engine.abstract_state(1, 8192), *engine.abstract_decode_arguments(1))
-        .compile()
-    )
-    memory = compiled.memory_analysis()
-    assert memory.argument_size_in_bytes <= 41e9
-    assert memory.temp_size_in_bytes <= 0.5e9
-    # Two all-reduces in the body of the loop over layers and one for the embedding, whose rows are
-    # shared out; the gather is of the logits.
-    collectives = count_collectives(compiled.as_text())
-    assert collectives == {
-        "all-reduce": 3,
-        "all-gather": 1,
-        "all-to-all": 0,
-        "collective-permute": 0,
-        "reduce-scatter": 0,
-    }

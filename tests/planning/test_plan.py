@@ -31,6 +31,7 @@ from grok1.planning.memory import (
     state_bytes,
 )
 from tests.conftest import TOY as TOY_PATH
+from tests.helpers import count_collectives
 
 ROOM = {"working": 210_000_000, "largest_batch": 32, "largest_context": 8192}
 
@@ -61,21 +62,37 @@ def compiled(monkeypatch):
     return asked
 
 
-def decode_analysis(engine, batch: int, capacity: int):
-    state = engine.abstract_state(batch, capacity)
+@pytest.fixture(scope="module")
+def step_on_eight():
+    """A step of decoding of the real model, compiled for eight devices from shapes alone."""
+    mesh = make_mesh(GROK_1, (1, 8))
+    engine = abstract_engine(released_weights(GROK_1), GROK_1, mesh, "bfloat16")
+    state = engine.abstract_state(1, 8192)
     lowered = engine.decode_program(None, None).lower(
-        engine.weights, state, *engine.abstract_decode_arguments(batch)
+        engine.weights, state, *engine.abstract_decode_arguments(1)
     )
-    return lowered.compile().memory_analysis()
+    return lowered.compile()
 
 
-def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpus):
+def test_a_step_of_the_real_model_fits_eight_devices_and_meets_three_times(step_on_eight):
+    memory = step_on_eight.memory_analysis()
+    assert memory.argument_size_in_bytes <= 41e9
+    assert memory.temp_size_in_bytes <= 0.5e9
+    # Two all-reduces in the body of the loop over layers and one for the embedding, whose rows are
+    # shared out; the gather is of the logits.
+    assert count_collectives(step_on_eight.as_text()) == {
+        "all-reduce": 3,
+        "all-gather": 1,
+        "all-to-all": 0,
+        "collective-permute": 0,
+        "reduce-scatter": 0,
+    }
+
+
+def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpus, step_on_eight):
     found, seconds = on_eight_gpus
     assert seconds <= 30
-    engine = abstract_engine(
-        released_weights(GROK_1), GROK_1, make_mesh(GROK_1, (1, 8)), "bfloat16"
-    )
-    compiled = decode_analysis(engine, 1, 8192)
+    compiled = step_on_eight.memory_analysis()
     arguments = compiled.argument_size_in_bytes - found["cache_bytes"]
     assert found["weights_bytes"] == pytest.approx(arguments, rel=0.01)
     assert compiled.temp_size_in_bytes <= found["working_bytes"] <= 0.5e9

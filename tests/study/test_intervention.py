@@ -315,7 +315,7 @@ def test_two_ablations_that_leave_no_expert_leave_zeros(nano, tokens):
     np.testing.assert_array_equal(trace.expert_load(), 0)
 
 
-def test_generation_is_changed_in_prefill_and_in_every_step(model, tokens):
+def test_generation_is_changed_in_prefill_and_in_every_step(model, nano, tokens):
     interventions = (
         AblateExperts(3, reroute=True),
         ScaleHeads((0, 5), layers=range(6)),
@@ -324,16 +324,12 @@ def test_generation_is_changed_in_prefill_and_in_every_step(model, tokens):
     )
     prompt = tokens[:20]
     options = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
-    released = model.generate(prompt, **options)
     with model.intervene(*interventions) as changed:
-        completion = changed.generate(prompt, **options)
+        completion, trace = changed.trace_generation(prompt, ("router",), **options)
         logits = changed.logits([*prompt, *completion.tokens[:-1]])
-        again, trace = changed.trace_generation(prompt, ("router",), **options)
     assert completion.tokens == logits[len(prompt) - 1 :].argmax(axis=-1).tolist()
-    assert again == completion
     assert not (trace.expert_indices == 3).any()
-    assert completion.tokens != released.tokens
-    assert model.generate(prompt, **options) == released
+    assert completion.tokens != nano.generate(prompt, **options).tokens
 
 
 def test_a_patched_prompt_leaves_the_new_tokens_alone(nano, tokens):
