@@ -2,12 +2,14 @@
 
 import argparse
 import io
+import os
 import sys
 
 from grok1.checkpoint.directory import load_config, tokenizer_path
 from grok1.command.generate import MODEL_OPTIONS, checkpoint_of
 from grok1.factory import load
 from grok1.machine import processes
+from grok1.machine.processes import OtherProcessError
 from grok1.tokenizer import Tokenizer
 
 try:
@@ -50,5 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         model = load(checkpoint, tokenizer=tokenizer, **model_options)
         return Server(model, **server_options)
 
-    run_http(make, options, arguments.program)
+    try:
+        run_http(make, options, arguments.program)
+    except OtherProcessError as error:
+        # What waits for a process that is gone would not end.
+        print(f"{arguments.program}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     return 0

@@ -23,7 +23,7 @@ from grok1.server.errors import (
     UnavailableError,
 )
 from grok1.server.handle import Handle
-from grok1.server.links import Leader
+from grok1.server.links import Follower, Leader
 from grok1.server.replica import MOST_TOP, Replica
 
 _FAILURES = 3  # of steps in a row, after which the model is given up
@@ -136,6 +136,11 @@ class Server:
         """Whether requests are answered: see `Load`."""
         return self._state
 
+    @property
+    def error(self) -> Exception | None:
+        """Why it is dead."""
+        return self._error
+
     def start(self, wait: bool = True) -> None:
         """Compiles all programs and begins to take requests.
 
@@ -172,9 +177,23 @@ class Server:
             if self._state != "dead":
                 self._state = "closed"
             self._wake.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is not None:
+            # A thread that waits for a process that is gone does not end.
+            self._thread.join(1.0 if self._state == "dead" else None)
             self._thread = None
+
+    def follow(self) -> None:
+        """Does what process 0's server does, until that is closed; for the other processes.
+
+        Raises:
+          OtherProcessError: If process 0 is gone.
+        """
+        engine = self.model.engine
+        with own_settings():
+            follower = Follower(engine.mesh)
+            self.sizes, replica = warmup.prepared(engine, self.sizes, self._chunk, self._max_stall)
+            for plan in follower.plans():
+                replica.turn(plan)
 
     def drain(self) -> None:
         """Refuses new requests; those that it has go on."""
@@ -334,7 +353,8 @@ class Server:
     def _run(self) -> None:
         error: ServingError = UnavailableError("the server was closed")
         try:
-            with own_settings(), Leader.of(self.model.engine.mesh) as leader:
+            mesh = self.model.engine.mesh
+            with own_settings(), Leader.of(mesh, self._lost) as leader:
                 self._become("compiling")
                 self.sizes, self._replica = warmup.prepared(
                     self.model.engine, self.sizes, self._chunk, self._max_stall
@@ -346,15 +366,21 @@ class Server:
             _log.exception("the engine's thread has ended")
             self._error = failure if isinstance(failure, Exception) else None
             error = UnavailableError(f"the server has failed: {type(failure).__name__}")
-            with self._wake:
-                self._state = "dead"
+            self._state = "dead"
         finally:
             self._turn_began = None
             self._desk.close(error)
 
+    def _lost(self, error: Exception) -> None:
+        """Ends all requests where another process is gone: the engine's thread may wait for it."""
+        with self._wake:
+            self._state, self._error = "dead", error
+        _log.error("%s", error)
+        self._desk.close(UnavailableError(f"the server has failed: {error}"))
+
     def _become(self, state: str) -> None:
         with self._wake:
-            if self._state not in ("draining", "closed"):
+            if self._state not in ("draining", "closed", "dead"):
                 self._state = state
             self._wake.notify_all()
 
@@ -365,7 +391,7 @@ class Server:
                 self._wake.wait_for(
                     lambda: self._state == "closed" or self._desk.is_due, _HEARTBEAT
                 )
-            return self._state != "closed"
+            return self._state not in ("closed", "dead")
 
     def _turn(self, replica: Replica, leader: Leader) -> None:
         began = self._turn_began = time.monotonic()
@@ -375,6 +401,8 @@ class Server:
             drawn = replica.turn(plan)
             self._num_failures = 0
         except Exception:
+            if not leader.is_alone:
+                raise  # the others are somewhere else in the same step, or nowhere
             self._fail(replica)
             return
         finally:

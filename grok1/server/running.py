@@ -8,13 +8,16 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from grok1 import keywords
+from grok1.machine.startup import start_jax
 from grok1.model import Model
 from grok1.server.app import Access, App
 from grok1.server.asks import Limits
@@ -23,6 +26,7 @@ from grok1.server.core import Server
 from grok1.server.gate import Keys, loopback_hosts
 
 _HEADER_SECONDS = 15.0  # that a client has to send the head of a request
+_CHECK_SECONDS = 0.5
 _IDLE_SECONDS = 75  # that a connection stays open without one
 _END_SECONDS = 5  # for the last answers, once the requests are over
 _MOST_HEAD = 1 << 16  # bytes
@@ -147,7 +151,12 @@ def run(make: Callable[[], Server], options: HttpOptions, program: str = "grok1"
     Raises:
       Exception: What `make` raises, or the server's start.
     """
-    Running(make, options, program).run_all()
+    start_jax()
+    if jax.process_index() == 0:
+        Running(make, options, program).run_all()
+    else:
+        options.app()
+        make().follow()
 
 
 class _Protocol(H11Protocol):
@@ -270,10 +279,20 @@ class Running(uvicorn.Server):
                 f"ready: {sizes.num_slots} requests side by side, of {sizes.capacity:,} tokens; "
                 f"prompts in chunks of {sizes.chunk:,}, {sizes.prefix_tokens:,} tokens kept"
             )
+            if not server.model.engine.setup.is_alone:
+                self._end_with(server)
         except BaseException as error:
             if not self._is_draining:
                 self._error = error
             self.should_exit = True
+
+    def _end_with(self, server: Server) -> None:
+        """Waits until another process is lost, tells the clients, and ends this one."""
+        while server.state != "dead":
+            time.sleep(_CHECK_SECONDS)
+        time.sleep(_CHECK_SECONDS)
+        self._error = server.error
+        self.should_exit = True
 
     def _say(self, words: str) -> None:
         print(f"{self._program}: {words}", file=sys.stderr, flush=True)

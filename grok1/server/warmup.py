@@ -17,7 +17,7 @@ from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.generate.request import Request, Wishes
-from grok1.machine.agreement import exchange
+from grok1.machine.agreement import agree, exchange
 from grok1.nn.sharding import DATA_AXIS, put
 from grok1.server.replica import Plan, Replica, Sizes
 
@@ -36,6 +36,7 @@ def prepared(
       chunk: That of a turn; None to measure it.
       max_stall: As for `chunk_for`.
     """
+    agree("serve", lambda: {**dataclasses.asdict(sizes), "chunk": chunk}, engine.mesh)
     found = chunk_for(engine, sizes, max_stall) if chunk is None else chunk
     sizes = dataclasses.replace(sizes, chunk=min(found, sizes.capacity // 2))
     replica = Replica(engine, sizes)
@@ -74,9 +75,10 @@ def chunk_for(engine: Engine, sizes: Sizes, max_stall: float) -> int:
             state = engine.prefill(state, num_valid, chunk, slots)
             jax.block_until_ready(state)
             took.append(time.perf_counter() - begin)
-        # The first compiles.
-        said = exchange("the time of a chunk", lambda: {"took": repr(max(took[1:]))}, engine.mesh)  # noqa: B023
-        longest = max([max(took[1:]), *(float(words["took"]) for words in said.values())])
+        # The first compiles; of the others the one that nothing else on this machine has held up.
+        own = repr(min(took[1:]))
+        said = exchange("the time of a chunk", lambda own=own: {"took": own}, engine.mesh)
+        longest = max(float(words["took"]) for words in (said or {0: {"took": own}}).values())
         if longest > _SHARE * max_stall:
             break
         best = chunk

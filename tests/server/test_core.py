@@ -5,9 +5,11 @@ import itertools
 import random
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
 
+from grok1.server import warmup
 from grok1.server.core import Server
 from grok1.server.errors import (
     CancelledError,
@@ -16,6 +18,7 @@ from grok1.server.errors import (
     StepError,
     UnavailableError,
 )
+from grok1.server.replica import Sizes
 from tests.server.conftest import SIZES
 
 PROMPTS = [
@@ -268,3 +271,34 @@ def test_a_turn_runs_a_chunk_and_a_step(server, monkeypatch):
     assert all(later > earlier for earlier, later in itertools.pairwise(prefills[2:]))
     first.cancel()
     idle(server)
+
+
+class State(NamedTuple):
+    cache: "State | None" = None
+    length: object = None
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_token", "max_stall", "expected"),
+    [(1e-5, 0.5, 1024), (0.001, 0.5, 256), (0.005, 0.5, 16), (0.004, 1.0, 64), (1.0, 0.5, 16)],
+)
+def test_a_chunk_is_as_long_as_the_pause_allows(
+    seconds_a_token, max_stall, expected, toy, monkeypatch
+):
+    now, filled = [0.0], []
+    monkeypatch.setattr(warmup.time, "perf_counter", lambda: now[0])
+
+    class Engine:
+        mesh = toy.engine.mesh
+
+        def new_state(self, tokens):
+            return State(cache=State())
+
+        def prefill(self, state, num_valid, chunk, slots):
+            filled.append(int(state.cache.length[0]) + chunk)
+            now[0] += chunk * seconds_a_token
+            return state
+
+    sizes = Sizes(4, 4096, (), 0, 0)
+    assert warmup.chunk_for(Engine(), sizes, max_stall) == expected
+    assert set(filled) == {4096}, "not where it takes longest"

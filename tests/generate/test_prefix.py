@@ -1,0 +1,114 @@
+"""Prompts that begin alike: what is found is what would be computed, and nothing else is found."""
+
+import numpy as np
+import pytest
+
+import grok1
+from grok1.engine.engine import Engine
+from grok1.engine.sampling import SamplingParams
+from grok1.generate.prefill import OnGrid
+from grok1.generate.prefix import PrefixStore
+from grok1.generate.request import Request
+from grok1.generate.scheduler import Scheduler
+
+CHUNK = 16
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def engine(request, nano_path) -> Engine:
+    mesh = (1, 1) if request.param == "float32" else (2, 2)
+    return grok1.load(
+        nano_path, mesh=mesh, dtype="float32", cache_dtype=request.param, progress=False
+    ).engine
+
+
+class Runner:
+    """A scheduler that keeps `num_blocks`, and what its requests got."""
+
+    def __init__(self, engine: Engine, num_blocks: int):
+        self.store = PrefixStore(engine, num_blocks, CHUNK) if num_blocks else None
+        self.scheduler = Scheduler(engine, 4, 96, (), prefill=OnGrid(engine, CHUNK, 5, self.store))
+
+    def run(self, *requests: Request) -> list[tuple]:
+        drawn = {one: [] for one in requests}
+        for one in requests:
+            self.scheduler.submit(one)
+        while not self.scheduler.is_idle:
+            for one, sampled in self.scheduler.step():
+                drawn[one].append((sampled.token, sampled.logprob))
+        scores = [
+            np.concatenate([part.on_host().logprobs for part in one.prompt_scores] or [[]]).tolist()
+            for one in requests
+        ]
+        return list(zip(drawn.values(), scores, strict=True))
+
+
+def request(length: int, *changed: int, scores: bool = False, salt: bytes = b"") -> Request:
+    tokens = [(7 * n + 3) % 128 for n in range(length)]
+    for place in changed:
+        tokens[place] = 99
+    return Request(
+        tokens=tokens,
+        max_tokens=4,
+        num_top=3,
+        sampling=SamplingParams(temperature=0),
+        scores_prompt=scores,
+        salt=salt,
+    )
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_what_is_found_is_what_would_be_computed(engine, scores):
+    asked = [
+        # Length, changed tokens, tokens that are found.
+        ((70,), 0),
+        ((70,), 64),
+        ((70, 69), 64),
+        ((70, 64), 48 if scores else 64),  # a block of scores knows the token behind it
+        ((70, 20), 16),
+        ((40,), 32),
+        ((33,), 32),
+        ((32,), 16),
+        ((17,), 16),
+        ((16,), 0),
+    ]
+    with_store, without = Runner(engine, 32), Runner(engine, 0)
+    for (length, *changed), num_found in asked:
+        one, other = (request(length, *changed, scores=scores) for _ in range(2))
+        assert with_store.run(one) == without.run(other)
+        assert (one.num_reused, other.num_reused) == (num_found, 0)
+    for different in ({"salt": b"other"}, {"scores": not scores}):
+        one = request(70, **{"scores": scores, **different})
+        with_store.run(one)
+        assert one.num_reused == 0
+
+
+def test_prompts_that_run_side_by_side_share_their_beginning(engine):
+    runner = Runner(engine, 32)
+    many = [request(70, 69 - n) for n in range(4)]
+    together = runner.run(*many)
+    assert together == [Runner(engine, 0).run(request(70, 69 - n))[0] for n in range(4)]
+    # 64 tokens are run once, and found by the other three.
+    assert sum(one.num_reused for one in many) == 3 * 64
+
+
+def test_blocks_that_were_not_used_for_long_make_room(engine):
+    runner = Runner(engine, 6)
+    lone = Runner(engine, 0)
+
+    def reused(one):
+        runner.run(one)
+        return one.num_reused
+
+    assert reused(request(70)) == 0  # four blocks
+    assert reused(request(40, 0)) == 0  # two more
+    assert reused(request(70)) == 64
+    assert reused(request(40, 1)) == 0  # in place of those of the second
+    assert reused(request(70)) == 64
+    assert reused(request(40, 0)) == 0
+    assert runner.store.num_kept == 6
+    for one in (request(70), request(40, 0), request(40, 1)):
+        assert runner.run(one) == lone.run(Request(**{**vars(one), "prompt_scores": []}))
+    runner.scheduler._forget()
+    assert reused(request(70)) == 0
+    assert runner.store.num_found < runner.store.num_asked
