@@ -34,7 +34,7 @@ from grok1.machine.processes import OtherProcessError
 from grok1.server.replica import Plan
 
 _BEAT_SECONDS = 1.0
-_SILENT_SECONDS = 20.0  # after which a process is taken for dead
+_SILENT_SECONDS = 10.0  # after which a process is taken for dead; JAX ends all after twice as long
 _START_SECONDS = 300.0
 _END_SECONDS = 5.0  # that a process has to end by itself
 _HEAD = struct.Struct(">I32s")

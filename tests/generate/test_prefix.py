@@ -87,7 +87,11 @@ def test_prompts_that_run_side_by_side_share_their_beginning(engine):
     runner = Runner(engine, 32)
     many = [request(70, 69 - n) for n in range(4)]
     together = runner.run(*many)
-    assert together == [Runner(engine, 0).run(request(70, 69 - n))[0] for n in range(4)]
+    # Steps of other numbers of requests may round otherwise, and nothing else differs.
+    for number, (drawn, _) in enumerate(together):
+        [(alone, _)] = Runner(engine, 0).run(request(70, 69 - number))
+        assert [token for token, _ in drawn] == [token for token, _ in alone]
+        np.testing.assert_allclose([lp for _, lp in drawn], [lp for _, lp in alone], atol=1e-5)
     # 64 tokens are run once, and found by the other three.
     assert sum(one.num_reused for one in many) == 3 * 64
 
