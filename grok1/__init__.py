@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from grok1.model import Model
     from grok1.planning.planning import Plan, plan
     from grok1.server.core import Server
-    from grok1.server.running import serve
+    from grok1.server.serving import serve
     from grok1.study.comparison_report import Comparison
     from grok1.study.router_interventions import AblateExperts, ForceExperts, SelectExperts
     from grok1.study.scores import Choice, Score
@@ -77,7 +77,7 @@ _HOMES = {
     "model": ("Model",),
     "planning.planning": ("Plan", "plan"),
     "server.core": ("Server",),
-    "server.running": ("serve",),
+    "server.serving": ("serve",),
     "study.comparison_report": ("Comparison",),
     "study.router_interventions": ("AblateExperts", "ForceExperts", "SelectExperts"),
     "study.scores": ("Choice", "Score"),

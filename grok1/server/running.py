@@ -16,9 +16,7 @@ import jax
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from grok1 import keywords
 from grok1.machine.startup import start_jax
-from grok1.model import Model
 from grok1.server.app import Access, App
 from grok1.server.asks import Limits
 from grok1.server.chat import load_template
@@ -120,24 +118,6 @@ class HttpOptions:
         )
         template = None if self.chat_template is None else load_template(self.chat_template)
         return App(self.name, limits, access, template)
-
-
-@keywords.suggesting()
-def serve(model: Model, *, server: dict[str, Any] | None = None, **options: Any) -> None:
-    """Serves a model over HTTP, in OpenAI's protocol, until the process is told to end.
-
-    Args:
-      model: Loaded.
-      server: Arguments of `Server`, as `{"max_slots": 16}`.
-      **options: Those of `HttpOptions`: host="127.0.0.1", port=8000, name, api_key, ...
-
-    Raises:
-      ValueError: If an option is out of range.
-      TypeError: If one is unknown.
-      OSError: If the port is taken.
-    """
-    keywords.check(options, [field.name for field in dataclasses.fields(HttpOptions)], "serve")
-    run(lambda: Server(model, **(server or {})), HttpOptions(**options))
 
 
 def run(make: Callable[[], Server], options: HttpOptions, program: str = "grok1") -> None:

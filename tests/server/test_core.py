@@ -3,12 +3,15 @@
 import asyncio
 import itertools
 import random
+import subprocess
+import sys
 import threading
 import time
 from typing import NamedTuple
 
 import pytest
 
+import grok1
 from grok1.server import warmup
 from grok1.server.core import Server
 from grok1.server.errors import (
@@ -302,3 +305,23 @@ def test_a_chunk_is_as_long_as_the_pause_allows(
     sizes = Sizes(4, 4096, (), 0, 0)
     assert warmup.chunk_for(Engine(), sizes, max_stall) == expected
     assert set(filled) == {4096}, "not where it takes longest"
+
+
+def test_what_needs_more_packages_says_which(toy):
+    program = (
+        "import sys\n"
+        "sys.modules['uvicorn'] = None\n"
+        "from grok1 import *\n"
+        "try:\n"
+        "    serve(None)\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+        "from grok1.command.main import main\n"
+        "main(['serve', '--checkpoint', 'toy'])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    words = "needs the package uvicorn: pip install 'grok1[serve]'"
+    assert found.stdout == f"grok1.serve {words}\n"
+    assert f"grok1: grok1 serve {words}" in found.stderr
+    with pytest.raises(TypeError, match="did you mean 'port'"):
+        grok1.serve(toy, http={"prot": 1})
