@@ -26,7 +26,9 @@ RAW = [
 def body_of(one: random.Random, kind: type) -> bytes:
     """A body of any fields with any values, most of them not theirs."""
     names = [*kind.__struct_fields__, "else"]
-    fields = {name: one.choice(RAW) for name in one.sample(names, one.randrange(6))}
+    fields = {
+        name: one.choice(RAW) for name in one.sample(names, min(one.randrange(6), len(names)))
+    }
     for name, usual in (("prompt", '"A"'), ("tokens", "[5]"), ("messages", '[{"role": "user"}]')):
         if name in kind.__struct_fields__ and one.random() < 0.8:
             fields[name] = usual
