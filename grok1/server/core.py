@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 from grok1 import keywords
 from grok1.generate.completion import CompletionBuilder
@@ -15,7 +15,7 @@ from grok1.generate.requests import EOS_ID, Prompt, check_options, prompt_tokens
 from grok1.machine.jax_settings import own_settings
 from grok1.model import Model
 from grok1.server import sizing, warmup
-from grok1.server.desk import Desk
+from grok1.server.desk import Desk, Load
 from grok1.server.errors import (
     QueueFullError,
     ServingError,
@@ -29,28 +29,6 @@ from grok1.server.replica import MOST_TOP, Replica
 _FAILURES = 3  # of steps in a row, after which the model is given up
 _HEARTBEAT = 5.0  # seconds; other processes hear from this one at least as often
 _log = logging.getLogger("grok1.server")
-
-
-class Load(NamedTuple):
-    """What a server has to do.
-
-    Attributes:
-      state: "loading", "compiling", "ready", "draining", "closed" or "dead".
-      num_running: Requests that have a slot.
-      num_waiting: Requests that wait for one.
-      num_slots: Slots.
-      filled: Share of the slots' positions that running requests have asked for.
-      prefix_asked: Tokens of prompts that could have been found from earlier ones.
-      prefix_found: Those that were.
-    """
-
-    state: str
-    num_running: int
-    num_waiting: int
-    num_slots: int
-    filled: float
-    prefix_asked: int
-    prefix_found: int
 
 
 class Server:

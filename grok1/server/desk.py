@@ -24,6 +24,28 @@ class _Held(NamedTuple):
     handle: Handle
 
 
+class Load(NamedTuple):
+    """What a server has to do.
+
+    Attributes:
+      state: "loading", "compiling", "ready", "draining", "closed" or "dead".
+      num_running: Requests that have a slot.
+      num_waiting: Requests that wait for one.
+      num_slots: Slots.
+      filled: Share of the slots' positions that running requests have asked for.
+      prefix_asked: Tokens of prompts that could have been found from earlier ones.
+      prefix_found: Those that were.
+    """
+
+    state: str
+    num_running: int
+    num_waiting: int
+    num_slots: int
+    filled: float
+    prefix_asked: int
+    prefix_found: int
+
+
 class Desk:
     """All requests that are not over.
 
