@@ -102,8 +102,9 @@ def plan(arguments: argparse.Namespace, device: dict) -> list[models.BenchModel]
         raise BenchmarkError(f"--repeats must be above 0, found {arguments.repeats}")
     if arguments.only is None:
         arguments.only = CPU_SECTIONS if on_cpu else ACCELERATOR_SECTIONS
-        if arguments.quick:  # a full context takes minutes
-            arguments.only = [section for section in arguments.only if section != "context"]
+        if arguments.quick:  # without what takes minutes, without kernels the draws alone too
+            long = ("context", "sampler")
+            arguments.only = [section for section in arguments.only if section not in long]
     for section in arguments.only:
         if section not in SECTIONS:
             raise BenchmarkError(

@@ -12,6 +12,7 @@ from grok1.machine.safe_files import replacing
 
 _RATIOS = {"roofline": "of roofline", "dense": "x dense", "llama.cpp": "x llama.cpp"}
 _OTHER_RATIOS = {
+    "greedy": "{:.2f} of greedy decoding",
     "disk": "{:.2f} of reading the files",
     "files": "{:.2f} of the files",
     "first process": "{:.0%} of the first",
@@ -140,6 +141,10 @@ def _note(result: dict[str, Any]) -> str:
     if "kernels" in details:
         largest = list(details["kernels"].items())[:3]
         return ", ".join(f"{kernel['share']:.0%} {name}" for name, kernel in largest)
+    if "spread" in details:
+        nucleus, first = details["spread"]["nucleus"], details["spread"]["most probable"]
+        ratio = _OTHER_RATIOS["greedy"].format(result["ratios"]["greedy"])
+        return f"{ratio}; most probable token {first:.2f}, nucleus of {nucleus:,.0f}"
     if "prompt" in details:
         return f"prompt of {details['prompt']}"
     return "; ".join(

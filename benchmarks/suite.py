@@ -14,10 +14,13 @@ from benchmarks.machine import BenchmarkError, Worker
 from benchmarks.models import BenchModel
 from benchmarks.peers import LlamaCpp
 
-SECTIONS = ("start", "load", "context", "programs", "profile", "decode", "prefill")
-CPU_SECTIONS = ("start", "load", "context", "decode", "prefill")
+SECTIONS = ("start", "load", "context", "programs", "profile", "sampler", "decode", "prefill")
+CPU_SECTIONS = ("start", "load", "context", "sampler", "decode", "prefill")
 ACCELERATOR_SECTIONS = ("programs", "profile", "decode", "prefill")
 """What is measured unless something else is asked; an accelerator's model then needs no files."""
+
+OTHER_WAYS = ("sampled", "greedy with 5 logprobs")
+"""Of `workload.DECODING`, those that are measured beside greedy decoding."""
 
 Rounds = dict[str, list[float]]
 """For each contestant its rate in every round."""
@@ -60,8 +63,8 @@ class Result:
       value: The figure; a rate is the median of the rounds.
       unit: Its unit.
       threads: CPUs that were used; None on an accelerator.
-      ratios: How many times faster than "roofline", "disk", "dense" or "llama.cpp", the median of
-        the ratios within the rounds; or how many times larger than "files".
+      ratios: How many times faster than "roofline", "disk", "dense", "llama.cpp" or "greedy", the
+        median of the ratios within the rounds; or how many times larger than "files".
       rounds: The rates in every round, those of the others in the same unit.
       details: What else belongs to it.
     """
@@ -133,6 +136,8 @@ class Suite:
             yield from self._attempt("programs", self._with_model(self._programs), threads)
         if "profile" in self.sections:
             yield from self._attempt("profile", self._with_model(self._profile), threads)
+        if "sampler" in self.sections and self.model.bundled:
+            yield from self._attempt("sampler", self._with_model(self._sampler), threads)
         if "decode" in self.sections:
             yield from self._with_one_model(
                 threads,
@@ -288,11 +293,17 @@ class Suite:
 
         say("compiling, counting experts")
         worker.call("decode", **what)
+        ways = {
+            way: functools.partial(worker.call, "decode", **what, how=way) for way in OTHER_WAYS
+        }
+        for way in ways.values():
+            way()
         needed = worker.call("decode_bytes", **what)
         bytes_per_step = sum(needed["bytes"].values())
         contestants: dict[str, Callable[[], float]] = {
             "roofline": lambda: batch * worker.call("bandwidth") / bytes_per_step,
             "grok1": lambda: worker.call("decode", **what),
+            **ways,
         }
         if batch == 1:
             say("compiling the dense reference")
@@ -304,7 +315,26 @@ class Suite:
         rounds = interleave(contestants, self.effort.repeats, say)
         bandwidth = statistics.median(rounds["roofline"]) * bytes_per_step / batch
         details = {**what, **needed, "bytes_per_second": bandwidth}
+        of_ways = {way: rounds.pop(way) for way in ways}
         yield self._rate(worker, name, threads, rounds, details)
+        for way, rates in of_ways.items():
+            pair = {"grok1": rates, "greedy": rounds["grok1"]}
+            details = {**what, "spread": worker.call("spread", **what, how=way)}
+            yield self._rate(worker, f"{way}, batch {batch}", threads, pair, details)
+
+    def _sampler(self, worker: Worker, threads: int | None) -> Iterator[Result]:
+        """Draws alone, of a vocabulary of Grok-1's size."""
+        for shape in ("trained", "flat"):
+            for batch, filtered in [(batch, batch) for batch in self.effort.prompts] + [(32, 1)]:
+                self._say(f"sampler: {shape} logits, {filtered} of {batch} rows")
+                call = functools.partial(
+                    worker.call, "sampler", shape=shape, rows=batch, num_filtered=filtered
+                )
+                times = [1e3 * call() for _ in range(self.effort.repeats)]
+                name = f"draws, {shape} logits, {filtered} of {batch} rows"
+                rounds = {"grok1": times}
+                value = statistics.median(times)
+                yield Result(self.model.name, name, value, "ms", threads, {}, rounds)
 
     def _prefill(self, worker: Worker, threads: int | None, length: int) -> Iterator[Result]:
         name = f"prefill, {length} tokens"

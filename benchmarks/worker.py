@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import grok1
-from benchmarks import device, workload
+from benchmarks import device, machine, workload
 from benchmarks.peers import DenseDecoder
 from grok1.ops.cpu import bindings
 
@@ -31,7 +31,8 @@ class Session:
         self._bandwidth: Any = None
         self._matmul: Any = None
         self._dense: DenseDecoder | None = None
-        self._sequences: dict[tuple[int, int], np.ndarray] = {}
+        self._sampler: workload.Sampler | None = None
+        self._sequences: dict[tuple[int, int, str], np.ndarray] = {}
 
     def describe(self) -> dict[str, Any]:
         """The device and the versions."""
@@ -107,15 +108,27 @@ class Session:
         )
         return {"prompt": length, "seconds": seconds, "bytes": self.peak_memory() - held}
 
-    def decode(self, batch: int, prompt: int, steps: int) -> float:
+    def decode(self, batch: int, prompt: int, steps: int, how: str = "greedy") -> float:
         """Tokens per second of all rows together."""
-        timing = workload.decode(self.model, batch, prompt, steps)
-        self._sequences[batch, prompt] = timing.sequences
+        timing = workload.decode(self.model, batch, prompt, steps, how)
+        self._sequences[batch, prompt, how] = timing.sequences
         return batch * steps / timing.steps
+
+    def spread(self, batch: int, prompt: int, steps: int, how: str) -> dict[str, float]:
+        """How the probability was spread in the last such `decode`, along its first row."""
+        return workload.spread(self.model, self._sequences[batch, prompt, how][0][-steps:])
+
+    def sampler(self, shape: str, rows: int, num_filtered: int) -> float:
+        """Seconds of a step's draws, as `workload.Sampler` says."""
+        if self._sampler is None:
+            text = (machine.ROOT / "README.md").read_text(encoding="utf-8")[:2000]
+            self._sampler = workload.Sampler(self.model, text)
+        return self._sampler(shape, rows, num_filtered)
 
     def decode_bytes(self, batch: int, prompt: int, steps: int) -> dict[str, Any]:
         """What a step of the last such `decode` had to read."""
-        experts = workload.experts_read(self.model, self._sequences[batch, prompt], prompt)
+        sequences = self._sequences[batch, prompt, "greedy"]
+        experts = workload.experts_read(self.model, sequences, prompt)
         parts = workload.decode_bytes(self.model, batch, prompt, steps, experts)
         return {"experts_per_step": experts, "bytes": parts}
 

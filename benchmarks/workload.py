@@ -7,7 +7,7 @@ notes when they come, so that one call tells its time to the first token from it
 import concurrent.futures
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,22 @@ import numpy as np
 
 import grok1
 from benchmarks.machine import available_threads
+from grok1.engine import sampling
 from grok1.generate.requests import Batch
 
 _SECONDS = 0.5  # of one measurement: long enough for many passes, short beside a round
 _READ_BYTES = 1 << 30  # several times the largest cache
 _COPY_BYTES = 1 << 31
+
+
+GREEDY = {"temperature": 0}
+
+DECODING: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "sampled": {"temperature": 0.7, "top_p": 0.95},  # the defaults of `generate`
+    "greedy with 5 logprobs": GREEDY | {"logprobs": 5},
+}
+"""Options of `generate` for the ways of decoding that are measured."""
 
 
 class Timing(NamedTuple):
@@ -41,13 +52,17 @@ def random_prompts(vocab_size: int, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(vocab_size, size=(batch, length))
 
 
-def run(model: grok1.Model, prompts: np.ndarray, num_tokens: int) -> Timing:
-    """Continues prompts of one length greedily by `num_tokens` each, whatever is drawn.
+def run(model: grok1.Model, prompts: np.ndarray, num_tokens: int, **how: Any) -> Timing:
+    """Continues prompts of one length by `num_tokens` each, whatever is drawn.
 
-    Greedy: a draw of temperature 0.7 from a random model would time the sampling of a flat
-    distribution, which no trained model has.
+    Args:
+      model: The model.
+      prompts: int `[B, T]`.
+      num_tokens: How many new tokens each row gets.
+      **how: Sampling options of `generate`; temperature 0 without them.
     """
-    options = grok1.GenerationOptions(max_new_tokens=num_tokens, temperature=0, ignore_eos=True)
+    how = how or GREEDY
+    options = grok1.GenerationOptions(max_new_tokens=num_tokens, ignore_eos=True, **how)
     start = time.perf_counter()
     batch = Batch(model.engine, model.tokenizer, prompts.tolist(), options)
     times = [time.perf_counter() for _ in batch.run()]
@@ -57,7 +72,9 @@ def run(model: grok1.Model, prompts: np.ndarray, num_tokens: int) -> Timing:
     return Timing(first - start, times[-1] - first, np.concatenate([prompts, generated], axis=1))
 
 
-def decode(model: grok1.Model, batch: int, prompt: int, num_steps: int) -> Timing:
+def decode(
+    model: grok1.Model, batch: int, prompt: int, num_steps: int, how: str = "greedy"
+) -> Timing:
     """Times `num_steps` decode steps after the one that gives the first token.
 
     Args:
@@ -65,8 +82,29 @@ def decode(model: grok1.Model, batch: int, prompt: int, num_steps: int) -> Timin
       batch: Rows that run side by side.
       prompt: Tokens of each row's prompt.
       num_steps: Steps between the first token and the last.
+      how: One of `DECODING`.
     """
-    return run(model, random_prompts(model.config.vocab_size, batch, prompt), num_steps + 1)
+    prompts = random_prompts(model.config.vocab_size, batch, prompt)
+    return run(model, prompts, num_steps + 1, **DECODING[how])
+
+
+def spread(model: grok1.Model, tokens: np.ndarray) -> dict[str, float]:
+    """How a model spreads its probability at the temperature that is the default.
+
+    Args:
+      model: The model.
+      tokens: int `[T]`, a text.
+
+    Returns:
+      The mean probability of the "most probable" token, and the median size of the "nucleus", the
+      fewest tokens that reach the default top-p together, over all positions.
+    """
+    defaults = grok1.GenerationOptions()
+    logits = np.asarray(model.logits(tokens), np.float64) / defaults.temperature
+    weights = np.sort(np.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)[:, ::-1]
+    probs = weights / weights.sum(axis=-1, keepdims=True)
+    sizes = (np.cumsum(probs, axis=-1) - probs < defaults.top_p).sum(axis=-1)
+    return {"most probable": float(probs[:, 0].mean()), "nucleus": float(np.median(sizes))}
 
 
 def time_to_first_token(model: grok1.Model, length: int) -> float:
@@ -166,6 +204,48 @@ def prefill_operations(config: grok1.ModelConfig, num_tokens: int) -> float:
     weights += config.num_selected_experts * expert
     mean_keys = (num_tokens + 1) / 2
     return 2 * num_tokens * config.num_layers * (weights + 2 * width * mean_keys)
+
+
+class Sampler:
+    """`engine.sampling.sample` alone, on a vocabulary as large as Grok-1's."""
+
+    def __init__(self, model: grok1.Model, text: str, size: int = grok1.GROK_1.vocab_size):
+        """Keeps the logits of a trained model's text, tiled and perturbed.
+
+        Args:
+          model: The model, with its tokenizer.
+          text: Of 32 tokens or more.
+          size: Of the vocabulary to draw from.
+        """
+        assert model.tokenizer is not None
+        tokens = model.tokenizer.encode(text)[-32:]
+        logits = np.asarray(model.logits(tokens), np.float32)
+        tiled = np.tile(logits, (1, -(-size // logits.shape[1])))[:, :size]
+        random = np.random.default_rng(0)
+        self._logits = {
+            "trained": tiled + 0.5 * random.standard_normal(tiled.shape, np.float32),
+            "flat": 0.5 * random.standard_normal(tiled.shape, np.float32),
+        }
+        self._sample = jax.jit(sampling.sample)
+
+    def __call__(self, shape: str, rows: int, num_filtered: int) -> float:
+        """Seconds that a step's draws take.
+
+        Args:
+          shape: "trained" or "flat".
+          rows: Rows of the step.
+          num_filtered: How many of them draw at the default temperature and top-p; the others are
+            greedy.
+        """
+        keys = np.arange(2 * rows, dtype=np.uint32).reshape(rows, 2)
+        state = sampling.sampling_state(sampling.SamplingParams(), keys)
+        state = state._replace(
+            temperature=np.where(np.arange(rows) < num_filtered, state.temperature, 0)
+        )
+        logits = self._logits[shape][np.arange(rows) % 32]
+        arguments = (logits, np.ones(logits.shape[1], bool), state, np.arange(rows, dtype=np.int32))
+        placed = jax.tree.map(jnp.asarray, arguments)
+        return _seconds_of(lambda: self._sample(*placed))
 
 
 class HostBandwidth:

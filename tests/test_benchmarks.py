@@ -40,7 +40,11 @@ FIGURES = {
         "peak memory",
     ],
     "load": ["load, files not in memory"],
-    "decode": ["decode, batch 1", "decode, batch 8"],
+    "decode": [
+        f"{way}, batch {batch}"
+        for batch in (1, 8)
+        for way in ("decode", "sampled", "greedy with 5 logprobs")
+    ],
     "prefill": ["prefill, 128 tokens"],
 }
 
@@ -76,13 +80,22 @@ def test_quick_run_of_the_toy_reports_every_figure(sections, tmp_path, monkeypat
         assert any(f" {name} " in row and " toy " in row for row in table)
     assert set(by_name["decode, batch 1"]["ratios"]) == {"roofline", "dense"}
     assert set(by_name["decode, batch 8"]["ratios"]) == {"roofline"}
+    for name in ("sampled, batch 8", "greedy with 5 logprobs, batch 1"):
+        [(other, ratio)] = by_name[name]["ratios"].items()
+        assert other == "greedy"
+        [mine], [its] = by_name[name]["rounds"]["grok1"], by_name[name]["rounds"]["greedy"]
+        assert ratio == pytest.approx(mine / its)
+        assert 1 <= by_name[name]["details"]["spread"]["nucleus"] <= 1280
+        assert any(
+            f" {name} " in row and "of greedy decoding; most probable" in row for row in table
+        )
     assert all(figure["value"] >= 0 for figure in by_name.values())
     loading = by_name["load, files not in memory"]
     assert loading["ratios"]["disk"] == pytest.approx(
         loading["value"] / loading["rounds"]["disk"][0]
     )
     assert loading["details"]["peak_memory_over_kept"][0] > 1
-    rates = FIGURES["decode"] + FIGURES["prefill"] * ("prefill" in sections)
+    rates = [name for name in by_name if name.startswith(("decode", "prefill"))]
     for figure in (by_name[name] for name in rates):
         assert "roofline" in figure["ratios"]
         assert figure["rounds"]["grok1"] == [figure["value"]]
@@ -241,6 +254,34 @@ def test_what_a_run_takes_is_said_before_it_starts():
     assert said == (
         "toy, bench: this takes about 4 minutes, 2.5 GB of memory, 1.9 GB of disk in somewhere"
     )
+
+
+def test_draws_alone_are_timed_for_every_shape_and_number_of_filtered_rows(toy, monkeypatch):
+    monkeypatch.setattr(workload, "_SECONDS", 0.01)
+    sampler = workload.Sampler(toy, "The first argument is a list of all names. " * 3, size=4000)
+    drawn = []
+    monkeypatch.setattr(sampler, "_sample", lambda *given: drawn.append(given) or given[0])
+    for shape in ("trained", "flat"):
+        assert sampler(shape, 33, 2) > 0
+        logits, allowed, state, _ = drawn[-1]
+        assert logits.shape == (33, 4000)
+        assert allowed.all()
+        assert np.flatnonzero(state.temperature).tolist() == [0, 1]
+        assert np.all(np.asarray(state.top_p) == np.float32(0.95))
+    # What is trained has favourites.
+    trained, flat = (np.asarray(sampler._logits[shape]) for shape in ("trained", "flat"))
+    assert trained.std(axis=-1).mean() > 4 * flat.std(axis=-1).mean()
+
+
+def test_the_spread_of_a_model_is_that_of_its_logits(toy):
+    tokens = np.arange(1, 17)
+    logits = np.asarray(toy.logits(tokens), np.float64) / 0.7
+    probs = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probs /= probs.sum(axis=-1, keepdims=True)
+    found = workload.spread(toy, tokens)
+    assert found["most probable"] == pytest.approx(probs.max(axis=-1).mean())
+    sizes = [np.searchsorted(np.cumsum(np.sort(row)[::-1]), 0.95) + 1 for row in probs]
+    assert found["nucleus"] == np.median(sizes)
 
 
 def test_workload_generates_what_generate_does(toy):
