@@ -242,7 +242,7 @@ class Sampler:
         state = state._replace(
             temperature=np.where(np.arange(rows) < num_filtered, state.temperature, 0)
         )
-        logits = self._logits[shape][np.arange(rows) % 32]
+        logits = self._logits[shape][np.arange(rows) % len(self._logits[shape])]
         arguments = (logits, np.ones(logits.shape[1], bool), state, np.arange(rows, dtype=np.int32))
         placed = jax.tree.map(jnp.asarray, arguments)
         return _seconds_of(lambda: self._sample(*placed))
