@@ -53,7 +53,7 @@ def is_available() -> bool:
       ValueError: If a variable of the environment has a value that means nothing.
     """
     with _LOCK:  # a second thread must not register what it has built itself
-        return _is_available() and not _TURNED_OFF.is_set()
+        return not _TURNED_OFF.is_set() and _is_available()
 
 
 def turn_off() -> None:
