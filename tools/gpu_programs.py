@@ -41,6 +41,7 @@ DEVICES = pathlib.Path(__file__).parent / "devices"
 
 _THUNK = re.compile(r"^( *)\d+: (\w+)\s+\[[^\]]*\]\s*(\S*)")
 _LAUNCHES = {"kCustomKernel", "kKernel", "kCopy", "kGemm", "kCublasLtMatmul", "kCustomCall"}
+_COLLECTIVES = ("kNccl", "kAll", "kCollective", "kReduceScatter")
 _DIGEST = re.compile(r"_[0-9a-f]{8}$")  # at the end of a CUDA kernel's name
 _SAME = re.compile(r"= \S+ subtract\((%?[\w.\-]+), \1\)")
 
@@ -153,7 +154,7 @@ def launches(sequence: str) -> tuple[int, int, list[str]]:
             graph_indents.append(indent)
         elif match[2] == "kWhile" and loop is None:
             loop = indent
-        elif match[2] in _LAUNCHES or match[2].startswith(("kNccl", "kAllReduce", "kCollective")):
+        elif match[2] in _LAUNCHES or match[2].startswith(_COLLECTIVES):
             outside += not graph_indents
             is_over |= body is not None and loop is not None and indent <= loop
             if body is not None and not is_over:
