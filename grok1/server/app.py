@@ -29,7 +29,7 @@ from grok1.server.gate import Gate, Keys
 from grok1.server.metrics import CONTENT_TYPE, Metrics
 from grok1.server.page import PAGE, page
 from grok1.server.refusals import RefusalError
-from grok1.server.texts import TokenTexts, encode_text
+from grok1.server.texts import TokenTexts, encode_text, special_id
 from grok1.version import __version__
 
 _BODY_SECONDS = 30.0  # that a client has to send its body
@@ -325,7 +325,8 @@ class App:
         tokenizer = self._tokenizer()
         add_bos = bool(body.add_special_tokens) and self._limits.add_bos
         encode = functools.partial(encode_text, tokenizer, body.prompt, add_bos=add_bos)
-        tokens = await asyncio.to_thread(encode)
+        special = special_id(tokenizer, body.prompt)
+        tokens = await asyncio.to_thread(encode) if special is None else [special]
         found = {"tokens": tokens, "count": len(tokens), "max_model_len": self._capacity}
         if body.return_token_strs:
             found["token_strs"] = [tokenizer.piece(token) for token in tokens]

@@ -152,6 +152,16 @@ def encode_text(tokenizer: Tokenizer, text: str, *, add_bos: bool = False) -> li
     return tokenizer.encode(text.replace("▁", " "), add_bos=add_bos)
 
 
+def special_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """Returns the id of [BOS], [EOS], [PAD] or [UNK], where a text is its spelling and no more.
+
+    Harnesses ask so for the tokens that `/tokenizer_info` names. In a longer text they are plain
+    characters, as in every prompt.
+    """
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id)
+    return next((token for token in ids if token >= 0 and tokenizer.piece(token) == text), None)
+
+
 def utf8_escape(data: bytes) -> bytes:
     """Escapes the line ends of Unicode in JSON, at which some readers of events break lines."""
     for character in ("\u2028", "\u2029", "\u0085"):

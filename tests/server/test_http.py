@@ -227,6 +227,8 @@ def test_other_paths(http, complete, toy):
     assert tokens["count"] == len(tokens["tokens"])
     assert complete(path="/detokenize", tokens=tokens["tokens"]) == {"prompt": TEXT}
     assert http.get("/tokenizer_info").json()["eos_token"] == "[EOS]"
+    assert complete(path="/tokenize", prompt="[BOS]")["tokens"] == [toy.tokenizer.bos_id]
+    assert len(complete(path="/tokenize", prompt="[BOS] ")["tokens"]) > 1
     trace = complete(path="/v1/trace", prompt=tokens["tokens"])
     expected = toy.trace(TEXT)
     assert trace["experts"] == expected.expert_indices.tolist()
