@@ -301,9 +301,6 @@ def test_a_finished_trace_is_let_go(nano):
     assert reference() is None
 
 
-GREEDY = ["decode greedily"] if bindings.is_available() else []
-
-
 def lowered(engine: Engine) -> dict[str, str]:
     """Programs as text, of two rows and the smallest cache."""
     state = engine.abstract_state(2, 256)
@@ -339,7 +336,8 @@ def test_what_is_off_costs_nothing(nano_on_mesh, monkeypatch):
         changed.trace_generation([1, 2, 3], max_new_tokens=2)
         intervened = lowered_prefill(changed.engine)
     after = lowered(model.engine)
-    assert list(after) == ["decode", "prefill", "score", "score tokens", *GREEDY]
+    greedily = ["decode greedily"] if bindings.is_available() else []
+    assert list(after) == ["decode", "prefill", "score", "score tokens", *greedily]
     # The same as if this code were not there.
     with monkeypatch.context() as gone:
         gone.setattr(decoder, "apply", lambda prepared, point, value, *_: value)
