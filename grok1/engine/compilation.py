@@ -44,7 +44,7 @@ MAX_STORED = 256
 _PACKAGE = pathlib.Path(__file__).parent.parent
 _HASH_BYTES = hashlib.sha256().digest_size
 _MOST_OF_USERS = 8  # programs with a function of the user's
-_MOST_FORMS = 16
+_MOST_VIEWS = 16
 _LATER = "(once; later runs take it from the cache)"
 
 
@@ -89,7 +89,7 @@ class Programs(dict[tuple, "Program"]):
         with self._lock:
             programs = self._views.pop(view, None)
             self._views[view] = Programs() if programs is None else programs
-            for oldest in list(self._views)[:-_MOST_FORMS]:
+            for oldest in list(self._views)[:-_MOST_VIEWS]:
                 del self._views[oldest]
             return self._views[view]
 

@@ -115,14 +115,14 @@ def test_programs_with_functions_of_the_users_are_few():
     assert last in programs.values()
 
 
-def test_forms_of_a_model_are_few_and_those_in_use_stay():
+def test_views_of_a_model_are_few_and_those_in_use_stay():
     programs = Programs()
-    used = programs.of_form("used")
+    used = programs.of_view("used")
     for number in range(50):
-        programs.of_form(f"form {number}")
-        assert programs.of_form("used") is used
-    assert len(programs._forms) == compilation._MOST_FORMS
-    assert programs.of_form("") is programs
+        programs.of_view(f"view {number}")
+        assert programs.of_view("used") is used
+    assert len(programs._views) == compilation._MOST_VIEWS
+    assert programs.of_view("") is programs
 
 
 def test_a_function_of_the_users_that_is_given_up_is_forgotten(nano):

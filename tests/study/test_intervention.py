@@ -382,8 +382,8 @@ def test_iterators_serve_more_than_once(nano, tokens):
 def test_a_sweep_compiles_once(nano, tokens):
     def executables():
         own = nano.engine._programs.held
-        forms = [own, *own._forms.values()]
-        return sum(len(one.executables) for form in forms for one in form.values())
+        views = [own, *own._views.values()]
+        return sum(len(one.executables) for view in views for one in view.values())
 
     trace = nano.trace(tokens, ALL)
 
