@@ -95,7 +95,8 @@ def run(
         def note(figure: Figure) -> None:
             figures.append(figure)
             print(figure.line(), flush=True)
-            file.write(json.dumps(dataclasses.asdict(figure)) + "\n")
+            # Some of what is counted are NumPy's numbers.
+            file.write(json.dumps(dataclasses.asdict(figure), default=float) + "\n")
             file.flush()
 
         for name, measure in _parts(config).items():
