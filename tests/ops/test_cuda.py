@@ -365,7 +365,11 @@ BREAKS = [
 """A text of the sources, what stands there when it is broken, and the test that sees it."""
 
 
-@pytest.mark.parametrize(("text", "broken", "test", "case"), BREAKS, ids=lambda of: getattr(of, "__name__", str(of))[:40])
+@pytest.mark.parametrize(
+    ("text", "broken", "test", "case"),
+    BREAKS,
+    ids=lambda of: getattr(of, "__name__", str(of))[:40],
+)
 def test_a_broken_kernel_is_noticed(rng, text, broken, test, case):
     options = {
         test_experts: {"how": "some to none"},

@@ -174,31 +174,22 @@ class RowSampler {
 
   // False if a logit is NaN or +infinity; the most probable is -1 if nothing may be drawn.
   bool find_most_probable() {
+    constexpr int64_t kPart = 4096;
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    Floats largest = Floats{} - kInfinity;
-    Ints finite = Ints{} - 1;
-    int64_t i = 0;
-    float rest = -kInfinity;
-    bool rest_finite = true;
-    for (; i + kLanes <= size_; i += kLanes) {
-      Floats block = load(logits_ + i);
-      finite &= block < kInfinity;
-      block = flags(i) ? block : Floats{} - kInfinity;
-      largest = block > largest ? block : largest;
+    int64_t place = 0;
+    bool is_finite = true;
+    largest_ = -kInfinity;
+    for (int64_t begin = 0; begin < size_; begin += kPart) {
+      const float largest = largest_of(begin, std::min(begin + kPart, size_), is_finite);
+      if (largest > largest_) {
+        largest_ = largest;
+        place = begin;
+      }
     }
-    for (; i < size_; ++i) {
-      rest_finite &= logits_[i] < kInfinity;
-      if (allowed_[i]) rest = std::max(rest, logits_[i]);
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      rest_finite &= finite[lane] != 0;
-      rest = std::max(rest, largest[lane]);
-    }
-    largest_ = rest;
     most_probable_ = -1;
-    if (!rest_finite) return false;
-    for (i = 0; rest > -kInfinity && most_probable_ < 0; ++i) {
-      if (logits_[i] == rest && allowed_[i]) most_probable_ = static_cast<int32_t>(i);
+    if (!is_finite) return false;
+    for (int64_t i = place; largest_ > -kInfinity && most_probable_ < 0; ++i) {
+      if (logits_[i] == largest_ && allowed_[i]) most_probable_ = static_cast<int32_t>(i);
     }
     return true;
   }
@@ -213,6 +204,40 @@ class RowSampler {
   const int32_t* log_weights() const { return log_weights_; }
 
  private:
+  // Of the logits from `begin` to `end` that may be drawn. In several chains: the next maximum of
+  // one has to wait for the last.
+  float largest_of(int64_t begin, int64_t end, bool& is_finite) const {
+    constexpr int kChains = 4;
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    Floats largest[kChains];
+    Ints finite[kChains];
+    for (int chain = 0; chain < kChains; ++chain) {
+      largest[chain] = Floats{} - kInfinity;
+      finite[chain] = Ints{} - 1;
+    }
+    int64_t i = begin;
+    for (; i + kChains * kLanes <= end; i += kChains * kLanes) {
+      for (int chain = 0; chain < kChains; ++chain) {
+        Floats block = load(logits_ + i + chain * kLanes);
+        finite[chain] &= block < kInfinity;
+        block = flags(i + chain * kLanes) ? block : Floats{} - kInfinity;
+        largest[chain] = block > largest[chain] ? block : largest[chain];
+      }
+    }
+    float rest = -kInfinity;
+    for (; i < end; ++i) {
+      is_finite &= logits_[i] < kInfinity;
+      if (allowed_[i]) rest = std::max(rest, logits_[i]);
+    }
+    for (int chain = 0; chain < kChains; ++chain) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        is_finite &= finite[chain][lane] != 0;
+        rest = std::max(rest, largest[chain][lane]);
+      }
+    }
+    return rest;
+  }
+
   Ints flags(int64_t i) const {
     using Bytes = int8_t __attribute__((vector_size(kLanes)));
     Bytes bytes;
