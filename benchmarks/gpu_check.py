@@ -258,15 +258,10 @@ class _Timed:
 
     def _seconds_of_draws(self, **options: Any) -> float:
         """Seconds of a step."""
-        prompt, seconds = [5] * 16, []
-        for _ in range(3):
-            times = [time.perf_counter()]
-            for _piece in self.model.stream(
-                prompt, max_new_tokens=49, ignore_eos=True, seed=1, **options
-            ):
-                times.append(time.perf_counter())
-            seconds.append((times[-1] - times[1]) / max(1, len(times) - 2))
-        return min(seconds)
+        model, steps = self.model, 48
+        prompt = workload.random_prompts(model.config.vocab_size, 1, 16)
+        runs = [workload.run(model, prompt, steps + 1, seed=1, **options) for _ in range(3)]
+        return min(run.steps for run in runs) / steps
 
     def long_context(self) -> Iterator[Figure]:
         most = self._config.sequence_len

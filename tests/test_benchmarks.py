@@ -483,6 +483,13 @@ def test_the_check_of_a_gpu_keeps_every_figure_and_goes_on_after_a_failure(tmp_p
     assert [line["name"] for line in lines] == [figure.name for figure in figures]
 
 
+def test_the_check_of_a_gpu_times_draws_of_a_model_without_a_tokenizer(tmp_path):
+    config = dataclasses.replace(grok1.TOY, num_layers=1, sequence_len=128)
+    *timed, _ = gpu_check.run(tmp_path, config, only=("sampling",))
+    assert [figure.unit for figure in timed] == ["ms", "ms"]
+    assert all(isinstance(figure.value, float) for figure in timed)
+
+
 def test_a_check_that_takes_too_long_says_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "SECONDS", 0.0)
     figures = gpu_check.run(tmp_path)
