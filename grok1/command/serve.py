@@ -13,6 +13,7 @@ from grok1.machine.processes import OtherProcessError
 from grok1.tokenizer import Tokenizer
 
 try:
+    from grok1.server import sizing
     from grok1.server.core import Server
     from grok1.server.running import HttpOptions
     from grok1.server.running import run as run_http
@@ -44,9 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
             most_bytes=arguments.max_body,
             page=not arguments.no_page,
         )
-        options.app()  # whatever is wrong with the options is said before a weight is read
+        server_options = {name: getattr(arguments, name) for name in _SERVER}
+        # Whatever is wrong with the options is said before a weight is read.
+        sizing.check(server_options, config.sequence_len)
+        options.app()
     model_options = {name: getattr(arguments, name) for name in MODEL_OPTIONS}
-    server_options = {name: getattr(arguments, name) for name in _SERVER}
 
     def make() -> Server:
         model = load(checkpoint, tokenizer=tokenizer, **model_options)

@@ -78,13 +78,10 @@ class Server:
         Raises:
           ValueError: If one is out of range.
         """
-        for name, value in (("max_stall", max_stall), ("step_timeout", step_timeout)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0 seconds, found {value}")
-        if max_queue < 1:
-            raise ValueError(f"max_queue must be 1 or more, found {max_queue}")
-        if chunk is not None and chunk not in (16, 64, 256, 1024):
-            raise ValueError(f"chunk must be one of 16, 64, 256 and 1024 tokens, found {chunk}")
+        given = {"max_slots": max_slots, "capacity": capacity, "max_queue": max_queue,
+                 "max_stall": max_stall, "chunk": chunk, "prefix_tokens": prefix_tokens,
+                 "step_timeout": step_timeout}  # fmt: skip
+        sizing.check(given, model.config.sequence_len)
         self.model = model
         self.sizes = sizing.sizes_for(
             model.engine, max_slots, capacity, prefix_tokens, tuple(decode_rows)
@@ -146,19 +143,20 @@ class Server:
           drain: Seconds to let them finish before. New ones are refused at once.
         """
         self.drain()
-        deadline = time.monotonic() + drain
         with self._wake:
-            self._wake.wait_for(
-                lambda: not self._desk.num_open or self._state == "dead",
-                max(0.0, deadline - time.monotonic()),
-            )
-            if self._state != "dead":
-                self._state = "closed"
-            self._wake.notify_all()
+            self._wake.wait_for(lambda: not self._desk.num_open or self._state == "dead", drain)
+        self.leave()
         if self._thread is not None:
             # A thread that waits for a process that is gone does not end.
             self._thread.join(1.0 if self._state == "dead" else None)
             self._thread = None
+
+    def leave(self) -> None:
+        """Ends the server without waiting for what it does: a step, or a program that compiles."""
+        with self._wake:
+            if self._state != "dead":
+                self._state = "closed"
+            self._wake.notify_all()
 
     def follow(self) -> None:
         """Does what process 0's server does, until that is closed; for the other processes.
@@ -169,7 +167,9 @@ class Server:
         engine = self.model.engine
         with own_settings():
             follower = Follower(engine.mesh)
-            self.sizes, replica = warmup.prepared(engine, self.sizes, self._chunk, self._max_stall)
+            self.sizes, replica = warmup.prepared(
+                engine, self.sizes, self._chunk, self._max_stall, self._go_on
+            )
             for plan in follower.plans():
                 replica.turn(plan)
 
@@ -335,11 +335,13 @@ class Server:
             with own_settings(), Leader.of(mesh, self._lost) as leader:
                 self._become("compiling")
                 self.sizes, self._replica = warmup.prepared(
-                    self.model.engine, self.sizes, self._chunk, self._max_stall
+                    self.model.engine, self.sizes, self._chunk, self._max_stall, self._go_on
                 )
                 self._become("ready")
                 while self._wait(self._replica):
                     self._turn(self._replica, leader)
+        except warmup.GivenUpError:
+            pass
         except BaseException as failure:
             _log.exception("the engine's thread has ended")
             self._error = failure if isinstance(failure, Exception) else None
@@ -348,6 +350,10 @@ class Server:
         finally:
             self._turn_began = None
             self._desk.close(error)
+
+    def _go_on(self) -> bool:
+        """Whether there is a reason to compile more; other processes would wait for the rest."""
+        return self._state != "closed" or not self.model.engine.setup.is_alone
 
     def _lost(self, error: Exception) -> None:
         """Ends all requests where another process is gone: the engine's thread may wait for it."""

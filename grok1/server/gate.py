@@ -12,11 +12,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from grok1.files import CheckpointError, read_bounded, unreadable
 from grok1.server.refusals import RefusalError
 
 _OPEN = ("/health", "/ping")
 _PAGE = ("/", "/app.js", "/style.css")
 _LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+_MOST_KEYS = 1 << 20  # bytes of a file
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -49,14 +51,16 @@ class Keys:
             found = self._file.stat()
             stamp = (found.st_mtime_ns, found.st_size)
             if stamp != self._stamp:
-                lines = self._file.read_text(encoding="utf-8").splitlines()
-                words = [line.strip() for line in lines]
+                data = read_bounded(self._file, _MOST_KEYS)
+                words = map(str.strip, data.decode("utf-8", "surrogateescape").splitlines())
                 self._of_file = [_hash(word) for word in words if word and not word.startswith("#")]
                 self._stamp = stamp
-        except OSError:
+        except (OSError, CheckpointError) as error:
             # Without the file nobody is known by it.
             if self._stamp == (0, 0):
-                raise
+                if isinstance(error, CheckpointError):
+                    raise
+                raise unreadable(self._file, error) from error
             self._of_file = []
 
 

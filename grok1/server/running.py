@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import ipaddress
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -16,6 +17,7 @@ import jax
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from grok1.machine.background import do_not_wait, in_background
 from grok1.machine.startup import start_jax
 from grok1.server.app import Access, App
 from grok1.server.asks import Limits
@@ -88,7 +90,8 @@ class HttpOptions:
         Raises:
           ValueError: If it would listen to other machines without a key, or a value is out of
             range.
-          FileNotFoundError: If there is no file of keys, or no template.
+          CheckpointError: If the file of keys cannot be read.
+          FileNotFoundError: If there is no template.
         """
         keys = [self.api_key] if isinstance(self.api_key, str) else list(self.api_key)
         if not all(keys):
@@ -204,41 +207,68 @@ class Running(uvicorn.Server):
         self.port: int | None = None
         self._error: BaseException | None = None
         self._is_draining = False
+        self._left_by: int | None = None
 
     def run_all(self) -> None:
-        """Runs until a signal, or until there can be no model."""
-        loading = threading.Thread(target=self._load, name="grok1-load", daemon=True)
-        loading.start()
-        try:
-            self.run()
-        except SystemExit:
-            # uvicorn has said why, of the socket.
-            self._error = self._error or OSError(
-                f"{self._options.host}:{self._options.port} cannot be listened at; is the port "
-                "taken?"
-            )
-        finally:
-            if self._app.server is not None:
-                self._app.server.close()
+        """Runs until a signal, or until there can be no model.
+
+        Raises:
+          OSError: If the socket cannot be opened.
+          KeyboardInterrupt: If Ctrl-C came before it was ready.
+          SystemExit: If another signal did.
+        """
+        self.run()
+        server = self._app.server
+        if self._left_by is not None:
+            # What is loaded or compiled is of no use, and cannot be interrupted.
+            if server is not None:
+                server.leave()
+            do_not_wait(128 + self._left_by)
+            if self._left_by == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + self._left_by)
+        if server is not None:
+            server.close()
         if self._error is not None:
             raise self._error
 
     async def startup(self, sockets: Any = None) -> None:
-        """Opens the socket, and says where."""
-        await super().startup(sockets)
+        """Opens the socket, says where, and begins to load."""
+        uvicorns = logging.getLogger("uvicorn.error")
+        uvicorns.disabled = True
+        try:
+            await super().startup(sockets)
+        except SystemExit as left:
+            cause = left.__context__
+            assert isinstance(cause, OSError)
+            # asyncio puts more into the text of some.
+            words = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else cause.strerror
+            raise OSError(
+                f"{self._options.host}:{self._options.port}: {words}; give another port, or host"
+            ) from None
+        finally:
+            uvicorns.disabled = False
         if self.started:
+            in_background(self._load)
             self.port = self.servers[0].sockets[0].getsockname()[1]
             host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
             self._say(f"listening at http://{host}:{self.port}")
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Takes a signal: the first lets requests end, the second does not."""
-        if self._is_draining or self._app.server is None:
-            self.force_exit = self._is_draining
-            self.should_exit = True
+        """Takes a signal: the first lets requests end, the second does not.
+
+        Before there can be requests, the first ends it all.
+        """
+        server = self._app.server
+        is_ready = server is not None and server.state not in ("loading", "compiling")
+        if self._is_draining or not is_ready:
+            if not self._is_draining:
+                self._left_by = sig
+            self.force_exit = self.should_exit = True
             return
+        assert server is not None
         self._is_draining = True
-        self._app.server.drain()
+        server.drain()
         name = signal.Signals(sig).name
         threading.Thread(target=self._drain, args=(name,), name="grok1-drain", daemon=True).start()
 
@@ -254,6 +284,8 @@ class Running(uvicorn.Server):
             server = self._make()
             self._app.serve(server)
             server.start()
+            if server.state != "ready":
+                return
             sizes = server.sizes
             self._say(
                 f"ready: {sizes.num_slots} requests side by side, of {sizes.capacity:,} tokens; "
@@ -269,6 +301,8 @@ class Running(uvicorn.Server):
     def _end_with(self, server: Server) -> None:
         """Waits until another process is lost, tells the clients, and ends this one."""
         while server.state != "dead":
+            if server.state == "closed":
+                return
             time.sleep(_CHECK_SECONDS)
         time.sleep(_CHECK_SECONDS)
         self._error = server.error

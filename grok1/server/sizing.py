@@ -1,16 +1,48 @@
 """How many slots a server has, and how long they are, where its caller does not say."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from grok1.engine.engine import Engine
+from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.machine.host_memory import host_bytes_available
 from grok1.nn.sharding import DATA_AXIS
 from grok1.server.replica import Sizes
 
 _MOST_SLOTS = 16  # of each group of devices
 _SHARE = 0.5  # of the memory that is free, for slots and kept prompts
+
+
+def check(options: Mapping[str, Any], context: int) -> None:
+    """Checks the arguments of `Server`, which takes no model.
+
+    Args:
+      options: By their names; those that are not there are not checked.
+      context: That of the model, in tokens.
+
+    Raises:
+      ValueError: If one is out of range.
+    """
+    for name in ("max_stall", "step_timeout"):
+        if not options.get(name, 1.0) > 0:
+            raise ValueError(f"{name} must be above 0 seconds, found {options[name]}")
+    for name in ("max_queue", "max_slots"):
+        value = options.get(name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, found {value}")
+    chunk, capacity = options.get("chunk"), options.get("capacity")
+    if chunk is not None and chunk not in CHUNK_LENGTHS:
+        raise ValueError(f"chunk must be one of 16, 64, 256 and 1024 tokens, found {chunk}")
+    if capacity is not None and not 2 <= capacity <= context:
+        raise ValueError(
+            f"capacity must be from 2 to the context of {context} tokens, found {capacity}"
+        )
+    kept = options.get("prefix_tokens")
+    if kept is not None and kept < 0:
+        raise ValueError(f"prefix_tokens must be 0 (keep none) or more, found {kept}")
 
 
 def sizes_for(
@@ -29,20 +61,9 @@ def sizes_for(
       capacity: Most tokens of a request; None for the context.
       prefix_tokens: Tokens of prompts to keep; None for half as many as the slots hold.
       row_counts: Numbers of rows that decode steps run.
-
-    Raises:
-      ValueError: If one is out of range.
     """
     context, groups = engine.config.sequence_len, engine.mesh.shape[DATA_AXIS]
-    if capacity is not None and not 2 <= capacity <= context:
-        raise ValueError(
-            f"capacity must be from 2 to the context of {context} tokens, found {capacity}"
-        )
     capacity = engine.capacity_for(context if capacity is None else capacity)
-    if max_slots is not None and max_slots < 1:
-        raise ValueError(f"max_slots must be 1 or more, found {max_slots}")
-    if prefix_tokens is not None and prefix_tokens < 0:
-        raise ValueError(f"prefix_tokens must be 0 (keep none) or more, found {prefix_tokens}")
     num_slots = groups
     if max_slots is not None:
         num_slots *= -(-max_slots // groups)

@@ -5,7 +5,7 @@ Programs are compiled by being run, on requests of the server's own; nothing of 
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,8 +25,16 @@ _GREEDY = SamplingParams(temperature=0)
 _SHARE = 0.6  # of the longest pause; the decode step of the same turn takes the rest
 
 
+class GivenUpError(Exception):
+    """The server was closed before its programs were compiled."""
+
+
 def prepared(
-    engine: Engine, sizes: Sizes, chunk: int | None, max_stall: float
+    engine: Engine,
+    sizes: Sizes,
+    chunk: int | None,
+    max_stall: float,
+    goes_on: Callable[[], bool],
 ) -> tuple[Sizes, Replica]:
     """Returns the sizes with a chunk, and a replica of which every program is compiled.
 
@@ -34,13 +42,17 @@ def prepared(
       engine: The model.
       sizes: Of the server, the chunk left open.
       chunk: That of a turn; None to measure it.
-      max_stall: As for `chunk_for`.
+      max_stall: The longest pause between two tokens of a request, in seconds.
+      goes_on: Asked between two programs, whether the next is wanted.
+
+    Raises:
+      GivenUpError: If it is not.
     """
     agree("serve", lambda: {**dataclasses.asdict(sizes), "chunk": chunk}, engine.mesh)
     found = chunk_for(engine, sizes, max_stall) if chunk is None else chunk
     sizes = dataclasses.replace(sizes, chunk=min(found, sizes.capacity // 2))
     replica = Replica(engine, sizes)
-    compile_all(replica, sizes)
+    compile_all(replica, sizes, goes_on)
     return sizes, replica
 
 
@@ -85,9 +97,11 @@ def chunk_for(engine: Engine, sizes: Sizes, max_stall: float) -> int:
     return best
 
 
-def compile_all(replica: Replica, sizes: Sizes) -> None:
-    """Runs every program that a server of these sizes can need."""
+def compile_all(replica: Replica, sizes: Sizes, goes_on: Callable[[], bool]) -> None:
+    """Runs every program that a server of these sizes can need, as long as they are wanted."""
     for requests in _requests(replica, sizes):
+        if not goes_on():
+            raise GivenUpError
         plan = Plan(dict(enumerate(requests, start=-len(requests))), [])
         replica.turn(plan)
         while not replica.scheduler.is_idle:

@@ -251,6 +251,22 @@ def test_a_closed_server_lets_its_requests_end_or_ends_them(toy):
             act()
 
 
+def test_a_server_that_is_closed_compiles_no_more(toy, monkeypatch):
+    asked, usual = [], warmup._requests
+
+    def requests(*sizes):
+        for one in usual(*sizes):
+            asked.append(one)
+            server.leave()
+            yield one
+
+    monkeypatch.setattr(warmup, "_requests", requests)
+    server = Server(toy, **SIZES)
+    server.start()
+    server.close()
+    assert (server.state, server.error, len(asked)) == ("closed", None, 1)
+
+
 def test_a_turn_runs_a_chunk_and_a_step(server, monkeypatch):
     replica = server._replica
     first = server.submit("A", **LONG)

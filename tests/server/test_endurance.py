@@ -7,14 +7,11 @@ import pathlib
 import random
 import threading
 
-import pytest
-
 from grok1.server import bodies
+from tests.helpers import slow
 from tests.server.test_core import PROMPTS, idle
 
-pytestmark = pytest.mark.skipif(
-    "GROK1_SLOW_TESTS" not in os.environ, reason="slow; set GROK1_SLOW_TESTS=1"
-)
+pytestmark = slow
 
 RAW = [
     *("NaN", "1e400", "-1", "0", "1", "2", "9223372036854775808", "1.5", "1e-400", "true", "null"),

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 
+from grok1.files import CheckpointError
 from grok1.server import events as events_module
 from grok1.server import running
 from grok1.server.core import Server
@@ -457,8 +459,40 @@ def test_a_model_that_cannot_be_loaded_ends_the_program(capsys):
         running.run(make, running.HttpOptions(port=0))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match="is the port taken"):
-            running.run(lambda: time.sleep(60), running.HttpOptions(port=port))
+        loads = []
+        with pytest.raises(OSError, match=rf"^127.0.0.1:{port}: .*in use; give another port"):
+            running.run(lambda: loads.append(1), running.HttpOptions(port=port))
+        assert not loads
+    assert not capsys.readouterr().err.count("in use")
+
+
+def test_a_signal_before_it_is_ready_ends_it_at_once(monkeypatch):
+    statuses, may_load = [], threading.Event()
+    monkeypatch.setattr(running, "do_not_wait", statuses.append)
+
+    def interrupt(one, number):
+        while one.port is None:
+            time.sleep(0.01)
+        one.handle_exit(number, None)
+
+    for number, ending in ((2, KeyboardInterrupt), (15, SystemExit)):
+        one = running.Running(may_load.wait, running.HttpOptions(port=0))
+        threading.Thread(target=interrupt, args=(one, number)).start()
+        with pytest.raises(ending):
+            one.run_all()
+    assert statuses == [130, 143]
+    may_load.set()
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "pipe"])
+def test_a_file_of_keys_that_is_none_is_said_by_name(tmp_path, kind):
+    path = tmp_path / "keys"
+    if kind == "directory":
+        path.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"keys: "):
+        running.HttpOptions(api_key_file=path).app()
 
 
 def test_clients_at_once(http, server):

@@ -17,6 +17,7 @@ from grok1.engine.sampling import SamplingParams
 from grok1.generate.request import Request, Wishes
 from grok1.server.links import Connection, _packed, _unpacked
 from tests.conftest import TOY
+from tests.helpers import slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -85,7 +86,7 @@ def start(count: int, num_devices: int, port: int) -> list[subprocess.Popen]:
     ]
 
 
-@pytest.mark.skipif("GROK1_SLOW_TESTS" not in os.environ, reason="slow; set GROK1_SLOW_TESTS=1")
+@slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP])
 def test_processes_answer_as_one_and_end_together(how, toy):
     with socket.create_server(("127.0.0.1", 0)) as free:
