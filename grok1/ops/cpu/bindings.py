@@ -39,7 +39,7 @@ _LOG_PROBABILITIES = "grok1_log_probabilities"
 _USE_THREADS = "grok1_use_threads"
 _LOCK = threading.Lock()
 _TURNED_OFF = threading.Event()
-# Layer, expert, the next one, where to write the addresses; see kernels.cc.
+# Layer, expert, the next one, where to write the addresses; see layers.cc.
 _FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_int32,) * 3, ctypes.POINTER(ctypes.c_size_t))
 
 

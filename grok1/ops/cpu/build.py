@@ -129,15 +129,36 @@ def _compile(compiler: str, library: str):
     # Compilers disagree on which of the two options means "this processor".
     for target in ("-march=native", "-mcpu=native"):
         command = [compiler, *_FLAGS, target, "-pthread", f"-I{jax.ffi.include_dir()}"]
-        result = subprocess.run(
-            [*command, str(_SOURCES / "kernels.cc"), "-o", library],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
-        if result.returncode == 0:
+        objects = {str(path): f"{library}.{path.stem}.o" for path in sorted(_SOURCES.glob("*.cc"))}
+        # Side by side, since one takes as long as the other.
+        error = _error_of([[*command, "-c", path, "-o", made] for path, made in objects.items()])
+        error = error or _error_of([[*command, *objects.values(), "-o", library]])
+        if error is None:
             return
-    lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-    message = next((line for line in lines if "error" in line), lines[-1])
-    raise UnavailableError(f"{compiler} failed: {message}")
+    raise UnavailableError(f"{compiler} failed: {error}")
+
+
+def _error_of(commands: Sequence[Sequence[str]]) -> str | None:
+    """Runs commands side by side; returns what the first that fails says, in one line."""
+    running: list[subprocess.Popen] = []
+    try:
+        for command in commands:
+            running.append(
+                subprocess.Popen(
+                    command,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    encoding="utf-8",
+                    errors="replace",
+                )
+            )
+        outputs = [process.communicate()[1] for process in running]
+    except BaseException:
+        for process in running:
+            process.kill()
+        raise
+    for process, output in zip(running, outputs, strict=True):
+        if process.returncode != 0:
+            lines = output.strip().splitlines() or [f"exit status {process.returncode}"]
+            return next((line for line in lines if "error" in line), lines[-1])
+    return None

@@ -1,34 +1,12 @@
-// The kernels as XLA sees them. Everything is row-major, as XLA holds it; a stack of matrices is
-// read in place, whichever of them is asked for.
+// What follows the layers, as XLA sees it: the most probable token, draws, and log-probabilities.
 
-#include <cstring>
-#include <string>
-
-#include "attention.h"
+#include "buffers.h"
 #include "draw.h"
-#include "experts.h"
 #include "log_probabilities.h"
-#include "matmul.h"
 #include "most_probable.h"
 #include "sample.h"
-#include "weights.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
-
-ffi::Error Attention(Pool pool, Floats query, Floats keys, Floats values, Integers layer,
-                     Integers slots, Integers positions, float scale, float soft_cap,
-                     FloatsOut out) {
-  auto sizes = query.dimensions(), cache_sizes = keys.dimensions();
-  int64_t number = layer.typed_data()[0];
-  if (number < 0 || number >= cache_sizes[0]) return no_such_matrix(number, cache_sizes[0]);
-  int64_t start = number * (keys.element_count() / cache_sizes[0]);
-  grok1::attend(pool, {query.typed_data(), keys.typed_data() + start, values.typed_data() + start,
-                       slots.typed_data(), positions.typed_data(), out->typed_data(),
-                       cache_sizes[1], sizes[0], sizes[1], sizes[2], sizes[3], cache_sizes[3],
-                       sizes[4], scale, soft_cap});
-  return ffi::Error::Success();
-}
 
 grok1::ScreenedTable screened_table(Floats& rows, Values& values, Floats& scales,
                                     Floats& uncertainty, Flags& allowed) {
@@ -94,101 +72,6 @@ ffi::Error LogProbabilities(Pool pool, Floats logits, Integers tokens, FloatsOut
 }
 
 }  // namespace
-
-extern "C" __attribute__((visibility("default"))) void grok1_use_threads(int64_t number) {
-  grok1::allowed_threads().store(number);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_quantized_matmul, QuantizedMatmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Values>()
-                                  .Arg<Scales>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_experts, Experts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Values>()
-                                  .Arg<Scales>()
-                                  .Arg<Values>()
-                                  .Arg<Scales>()
-                                  .Arg<Values>()
-                                  .Arg<Scales>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Arg<Floats>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_fetched_experts, FetchedExperts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Handle>()
-                                  .Arg<Scales>()
-                                  .Arg<Scales>()
-                                  .Arg<Scales>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Arg<Floats>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_int4_matmul, Int4Matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Bytes>()
-                                  .Arg<Bytes>()
-                                  .Arg<Halves>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_int4_experts, Int4Experts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Bytes>()
-                                  .Arg<Bytes>()
-                                  .Arg<Halves>()
-                                  .Arg<Bytes>()
-                                  .Arg<Bytes>()
-                                  .Arg<Halves>()
-                                  .Arg<Bytes>()
-                                  .Arg<Bytes>()
-                                  .Arg<Halves>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Arg<Floats>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_int4_fetched_experts, Int4FetchedExperts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Handle>()
-                                  .Arg<Words>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Arg<Floats>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_attention, Attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<Pool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Arg<Integers>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap")
-                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_most_probable, MostProbable,
                               ffi::Ffi::Bind()

@@ -1,31 +1,22 @@
-// Products with quantised weights as XLA sees them: one matrix of a stack, and a layer's experts.
-
-#pragma once
+// What layers consist of, as XLA sees it: products with quantised weights, one matrix of a stack,
+// a layer's experts, and attention. Everything is row-major, as XLA holds it; a stack of matrices is
+// read in place, whichever of them is asked for.
 
 #include <algorithm>
 #include <cstring>
 #include <string>
 
+#include "attention.h"
+#include "buffers.h"
 #include "experts.h"
 #include "matmul.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
 
-namespace ffi = xla::ffi;
-
-using Pool = ffi::ThreadPool;
-using Floats = ffi::Buffer<ffi::F32>;
-using Values = ffi::Buffer<ffi::S8>;
-using Scales = ffi::Buffer<ffi::BF16>;
-using Bytes = ffi::Buffer<ffi::U8>;
-using Halves = ffi::Buffer<ffi::F16>;
-using Integers = ffi::Buffer<ffi::S32>;
-using Flags = ffi::Buffer<ffi::PRED>;
-using Handle = ffi::Buffer<ffi::U32>;
-using Words = ffi::Buffer<ffi::U32>;
-using FloatsOut = ffi::ResultBuffer<ffi::F32>;
-using IntegersOut = ffi::ResultBuffer<ffi::S32>;
+ffi::Error no_such_matrix(int64_t number, int64_t count) {
+  return ffi::Error::InvalidArgument("matrix " + std::to_string(number) + " of a stack of " +
+                                     std::to_string(count));
+}
 
 // The arrays of a quantised weight, as they come from XLA and as the kernels take them.
 struct Int8 {
@@ -64,11 +55,6 @@ int64_t num_matrices(const Weight& weight) {
   int64_t number = 1;
   for (size_t axis = 0; axis + 2 < sizes.size(); ++axis) number *= sizes[axis];
   return number;
-}
-
-ffi::Error no_such_matrix(int64_t number, int64_t count) {
-  return ffi::Error::InvalidArgument("matrix " + std::to_string(number) + " of a stack of " +
-                                     std::to_string(count));
 }
 
 template <typename Weight>
@@ -224,4 +210,113 @@ ffi::Error Int4FetchedExperts(Pool pool, Floats x, Handle handle, Words sizes, I
                         expert_of);
 }
 
+ffi::Error Attention(Pool pool, Floats query, Floats keys, Floats values, Integers layer,
+                     Integers slots, Integers positions, float scale, float soft_cap,
+                     FloatsOut out) {
+  auto sizes = query.dimensions(), cache_sizes = keys.dimensions();
+  int64_t number = layer.typed_data()[0];
+  if (number < 0 || number >= cache_sizes[0]) return no_such_matrix(number, cache_sizes[0]);
+  int64_t start = number * (keys.element_count() / cache_sizes[0]);
+  grok1::attend(pool, {query.typed_data(), keys.typed_data() + start, values.typed_data() + start,
+                       slots.typed_data(), positions.typed_data(), out->typed_data(),
+                       cache_sizes[1], sizes[0], sizes[1], sizes[2], sizes[3], cache_sizes[3],
+                       sizes[4], scale, soft_cap});
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) void grok1_use_threads(int64_t number) {
+  grok1::allowed_threads().store(number);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_quantized_matmul, QuantizedMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Values>()
+                                  .Arg<Scales>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_experts, Experts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Values>()
+                                  .Arg<Scales>()
+                                  .Arg<Values>()
+                                  .Arg<Scales>()
+                                  .Arg<Values>()
+                                  .Arg<Scales>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_fetched_experts, FetchedExperts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Handle>()
+                                  .Arg<Scales>()
+                                  .Arg<Scales>()
+                                  .Arg<Scales>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_int4_matmul, Int4Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Bytes>()
+                                  .Arg<Bytes>()
+                                  .Arg<Halves>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_int4_experts, Int4Experts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Bytes>()
+                                  .Arg<Bytes>()
+                                  .Arg<Halves>()
+                                  .Arg<Bytes>()
+                                  .Arg<Bytes>()
+                                  .Arg<Halves>()
+                                  .Arg<Bytes>()
+                                  .Arg<Bytes>()
+                                  .Arg<Halves>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_int4_fetched_experts, Int4FetchedExperts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Handle>()
+                                  .Arg<Words>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
