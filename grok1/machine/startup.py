@@ -57,7 +57,7 @@ def start_jax() -> None:
         jax.devices()
     # JAX's own words where a plugin is there and fails; where there is none it has no words.
     except (AssertionError, RuntimeError) as error:
-        platforms = jax.config.jax_platforms
+        platforms = jax.config.values["jax_platforms"]
         raise RuntimeError(
             f"JAX cannot start on the platform that is asked for, JAX_PLATFORMS={platforms}: "
             f"{str(error).partition(' (set JAX_PLATFORMS')[0] or 'it has no plugin for that'}; "

@@ -284,7 +284,7 @@ def _connect(mesh: Mesh) -> Connection:
 def _packed(request: Request) -> dict[str, Any]:
     """What another process has to know of a request."""
     allowed = request.allowed
-    packed = None if allowed is None else base64.b64encode(np.packbits(allowed)).decode()
+    packed = None if allowed is None else base64.b64encode(np.packbits(allowed).tobytes()).decode()
     wishes = None
     if request.wishes is not None:
         # As pairs: JSON's keys are texts.

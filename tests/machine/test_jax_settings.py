@@ -61,7 +61,9 @@ def computed(model, directory) -> dict[str, np.ndarray]:
     grok1.save(model, directory)
     random = grok1.random_model(TINY, mesh=(1, 2), seed=0)
     return {
-        "random": np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(random.params)]),
+        "random": np.concatenate(
+            [np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(random.params))]
+        ),
         "greedy": np.array(greedy.tokens),
         "drawn": np.array(drawn.tokens),
         "log-probabilities": np.array(drawn.logprobs),
