@@ -28,6 +28,7 @@ class Slots:
 
     Attributes:
       num_slots: How many there are.
+      num_groups: Devices, or groups of them, that hold slots of their own.
     """
 
     def __init__(self, num_slots: int, num_groups: int):
@@ -37,7 +38,7 @@ class Slots:
           num_slots: A multiple of the groups.
           num_groups: Devices, or groups of them, that hold slots of their own.
         """
-        self.num_slots, self._num_groups = num_slots, num_groups
+        self.num_slots, self.num_groups = num_slots, num_groups
         self._of_group = num_slots // num_groups
         starts = range(0, num_slots, self._of_group)
         self._free = [list(range(start, start + self._of_group)) for start in starts]
@@ -47,14 +48,18 @@ class Slots:
         """How many are free."""
         return sum(map(len, self._free))
 
+    def group(self, slot: int) -> int:
+        """Returns the group that has a slot."""
+        return slot // self._of_group
+
     def take(self) -> int:
         """Takes the first free slot of the group that has the most; there must be one."""
-        group = max(range(self._num_groups), key=lambda n: (len(self._free[n]), -n))
+        group = max(range(self.num_groups), key=lambda n: (len(self._free[n]), -n))
         return heapq.heappop(self._free[group])
 
     def give_back(self, slot: int) -> None:
         """Frees a slot that was taken."""
-        heapq.heappush(self._free[slot // self._of_group], slot)
+        heapq.heappush(self._free[self.group(slot)], slot)
 
     def layout(self, slots: Sequence[int], row_counts: Sequence[int]) -> Layout:
         """Lays out the rows of a call.
@@ -64,15 +69,15 @@ class Slots:
           row_counts: Numbers of rows that there are programs for, ascending multiples of the
             groups; the last is for all slots.
         """
-        by_group: list[list[int]] = [[] for _ in range(self._num_groups)]
+        by_group: list[list[int]] = [[] for _ in range(self.num_groups)]
         for place, slot in enumerate(slots):
-            by_group[slot // self._of_group].append(place)
-        most = max(map(len, by_group)) * self._num_groups
+            by_group[self.group(slot)].append(place)
+        most = max(map(len, by_group)) * self.num_groups
         num_rows = next(count for count in row_counts if count >= most)
         laid_out = np.full(num_rows, self.num_slots, np.int32)
         rows = np.zeros(len(slots), np.int32)
         for group, places in enumerate(by_group):
-            first = group * num_rows // self._num_groups
+            first = group * num_rows // self.num_groups
             rows[places] = np.arange(first, first + len(places))
         laid_out[rows] = slots
         return Layout(laid_out, rows)

@@ -219,7 +219,9 @@ class Scheduler:
         if not self._prefilling:
             return False
         assert self._state is not None
-        self._state, ran = self._prefill.run(self._state, self._prefilling, self._slots)
+        self._state, ran = self._prefill.run(
+            self._state, self._prefilling, self._slots, len(self._decoding)
+        )
         for running in ran:
             self._prefilling.remove(running)
             self._sort(running)

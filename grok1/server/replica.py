@@ -25,7 +25,8 @@ class Sizes:
       num_slots: Most requests that run side by side.
       capacity: Most tokens of a request.
       row_counts: Numbers of rows that decode steps run, beside `num_slots`.
-      chunk: Tokens of a prompt that a turn runs.
+      chunk: Tokens of a prompt that a turn runs, unless it is at its end.
+      turn_tokens: Most tokens of several prompts that a turn runs while others decode.
       prefix_tokens: Tokens of prompts that are kept.
     """
 
@@ -34,6 +35,7 @@ class Sizes:
     row_counts: tuple[int, ...]
     chunk: int
     prefix_tokens: int
+    turn_tokens: int = 0
 
 
 class Plan(NamedTuple):
@@ -66,7 +68,7 @@ class Replica:
             sizes.num_slots,
             sizes.capacity,
             sizes.row_counts,
-            prefill=OnGrid(engine, sizes.chunk, self.num_top, self.store),
+            prefill=OnGrid(engine, sizes.chunk, self.num_top, self.store, sizes.turn_tokens),
         )
         self._requests: dict[int, Request] = {}
 

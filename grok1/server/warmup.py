@@ -40,7 +40,7 @@ def prepared(
 
     Args:
       engine: The model.
-      sizes: Of the server, the chunk left open.
+      sizes: Of the server, the chunk and the tokens of a turn left open.
       chunk: That of a turn; None to measure it.
       max_stall: The longest pause between two tokens of a request, in seconds.
       goes_on: Asked between two programs, whether the next is wanted.
@@ -49,17 +49,19 @@ def prepared(
       GivenUpError: If it is not.
     """
     agree("serve", lambda: {**dataclasses.asdict(sizes), "chunk": chunk}, engine.mesh)
-    found = chunk_for(engine, sizes, max_stall) if chunk is None else chunk
-    sizes = dataclasses.replace(sizes, chunk=min(found, sizes.capacity // 2))
+    found, most = chunks_for(engine, sizes, max_stall) if chunk is None else (chunk, chunk)
+    found = min(found, sizes.capacity // 2)
+    sizes = dataclasses.replace(sizes, chunk=found, turn_tokens=max(found, most))
     replica = Replica(engine, sizes)
     compile_all(replica, sizes, goes_on)
     return sizes, replica
 
 
-def chunk_for(engine: Engine, sizes: Sizes, max_stall: float) -> int:
-    """Returns the longest chunk that takes no more than its share of a pause.
+def chunks_for(engine: Engine, sizes: Sizes, max_stall: float) -> tuple[int, int]:
+    """Returns the longest chunk that takes no more than its share of a pause, and how many tokens.
 
-    It is measured where it takes longest, behind a text that fills a slot.
+    It is measured where it takes longest, behind a text that fills a slot. That many tokens would
+    take the share if there were a chunk of theirs.
 
     Args:
       engine: The model.
@@ -70,7 +72,8 @@ def chunk_for(engine: Engine, sizes: Sizes, max_stall: float) -> int:
     state = engine.new_state(np.zeros((sizes.num_slots, sizes.capacity), np.int32))
     slots = np.full(groups, sizes.num_slots, np.int32)
     slots[0] = 0
-    best = CHUNK_LENGTHS[0]
+    best = most = CHUNK_LENGTHS[0]
+    time_of_best = 0.0
     for chunk in CHUNK_LENGTHS:
         if chunk > sizes.capacity // 2:
             break
@@ -92,9 +95,12 @@ def chunk_for(engine: Engine, sizes: Sizes, max_stall: float) -> int:
         said = exchange("the time of a chunk", lambda own=own: {"took": own}, engine.mesh)
         longest = max(float(words["took"]) for words in (said or {0: {"took": own}}).values())
         if longest > _SHARE * max_stall:
+            share = (_SHARE * max_stall - time_of_best) / (longest - time_of_best)
+            most = best + int(max(0.0, share) * (chunk - best))
             break
-        best = chunk
-    return best
+        best = most = chunk
+        time_of_best = longest
+    return best, most
 
 
 def compile_all(replica: Replica, sizes: Sizes, goes_on: Callable[[], bool]) -> None:
@@ -130,6 +136,9 @@ def _requests(replica: Replica, sizes: Sizes) -> Iterator[list[Request]]:
     for scores in (False, True):
         for length in lengths:
             yield [_prompt(length, scores)]
+    for length in lengths:
+        # Two ends of prompts, that run side by side.
+        yield [_prompt(length * 3 // 4, False) for _ in range(min(2, sizes.num_slots))]
     # Once more, so that what was kept is found.
     yield [_prompt(sizes.chunk, False)]
 

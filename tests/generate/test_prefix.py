@@ -116,3 +116,23 @@ def test_blocks_that_were_not_used_for_long_make_room(engine):
     runner.scheduler._forget()
     assert reused(request(70)) == 0
     assert runner.store.num_found < runner.store.num_asked
+
+
+def test_ends_of_prompts_run_together_as_far_as_those_that_decode_allow(engine, monkeypatch):
+    calls, run = [], engine.prefill
+
+    def counted(state, num_valid, chunk, slots):
+        calls.append(sorted(num_valid[num_valid > 0].tolist()))
+        return run(state, num_valid, chunk, slots)
+
+    monkeypatch.setattr(engine, "prefill", counted)
+    runner = Runner(engine, 32)
+    runner.run(*(request(7 + n) for n in range(4)))
+    assert calls == [[6, 7, 8, 9]]
+    calls.clear()
+    runner.run(request(1), *(request(7, n) for n in range(3)))
+    assert calls == [[6, 6], [6]]  # 16 tokens a turn
+    calls.clear()
+    # A whole chunk is kept, and what is kept is run alone.
+    runner.run(*(request(20 + n, n) for n in range(2)))
+    assert calls == [[16], [16], [3, 4]]
