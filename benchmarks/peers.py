@@ -3,12 +3,17 @@
 Dimension key: D model dim, K key/value head, S cache capacity, H head dim, E expert, L layer.
 """
 
+import contextlib
+import http.client
 import json
 import operator
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,6 +51,7 @@ class LlamaCpp:
     """
 
     def __init__(self, directory: pathlib.Path | None, gguf: pathlib.Path):
+        self._directory = directory
         self._bench = _program("llama-bench", directory)
         self._batched = _program("llama-batched-bench", directory)
         if not gguf.is_file():
@@ -86,6 +92,36 @@ class LlamaCpp:
         """Returns the tokens per second of reading a prompt of this length."""
         return self._run_bench(threads, "-n", "0", "-p", str(tokens))["avg_ts"]
 
+    @contextlib.contextmanager
+    def serving(self, slots: int, capacity: int, threads: int) -> Iterator[int]:
+        """Runs llama.cpp's server, and says at which port.
+
+        Args:
+          slots: Requests side by side.
+          capacity: Tokens that each of them may have.
+          threads: Threads, and CPUs they may run on.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = ["-np", str(slots), "-c", str(slots * capacity), "--port", str(port)]
+        command = [_program("llama-server", self._directory), *self._common(threads), *arguments]
+        with on_cpus(threads):
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        try:
+            while not _is_healthy(port):
+                if process.poll() is not None:
+                    raise BenchmarkError(
+                        f"{' '.join(command)} ended with status {process.returncode}"
+                    )
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.kill()
+            process.wait()
+
     def _run_bench(self, threads: int | None, *arguments: str) -> dict[str, Any]:
         command = [self._bench, *self._common(threads), *arguments, "-r", "1", "-o", "json"]
         output = _run(command, threads)
@@ -117,6 +153,17 @@ def _program(name: str, directory: pathlib.Path | None) -> str:
             f"{name} is not on the PATH; say with --llama-cpp where llama.cpp's programs are"
         )
     return found
+
+
+def _is_healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _run(command: list[str], threads: int | None) -> str:

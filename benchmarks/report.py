@@ -15,6 +15,10 @@ _OTHER_RATIOS = {
     "greedy": "{:.2f} of greedy decoding",
     "disk": "{:.2f} of reading the files",
     "files": "{:.2f} of the files",
+    "one by one": "{:.2f} of one client",
+    "scheduler": "{:.2f} of the scheduler alone",
+    "llama.cpp server": "{:.2f} of llama.cpp's server",
+    "max_stall": "{:.2f} of the most that is allowed",
     "first process": "{:.0%} of the first",
 }
 

@@ -3,18 +3,22 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pathlib
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import machine
+import numpy as np
+
+from benchmarks import machine, serving
 from benchmarks.machine import BenchmarkError, Worker
 from benchmarks.models import BenchModel
 from benchmarks.peers import LlamaCpp
 
-SECTIONS = ("start", "load", "context", "programs", "profile", "sampler", "decode", "prefill")
+SECTIONS = ("start", "load", "context", "programs", "profile", "sampler", "decode", "prefill",
+            "serve", "pauses")  # fmt: skip
 CPU_SECTIONS = ("start", "load", "context", "sampler", "decode", "prefill")
 ACCELERATOR_SECTIONS = ("programs", "profile", "decode", "prefill")
 """What is measured unless something else is asked; an accelerator's model then needs no files."""
@@ -38,6 +42,8 @@ class Effort:
       steps: Decode steps that a measurement times.
       prefills: Prompt lengths.
       dense_tokens: Tokens of the dense reference in a round.
+      loads: Of a server: tokens of a prompt, tokens that it gets, and how many such requests.
+      long_prompt: Tokens of a prompt that comes in while others run.
     """
 
     repeats: int
@@ -45,12 +51,19 @@ class Effort:
     steps: int
     prefills: tuple[int, ...]
     dense_tokens: int
+    loads: tuple[tuple[int, int, int], ...]
+    long_prompt: int
 
 
 # Prompts: one row from an empty context and 8 rows after 128 tokens are what llama.cpp's programs
 # measure; 32 rows have short prompts because these would take most of the time.
-FULL = Effort(5, {1: 1, 8: 128, 32: 16}, 64, (128, 512, 2048), 2)
-QUICK = Effort(1, {1: 1, 8: 16}, 16, (128,), 1)
+FULL = Effort(5, {1: 1, 8: 128, 32: 16}, 64, (128, 512, 2048), 2,
+              ((8, 32, 32), (128, 64, 16)), 8000)  # fmt: skip
+QUICK = Effort(1, {1: 1, 8: 16}, 16, (128,), 1, ((8, 16, 16),), 600)
+
+CLIENTS = 16
+MAX_STALL = 2.0
+"""Seconds of `Server` where the rate is measured: long chunks, as for work that nobody watches."""
 
 
 @dataclasses.dataclass
@@ -155,6 +168,9 @@ class Suite:
                     for length in lengths
                 },
             )
+        for section, measure in {"serve": self._serve, "pauses": self._pauses}.items():
+            if section in self.sections:
+                yield from self._attempt(section, self._with_model(measure), threads)
         if "decode" in self.sections:
             for other in self.threads[1:] if self.threads else ():
                 yield from self._with_one_model(
@@ -357,6 +373,55 @@ class Suite:
         rate = statistics.median(rounds["roofline"]) * operations / length
         details = {"tokens": length, "operations": operations, "operations_per_second": rate}
         yield self._rate(worker, name, threads, rounds, details)
+
+    def _serve(self, worker: Worker, threads: int | None) -> Iterator[Result]:
+        """Clients of a server side by side, one after the other, and what has no server."""
+        self._say("starting a server")
+        most = max(prompt + tokens for prompt, tokens, _ in self.effort.loads)
+        started = worker.call("serve", slots=CLIENTS, capacity=most, max_stall=MAX_STALL)
+        with contextlib.ExitStack() as stack:
+            other = None
+            if self.llama_cpp and threads:
+                other = stack.enter_context(self.llama_cpp.serving(CLIENTS, most, threads))
+            vocab_size, seeds = self.model.config.vocab_size, itertools.count()
+            for prompt, tokens, number in self.effort.loads:
+
+                def prompts(count, prompt=prompt):
+                    # Others each time: a server finds again what it was asked before.
+                    one = np.random.default_rng(next(seeds))
+                    return one.integers(vocab_size, size=(count, prompt)).tolist()
+
+                def ask(port, clients, count, prompts=prompts, tokens=tokens):
+                    return serving.tokens_per_second(port, prompts(count), tokens, clients)
+
+                def without(prompts=prompts, tokens=tokens, number=number):
+                    return worker.call("scheduler", prompts=prompts(number), tokens=tokens)
+
+                contestants: dict[str, Callable[[], float]] = {
+                    "grok1": functools.partial(ask, started["port"], CLIENTS, number),
+                    "one by one": functools.partial(ask, started["port"], 1, 2),
+                    "scheduler": without,
+                }
+                if other is not None:
+                    contestants["llama.cpp server"] = functools.partial(ask, other, CLIENTS, number)
+                name = f"served, {prompt} in {tokens} out, {CLIENTS} clients"
+                rounds = interleave(
+                    contestants, self.effort.repeats, lambda text, n=name: self._say(f"{n}: {text}")
+                )
+                details = {"requests": number, "max_stall": MAX_STALL, **started["sizes"]}
+                yield self._rate(worker, name, threads, rounds, details)
+
+    def _pauses(self, worker: Worker, threads: int | None) -> Iterator[Result]:
+        """A long prompt beside requests that run, and a short one behind three long ones."""
+        longest = self.model.config.sequence_len - 192
+        length, max_stall = min(self.effort.long_prompt, longest), 0.5
+        self._say(f"a prompt of {length:,} tokens beside two that run")
+        found = worker.call("pauses", length=length, max_stall=max_stall)
+        name = f"longest pause, {length} tokens come in"
+        of_stall = {"max_stall": found["longest"] / max_stall}
+        yield Result(self.model.name, name, found["longest"], "s", threads, of_stall, details=found)
+        name = f"first token behind three prompts of {length}"
+        yield Result(self.model.name, name, found["first"], "s", threads, details=found)
 
     def _programs(self, worker: Worker, threads: int | None) -> Iterator[Result]:
         self._say("compiling for XLA's account of memory")

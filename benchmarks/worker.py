@@ -1,5 +1,6 @@
 """What runs in the child process: commands in, results out, a line of JSON each."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +15,8 @@ import jax
 import numpy as np
 
 import grok1
-from benchmarks import device, machine, workload
+from benchmarks import device, machine, serving, workload
+from benchmarks.machine import BenchmarkError
 from benchmarks.peers import DenseDecoder
 from grok1.ops.cpu import bindings
 
@@ -32,6 +34,7 @@ class Session:
         self._matmul: Any = None
         self._dense: DenseDecoder | None = None
         self._sampler: workload.Sampler | None = None
+        self._served: serving.Served | None = None
         self._sequences: dict[tuple[int, int, str], np.ndarray] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -164,6 +167,22 @@ class Session:
             self._matmul = workload.MatmulRate(self.model.dtype, self._on_cpu)
         return self._matmul()
 
+    def serve(self, slots: int, capacity: int, max_stall: float) -> dict[str, Any]:
+        """Puts the model behind HTTP; says where, and for which sizes."""
+        self._served = serving.Served(
+            self.model, max_slots=slots, capacity=capacity, decode_rows=(1,), max_stall=max_stall
+        )
+        return {"port": self._served.port, "sizes": dataclasses.asdict(self._served.sizes)}
+
+    def scheduler(self, prompts: list[list[int]], tokens: int) -> float:
+        """Tokens per second of the scheduler of the last `serve` alone."""
+        assert self._served
+        return self._served.without(prompts, tokens)
+
+    def pauses(self, length: int, max_stall: float) -> dict[str, Any]:
+        """As `serving.pauses`."""
+        return serving.pauses(self.model, length, max_stall)
+
     def profiles(self, batches: list[int], prefill: int) -> dict[str, Any]:
         """Kernels of two decode steps for each batch, and of a prompt with its first token."""
         found = {}
@@ -252,7 +271,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             reply = {"result": getattr(session, request.pop("command"))(**request)}
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError, BenchmarkError) as error:
             reply = {"error": str(error)}
         print(json.dumps(reply), file=replies, flush=True)
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import http.server
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 import grok1
-from benchmarks import gpu_check, machine, models, peers, report, suite, workload
+from benchmarks import gpu_check, machine, models, peers, report, serving, suite, workload
 from benchmarks.__main__ import cost, parse_arguments, plan
 from benchmarks.device import copies_of, summed
 from benchmarks.machine import BenchmarkError, Worker
@@ -46,6 +49,8 @@ FIGURES = {
         for way in ("decode", "sampled", "greedy with 5 logprobs")
     ],
     "prefill": ["prefill, 128 tokens"],
+    "serve": ["served, 8 in 16 out, 16 clients"],
+    "pauses": ["longest pause, 600 tokens come in", "first token behind three prompts of 600"],
 }
 
 
@@ -442,6 +447,62 @@ def test_llama_cpp_is_asked_for_the_same_work(tmp_path):
     assert "-ngl 0 -t 1 -n 64 -p 0 -r 1" in one
     assert "-ngl 0 -t 1 -c 1536 -npp 128 -ntg 64 -npl 8" in eight
     assert "-t 1 -n 0 -p 512 -r 1" in prefill
+
+
+class Completions(http.server.BaseHTTPRequestHandler):
+    """Answers with the number of tokens that was asked for, or with four."""
+
+    protocol_version = "HTTP/1.1"
+    asked: typing.ClassVar[list] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body["prompt"])
+        answer = json.dumps({"usage": {"completion_tokens": min(4, body["max_tokens"])}}).encode()
+        self.send_response(200 if body["prompt"] != [9] else 503)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_clients_ask_once_for_each_prompt_and_count_the_tokens():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Completions) as server:
+        Completions.asked.clear()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        prompts = [[n, 5] for n in range(7)]
+        assert serving.tokens_per_second(server.server_port, prompts, 4, clients=3) > 0
+        assert sorted(Completions.asked) == prompts
+        with pytest.raises(BenchmarkError, match="5 tokens were asked for, and 4 came"):
+            serving.tokens_per_second(server.server_port, prompts, 5, clients=2)
+        with pytest.raises(BenchmarkError, match=r"port \d+ failed: status 503"):
+            serving.tokens_per_second(server.server_port, [[9]], 4, clients=1)
+        server.shutdown()
+
+
+def test_the_server_of_llama_cpp_runs_as_long_as_it_is_asked(tmp_path):
+    counted = {"build_commit": "a", "model_type": "b", "model_n_params": 1, "avg_ts": 1}
+    peer = peers.LlamaCpp(tmp_path, fake_llama_cpp(tmp_path, f"echo '{json.dumps([counted])}'", ""))
+    with pytest.raises(BenchmarkError, match="has no program llama-server"):
+        peer.serving(2, 64, 1).__enter__()
+    program = tmp_path / "llama-server"
+    program.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/calls; exit 3\n")
+    program.chmod(0o755)
+    with pytest.raises(BenchmarkError, match="ended with status 3"):
+        peer.serving(2, 64, 1).__enter__()
+    assert "-ngl 0 -t 1 -np 2 -c 128 --port" in (tmp_path / "calls").read_text()
+    program.write_text(
+        f"#!{sys.executable}\nimport http.server, sys\n"
+        "class Fine(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+        "    def log_message(self, *_): pass\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[-1])), Fine).serve_forever()\n"
+    )
+    with peer.serving(2, 64, 1) as port:
+        assert peers._is_healthy(port)
+    assert not peers._is_healthy(port)
 
 
 def test_llama_cpp_that_fails_is_quoted(tmp_path):
