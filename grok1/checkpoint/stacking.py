@@ -1,13 +1,15 @@
 """A model in memory, layers stacked, without files: made at random, or taken apart to be saved."""
 
+import functools
+import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from grok1.config import ModelConfig
@@ -74,42 +76,65 @@ def random_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     keys = iter(jax.random.split(key, len(jax.tree.leaves(target))))
 
     def normal(leaf, deviation):
-        make = jax.jit(
-            lambda key: deviation * jax.random.normal(key, leaf.shape),
-            out_shardings=leaf.sharding,
-        )
-        return make(next(keys))
-
-    def ones(leaf):
-        return jax.jit(lambda: jnp.ones(leaf.shape), out_shardings=leaf.sharding)()
+        return _normal(leaf.shape, deviation, leaf.sharding)(next(keys))
 
     def weight(leaf, num_groups):
         if not isinstance(leaf, QuantizedArray):
-            return ones(leaf) if len(leaf.shape) == 2 else normal(leaf, leaf.shape[-2] ** -0.5)
-        size = 1 / (_INT8_DEVIATION * leaf.shape[-2] ** 0.5)
-
-        def values_of_layer(key):
-            bits = _hashed_positions(jax.random.key_data(key), leaf.shape[1:]).astype(jnp.uint8)
-            return jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
-
-        def scales(key):
-            *lead, refined, columns = leaf.scales.shape
-            shape = (*lead, num_groups, columns)
-            drawn = jax.random.uniform(key, shape, minval=0.5 * size, maxval=1.5 * size)
-            return refine_groups(drawn.astype(jnp.bfloat16), refined)
-
-        make_values = jax.jit(
-            lambda key: jax.lax.map(values_of_layer, jax.random.split(key, config.num_layers)),
-            out_shardings=leaf.values.sharding,
-        )
-        make_scales = jax.jit(scales, out_shardings=leaf.scales.sharding)
-        return QuantizedArray(make_values(next(keys)), make_scales(next(keys)))
+            if len(leaf.shape) == 2:
+                return _ones(leaf.shape, leaf.sharding)()
+            return normal(leaf, leaf.shape[-2] ** -0.5)
+        values = _values(leaf.values.shape, leaf.values.sharding)
+        scales = _scales(leaf.scales.shape, num_groups, leaf.shape[-2], leaf.scales.sharding)
+        return QuantizedArray(values(next(keys)), scales(next(keys)))
 
     return Params(
         embedding=normal(target.embedding, 1 / config.embedding_multiplier_scale),
         layers=jax.tree.map(weight, target.layers, groups, is_leaf=is_quantized),
-        final_norm=ones(target.final_norm),
+        final_norm=_ones(target.final_norm.shape, target.final_norm.sharding)(),
     )
+
+
+# Weights of one shape, in this model and in others, are made by one program.
+_once = functools.lru_cache(maxsize=64)
+
+
+@_once
+def _normal(shape: tuple[int, ...], deviation: float, sharding: Sharding) -> Callable:
+    return jax.jit(
+        lambda key: deviation * jax.random.normal(key, shape, jnp.float32), out_shardings=sharding
+    )
+
+
+@_once
+def _ones(shape: tuple[int, ...], sharding: Sharding) -> Callable:
+    return jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=sharding)
+
+
+@_once
+def _values(shape: tuple[int, ...], sharding: Sharding) -> Callable:
+    def of_layer(key):
+        bits = _hashed_positions(jax.random.key_data(key), shape[1:]).astype(jnp.uint8)
+        return jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
+
+    return jax.jit(
+        lambda key: jax.lax.map(of_layer, jax.random.split(key, shape[0])), out_shardings=sharding
+    )
+
+
+@_once
+def _scales(shape: tuple[int, ...], num_groups: int, rows: int, sharding: Sharding) -> Callable:
+    *lead, refined, columns = shape
+    size = 1 / (_INT8_DEVIATION * rows**0.5)
+
+    def scales(key):
+        # Drawn as one row, whose numbers are the same: XLA takes five times as long to compile
+        # draws of four axes.
+        count = math.prod(lead) * num_groups * columns
+        drawn = jax.random.uniform(key, (count,), jnp.float32, 0.5 * size, 1.5 * size)
+        drawn = drawn.astype(jnp.bfloat16).reshape(*lead, num_groups, columns)
+        return refine_groups(drawn, refined)
+
+    return jax.jit(scales, out_shardings=sharding)
 
 
 def _hashed_positions(seed: Array, shape: tuple[int, ...]) -> Array:
