@@ -33,6 +33,7 @@ from grok1.engine.steps import (
     Step,
     greedy_head,
     logits_head,
+    measured_head,
     no_head,
     one_step,
     sampling_head,
@@ -46,7 +47,13 @@ from grok1.nn.decoder import Captures
 from grok1.nn.precision import default_cache_dtype
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, specs_of
 from grok1.nn.transformer import Params
-from grok1.nn.unembedding import ScreeningTable, TokenStatistics, screening_table
+from grok1.nn.unembedding import (
+    Remainders,
+    ScreeningTable,
+    TokenStatistics,
+    remainders,
+    screening_table,
+)
 from grok1.ops import forms
 
 _MOST_STEPS = 8  # of a call that decodes: what the host costs is an eighth then
@@ -306,9 +313,25 @@ class EngineBase:
         use_huge_pages(table)
         return table
 
+    @functools.cached_property
+    def remainders(self) -> Remainders:
+        """What is read beside the `screening_table`, if there is one, for log-probabilities."""
+        if self._root is not self:
+            return self._root.remainders
+        table = self.screening_table
+        spec = specs_of(self.weights).params.embedding
+        make = self._programs.per_device(
+            remainders, (spec, specs_of(table)), Remainders(spec, P(spec[0]))
+        )
+        key = Key(kind=Kind.REMAINDERS)
+        program = self._programs.get(key, lambda: self._programs.compiled(key, jax.jit(make)))
+        made = program(self.params.embedding, table)
+        use_huge_pages(made)
+        return made
+
     @property
     def screens_draws(self) -> bool:
-        """Whether `decode` reads the `screening_table` where nothing but tokens is wanted."""
+        """Whether `decode` reads the `screening_table` where nothing changes the logits."""
         return self.mesh.shape[MODEL_AXIS] == 1 and self.screening_table is not None
 
     def abstract_rows(self, num_rows: int) -> Rows:
@@ -376,19 +399,27 @@ class EngineBase:
             specs = (*specs, Adjustment(*(ROWS,) * len(Adjustment._fields)))
         return self._decode_step(key, sampling_head(num_top, processor), specs)
 
-    def screened_program(self, masks_differ: bool = False):
-        """As `decode_program` where `screens_draws`, with the table before the allowed tokens."""
+    def screened_program(self, num_top: int | None = None, masks_differ: bool = False):
+        """As `decode_program` where `screens_draws`.
+
+        Before the allowed tokens it takes the `screening_table`, for log-probabilities a pair of
+        that and the `remainders`.
+        """
         key = Key(
             kind=Kind.DECODE,
             length=1,
             capture=self.capture,
+            num_top=num_top,
             masks_differ=masks_differ,
             is_screened=True,
         )
         sampling = SamplingState(*(ROWS,) * len(SamplingState._fields))
         table = specs_of(self.screening_table)
         masks = ROWS if masks_differ else P()
-        return self._decode_step(key, screened_head, (table, masks, sampling))
+        if num_top is None:
+            return self._decode_step(key, screened_head, (table, masks, sampling))
+        tables = table, specs_of(self.remainders)
+        return self._decode_step(key, measured_head(num_top), (tables, masks, sampling))
 
     def greedy_program(self, masks_differ: bool = False):
         """The program behind `decode_greedily`; `masks_differ` as for `decode_program`."""

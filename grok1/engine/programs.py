@@ -58,6 +58,7 @@ class Kind(enum.Enum):
     EMPTY_CACHE = "empty cache"
     REQUEST_KEYS = "request keys"
     SCREENING_TABLE = "screening table"
+    REMAINDERS = "screening table's remainders"
     ASSIGN = "assign"
     PREFILL = "prefill"
     SCORE = "score"

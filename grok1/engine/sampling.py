@@ -210,6 +210,38 @@ def sample_screened(
     return bindings.draw(x, table, factor, allowed, parameters)
 
 
+def sample_measured(
+    x: Float[Array, "B D"],
+    table: tuple[Array, Array, Array, Array, Array],
+    factor: float,
+    draws: tuple[Bool[Array, "... V"], SamplingState, Int[Array, " B"]],
+    num_top: int,
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    """As `sample_screened`, with what `top_logprobs` returns of the same logits; on CPUs.
+
+    The logits of the tokens that are reported are float32, and so is the part of the probable ones
+    in the sum of all; the others come into that from 16 bits of each number, rounded at random.
+
+    Args:
+      x: The final norm's output.
+      table: The embedding, values and scales of its `screening_table`, and the parts of its
+        `remainders`.
+      factor: Above 0.
+      draws: `allowed`, `state` and `positions` of `sample_screened`.
+      num_top: How many of the most probable tokens to report.
+
+    Returns:
+      The tokens, their log-probabilities, the most probable tokens and theirs.
+
+    Raises:
+      ValueError: As `sample`.
+    """
+    _check_vocabulary(len(table[0]))
+    allowed, state, positions = draws
+    parameters = bindings.RowParameters(**state._asdict(), positions=positions)
+    return bindings.draw_measured(x, table, factor, (allowed, parameters), num_top)
+
+
 def _check_vocabulary(size: int) -> None:
     if size > race.MOST_TOKENS:
         raise ValueError(

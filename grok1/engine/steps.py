@@ -25,11 +25,13 @@ from grok1.engine.sampling import (
     PROCESSED_NOT_FINITE,
     SamplingState,
     sample,
+    sample_measured,
     sample_screened,
     top_logprobs,
 )
 from grok1.nn.sharding import DATA_AXIS
 from grok1.nn.unembedding import (
+    Remainders,
     ScreeningTable,
     TokenStatistics,
     most_probable,
@@ -118,9 +120,9 @@ class Draw(NamedTuple):
     adjustment: Adjustment | None = None
 
     @property
-    def wants_tokens_alone(self) -> bool:
-        """Whether they are drawn from the logits as they are, and nothing else is wanted."""
-        return self.num_top is None and self.processor is None and self.adjustment is None
+    def takes_logits_as_they_are(self) -> bool:
+        """Whether nothing changes the logits before the draw, or needs them all."""
+        return self.processor is None and self.adjustment is None
 
 
 class LastHidden(NamedTuple):
@@ -241,7 +243,7 @@ def screened_head(
     allowed: Bool[Array, "*R vocab"],
     sampling: SamplingState,
 ) -> tuple[DecodeState, Step]:
-    """As `sampling_head` without log-probabilities, by way of the `ScreeningTable`."""
+    """As `sampling_head` without log-probabilities or processor, by way of the `ScreeningTable`."""
     drawn = sample_screened(
         hidden.values[:, 0],
         (hidden.embedding, *table),
@@ -251,6 +253,30 @@ def screened_head(
         lengths(state, rows.slots),
     )
     return _advanced(state, rows, drawn), _without_logprobs(drawn)
+
+
+def measured_head(num_top: int) -> Head:
+    """Returns the head that draws as `screened_head` does, with log-probabilities."""
+
+    def draw(
+        hidden: LastHidden,
+        state: DecodeState,
+        rows: Rows,
+        tables: tuple[ScreeningTable, Remainders],
+        allowed: Bool[Array, "*R vocab"],
+        sampling: SamplingState,
+    ) -> tuple[DecodeState, Step]:
+        table, remainders = tables
+        step = sample_measured(
+            hidden.values[:, 0],
+            (hidden.embedding, table.values, table.scales, *remainders),
+            hidden.config.output_multiplier_scale,
+            (allowed, sampling, lengths(state, rows.slots)),
+            num_top,
+        )
+        return _advanced(state, rows, step[0]), Step(*step)
+
+    return draw
 
 
 def one_step(head: Head) -> Head:

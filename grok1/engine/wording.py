@@ -17,7 +17,7 @@ def in_words(interventions: Sequence[Any], key: Key, *args: Any) -> str:
       key: What it is compiled for.
       *args: The arguments.
     """
-    if key.kind in (Kind.SCREENING_TABLE, Kind.REQUEST_KEYS):
+    if key.kind in (Kind.SCREENING_TABLE, Kind.REMAINDERS, Kind.REQUEST_KEYS):
         return f"the {key.kind.value}"
     if key.kind == Kind.ASSIGN:
         batch, capacity = args[0].tokens.shape

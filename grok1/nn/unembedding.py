@@ -2,13 +2,14 @@
 
 Per device, inside `jax.shard_map`, as `decoder`. The embedding is also the head; as float32 it
 would be a good part of what a small model reads for a token. Where only the largest logit is
-wanted, an int8 copy rules out all but a few rows, and those are compared in float32. Where tokens
-are given, their statistics are all that leaves the devices, and logits exist for some rows at a
-time.
+wanted, or a draw, an int8 copy rules out all but a few rows, and those are compared in float32;
+log-probabilities of what is drawn read a second byte of each number. Where tokens are given, their
+statistics are all that leaves the devices, and logits exist for some rows at a time.
 
 Dimension key: M row, V vocabulary rows held here, D model dim.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +40,28 @@ class ScreeningTable(NamedTuple):
     uncertainty: Any
 
 
+class Remainders(NamedTuple):
+    """What a `ScreeningTable` leaves out, in int8.
+
+    Attributes:
+      values: int8 `[V, D]`; `scales * (table.values + values / 254)` is closer to the embedding.
+        Each was rounded up or down at random, so that the mean of its error is 0.
+      uncertainty: float32 `[V]`; as the table's, of the product with both.
+    """
+
+    values: Any
+    uncertainty: Any
+
+
+REMAINDER_STEPS = 254
+"""Steps of a `Remainders` in one of its `ScreeningTable`: half a step of the latter is 127."""
+
+
 def screening_table(embedding: Float[Array, "V D"]) -> ScreeningTable:
     """Copies an embedding to int8, one scale a row, and bounds what is lost (Cauchy-Schwarz)."""
     width = embedding.shape[1]
 
-    def copy(rows):
+    def copy(start, rows):
         scales = jnp.abs(rows).max(axis=-1) / 127
         divisor = jnp.where(scales == 0, 1, scales)[:, None]
         values = jnp.clip(jnp.round(rows / divisor), -127, 127)
@@ -53,25 +71,59 @@ def screening_table(embedding: Float[Array, "V D"]) -> ScreeningTable:
         rounding = width * jnp.finfo(jnp.float32).eps * jnp.linalg.norm(kept, axis=-1)
         return ScreeningTable(values.astype(jnp.int8), scales, 1.001 * (lost + rounding))
 
-    # In blocks, so that the float32 copies in between take little memory.
-    num_blocks = -(-len(embedding) // _TABLE_BLOCK)
-    block = min(_TABLE_BLOCK, len(embedding))
+    return _in_blocks(copy, embedding)
+
+
+def remainders(embedding: Float[Array, "V D"], table: ScreeningTable) -> Remainders:
+    """Copies to int8 what a `screening_table` leaves out, and bounds what both leave out."""
+    width = embedding.shape[1]
+
+    def copy(start, rows, values, scales):
+        divisor = jnp.where(scales == 0, 1, scales)[:, None]
+        values = values.astype(jnp.float32)
+        steps = (rows / divisor - values) * REMAINDER_STEPS
+        rounded = jnp.clip(jnp.floor(steps + _dither(start, steps.shape)), -127, 127)
+        kept = (values + rounded / REMAINDER_STEPS) * scales[:, None]
+        lost = jnp.linalg.norm(rows - kept, axis=-1)
+        # The kernel adds up 16 or more sums in turns: so many units in the last place.
+        added = (width / 16 + 32) * jnp.finfo(jnp.float32).eps
+        rounding = added * jnp.linalg.norm(kept, axis=-1)
+        return Remainders(rounded.astype(jnp.int8), 1.001 * (lost + rounding))
+
+    return _in_blocks(copy, embedding, table.values, table.scales)
+
+
+def _dither(start: Int[Array, ""], shape: tuple[int, int]) -> Float[Array, "rows D"]:
+    """Numbers from 0 to 1 for rows from `start` on, the same on every device and at any time."""
+    rows = start.astype(jnp.uint32) + jnp.arange(shape[0], dtype=jnp.uint32)
+    bits = rows[:, None] * shape[1] + jnp.arange(shape[1], dtype=jnp.uint32)
+    # MurmurHash3's finaliser (Appleby, 2008).
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    bits ^= bits >> 16
+    return (bits >> 8).astype(jnp.float32) * 2**-24
+
+
+def _in_blocks(copy: Callable[..., Any], *arrays: Array) -> Any:
+    """Applies `copy(start, *rows)` to some rows at a time, so that float32 between takes little."""
+    num_rows = len(arrays[0])
+    num_blocks = -(-num_rows // _TABLE_BLOCK)
+    block = min(_TABLE_BLOCK, num_rows)
+
+    def rows_from(start):
+        return (jax.lax.dynamic_slice_in_dim(array, start, block) for array in arrays)
 
     def write_block(i, table):
         # The last block starts early where the rows are no multiple of it.
-        start = jnp.minimum(i * block, len(embedding) - block)
-        part = copy(jax.lax.dynamic_slice_in_dim(embedding, start, block))
+        start = jnp.minimum(i * block, num_rows - block)
         return jax.tree.map(
             lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, start, axis=0),
             table,
-            part,
+            copy(start, *rows_from(start)),
         )
 
-    empty = ScreeningTable(
-        jnp.zeros(embedding.shape, jnp.int8),
-        jnp.zeros(len(embedding)),
-        jnp.zeros(len(embedding)),
-    )
+    shapes = jax.eval_shape(lambda start: copy(start, *rows_from(start)), jnp.int32(0))
+    empty = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype), shapes)
     return jax.lax.fori_loop(0, num_blocks, write_block, empty)
 
 

@@ -42,9 +42,9 @@ from grok1.planning.memory import (
     WORKING_BYTES,
     DoesNotFitError,
     device_bytes_available,
+    head_copies_bytes,
     least_bytes,
     require_memory,
-    screening_table_bytes,
     shard_bytes,
     state_bytes,
 )
@@ -285,7 +285,7 @@ def is_offloaded(
     else:
         if memory is None or not on_one or engine.mesh.devices.flat[0].platform != "cpu":
             return False
-        needed = least_bytes(engine) + screening_table_bytes(engine) + WORKING_BYTES
+        needed = least_bytes(engine) + head_copies_bytes(engine) + WORKING_BYTES
         if needed <= budget(memory):
             return False
         reason = f"the model takes {gigabytes(needed)}"

@@ -114,22 +114,28 @@ def state_bytes(engine: EngineBase, batch: int, capacity: int) -> int:
 
 
 def screening_table_bytes(engine: EngineBase) -> int:
-    """Returns what greedy decoding's int8 copy of the output head takes of a CPU device."""
+    """Returns what is read of the output head on a CPU to decode, its int8 copy."""
     if not forms.has_kernels("cpu"):
         return 0
     rows = engine.config.vocab_size // engine.mesh.shape[MODEL_AXIS]
     return rows * (engine.config.emb_size + 8)
 
 
+def head_copies_bytes(engine: EngineBase) -> int:
+    """Returns what decoding's copies of the output head take, those for log-probabilities too."""
+    rows = screening_table_bytes(engine) // (engine.config.emb_size + 8)
+    return screening_table_bytes(engine) + rows * (engine.config.emb_size + 4)
+
+
 def working_bytes(engine: Engine) -> int:
     """Returns what a device needs at least beside weights and cache, without compiling anything.
 
-    Programs need what the model's width asks for, and on a CPU there is the screening table.
+    Programs need what the model's width asks for, and on a CPU there are copies of the head.
     """
     config, width = engine.config, GROK_1.emb_size * GROK_1.ffn_size
     share = min(1.0, config.emb_size * config.ffn_size / width)
-    table = screening_table_bytes(engine) if _is_on_cpu(engine) else 0
-    return table + int(share * WORKING_BYTES) // engine.mesh.shape[MODEL_AXIS]
+    copies = head_copies_bytes(engine) if _is_on_cpu(engine) else 0
+    return copies + int(share * WORKING_BYTES) // engine.mesh.shape[MODEL_AXIS]
 
 
 def least_bytes(engine: Engine) -> int:

@@ -35,6 +35,7 @@ from grok1.planning.devices import DEVICE_KINDS, Devices
 from grok1.planning.memory import (
     abstract_engine,
     fewest_devices,
+    head_copies_bytes,
     one_layer,
     released_weights,
     screening_table_bytes,
@@ -123,7 +124,7 @@ def plan(
     rows, capacity = engine.batch_for(batch), engine.capacity_for(context or config.sequence_len)
     weights_bytes = shard_bytes(engine.params)
     cache_bytes = state_bytes(engine, rows, capacity)
-    table_bytes = screening_table_bytes(engine) if found.platform == "cpu" else 0
+    table_bytes = head_copies_bytes(engine) if found.platform == "cpu" else 0
     usable, most = found.usable_bytes, found.most_bytes
     taken = weights_bytes + table_bytes
     rooms = [int(usable - taken), int(most - taken)]

@@ -22,11 +22,12 @@ from grok1.engine.sampling import (
     keep,
     keep_probable,
     sample,
+    sample_measured,
     sample_screened,
     sampling_state,
     top_logprobs,
 )
-from grok1.nn.unembedding import screening_table
+from grok1.nn.unembedding import remainders, screening_table
 from grok1.ops import race
 from grok1.ops.cpu import bindings, build
 
@@ -511,6 +512,76 @@ def test_a_screened_draw_does_not_depend_on_its_batch():
     turned = SamplingState(*(part[::-1] for part in state))
     again, _ = screened_and_all()(embedding, x[::-1], allowed[::-1], turned, positions[::-1])
     np.testing.assert_array_equal(again, drawn[::-1])
+
+
+@functools.cache
+def measured(num_top):
+    """Draws by way of the copies, with log-probabilities."""
+
+    def run(embedding, x, allowed, state, positions):
+        table = screening_table(embedding)
+        factor = TOY.output_multiplier_scale
+        parts = (embedding, table.values, table.scales, *remainders(embedding, table))
+        return sample_measured(x, parts, factor, (allowed, state, positions), num_top)
+
+    if not bindings.is_available():
+        pytest.skip("no native kernels on this machine")
+    return jax.jit(run)
+
+
+def logprobs_of(embedding, x):
+    logits = TOY.output_multiplier_scale * (x.astype(np.float64) @ embedding.T.astype(np.float64))
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("num_top", [0, 5])
+def test_a_measured_draw_is_that_of_all_logits_and_its_log_probabilities_are_the_models(num_top):
+    for seed in range(4):
+        embedding, x, allowed, state = screened_cases(seed, 512, 1203, 70)
+        positions = np.arange(512) + seed
+        drawn, chosen, tokens, top = measured(num_top)(embedding, x, allowed, state, positions)
+        _, expected = screened_and_all()(embedding, x, allowed, state, positions)
+        np.testing.assert_array_equal(drawn, expected)
+        logprobs = logprobs_of(embedding, x)
+        rows = np.arange(512)
+        # What a sum in float32 may be off by grows with the norms.
+        norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(embedding, axis=-1).max()
+        tolerance = 4e-6 + 1e-7 * TOY.output_multiplier_scale * norms
+        assert np.all(np.abs(chosen - logprobs[rows, expected]) <= tolerance)
+        # By what they are worth: nearly equal ones may change places.
+        best = -np.sort(-logprobs, axis=-1)[:, :num_top]
+        assert np.all(np.abs(top - best) <= tolerance[:, None])
+        found = np.take_along_axis(logprobs, np.asarray(tokens), axis=-1)
+        assert np.all(np.abs(found - best) <= 2 * tolerance[:, None])
+        assert all(len(set(row)) == num_top for row in np.asarray(tokens).tolist())
+
+
+def test_a_measured_draw_does_not_depend_on_its_batch():
+    embedding, x, allowed, state = screened_cases(7, 512, 1203, 70)
+    positions = np.arange(512)
+    found = measured(5)(embedding, x, allowed, state, positions)
+    turned = SamplingState(*(part[::-1] for part in state))
+    again = measured(5)(embedding, x[::-1], allowed[::-1], turned, positions[::-1])
+    np.testing.assert_array_equal(again[0], found[0][::-1])
+    np.testing.assert_array_equal(again[2], found[2][::-1])
+    for one, other in ((1, 1), (3, 3)):
+        np.testing.assert_allclose(again[one], found[other][::-1], rtol=1e-6, atol=1e-6)
+
+
+def test_where_logits_are_not_finite_measured_log_probabilities_are_no_numbers():
+    embedding, x, allowed, state = screened_cases(2, 512, 1203, 70)
+    x[3, 5], x[4, 0] = np.nan, -np.inf
+    allowed[9] = False
+    drawn, chosen, _, top = measured(5)(embedding, x, allowed, state, np.arange(512))
+    assert np.flatnonzero(drawn == NOT_FINITE).tolist() == [3, 4]
+    assert np.flatnonzero(drawn == NONE_LEFT).tolist() == [9]
+    assert np.flatnonzero(~np.isfinite(chosen)).tolist() == [3, 4]
+    assert np.flatnonzero(~np.isfinite(top).all(axis=-1)).tolist() == [3, 4]
+    embedding[700, 5] = np.nan
+    drawn, chosen, _, _ = measured(5)(embedding, x, allowed, state, np.arange(512))
+    assert np.all(drawn == NOT_FINITE)
+    assert not np.isfinite(chosen).any()
 
 
 def test_where_no_token_can_be_drawn_a_screened_draw_says_why():

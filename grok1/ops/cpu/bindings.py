@@ -35,6 +35,7 @@ _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
 _SAMPLE = "grok1_sample"
 _DRAW = "grok1_draw"
+_DRAW_MEASURED = "grok1_draw_measured"
 _LOG_PROBABILITIES = "grok1_log_probabilities"
 _USE_THREADS = "grok1_use_threads"
 _LOCK = threading.Lock()
@@ -78,6 +79,7 @@ def _is_available() -> bool:
             _MOST_PROBABLE,
             _SAMPLE,
             _DRAW,
+            _DRAW_MEASURED,
             _LOG_PROBABILITIES,
         )
         library = loaded_library([*targets, _USE_THREADS])
@@ -368,6 +370,46 @@ def draw(
     _require()
     out = jax.ShapeDtypeStruct((len(x),), jnp.int32)
     return jax.ffi.ffi_call(_DRAW, out)(x, *table, allowed, *parameters, factor=np.float32(factor))
+
+
+def draw_measured(
+    x: Float[Array, "B D"],
+    table: tuple[Array, Array, Array, Array, Array],
+    factor: float,
+    draws: tuple[Bool[Array, "... V"], RowParameters],
+    num_top: int,
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    """As `draw`, with the log-probabilities that `log_probabilities` returns.
+
+    Args:
+      x: float32.
+      table: rows, values and scales, as `most_probable` takes them; int8 `[V, D]`, what the values
+        leave out in steps of a 254th of the scale; and float32 `[V]`, no less than the norm of what
+        both leave out.
+      factor: Above 0.
+      draws: What is allowed and how each row draws, as `draw` takes them.
+      num_top: How many of the most probable tokens to report.
+
+    Returns:
+      The tokens, and as `log_probabilities`.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    allowed, parameters = draws
+    of_rows = jax.ShapeDtypeStruct((len(x),), jnp.float32)
+    of_top = jax.ShapeDtypeStruct((len(x), num_top), jnp.float32)
+    out = (
+        of_rows.update(dtype=jnp.int32),
+        of_rows,
+        of_top.update(dtype=jnp.int32),
+        of_top,
+    )
+    tokens, chosen, top_tokens, top = jax.ffi.ffi_call(_DRAW_MEASURED, out)(
+        x, *table, allowed, *parameters, factor=np.float32(factor)
+    )
+    return tokens, chosen, top_tokens, top
 
 
 def log_probabilities(

@@ -4,7 +4,7 @@
 // upper bounds, and their float32 products say which would. Whether that one is kept, its
 // more probable tokens' share of the weight decides, which bounds mostly decide too. Where they do
 // not, the most uncertain rows become exact, if they are few, and at last all rows. What is drawn
-// is what `RowSampler` draws from the float32 logits.
+// is what `RowSampler` draws from the float32 logits. Log-probabilities come from the same screen.
 
 #pragma once
 
@@ -14,6 +14,7 @@
 
 #include "sample.h"
 #include "screen.h"
+#include "screened_log_probabilities.h"
 
 namespace grok1 {
 
@@ -77,26 +78,12 @@ class ScreenedRow {
 
   float logit(int64_t id) const { return table_.product(id, input_.x) * factor_; }
 
-  template <typename Use>
-  void for_each_from(float least, Use use) const {
-    int64_t i = 0;
-    for (; i + kLanes <= table_.num_rows; i += kLanes) {
-      if (!any(load(upper_ + i) >= least)) continue;
-      for (int64_t id = i; id < i + kLanes; ++id) {
-        if (upper_[id] >= least) use(id);
-      }
-    }
-    for (; i < table_.num_rows; ++i) {
-      if (upper_[i] >= least) use(i);
-    }
-  }
-
   // False if a logit is not finite.
   bool find_largest() {
     known_.clear();
     bool is_finite = true;
     largest_ = kLowest;
-    for_each_from(lower_, [&](int64_t id) {
+    for_each_from(upper_, table_.num_rows, lower_, [&](int64_t id) {
       float value = logit(id);
       is_finite &= std::isfinite(value);
       known_.push_back({static_cast<int32_t>(id), value});
@@ -338,17 +325,36 @@ inline void multiply_all(xla::ffi::ThreadPool& pool, const ScreenedTable& table,
   });
 }
 
-// tokens[M]: what each row draws of the logits factor * (rows @ x).
+// tokens[M]: what each row draws of the logits factor * (rows @ x). If log-probabilities are asked
+// for, of a table with remainders, `asked` holds where they go, and no logits.
 inline void draw(xla::ffi::ThreadPool& pool, const ScreenedTable& table, const float* x,
-                 float factor, const Sampling& sampling, int64_t num_inputs, int32_t* tokens) {
+                 float factor, const Sampling& sampling, int64_t num_inputs, int32_t* tokens,
+                 const LogProbabilities* asked = nullptr) {
   const Screened found = screened(pool, table, x, num_inputs);
+  std::vector<char> needs_logits(num_inputs);
   run_units(pool, num_inputs, [&](int64_t row) {
+    float* upper = found.upper + row * table.num_rows;
+    ScreenedLogProbabilities measured(table, found.inputs[row], upper, factor);
+    const bool is_measured = !asked || measured.measure();
+    if (asked) {
+      if (is_measured) {
+        const int64_t first = row * asked->num_top;
+        measured.top(asked->num_top, asked->top_tokens + first, asked->top + first);
+      }
+      const bool* allowed = table.allowed + row * table.allowed_stride;
+      for (int64_t id = 0; id < table.num_rows; ++id) {
+        upper[id] = allowed[id] ? upper[id] : kLowest;
+      }
+    }
     tokens[row] = ScreenedRow(table, sampling, factor, found, row).draw();
+    needs_logits[row] = tokens[row] == kUndecided || !is_measured;
+    // Where no token can be drawn there is none to look up.
+    if (asked && is_measured) asked->chosen[row] = measured.of_token(std::max(tokens[row], 0));
   });
   std::vector<int64_t> undecided;
   std::vector<const float*> inputs;
   for (int64_t row = 0; row < num_inputs; ++row) {
-    if (tokens[row] != kUndecided) continue;
+    if (!needs_logits[row]) continue;
     undecided.push_back(row);
     inputs.push_back(x + row * table.depth);
   }
@@ -362,6 +368,7 @@ inline void draw(xla::ffi::ThreadPool& pool, const ScreenedTable& table, const f
     bool is_finite = true;
     for (int64_t i = 0; i < table.num_rows; ++i) is_finite &= std::isfinite(its_logits[i]);
     tokens[row] = is_finite ? RowSampler(sampling.of_row(row, its_logits), 0).draw() : kNotFinite;
+    if (asked) log_probabilities_of_row(asked->of_row(row, its_logits, tokens + row), 0);
   });
 }
 

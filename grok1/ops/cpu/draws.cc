@@ -60,6 +60,26 @@ ffi::Error Draw(Pool pool, Floats x, Floats rows, Values values, Floats scales, 
   return ffi::Error::Success();
 }
 
+ffi::Error DrawMeasured(Pool pool, Floats x, Floats rows, Values values, Floats scales,
+                        Values remainders, Floats uncertainty, Flags allowed, Floats temperature,
+                        Floats top_p, Integers top_k, Floats min_p, Words keys, Integers positions,
+                        float factor, IntegersOut tokens, FloatsOut chosen, IntegersOut top_tokens,
+                        FloatsOut top) {
+  auto table = screened_table(rows, values, scales, uncertainty, allowed);
+  table.remainders = remainders.typed_data();
+  const grok1::LogProbabilities asked{nullptr,
+                                      nullptr,
+                                      chosen->typed_data(),
+                                      top_tokens->typed_data(),
+                                      top->typed_data(),
+                                      table.num_rows,
+                                      top->dimensions()[1]};
+  grok1::draw(pool, table, x.typed_data(), factor,
+              sampling_of(allowed, temperature, top_p, top_k, min_p, keys, positions),
+              x.dimensions()[0], tokens->typed_data(), &asked);
+  return ffi::Error::Success();
+}
+
 ffi::Error LogProbabilities(Pool pool, Floats logits, Integers tokens, FloatsOut chosen,
                             IntegersOut top_tokens, FloatsOut top) {
   int64_t num_rows = logits.dimensions()[0], vocab_size = logits.dimensions()[1];
@@ -115,6 +135,28 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_draw, Draw,
                                   .Arg<Integers>()
                                   .Attr<float>("factor")
                                   .Ret<ffi::Buffer<ffi::S32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_draw_measured, DrawMeasured,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Values>()
+                                  .Arg<Floats>()
+                                  .Arg<Values>()
+                                  .Arg<Floats>()
+                                  .Arg<Flags>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Integers>()
+                                  .Arg<Floats>()
+                                  .Arg<Words>()
+                                  .Arg<Integers>()
+                                  .Attr<float>("factor")
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_log_probabilities, LogProbabilities,
                               ffi::Ffi::Bind()

@@ -20,6 +20,11 @@ struct LogProbabilities {
   int32_t* top_tokens;    // [R, top], most probable first, of equals the lower id
   float* top;             // [R, top]
   int64_t vocab_size, num_top;
+
+  LogProbabilities of_row(int64_t row, const float* its_logits, const int32_t* token) const {
+    return {its_logits,          token, chosen + row, top_tokens + row * num_top,
+            top + row * num_top, vocab_size, num_top};
+  }
 };
 
 // The sum of e^(logit - largest): in float32 within blocks, which are added in double.
@@ -71,38 +76,43 @@ inline std::vector<int32_t> largest_of(const float* logits, int64_t size, int64_
   return found;
 }
 
+// Of finite logits, a finite number.
+inline float log_probability(float logit, float largest, double log_total) {
+  double difference = static_cast<double>(logit) - largest - log_total;
+  return static_cast<float>(std::max<double>(difference, std::numeric_limits<float>::lowest()));
+}
+
 // Where a logit is not finite, no log-probability is a number.
+inline void log_probabilities_of_row(const LogProbabilities& asked, int64_t row) {
+  constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
+  const float* logits = asked.logits + row * asked.vocab_size;
+  float largest = -std::numeric_limits<float>::infinity();
+  bool is_finite = true;
+  for (int64_t i = 0; i < asked.vocab_size; ++i) {
+    is_finite &= std::abs(logits[i]) <= std::numeric_limits<float>::max();
+    largest = logits[i] > largest ? logits[i] : largest;
+  }
+  if (!is_finite) {
+    std::fill_n(asked.top_tokens + row * asked.num_top, asked.num_top, 0);
+    std::fill_n(asked.top + row * asked.num_top, asked.num_top, kNoNumber);
+    asked.chosen[row] = kNoNumber;
+    return;
+  }
+  double log_total = std::log(sum_of_exponentials(logits, asked.vocab_size, largest));
+  // Where no token can be drawn there is none to look up.
+  int64_t token = std::clamp<int64_t>(asked.tokens[row], 0, asked.vocab_size - 1);
+  asked.chosen[row] = log_probability(logits[token], largest, log_total);
+  auto top = largest_of(logits, asked.vocab_size, asked.num_top);
+  for (int64_t place = 0; place < asked.num_top; ++place) {
+    asked.top_tokens[row * asked.num_top + place] = top[place];
+    asked.top[row * asked.num_top + place] =
+        log_probability(logits[top[place]], largest, log_total);
+  }
+}
+
 inline void log_probabilities(xla::ffi::ThreadPool& pool, const LogProbabilities& asked,
                               int64_t num_rows) {
-  constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
-  run_units(pool, num_rows, [&](int64_t row) {
-    const float* logits = asked.logits + row * asked.vocab_size;
-    float largest = -std::numeric_limits<float>::infinity();
-    bool is_finite = true;
-    for (int64_t i = 0; i < asked.vocab_size; ++i) {
-      is_finite &= std::abs(logits[i]) <= std::numeric_limits<float>::max();
-      largest = logits[i] > largest ? logits[i] : largest;
-    }
-    if (!is_finite) {
-      std::fill_n(asked.top_tokens + row * asked.num_top, asked.num_top, 0);
-      std::fill_n(asked.top + row * asked.num_top, asked.num_top, kNoNumber);
-      asked.chosen[row] = kNoNumber;
-      return;
-    }
-    double log_total = std::log(sum_of_exponentials(logits, asked.vocab_size, largest));
-    auto of_token = [&](int64_t token) {
-      double difference = static_cast<double>(logits[token]) - largest - log_total;
-      return static_cast<float>(
-          std::max<double>(difference, std::numeric_limits<float>::lowest()));
-    };
-    // Where no token can be drawn there is none to look up.
-    asked.chosen[row] = of_token(std::clamp<int64_t>(asked.tokens[row], 0, asked.vocab_size - 1));
-    auto top = largest_of(logits, asked.vocab_size, asked.num_top);
-    for (int64_t place = 0; place < asked.num_top; ++place) {
-      asked.top_tokens[row * asked.num_top + place] = top[place];
-      asked.top[row * asked.num_top + place] = of_token(top[place]);
-    }
-  });
+  run_units(pool, num_rows, [&](int64_t row) { log_probabilities_of_row(asked, row); });
 }
 
 }  // namespace grok1

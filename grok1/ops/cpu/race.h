@@ -17,7 +17,6 @@ constexpr int32_t kOctave = 1 << 24;
 constexpr int32_t kLeast = -120 * kOctave;
 constexpr int32_t kForbidden = std::numeric_limits<int32_t>::min();
 
-using Ints = int32_t __attribute__((vector_size(sizeof(Floats))));
 using Words = uint32_t __attribute__((vector_size(sizeof(Floats))));
 using Longs = uint64_t __attribute__((vector_size(2 * sizeof(Floats))));
 
@@ -49,18 +48,6 @@ Number polynomial(const uint32_t (&coefficients)[7], Number x) {
   Number result = Number{} + coefficients[6];
   for (int i = 5; i >= 0; --i) result = multiply_high(result, x) + coefficients[i];
   return result;
-}
-
-inline bool any(Ints mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
-#else
-  int32_t found = 0;
-  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
-  return found != 0;
-#endif
 }
 
 // 2^(log_weight / kOctave) * 2^(30 + octaves), where octaves are -(log_weight >> 24).

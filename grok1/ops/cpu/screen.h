@@ -1,6 +1,7 @@
 // Bounds of the products of every row of a float32 table [V, D] with some inputs [M, D], from an int8
 // copy of the table: what the copy leaves out of a row has a known norm (Cauchy-Schwarz). It is a
-// quarter of the bytes; where bounds leave something undecided, float32 rows decide.
+// quarter of the bytes, or half of them with what the copy leaves out, int8 too, at a 254th of the
+// scale. Where bounds leave something undecided, float32 rows decide.
 
 #pragma once
 
@@ -22,19 +23,48 @@ constexpr int kInputs = 4;           // most inputs that table rows are multipli
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
-template <int kCount, typename Value>
-void dot(const Value* row, const float* x, int64_t depth, float* products) {
+// A row of a table of float32 or int8.
+template <typename Value>
+struct PlainRow {
+  const Value* values;
+
+  Floats vector_at(int64_t k) const { return load(values + k); }
+  float at(int64_t k) const { return values[k]; }
+  void fetch_after(int64_t k, int64_t count) const {
+    // Beyond the row comes the next one; an address past the table is harmless.
+    const char* from = reinterpret_cast<const char*>(values + k) + kAhead;
+    for (int64_t line = 0; line < count * int64_t{sizeof(Value)}; line += kCacheLine) {
+      __builtin_prefetch(from + line, 0, 2);
+    }
+  }
+};
+
+constexpr float kRemainderSteps = 254;  // of a step of the copy
+
+// A row of the int8 copy with what that leaves out, in steps of the latter.
+struct FineRow {
+  PlainRow<int8_t> values, remainders;
+
+  Floats vector_at(int64_t k) const {
+    return values.vector_at(k) * kRemainderSteps + remainders.vector_at(k);
+  }
+  float at(int64_t k) const { return values.at(k) * kRemainderSteps + remainders.at(k); }
+  void fetch_after(int64_t k, int64_t count) const {
+    values.fetch_after(k, count);
+    remainders.fetch_after(k, count);
+  }
+};
+
+template <int kCount, typename Row>
+void dot(const Row& row, const float* x, int64_t depth, float* products) {
   // Several sums, for the latency of an addition.
   constexpr int kSums = 8 / kCount;
   Floats sums[kCount][kSums] = {};
   int64_t k = 0;
   for (; k + kSums * kLanes <= depth; k += kSums * kLanes) {
-    // Beyond the row comes the next one; an address past the table is harmless.
-    for (int64_t line = 0; line < kSums * kLanes * int64_t{sizeof(Value)}; line += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead + line, 0, 2);
-    }
+    row.fetch_after(k, kSums * kLanes);
     for (int s = 0; s < kSums; ++s) {
-      Floats weight = load(row + k + s * kLanes);
+      Floats weight = row.vector_at(k + s * kLanes);
       for (int m = 0; m < kCount; ++m) {
         sums[m][s] += weight * load(x + m * depth + k + s * kLanes);
       }
@@ -44,7 +74,7 @@ void dot(const Value* row, const float* x, int64_t depth, float* products) {
     Floats sum = sums[m][0];
     for (int s = 1; s < kSums; ++s) sum += sums[m][s];
     products[m] = sum_of(sum);
-    for (int64_t rest = k; rest < depth; ++rest) products[m] += row[rest] * x[m * depth + rest];
+    for (int64_t rest = k; rest < depth; ++rest) products[m] += row.at(rest) * x[m * depth + rest];
   }
 }
 
@@ -52,10 +82,12 @@ struct ScreenedTable {
   const float* rows;         // [V, D]
   const int8_t* values;      // [V, D]
   const float* scales;       // [V]
-  const float* uncertainty;  // [V], bounds |row . x - scale * (values . x)| / |x|
+  const float* uncertainty;  // [V], bounds |row . x - (product with its copy)| / |x|
   const bool* allowed;       // [V], or [M, V] with another row for each input
   int64_t allowed_stride;    // 0 or V
   int64_t num_rows, depth;
+  // [V, D], in steps of scale / kRemainderSteps, what the values leave out; null if it is not read.
+  const int8_t* remainders = nullptr;
 
   int64_t num_units() const { return (num_rows + kUnitRows - 1) / kUnitRows; }
   std::pair<int64_t, int64_t> unit(int64_t number) const {
@@ -65,7 +97,7 @@ struct ScreenedTable {
   // Of a float32 row: the same whatever else is asked for.
   float product(int64_t row, const float* x) const {
     float result;
-    dot<1>(rows + row * depth, x, depth, &result);
+    dot<1>(PlainRow<float>{rows + row * depth}, x, depth, &result);
     return result;
   }
 };
@@ -175,27 +207,45 @@ void screen(const int8_t* rows, const InputBlock& block, int64_t depth, float* p
   }
 #else
   for (int r = 0; r < kRows; ++r) {
-    dot<kCount>(rows + r * depth, block.inputs[0].x, depth, products + r * kCount);
+    const PlainRow<int8_t> row{rows + r * depth};
+    dot<kCount>(row, block.inputs[0].x, depth, products + r * kCount);
   }
 #endif
 }
 
+// As `screen`, with the remainders.
+template <int kRows, int kCount>
+void screen_fine(const ScreenedTable& table, int64_t begin, const InputBlock& block,
+                 float* products) {
+  for (int r = 0; r < kRows; ++r, products += kCount) {
+    const int64_t start = (begin + r) * table.depth;
+    const FineRow row{{table.values + start}, {table.remainders + start}};
+    dot<kCount>(row, block.inputs[0].x, table.depth, products);
+    for (int m = 0; m < kCount; ++m) products[m] /= kRemainderSteps;
+  }
+}
+
 // upper[kCount, num_rows] and the largest lower bound of each input, for table rows `begin` to
-// `end`; rows that are not allowed have neither. A lower bound of NaN is that of no number.
+// `end`; rows that are not allowed have neither, but with remainders an upper one. A lower bound of
+// NaN is that of no number.
 template <int kRows, int kCount>
 void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t begin, int64_t end,
                  const bool* allowed_rows, float* best, float* upper) {
   auto screen_rows = [&](int64_t row, auto rows) {
     constexpr int kHere = decltype(rows)::value;
     float products[kHere * kCount];
-    screen<kHere, kCount>(table.values + row * table.depth, block, table.depth, products);
+    if (table.remainders) {
+      screen_fine<kHere, kCount>(table, row, block, products);
+    } else {
+      screen<kHere, kCount>(table.values + row * table.depth, block, table.depth, products);
+    }
     for (int r = 0; r < kHere; ++r, ++row) {
       for (int m = 0; m < kCount; ++m) {
         const Input& input = block.inputs[m];
         float value = products[r * kCount + m] * table.scales[row];
         float bound = input.norm * table.uncertainty[row] + input.uncertainty * table.scales[row];
         bool allowed = allowed_rows[m * table.allowed_stride + row];
-        upper[m * table.num_rows + row] = allowed ? value + bound : kLowest;
+        upper[m * table.num_rows + row] = allowed || table.remainders ? value + bound : kLowest;
         if (allowed && value - bound > best[m]) best[m] = value - bound;
         // Of a table row, allowed or not, or an input that is no number: it stays.
         if (std::isnan(bound)) best[m] = bound;
@@ -207,9 +257,24 @@ void screen_unit(const ScreenedTable& table, const InputBlock& block, int64_t be
   for (; row < end; ++row) screen_rows(row, std::integral_constant<int, 1>{});
 }
 
+// Calls use(i) for every value that is at least `least`.
+template <typename Use>
+void for_each_from(const float* values, int64_t size, float least, Use use) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    if (!any(load(values + i) >= least)) continue;
+    for (int64_t one = i; one < i + kLanes; ++one) {
+      if (values[one] >= least) use(one);
+    }
+  }
+  for (; i < size; ++i) {
+    if (values[i] >= least) use(i);
+  }
+}
+
 // What the screen found.
 struct Screened {
-  const float* upper;        // [M, V], upper bounds; -infinity where a row is not allowed
+  float* upper;  // [M, V], upper bounds; without remainders -infinity where a row is not allowed
   std::vector<float> lower;  // [M], the largest lower bound; NaN if an input, or any row, has one
   std::vector<Input> inputs;
 };
@@ -230,6 +295,7 @@ inline Screened screened(xla::ffi::ThreadPool& pool, const ScreenedTable& table,
     const float* first = x + starts[number] * table.depth;
     for (size_t m = 0; m < block.inputs.size(); ++m) {
       block.set(m, first + m * table.depth, table.depth);
+      if (table.remainders) block.inputs[m].uncertainty = 0;  // multiplied as it is
     }
   });
   static thread_local Scratch scratch;

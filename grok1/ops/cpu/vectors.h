@@ -26,6 +26,19 @@ constexpr int kTileVectors = 2;
 constexpr int kCacheLine = 64;
 
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Ints = int32_t __attribute__((vector_size(sizeof(Floats))));
+
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+  return found != 0;
+#endif
+}
 
 inline Floats load(const float* from) {
   Floats floats;
@@ -53,7 +66,6 @@ inline Floats load(const int8_t* from) {
 // e^x to about one unit in the last place, 0 where that is below the normal floats: 2^n times e^r
 // with |r| <= ln 2 / 2, e^r by its Taylor series.
 inline Floats exp(Floats x) {
-  using Ints = int32_t __attribute__((vector_size(sizeof(Floats))));
   constexpr float kLowest = -87.33f, kHighest = 88.37f;  // n stays a normal exponent
   constexpr float kRound = 12582912.0f;                  // 1.5 * 2^23: adding it rounds
   x = x < kLowest ? Floats{} + kLowest : x;
