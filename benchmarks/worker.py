@@ -90,7 +90,7 @@ class Session:
         cold = workload.time_to_first_token(self.model, _FIRST_PROMPT)
         warm = min(workload.time_to_first_token(self.model, _FIRST_PROMPT) for _ in range(3))
         for _ in range(3):
-            del self.model.engine.screening_table
+            del self.model.engine.head_copies.table
             again.append(workload.time_to_first_token(self.model, _FIRST_PROMPT))
         return {"prompt": _FIRST_PROMPT, "cold": cold, "warm": warm, "compiled": min(again)}
 

@@ -20,12 +20,14 @@ from jax.sharding import PartitionSpec as P
 from grok1.config import ModelConfig
 from grok1.engine import compilation, shapes
 from grok1.engine.adjustment import Adjustment
+from grok1.engine.head_copies import HeadCopies
 from grok1.engine.programs import ROWS, Key, Kind, Programs, Setup, StepSpec, Weights
 from grok1.engine.sampling import SamplingState
 from grok1.engine.shapes import CHUNK_TOKENS, Chunk
 from grok1.engine.steps import (
     NUM_ENDS,
     DecodeState,
+    Draw,
     Ends,
     Head,
     LogitsProcessor,
@@ -41,20 +43,12 @@ from grok1.engine.steps import (
     screened_head,
 )
 from grok1.engine.wording import in_words
-from grok1.machine.pages import use_huge_pages
 from grok1.nn.capture import NOTHING, Capture, as_capture
 from grok1.nn.decoder import Captures
 from grok1.nn.precision import default_cache_dtype
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, specs_of
 from grok1.nn.transformer import Params
-from grok1.nn.unembedding import (
-    Remainders,
-    ScreeningTable,
-    TokenStatistics,
-    remainders,
-    screening_table,
-)
-from grok1.ops import forms
+from grok1.nn.unembedding import ScreeningTable, TokenStatistics
 
 _MOST_STEPS = 8  # of a call that decodes: what the host costs is an eighth then
 _CAPTURED_BYTES = 1 << 28  # most that the captures of one chunk of an observed engine take
@@ -69,9 +63,11 @@ class Runner(Protocol):
     Attributes:
       runs_ahead: Whether a step may be started before the tokens of the one before are read, and
         several be one call.
+      has_room: Whether there is memory for copies that make steps faster.
     """
 
     runs_ahead: bool
+    has_room: bool
 
     def make_room(self, engine: "EngineBase", batch: int, capacity: int) -> None:
         """Sees to memory for a state that is about to be made.
@@ -92,7 +88,7 @@ class Runner(Protocol):
 class Resident:
     """Runs a step as one program, with all weights on the devices."""
 
-    runs_ahead = True
+    runs_ahead = has_room = True
 
     def make_room(self, engine: "EngineBase", batch: int, capacity: int) -> None:
         """Does nothing: a state takes what is free."""
@@ -173,6 +169,7 @@ class EngineBase:
         held = (root._programs.held if root else compilation.Programs()).of_view(named_view)
         named = functools.partial(in_words, view.interventions)
         self._programs = Programs(self.setup, self.weights, named_view, held, named)
+        self._head_copies = HeadCopies(self._programs, self.weights)
 
     @property
     def params(self) -> Params:
@@ -294,45 +291,22 @@ class EngineBase:
         """Returns the shapes, types and shardings of a `DecodeState`."""
         return self.setup.abstract_state(batch, capacity)
 
-    @functools.cached_property
-    def screening_table(self) -> ScreeningTable | None:
-        """What is read instead of the whole embedding to decode; None where that cannot be."""
-        if self._root is not self:
-            return self._root.screening_table
-        if not forms.has_kernels(self.mesh.devices.flat[0].platform):
-            return None
-        if self.params.embedding.dtype != jnp.float32:
-            return None
-        spec = specs_of(self.weights).params.embedding
-        make = self._programs.per_device(
-            screening_table, (spec,), ScreeningTable(spec, P(spec[0]), P(spec[0]))
-        )
-        key = Key(kind=Kind.SCREENING_TABLE)
-        program = self._programs.get(key, lambda: self._programs.compiled(key, jax.jit(make)))
-        table = program(self.params.embedding)
-        use_huge_pages(table)
-        return table
-
-    @functools.cached_property
-    def remainders(self) -> Remainders:
-        """What is read beside the `screening_table`, if there is one, for log-probabilities."""
-        if self._root is not self:
-            return self._root.remainders
-        table = self.screening_table
-        spec = specs_of(self.weights).params.embedding
-        make = self._programs.per_device(
-            remainders, (spec, specs_of(table)), Remainders(spec, P(spec[0]))
-        )
-        key = Key(kind=Kind.REMAINDERS)
-        program = self._programs.get(key, lambda: self._programs.compiled(key, jax.jit(make)))
-        made = program(self.params.embedding, table)
-        use_huge_pages(made)
-        return made
+    @property
+    def head_copies(self) -> HeadCopies:
+        """What decoding reads of the output head on CPUs; one for all views of the weights."""
+        return self._root._head_copies
 
     @property
-    def screens_draws(self) -> bool:
-        """Whether `decode` reads the `screening_table` where nothing changes the logits."""
-        return self.mesh.shape[MODEL_AXIS] == 1 and self.screening_table is not None
+    def screening_table(self) -> ScreeningTable | None:
+        """The copy that greedy decoding reads; None where there is none."""
+        return self.head_copies.table
+
+    def is_screened(self, draw: Draw) -> bool:
+        """Whether `decode` draws so by way of the `head_copies`."""
+        if self.mesh.shape[MODEL_AXIS] > 1 or not draw.takes_logits_as_they_are:
+            return False
+        has_room = draw.num_top is None or self.runner.has_room
+        return has_room and self.screening_table is not None
 
     def abstract_rows(self, num_rows: int) -> Rows:
         """Returns the shapes and types of the `Rows` that programs take."""
@@ -400,10 +374,10 @@ class EngineBase:
         return self._decode_step(key, sampling_head(num_top, processor), specs)
 
     def screened_program(self, num_top: int | None = None, masks_differ: bool = False):
-        """As `decode_program` where `screens_draws`.
+        """As `decode_program` where a draw `is_screened`.
 
         Before the allowed tokens it takes the `screening_table`, for log-probabilities a pair of
-        that and the `remainders`.
+        that and the remainders.
         """
         key = Key(
             kind=Kind.DECODE,
@@ -418,7 +392,7 @@ class EngineBase:
         masks = ROWS if masks_differ else P()
         if num_top is None:
             return self._decode_step(key, screened_head, (table, masks, sampling))
-        tables = table, specs_of(self.remainders)
+        tables = table, specs_of(self.head_copies.remainders)
         return self._decode_step(key, measured_head(num_top), (tables, masks, sampling))
 
     def greedy_program(self, masks_differ: bool = False):

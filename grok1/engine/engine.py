@@ -233,10 +233,10 @@ class Engine(EngineBase):
         """
         rows = self._decoding_rows(num_steps, slots)
         adjusts, masks_differ = draw.adjustment is not None, draw.allowed.ndim > 1
-        if draw.takes_logits_as_they_are and self.screens_draws:
-            program, table = self.screened_program(draw.num_top, masks_differ), self.screening_table
-            tables = table if draw.num_top is None else (table, self.remainders)
-            return self._run(program, state, rows, ends, tables, draw.allowed, draw.sampling)
+        if self.is_screened(draw):
+            program, copies = self.screened_program(draw.num_top, masks_differ), self.head_copies
+            table = copies.table if draw.num_top is None else (copies.table, copies.remainders)
+            return self._run(program, state, rows, ends, table, draw.allowed, draw.sampling)
         program = self.decode_program(draw.num_top, draw.processor, masks_differ, adjusts)
         more = (draw.adjustment,) if adjusts else ()
         return self._run(program, state, rows, ends, draw.allowed, draw.sampling, *more)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grok1.ops import race
-from grok1.ops.cpu import bindings
+from grok1.ops.cpu import bindings, draws
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ def sample(
     """
     _check_vocabulary(logits.shape[-1])
     if bindings.is_available():
-        parameters = bindings.RowParameters(**state._asdict(), positions=positions)
-        return bindings.sample(logits, allowed, parameters)
+        parameters = draws.RowParameters(**state._asdict(), positions=positions)
+        return draws.sample(logits, allowed, parameters)
     greedy = state.temperature == 0
     remaining = jnp.where(allowed, logits, -jnp.inf)
     most_probable = jnp.argmax(remaining, axis=-1).astype(jnp.int32)
@@ -206,15 +206,15 @@ def sample_screened(
       ValueError: As `sample`.
     """
     _check_vocabulary(len(table[0]))
-    parameters = bindings.RowParameters(**state._asdict(), positions=positions)
-    return bindings.draw(x, table, factor, allowed, parameters)
+    parameters = draws.RowParameters(**state._asdict(), positions=positions)
+    return draws.draw(x, table, factor, allowed, parameters)
 
 
 def sample_measured(
     x: Float[Array, "B D"],
     table: tuple[Array, Array, Array, Array, Array],
     factor: float,
-    draws: tuple[Bool[Array, "... V"], SamplingState, Int[Array, " B"]],
+    drawing: tuple[Bool[Array, "... V"], SamplingState, Int[Array, " B"]],
     num_top: int,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
     """As `sample_screened`, with what `top_logprobs` returns of the same logits; on CPUs.
@@ -227,7 +227,7 @@ def sample_measured(
       table: The embedding, values and scales of its `screening_table`, and the parts of its
         `remainders`.
       factor: Above 0.
-      draws: `allowed`, `state` and `positions` of `sample_screened`.
+      drawing: `allowed`, `state` and `positions` of `sample_screened`.
       num_top: How many of the most probable tokens to report.
 
     Returns:
@@ -237,9 +237,9 @@ def sample_measured(
       ValueError: As `sample`.
     """
     _check_vocabulary(len(table[0]))
-    allowed, state, positions = draws
-    parameters = bindings.RowParameters(**state._asdict(), positions=positions)
-    return bindings.draw_measured(x, table, factor, (allowed, parameters), num_top)
+    allowed, state, positions = drawing
+    parameters = draws.RowParameters(**state._asdict(), positions=positions)
+    return draws.draw_measured(x, table, factor, (allowed, parameters), num_top)
 
 
 def _check_vocabulary(size: int) -> None:
@@ -371,7 +371,7 @@ def top_logprobs(
     They are the model's own, no temperature, no filter, and finite if the logits are.
     """
     if bindings.is_available():
-        return bindings.log_probabilities(logits, tokens, num_top)
+        return draws.log_probabilities(logits, tokens, num_top)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     lowest = jnp.finfo(jnp.float32).min
     logprobs = jnp.maximum(shifted - jax.nn.logsumexp(shifted, axis=-1, keepdims=True), lowest)

@@ -102,12 +102,13 @@ class Streamed:
 
     Attributes:
       runs_ahead: False: each step can be broken off, and counts for itself.
+      has_room: False: what memory there is experts take.
       store: Where experts come from.
       device_experts: How they come to the device; None where the kernels fetch them.
       budget_bytes: What the process may take.
     """
 
-    runs_ahead = False
+    runs_ahead = has_room = False
 
     def __init__(self, store: ExpertStore, device: Any, budget_bytes: int):
         """Fetches nothing yet.

@@ -7,7 +7,7 @@ from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.transformer import Params
 from grok1.ops.experts import FetchedExperts, FetchedInt4Experts
 from grok1.ops.quantized import QuantizedArray
-from grok1.planning.memory import WORKING_BYTES, head_copies_bytes, shard_bytes
+from grok1.planning.memory import WORKING_BYTES, screening_table_bytes, shard_bytes
 
 SHARE = 0.8
 """Of the memory that is available, for the budget when none is given."""
@@ -29,7 +29,7 @@ def resident_bytes(engine: EngineBase) -> int:
     Args:
       engine: With parameters `without_experts`, which may be abstract; on a CPU.
     """
-    return shard_bytes(engine.params) + head_copies_bytes(engine) + WORKING_BYTES
+    return shard_bytes(engine.params) + screening_table_bytes(engine) + WORKING_BYTES
 
 
 def budget(memory: float | str | None) -> int:

@@ -11,6 +11,7 @@ from grok1.config import GROK_1
 from grok1.engine.engine import Engine
 from grok1.engine.programs import Key, Kind
 from grok1.engine.shapes import CHUNK_LENGTHS, chunk_for, chunks
+from grok1.engine.steps import Draw
 from grok1.nn.sharding import make_mesh
 from grok1.ops.cpu import bindings
 from grok1.planning.memory import abstract_engine, released_weights
@@ -96,7 +97,7 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
     # Another batch size is another shape, once.
     model.generate([[1, 2], [3]], max_new_tokens=2)
     model.generate([[4], [5, 6, 7]], max_new_tokens=5)
-    drawn = Key(kind=Kind.DECODE, length=1, is_screened=model.engine.screens_draws)
+    drawn = Key(kind=Kind.DECODE, length=1, is_screened=model.engine.is_screened(Draw(None, None)))
     assert len(programs[drawn].executables) == 2
     assert len(programs[Key(kind=Kind.PREFILL, length=16)].executables) == 2
 

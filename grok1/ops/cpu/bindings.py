@@ -13,7 +13,6 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +32,11 @@ _FETCHED_EXPERTS = "grok1_fetched_experts"
 _FETCHED_EXPERTS_INT4 = "grok1_int4_fetched_experts"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
-_SAMPLE = "grok1_sample"
-_DRAW = "grok1_draw"
-_DRAW_MEASURED = "grok1_draw_measured"
-_LOG_PROBABILITIES = "grok1_log_probabilities"
+# Called by `draws`.
+SAMPLE = "grok1_sample"
+DRAW = "grok1_draw"
+DRAW_MEASURED = "grok1_draw_measured"
+LOG_PROBABILITIES = "grok1_log_probabilities"
 _USE_THREADS = "grok1_use_threads"
 _LOCK = threading.Lock()
 _TURNED_OFF = threading.Event()
@@ -77,10 +77,10 @@ def _is_available() -> bool:
             _FETCHED_EXPERTS_INT4,
             _ATTENTION,
             _MOST_PROBABLE,
-            _SAMPLE,
-            _DRAW,
-            _DRAW_MEASURED,
-            _LOG_PROBABILITIES,
+            SAMPLE,
+            DRAW,
+            DRAW_MEASURED,
+            LOG_PROBABILITIES,
         )
         library = loaded_library([*targets, _USE_THREADS])
         handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
@@ -116,7 +116,7 @@ def quantized_matmul(
     Raises:
       RuntimeError: If there is no library.
     """
-    _require()
+    require()
     matrix = jnp.int32(0)
     for size, i in zip(weight[0].shape[:-2], index, strict=True):
         matrix = matrix * size + jnp.asarray(i, jnp.int32)
@@ -148,7 +148,7 @@ def experts(
     Raises:
       RuntimeError: If there is no library.
     """
-    _require()
+    require()
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     target = _EXPERTS if len(weights[0]) == 2 else _EXPERTS_INT4
     return jax.ffi.ffi_call(target, out)(
@@ -217,7 +217,7 @@ def fetched_experts(
     Raises:
       RuntimeError: If there is no library.
     """
-    _require()
+    require()
     out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     target = _FETCHED_EXPERTS if len(known) == 3 else _FETCHED_EXPERTS_INT4
     return jax.ffi.ffi_call(target, out)(
@@ -255,7 +255,7 @@ def attention(
     Raises:
       RuntimeError: If there is no library.
     """
-    _require()
+    require()
     out = jax.ShapeDtypeStruct(query.shape, jnp.float32)
     return jax.ffi.ffi_call(_ATTENTION, out)(
         query,
@@ -292,7 +292,7 @@ def most_probable(
     Raises:
       RuntimeError: If there is no library.
     """
-    _require()
+    require()
     out = (
         jax.ShapeDtypeStruct((len(x),), jnp.int32),
         jax.ShapeDtypeStruct((len(x),), jnp.float32),
@@ -303,133 +303,11 @@ def most_probable(
     return index, product
 
 
-class RowParameters(NamedTuple):
-    """How each row of `sample` draws, as `engine.sampling` says.
-
-    Attributes:
-      temperature: float32 `[B]`; 0 takes the largest logit.
-      top_p: float32 `[B]`; 1 is off.
-      top_k: int32 `[B]`; the vocabulary or more is off.
-      min_p: float32 `[B]`; 0 is off.
-      keys: uint32 `[B, 2]`.
-      positions: int32 `[B]`.
-    """
-
-    temperature: Array
-    top_p: Array
-    top_k: Array
-    min_p: Array
-    keys: Array
-    positions: Array
-
-
-def sample(
-    logits: Float[Array, "B V"], allowed: Bool[Array, "... V"], parameters: RowParameters
-) -> Int[Array, " B"]:
-    """Draws a token a row, the one that `ops.race` draws, without a pass that sorts.
-
-    Args:
-      logits: float32.
-      allowed: False for tokens that must not be drawn; `[V]` or `[B, V]`.
-      parameters: How each row draws.
-
-    Returns:
-      int32; -1 where nothing is left to draw, -2 where a logit is NaN or +infinity.
+def require() -> None:
+    """Checks that the kernels can run.
 
     Raises:
       RuntimeError: If there is no library.
     """
-    _require()
-    out = jax.ShapeDtypeStruct((len(logits),), jnp.int32)
-    return jax.ffi.ffi_call(_SAMPLE, out)(logits, allowed, *parameters)
-
-
-def draw(
-    x: Float[Array, "B D"],
-    table: tuple[Array, Array, Array, Array],
-    factor: float,
-    allowed: Bool[Array, "... V"],
-    parameters: RowParameters,
-) -> Int[Array, " B"]:
-    """Draws as `sample` does from the logits `factor * (rows @ x)`, few of which it computes.
-
-    Args:
-      x: float32.
-      table: rows, values, scales and uncertainty, as `most_probable` takes them.
-      factor: Above 0.
-      allowed: As for `sample`.
-      parameters: How each row draws.
-
-    Returns:
-      int32; -1 where nothing is left to draw, -2 where a logit that was computed is not finite, or
-      `x` or a row of the table is not.
-
-    Raises:
-      RuntimeError: If there is no library.
-    """
-    _require()
-    out = jax.ShapeDtypeStruct((len(x),), jnp.int32)
-    return jax.ffi.ffi_call(_DRAW, out)(x, *table, allowed, *parameters, factor=np.float32(factor))
-
-
-def draw_measured(
-    x: Float[Array, "B D"],
-    table: tuple[Array, Array, Array, Array, Array],
-    factor: float,
-    draws: tuple[Bool[Array, "... V"], RowParameters],
-    num_top: int,
-) -> tuple[Int[Array, " B"], Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
-    """As `draw`, with the log-probabilities that `log_probabilities` returns.
-
-    Args:
-      x: float32.
-      table: rows, values and scales, as `most_probable` takes them; int8 `[V, D]`, what the values
-        leave out in steps of a 254th of the scale; and float32 `[V]`, no less than the norm of what
-        both leave out.
-      factor: Above 0.
-      draws: What is allowed and how each row draws, as `draw` takes them.
-      num_top: How many of the most probable tokens to report.
-
-    Returns:
-      The tokens, and as `log_probabilities`.
-
-    Raises:
-      RuntimeError: If there is no library.
-    """
-    _require()
-    allowed, parameters = draws
-    of_rows = jax.ShapeDtypeStruct((len(x),), jnp.float32)
-    of_top = jax.ShapeDtypeStruct((len(x), num_top), jnp.float32)
-    out = (
-        of_rows.update(dtype=jnp.int32),
-        of_rows,
-        of_top.update(dtype=jnp.int32),
-        of_top,
-    )
-    tokens, chosen, top_tokens, top = jax.ffi.ffi_call(_DRAW_MEASURED, out)(
-        x, *table, allowed, *parameters, factor=np.float32(factor)
-    )
-    return tokens, chosen, top_tokens, top
-
-
-def log_probabilities(
-    logits: Float[Array, "B V"], tokens: Int[Array, " B"], num_top: int
-) -> tuple[Float[Array, " B"], Int[Array, "B top"], Float[Array, "B top"]]:
-    """Log-probability of each row's token, and its `num_top` most probable tokens with theirs.
-
-    Raises:
-      RuntimeError: If there is no library.
-    """
-    _require()
-    out = (
-        jax.ShapeDtypeStruct(tokens.shape, jnp.float32),
-        jax.ShapeDtypeStruct((len(logits), num_top), jnp.int32),
-        jax.ShapeDtypeStruct((len(logits), num_top), jnp.float32),
-    )
-    chosen, top_tokens, top = jax.ffi.ffi_call(_LOG_PROBABILITIES, out)(logits, tokens)
-    return chosen, top_tokens, top
-
-
-def _require():
     if not is_available():
         raise RuntimeError("the native kernels are not available here; use another implementation")
