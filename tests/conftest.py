@@ -1,6 +1,7 @@
 """Strict settings for every test, sixteen virtual CPU devices, and the shared models."""
 
 import fcntl
+import gc
 import os
 import pathlib
 import shutil
@@ -14,6 +15,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A test runs a program once or twice: to compile it costs more than all that it computes.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # The user's cache is left alone; the native kernels are built once for all runs.
 os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache")
 
@@ -27,6 +30,9 @@ from grok1.config import ModelConfig
 # A run in the background of a shell ignores Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# What is imported stays, and tracing makes many objects and little garbage.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
@@ -76,6 +82,18 @@ class Patch(pytest.MonkeyPatch):
         if target_module.startswith(COMPILED):
             os.environ["GROK1_COMPILATION_CACHE"] = "0"
         super().setattr(target, name, *value, **options)
+
+
+AS_USERS_COMPILE = {"command", "nn", "ops"}
+"""Rooms whose programs are optimised: every operation, the golden numbers, the command line."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimisations(request):
+    """Has XLA optimise what these rooms compile, here and in processes that they start."""
+    is_off = request.path.parent.name not in AS_USERS_COMPILE
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(is_off))
+    jax.config.update("jax_disable_most_optimizations", is_off)
 
 
 @pytest.fixture(autouse=True)
