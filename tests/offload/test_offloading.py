@@ -128,7 +128,10 @@ def test_the_toy_computes_what_the_resident_model_does(toy):
     prompt = "The first argument "
     assert offloaded.generate(prompt, **GREEDY) == toy.generate(prompt, **GREEDY)
     drawn = {"max_new_tokens": 8, "temperature": 0.7, "seed": 3, "logprobs": 2}
-    assert offloaded.generate(prompt, **drawn) == toy.generate(prompt, **drawn)
+    found, expected = (model.generate(prompt, **drawn) for model in (offloaded, toy))
+    assert (found.text, found.tokens) == (expected.text, expected.tokens)
+    # The resident model draws from what it keeps of the output head, in sums of another order.
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=5e-6)
     text = "".join(offloaded.stream(prompt, **drawn))
     assert text == toy.generate(prompt, **drawn).text
 
