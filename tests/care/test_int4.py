@@ -70,7 +70,8 @@ def test_verify_and_inspect(int4_path, nano_path):
 def test_the_model_is_that_of_the_weights_that_it_stands_for(int4_path):
     model = grok1.load(int4_path, mesh=(1, 1), layers=2, progress=False)
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], model.params.layers) for i in range(2)]
-    expected, _ = forward(
+    compiled = jax.jit(forward, static_argnames="config")
+    expected, _ = compiled(
         model.params._replace(layers=layers), model.config, jnp.asarray(TOKENS[None])
     )
     assert relative_error(model.logits(TOKENS), expected[0]) < 1e-5

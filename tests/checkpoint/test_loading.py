@@ -246,9 +246,9 @@ def test_the_embedding_is_halved_if_asked(mesh, nano, nano_path, nano_reference,
         wanted = expected.generate([1, 2, 3, 4], **options)
         assert model.generate([1, 2, 3, 4], **options).tokens == wanted.tokens
 
-    grok1.save(model, tmp_path / "saved")
-    again = grok1.load(tmp_path / "saved", mesh=(1, 1), progress=False)
-    assert np.array_equal(np.asarray(again.params.embedding), rounded.astype(np.float32))
+        grok1.save(model, tmp_path / "saved")
+        again = grok1.load(tmp_path / "saved", mesh=(1, 1), progress=False)
+        assert np.array_equal(np.asarray(again.params.embedding), rounded.astype(np.float32))
 
 
 def test_an_embedding_of_another_type_is_refused(nano_path):

@@ -10,16 +10,21 @@ from grok1.generate.prefill import OnGrid
 from grok1.generate.prefix import PrefixStore
 from grok1.generate.request import Request
 from grok1.generate.scheduler import Scheduler
+from tests.helpers import slow
 
 CHUNK = 16
 
 
-@pytest.fixture(scope="module", params=["float32", "int8"])
-def engine(request, nano_path) -> Engine:
-    mesh = (1, 1) if request.param == "float32" else (2, 2)
-    return grok1.load(
-        nano_path, mesh=mesh, dtype="float32", cache_dtype=request.param, progress=False
-    ).engine
+@pytest.fixture(scope="module")
+def engines(nano, nano_path) -> dict[str, Engine]:
+    """By the type of their caches."""
+    int8 = grok1.load(nano_path, mesh=(2, 2), dtype="float32", cache_dtype="int8", progress=False)
+    return {"float32": nano.engine, "int8": int8.engine}
+
+
+@pytest.fixture(params=["float32", "int8"])
+def engine(request, engines) -> Engine:
+    return engines[request.param]
 
 
 class Runner:
@@ -57,8 +62,17 @@ def request(length: int, *changed: int, scores: bool = False, salt: bytes = b"")
     )
 
 
-@pytest.mark.parametrize("scores", [False, True])
-def test_what_is_found_is_what_would_be_computed(engine, scores):
+@pytest.mark.parametrize(
+    ("cache_dtype", "scores"),
+    [
+        ("float32", False),
+        ("int8", True),
+        pytest.param("float32", True, marks=slow),
+        pytest.param("int8", False, marks=slow),
+    ],
+)
+def test_what_is_found_is_what_would_be_computed(engines, cache_dtype, scores):
+    engine = engines[cache_dtype]
     asked = [
         # Length, changed tokens, tokens that are found.
         ((70,), 0),
@@ -96,7 +110,8 @@ def test_prompts_that_run_side_by_side_share_their_beginning(engine):
     assert sum(one.num_reused for one in many) == 3 * 64
 
 
-def test_blocks_that_were_not_used_for_long_make_room(engine):
+def test_blocks_that_were_not_used_for_long_make_room(engines):
+    engine = engines["float32"]
     runner = Runner(engine, 6)
     lone = Runner(engine, 0)
 

@@ -20,6 +20,7 @@ from tests.helpers import (
     random_named,
     readable,
     relative_error,
+    slow,
     stack,
 )
 
@@ -127,7 +128,8 @@ def test_no_step_subtracts_a_number_from_itself(nano_config):
 
 # Shares of the rows that are several groups, one, or a half of one.
 @pytest.mark.parametrize(
-    ("model_size", "groups"), [(1, 8), (2, 8), (4, 1), (4, 8), (8, 8), (16, 8)]
+    ("model_size", "groups"),
+    [(1, 8), pytest.param(2, 8, marks=slow), (4, 1), (4, 8), (8, 8), (16, 8)],
 )
 def test_int8_equals_its_dequantized_weights(model_size, groups):
     config = ModelConfig(

@@ -17,7 +17,7 @@ from grok1.ops.quantized import QuantizedArray
 from grok1.study.intervention import prepare
 from grok1.study.router_interventions import AblateExperts, ForceExperts, SelectExperts
 from grok1.study.stream_interventions import AddToResidual, CapLayers, Patch, ScaleHeads
-from tests.helpers import named_params, readable, relative_error
+from tests.helpers import named_params, readable, relative_error, slow
 
 ALL = ("router", "residual", "branches")
 
@@ -69,7 +69,10 @@ def test_what_changes_nothing_in_any_layer(model, tokens):
 
 
 # The others in a layer each, above.
-@pytest.mark.parametrize("name", ["ablate none", "patch router", "patch residual_mid"])
+@pytest.mark.parametrize(
+    "name",
+    ["patch router", *(pytest.param(n, marks=slow) for n in ("ablate none", "patch residual_mid"))],
+)
 def test_what_changes_nothing_in_all_layers(nano, tokens, name):
     intervention = neutral(nano.trace(tokens, ALL))[name]
     assert relative_error(logits_with(nano, tokens, intervention), nano.logits(tokens)) <= 2e-5

@@ -14,6 +14,7 @@ from grok1.nn.sharding import make_mesh
 from grok1.nn.unembedding import _LOGITS_BYTES
 from grok1.planning.memory import abstract_engine, released_weights
 from grok1.study.scoring import Window, encode_pair, score_windows, window_bounds
+from tests.helpers import slow
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TEXT = (
@@ -120,7 +121,11 @@ def test_logits_of_all_tokens_never_exist():
     assert memory.temp_size_in_bytes < 4 * _LOGITS_BYTES < chunk * config.vocab_size * 4
 
 
-@pytest.mark.parametrize(("window", "stride"), [(64, 64), (64, 1), (100, 30)])
+# Windows side by side, and the bounds of those that begin at every token, below.
+@pytest.mark.parametrize(
+    ("window", "stride"),
+    [(100, 30), pytest.param(64, 64, marks=slow), pytest.param(64, 1, marks=slow)],
+)
 def test_a_window_starts_as_the_whole_text_does(toy, window, stride):
     tokens = np.asarray(toy.tokenizer.encode(TEXT * 6))[:200]
     whole = toy.score(tokens)
