@@ -62,7 +62,7 @@ FULL = Effort(5, {1: 1, 8: 128, 32: 16}, 64, (128, 512, 2048), 2,
 QUICK = Effort(1, {1: 1, 8: 16}, 16, (128,), 1, ((8, 16, 16),), 600)
 
 CLIENTS = 16
-MAX_STALL = 2.0
+MAX_STALL = 5.0
 """Seconds of `Server` where the rate is measured: long chunks, as for work that nobody watches."""
 
 

@@ -153,6 +153,16 @@ def test_a_prompt_does_not_stop_those_that_decode(engine, monkeypatch):
     assert [number for number, is_decoding in ready if not is_decoding] == [4, 4]
 
 
+def test_a_turn_runs_a_chunk_of_prompts_of_all_lengths_up_to_a_bound(engine):
+    # One call runs 16 tokens of four rows; in 36 more there is no room for 64 of one.
+    for chunk_tokens, expected in ((4096, [10, 60, 12]), (100, [10, 12])):
+        one = Scheduler(engine, NUM_SLOTS, 96, chunk_tokens=chunk_tokens)
+        for length in (10, 60, 12):
+            one.submit(Request(tokens=[1] * length, max_tokens=2, sampling=GREEDY))
+        one.step()
+        assert sorted(len(each.tokens) for each in one.prefilled) == sorted(expected)
+
+
 def test_after_a_step_that_fails_the_others_go_on(engine, monkeypatch):
     one = Scheduler(engine, NUM_SLOTS, 96)
     lost = [request(number) for number in range(NUM_SLOTS)]
