@@ -18,6 +18,7 @@ import numpy as np
 from grok1.checkpoint.directory import load_config
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.factory import load
+from grok1.files import open_regular
 from grok1.generate.options import check_ids
 from grok1.generate.requests import Prompt, encode_prompt
 from grok1.machine.agreement import agree
@@ -74,7 +75,7 @@ def compare(
         no model to run, an option is out of range, or an intervention does not fit the text.
       FileNotFoundError, FileExistsError: If a source, or the directory of `save_logits`, is
         missing; if there is a file of this name.
-      CheckpointError: As `load`.
+      CheckpointError: As `load`, or if saved logits are no regular file.
     """
     sources: dict[str, _Opened] = {
         side: source if isinstance(source, Model) else pathlib.Path(os.path.expanduser(source))
@@ -157,6 +158,8 @@ def _check_source(source: _Opened, side: str, options: dict[str, Any]) -> None:
             f"{source} is no directory and no .npz or .npy file; {side} is a model's directory, or "
             "saved logits"
         )
+    if _is_saved(source):
+        os.close(open_regular(source))
 
 
 def _check_vocabularies(sizes: dict[str, int], top_k: int) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import grok1
 from grok1.__main__ import main
 from grok1.comparison import compare
+from grok1.files import CheckpointError
 
 TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
 TEXT = "The first argument is a string, and the second is the number of bytes to read."
@@ -318,6 +320,25 @@ def test_damaged_files_of_logits_are_one_line(damage, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"grok1: {a}: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (os.mkfifo, "a pipe"),
+        (os.mkdir, "a directory"),
+        (lambda path: os.symlink("/dev/zero", path), "a device"),
+    ],
+)
+def test_logits_that_are_no_file_are_refused_before_anything_runs(make, found, side, tmp_path):
+    make(tmp_path / "logits.npz")
+    a, b = (tmp_path / "logits.npz" if side == place else TOY for place in (0, 1))
+    with (
+        mock.patch("grok1.comparison.load", side_effect=AssertionError("loaded")),
+        pytest.raises(CheckpointError, match=rf"logits\.npz: not a regular file but {found}; move"),
+    ):
+        compare(a, b, "text")
 
 
 @pytest.mark.parametrize("length", [-8, 20, 0])
