@@ -72,18 +72,9 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
     header.pop("__metadata__", None)
     spans, end = {}, 8 + length
     try:
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        for name, entry in entries:
-            dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not is_plain(name):
-                raise ValueError(f"{name!r:.80} is no name of a tensor")
-            if not all(type(n) is int and n > 0 for n in shape) or not shape:
-                raise ValueError(f"{name} has the shape {shape!r:.80}")
-            if type(begin) is not int or type(stop) is not int:
-                raise ValueError(
-                    f"{name} has the data_offsets {entry['data_offsets']!r:.80}, expected two "
-                    "whole numbers"
-                )
+        places = {name: _checked_place(name, entry) for name, entry in header.items()}
+        for name, (begin, stop) in sorted(places.items(), key=lambda item: item[1]):
+            dtype, shape = header[name]["dtype"], header[name]["shape"]
             spans[name] = span = ArraySpan(8 + length + begin, tuple(shape), TYPES[dtype])
             if span.offset != end or stop - begin != span.nbytes:
                 raise ValueError(
@@ -99,11 +90,27 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
             _CONVERSION,
             "foreign",
         ) from None
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(path, f"its header is damaged: {error}", "copy it again") from None
     if end != size:
         raise CheckpointError(path, f"is {size} bytes long, expected {end} by its header", _DAMAGED)
     return ShardHeader(path, size, spans)
+
+
+def _checked_place(name: str, entry: Any) -> tuple[int, int]:
+    """The data_offsets of a tensor in a shard's header, of which each part has its type."""
+    if not is_plain(name):
+        raise ValueError(f"{name!r:.80} is no name of a tensor")
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is {entry!r:.80}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name} has the dtype {dtype!r:.80}")
+    if not (isinstance(shape, list) and shape and all(type(n) is int and n > 0 for n in shape)):
+        raise ValueError(f"{name} has the shape {shape!r:.80}")
+    if not (isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]):
+        raise ValueError(f"{name} has the data_offsets {offsets!r:.80}, expected two whole numbers")
+    return offsets[0], offsets[1]
 
 
 class Examination(NamedTuple):

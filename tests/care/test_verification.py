@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
+import sys
 import time
 
 import ml_dtypes
@@ -207,6 +210,18 @@ def test_names_of_files_are_shown_escaped(name, nano_copy, capsys):
     assert fault.isprintable()
     assert fault.endswith(": foreign, expected no such file; move it away")
     assert verdict.startswith(f"{nano_copy}: 1 faults; 146 tensors expected, ")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "?"), ("cp1252", "?"), ("utf-8", "→")])
+def test_what_an_output_cannot_spell_is_replaced(encoding, shown, nano_copy, monkeypatch):
+    (nano_copy / "ckpt-0" / "→").write_bytes(b"")
+    data = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding=encoding, errors="strict"))
+    assert __main__.main(["verify", str(nano_copy)]) == 1
+    sys.stdout.flush()
+    fault, verdict, *_ = data.getvalue().decode(encoding).splitlines()
+    assert fault.startswith(f"ckpt-0/{shown}: foreign")
+    assert ": 1 faults; " in verdict
 
 
 def test_an_unreadable_file_is_not_fetched_but_opened(nano_copy, monkeypatch):
@@ -528,15 +543,42 @@ def test_a_weight_map_with_impossible_names_is_refused(where, name, safetensors_
 
 @pytest.mark.parametrize(
     "offsets",
-    ["[0.0,%d.0]", "[false,%d]", "[null,%d]", '["0",%d]', "[0,%d,0]", "0", "[0,-%d]", "{}"],
-)
+    ["[0.0,%d.0]", "[false,%d]", "[null,%d]", '["0",%d]', "[0,%d,0]", "0", "[0,-%d]", "{}",
+     f"[{'9' * 5000},%d]", '"0%d"'],
+    ids=lambda text: text[:20],
+)  # fmt: skip
 def test_offsets_that_are_no_whole_numbers_are_refused(offsets, safetensors_copy):
     path = sorted(safetensors_copy.glob("model-*"))[1]
     spans = read_shard_header(path).spans.values()
     nbytes = min(spans, key=lambda span: span.offset).nbytes
     old, new = (text.replace("%d", str(nbytes)).encode() for text in ("[0,%d]", offsets))
     rewrite_header(path, lambda text: text.replace(old, new, 1))
-    assert "its header is damaged: " in refused_by_verify_and_load(safetensors_copy)
+    message = refused_by_verify_and_load(safetensors_copy)
+    assert "its header is damaged: " in message
+    assert ("is said to be at 0 to -" if "-" in offsets else "expected two whole n") in message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changed", "problem"),
+    [
+        (rb"\{[^{}]*\}", b"7", "is 7, expected dtype, shape and data_offsets"),
+        (rb"\{[^{}]*\}", b"[1]", "is [1], expected dtype, shape and data_offsets"),
+        (rb'"(I8|F32|BF16)"', b"[]", "has the dtype []"),
+        (rb'"shape":\[[^]]*\]', b'"shape":8', "has the shape 8"),
+        (rb'"shape":\[[^]]*\]', b'"shape":{"8":8}', "has the shape {'8': 8}"),
+    ],
+)
+def test_a_tensor_that_is_none_is_named(pattern, changed, problem, safetensors_copy):
+    path = sorted(safetensors_copy.glob("model-*"))[1]
+    end = path.read_bytes().index(b'"model.layers')  # behind the metadata
+
+    def change(text):
+        return text[: end - 8] + re.sub(pattern, changed, text[end - 8 :], count=1)
+
+    rewrite_header(path, change)
+    assert f"its header is damaged: model.layers.0.{problem}" in re.sub(
+        r"(model\.layers\.0\.)\S+ ", r"\1", refused_by_verify_and_load(safetensors_copy)
+    )
 
 
 @pytest.mark.parametrize("name", ["a\\nb", "\\u001b[31m", "\\ud800"])
