@@ -377,7 +377,7 @@ class Suite:
     def _serve(self, worker: Worker, threads: int | None) -> Iterator[Result]:
         """Clients of a server side by side, one after the other, and what has no server."""
         self._say("starting a server")
-        most = max(prompt + tokens for prompt, tokens, _ in self.effort.loads)
+        most = min(1024, self.model.config.sequence_len)  # chunks are half as long at most
         started = worker.call("serve", slots=CLIENTS, capacity=most, max_stall=MAX_STALL)
         with contextlib.ExitStack() as stack:
             other = None
