@@ -103,6 +103,23 @@ def test_searched_scales_against_the_largest_value_and_published_errors(tails, m
     assert error <= 1.01 * most
 
 
+@pytest.mark.parametrize("rows", [512, 24])
+def test_both_forms_of_rounding_find_the_same_bits(rows):
+    if not forms.has_kernels("cpu"):
+        pytest.skip("no compiler here")
+    rng = np.random.default_rng(rows)
+    weight = rng.standard_t(3, size=(rows, 75)) * 10.0 ** rng.integers(-12, 4, (rows, 75))
+    weight[:, 1] = 0
+    weight[: rows // 2, 2] = 0
+    weight[:, 3] = np.round(rng.normal(size=rows) * 3)  # ties
+    weight[:, 4] = 1e-42
+    weight[:, 5] = rng.normal(size=rows)
+    blocks = int4.num_blocks(rows)
+    one, other = (round_weight(weight.astype(np.float32), blocks, form) for form in ("cpp", "xla"))
+    for part, same in zip(one, other, strict=True):
+        np.testing.assert_array_equal(part, same)
+
+
 def test_a_weight_of_zeros_and_one_of_few_values_are_rounded():
     # The book has no zero: beside one large value the others become 1/127 of it.
     assert not int4.dequantize_int4(round_weight(np.zeros((64, 8), np.float32), 1)).any()

@@ -30,6 +30,8 @@ _EXPERTS = "grok1_experts"
 _EXPERTS_INT4 = "grok1_int4_experts"
 _FETCHED_EXPERTS = "grok1_fetched_experts"
 _FETCHED_EXPERTS_INT4 = "grok1_int4_fetched_experts"
+_ROUND = "grok1_int4_round"
+_ROUND_BLOCK = "grok1_int4_round_block"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
 # Called by `draws`.
@@ -75,6 +77,8 @@ def _is_available() -> bool:
             _EXPERTS_INT4,
             _FETCHED_EXPERTS,
             _FETCHED_EXPERTS_INT4,
+            _ROUND,
+            _ROUND_BLOCK,
             _ATTENTION,
             _MOST_PROBABLE,
             SAMPLE,
@@ -158,6 +162,27 @@ def experts(
         expert_indices.astype(jnp.int32),
         expert_weights,
     )
+
+
+def round_int4(
+    weight: Float[Array, "K N"], like: Sequence[jax.ShapeDtypeStruct], factor: Array | None = None
+) -> Sequence[Array]:
+    """Rounds a weight to 4 bits, as `int4_rounding.round_weight` does.
+
+    Args:
+      weight: float32.
+      like: The shapes of the parts of the `Int4Array`.
+      factor: float32 `[K, K]`; with it the weight is one block, rounded with error feedback as
+        `int4_calibration` says, and the rows' errors, float32 `[K, N]`, come behind the parts.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    _require()
+    if factor is None:
+        return jax.ffi.ffi_call(_ROUND, [*like])(weight)
+    errors = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
+    return jax.ffi.ffi_call(_ROUND_BLOCK, [*like, errors])(weight, factor)
 
 
 class Fetch:
