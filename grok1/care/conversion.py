@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grok1.care import gguf_file, int4_card
+from grok1.care import gguf_file
+from grok1.care.int4_card import NAME as CARD_NAME
+from grok1.care.rounding import Calibrated, Rounding, calibration_tokens
 from grok1.care.staging import OutputFile, Piece, content, write_files
 from grok1.checkpoint import safetensors_layout
 from grok1.checkpoint.directory import load_config, located, open_tensors, tokenizer_path
@@ -22,9 +24,9 @@ from grok1.checkpoint.released import open_checkpoint
 from grok1.checkpoint.safetensors_file import open_safetensors
 from grok1.checkpoint.storage import (
     StoredArray,
+    StoredModel,
     StoredTensor,
     dequantized_matrix,
-    matrix_as_float32,
     read_matrix,
     transpose,
 )
@@ -34,13 +36,11 @@ from grok1.files import CheckpointError
 from grok1.machine.float_errors import as_numpy_comes
 from grok1.nn.manifest import TensorSpec, file_name, manifest, with_int4_experts
 from grok1.ops.formats import INT4
-from grok1.ops.int4_rounding import round_weight
 from grok1.tokenizer import Tokenizer
 from grok1.version import __version__
 
 FORMATS = ("grok1", "safetensors", "int4", "gguf")
 
-_ROUNDED_COLUMNS = 1024  # that are rounded at a time
 _BLOCK_BYTES = 1 << 28  # Rows of a larger matrix, as the embedding, are converted in such blocks.
 
 
@@ -58,7 +58,7 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    to: str,
+    to: str | Calibrated,
     dtype: str | None = None,
     embedding: str | None = None,
     progress: bool = True,
@@ -71,8 +71,9 @@ def convert(
       source: A directory that `grok1.load` reads.
       target: A new directory; with `to="gguf"` a new file.
       to: "grok1", the released format; "safetensors", see `safetensors_layout`; "int4", the same
-        with 4-bit experts and a `quantization.json` that says how they were made; or "gguf", see
-        `gguf_file`, which this library writes and does not read.
+        with 4-bit experts and a `quantization.json` that says how they were made, or `Calibrated`,
+        these rounded for a text; or "gguf", see `gguf_file`, which this library writes and does not
+        read.
       dtype: "bfloat16" for dequantised weights; "int8" to be refused if the source has none; None
         to keep what the source has.
       embedding: With `to="gguf"`, the type of the embedding, one of `gguf_file.EMBEDDING_TYPES`;
@@ -87,6 +88,7 @@ def convert(
       ValueError: If the options do not go together.
       ModuleNotFoundError: If the package of the format is not installed.
     """
+    text, to = (to.text, "int4") if isinstance(to, Calibrated) else (None, to)
     _check_options(to, dtype, embedding)
     source, target = located(source), os.path.expanduser(target)
     config = load_config(source)
@@ -99,6 +101,7 @@ def convert(
             "convert the released files instead",
             "foreign",
         )
+    rounding = None
     if to == "grok1":
         plan = _grok1_plan(source, config, tensors, specs)
     elif to == "safetensors":
@@ -109,9 +112,11 @@ def convert(
             )
     elif to == "int4":
         _check_int8_experts(source, specs)
-        plan = _safetensors_plan(config, tensors, specs, with_int4_experts(specs))
-        card = int4_card.describe(source, config, tensors, specs)
-        plan.files.append(content(int4_card.NAME, card))
+        stored = StoredModel(tensors, specs)
+        tokens = None if text is None else calibration_tokens(config, tokenizer_file, text)
+        rounding = Rounding(source, config, stored, tokens, progress)
+        plan = _safetensors_plan(config, tensors, specs, with_int4_experts(specs), rounding)
+        plan.files.append(OutputFile(CARD_NAME, [rounding.card]))
     else:
         plan = _gguf_plan(source, config, tensors, specs, dtype, embedding or "f32")
     # Loaders of safetensors want to be told which model it is.
@@ -134,7 +139,12 @@ def convert(
         "source files": _digest(tensors),
         "versions": _versions(to),
     }
-    return plan.notes + write_files(target, plan.files, identity, plan.check, progress)
+    if rounding is None:
+        return plan.notes + write_files(target, plan.files, identity, plan.check, progress)
+    if rounding.calibration is not None:
+        identity["calibration"] = rounding.calibration
+    notes = write_files(target, plan.files, identity, plan.check, progress, rounding.keep_in)
+    return [*plan.notes, *rounding.notes(), *notes]
 
 
 def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:
@@ -227,6 +237,7 @@ def _safetensors_plan(
     tensors: list[StoredTensor],
     specs: list[TensorSpec],
     stored: list[TensorSpec],
+    rounding: Rounding | None = None,
 ) -> _Plan:
     """The shards of a model.
 
@@ -235,6 +246,7 @@ def _safetensors_plan(
       tensors: Its tensors.
       specs: As they are.
       stored: As they are to be.
+      rounding: How experts become 4-bit, if they do.
     """
     shards = safetensors_layout.shards(stored)
     files = []
@@ -245,7 +257,8 @@ def _safetensors_plan(
             if spec.dtype == INT4.name and specs[named.tensor].dtype != INT4.name:
                 # All of a matrix at once: its parts follow one another.
                 if named.part == "values":
-                    pieces = [*pieces, _rounded_piece(tensor, spec, named.matrix)]
+                    assert rounding is not None
+                    pieces = [*pieces, rounding.piece(tensor, spec, named.matrix)]
             elif spec.dtype == INT4.name:
                 part: StoredArray = getattr(tensor, named.part)
                 nbytes = part.nbytes // part.num_matrices
@@ -273,26 +286,6 @@ def _safetensors_plan(
                 raise CheckpointError(path / name, "the safetensors package reads other tensors")
 
     return _Plan(files, check, [])
-
-
-def _rounded_piece(tensor: StoredTensor, spec: TensorSpec, number: int) -> Piece:
-    """A matrix of an expert in 4 bits: values and scales, one behind the other."""
-    assert spec.scales_shape is not None
-    *_, num_blocks, columns = spec.scales_shape
-    shapes = INT4.part_shapes(spec.shape[-2:], num_blocks)
-    sizes = [DTYPES[part.dtype].itemsize for part in INT4.parts]
-    nbytes = sum(math.prod(shape) * size for shape, size in zip(shapes, sizes, strict=True))
-
-    def make() -> np.ndarray:
-        weight = matrix_as_float32(tensor, number)
-        parts = []
-        for start in range(0, columns, _ROUNDED_COLUMNS):
-            part = np.ascontiguousarray(weight[:, start : start + _ROUNDED_COLUMNS])
-            parts.append(round_weight(part, num_blocks))
-        arrays = (np.concatenate(of_part, axis=-1) for of_part in zip(*parts, strict=True))
-        return np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
-
-    return Piece(nbytes, make)
 
 
 def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: str) -> _Plan:

@@ -62,6 +62,7 @@ def write_files(
     identity: dict[str, Any],
     check: Callable[[pathlib.Path], None],
     progress: bool,
+    keep_in: Callable[[pathlib.Path], None] = lambda directory: None,
 ) -> list[str]:
     """Writes files to a new directory, or one new file, whole or not at all.
 
@@ -71,6 +72,8 @@ def write_files(
       identity: What the content depends on; an unfinished target of another identity is refused.
       check: Called with the complete target under its temporary name; raises if it is not valid.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
+      keep_in: Told, before anything is made, a directory for what making it has to keep until all
+        is written; of an unfinished target it is the same as before.
 
     Returns:
       What there is to know about how it went, a sentence each.
@@ -99,6 +102,7 @@ def write_files(
             with Journal(staging / "journal", identity) as journal:
                 _check_names(staging, files)
                 _check_space(target, staging, files, journal)
+                keep_in(staging)
                 _write(staging, files, journal, total, progress)
                 _verify(staging, files, journal, total, progress)
             _check_names(staging, files)

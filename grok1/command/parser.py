@@ -352,6 +352,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--emb", choices=EMBEDDING_TYPES, help="of the embedding in gguf; default: f32"
     )
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help='with int4: file whose text the weights are rounded for; "-" for standard input; for '
+        "Grok-1 64,000 tokens do, with 10 GB of memory",
+    )
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import jax
 
 from grok1 import comparison
 from grok1.care import conversion, inspection, verification
+from grok1.care.rounding import Calibrated
 from grok1.checkpoint.directory import load_config
 from grok1.command import streams
 from grok1.config import GROK_1
@@ -35,10 +36,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    to = arguments.to
+    if arguments.calibrate is not None:
+        if to != "int4":
+            raise ValueError(
+                f"--calibrate is for --to int4, whose weights are rounded, not for {to}"
+            )
+        to = Calibrated(streams.read_text(arguments.calibrate))
     notes = conversion.convert(
         arguments.source,
         arguments.target,
-        to=arguments.to,
+        to=to,
         dtype=arguments.dtype,
         embedding=arguments.emb,
     )

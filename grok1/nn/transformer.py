@@ -269,24 +269,10 @@ def forward(
     Returns:
       float32 logits of the next token after each position, and a trace of each layer.
     """
-    causal_TT = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-    mask_BTT = jnp.broadcast_to(causal_TT, (tokens.shape[0], *causal_TT.shape))
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = params.embedding[tokens] * config.embedding_multiplier_scale
     traces = []
     for layer in params.layers:
-        branch = _attention(
-            layer, config, rms_norm(x, layer.attention_pre_norm), positions_BT, mask_BTT
-        )
-        x = x + rms_norm(branch, layer.attention_post_norm)
-        normed_MD = rms_norm(x, layer.moe_pre_norm).reshape(-1, config.emb_size)
-        routing = route(
-            normed_MD,
-            layer.router,
-            config.num_selected_experts,
-            config.router_softcap,
-            config.renormalize_gates,
-        )
+        x, normed_MD, routing = attend_and_route(layer, config, x)
         branch = experts(normed_MD, layer.experts, (), routing).reshape(x.shape)
         x = x + rms_norm(branch, layer.moe_post_norm)
         traces.append(LayerTrace(x, routing))
@@ -294,8 +280,37 @@ def forward(
     return matmul(normed, params.embedding.T) * config.output_multiplier_scale, traces
 
 
-def _attention(layer: LayerParams, config: ModelConfig, x, positions, mask) -> Array:
+def attend_and_route(
+    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "M D"], Routing]:
+    """The first half of a layer, up to the choice of experts; reads no weights of theirs.
+
+    Args:
+      layer: The layer's parameters.
+      config: The architecture.
+      x: The residual stream before the layer, float32.
+
+    Returns:
+      The residual stream between the branches, the input of the experts, and their choice, tokens
+      flattened.
+    """
+    branch = _attention(layer, config, rms_norm(x, layer.attention_pre_norm))
+    x = x + rms_norm(branch, layer.attention_post_norm)
+    normed_MD = rms_norm(x, layer.moe_pre_norm).reshape(-1, config.emb_size)
+    routing = route(
+        normed_MD,
+        layer.router,
+        config.num_selected_experts,
+        config.router_softcap,
+        config.renormalize_gates,
+    )
+    return x, normed_MD, routing
+
+
+def _attention(layer: LayerParams, config: ModelConfig, x) -> Array:
     batch, length, _ = x.shape
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
 
     def heads(weight):
         return matmul(x, dequantize(weight)).reshape(batch, length, -1, config.key_size)

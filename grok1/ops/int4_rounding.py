@@ -29,9 +29,9 @@ from grok1.ops.int4 import BIAS, BOOK, Int4Array, group_rows, pack, pack_subscal
 # Between two values of the book: what is above is nearer to the larger one.
 _MIDDLES = (BOOK[1:].astype(np.float32) + BOOK[:-1].astype(np.float32)) / 2
 # Sizes of the largest value of a group, of either sign, that are tried, in units of the book.
-_LARGEST = np.array([*range(-136, -88, 4), *range(88, 128, 4)], np.int32)
+LARGEST = np.array([*range(-136, -88, 4), *range(88, 128, 4)], np.int32)
 # Sizes of the largest scale of a block, in units of the 6-bit scales.
-_LARGEST_OF_BLOCK = np.array([-32, -31, -30, -28, 28, 29, 30, 31], np.float32)
+LARGEST_OF_BLOCK = np.array([-32, -31, -30, -28, 28, 29, 30, 31], np.float32)
 _BITS = 14  # of the largest weight of a block, but for the first
 _FINE = 6  # bits behind the point of a scaled weight
 _MOST_FACTOR = 32700.0  # 16 bits hold the scaled weight and what rounds it
@@ -46,7 +46,7 @@ def nearest_codes(scaled: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     return codes
 
 
-def _inverse(number: Array) -> Array:
+def inverse_of(number: Array) -> Array:
     """1 / number, and 0 of 0."""
     return jnp.where(number == 0, 0, 1 / jnp.where(number == 0, 1, number))
 
@@ -115,7 +115,7 @@ def _of_groups(whole: Array, sizes: Array) -> tuple[Array, Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _searched(
+def searched(
     weight: Float[Array, "K N"],
     num_blocks: int,
     sizes: Int[Array, " tried"],
@@ -123,7 +123,8 @@ def _searched(
 ) -> tuple[Int[Array, "K N"], Int[Array, "B g N"], Float[Array, "B N"]]:
     """Returns codes, the scales of groups, and those of blocks in float16.
 
-    What is tried are arguments, because XLA would turn a division by a constant into a product.
+    What is tried, `LARGEST` and `LARGEST_OF_BLOCK`, are arguments, because XLA would turn a
+    division by a constant into a product.
     """
     rows, columns = weight.shape
     size = group_rows(rows // num_blocks)
@@ -140,7 +141,7 @@ def _searched(
 
     def try_block(best, size_of_largest):
         step = of_block / size_of_largest
-        found = jnp.clip(jnp.round(wanted * _inverse(step)[:, None]), -BIAS, BIAS - 1)
+        found = jnp.clip(jnp.round(wanted * inverse_of(step)[:, None]), -BIAS, BIAS - 1)
         under = found * step[:, None] * (1 << shift).astype(jnp.float32)
         product, square = _fit(whole, _factors(under))
         found = found.astype(jnp.int32)
@@ -157,7 +158,7 @@ def _searched(
     (_, scales, found), _ = jax.lax.scan(try_block, nothing, sizes_of_block)
     scales = (scales * _power(exponent)).astype(jnp.float16)
     exact = found.astype(jnp.float32) * scales.astype(jnp.float32)[:, None]
-    codes = nearest_codes(grouped * _inverse(exact)[:, :, None])
+    codes = nearest_codes(grouped * inverse_of(exact)[:, :, None])
     return codes.reshape(rows, columns).astype(jnp.uint8), found, scales
 
 
@@ -168,9 +169,7 @@ def _power(exponent: Array) -> Array:
 
 @forms.form("round_int4", "xla")
 def _round_xla(weight: np.ndarray, num_blocks: int) -> Int4Array:
-    codes, found, scales = map(
-        np.asarray, _searched(weight, num_blocks, _LARGEST, _LARGEST_OF_BLOCK)
-    )
+    codes, found, scales = map(np.asarray, searched(weight, num_blocks, LARGEST, LARGEST_OF_BLOCK))
     return Int4Array(pack(codes), pack_subscales(found), scales)
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.care import inspection, verification
+from grok1.care import inspection, rounding, verification
 from grok1.care.conversion import convert
+from grok1.care.rounding import Calibrated, Rounding
 from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.checkpoint.safetensors_file import read_shard_header
 from grok1.checkpoint.storage import matrix_as_float32
+from grok1.command.main import main
 from grok1.nn.manifest import with_int4_experts
 from grok1.nn.sharding import abstract_mesh
 from grok1.nn.transformer import forward
@@ -28,6 +30,13 @@ TOKENS = np.arange(1, 40) * 7 % 128
 def int4_path(nano_path, tmp_path_factory) -> pathlib.Path:
     target = tmp_path_factory.mktemp("int4") / "nano"
     assert convert(nano_path, target, to="int4", progress=False) == []
+    return target
+
+
+@pytest.fixture(scope="module")
+def three_layers(nano_path, tmp_path_factory) -> pathlib.Path:
+    target = tmp_path_factory.mktemp("three") / "nano"
+    grok1.save(grok1.load(nano_path, layers=3, mesh=(1, 1), progress=False), target)
     return target
 
 
@@ -147,3 +156,90 @@ def test_the_released_model_takes_174_gb_on_four_devices_and_on_two(count, each)
 def test_plan_says_what_weights_there_are():
     with pytest.raises(ValueError, match="weights must be one of int8, int4, found 'int3'"):
         grok1.plan(grok1.TOY, devices=1, device="cpu", memory=1, weights="int3")
+
+
+@pytest.mark.parametrize("text", [None, np.random.default_rng(3).integers(0, 128, 200).tolist()])
+def test_an_interrupted_conversion_ends_with_the_same_bytes(
+    text, three_layers, tmp_path, monkeypatch
+):
+    options: dict = {"to": "int4" if text is None else Calibrated(text), "progress": False}
+    source = three_layers
+    notes = convert(source, tmp_path / "whole", **options)
+    assert (len(notes) == 1) == (text is not None)
+    made = Rounding._make
+
+    def stop_after(count):
+        left = iter(range(count))
+
+        def make(*arguments):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return made(*arguments)
+
+        monkeypatch.setattr(Rounding, "_make", make)
+
+    for count in (0, 7, 30):
+        stop_after(count)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "stopped", **options)
+    stop_after(1000)
+    assert convert(source, tmp_path / "stopped", **options) == notes
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "stopped").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "stopped" / name
+        ).read_bytes()
+    card = json.loads((tmp_path / "whole" / "quantization.json").read_text())
+    if text is None:
+        assert notes == []
+        errors = card["loss"]["relative_error_of_weights"]
+        assert all(0.05 < error < 0.08 for of_layer in errors.values() for error in of_layer)
+        return
+    # The places of 200 tokens, two each, are not 64 for each of eight experts.
+    few = card["loss"]["fell_back_layer_expert_tokens"]
+    assert f"{len(few)} experts were rounded without the text" in notes[0]
+    assert 0 < len(few) < 24
+    assert all(tokens < 64 for _, _, tokens in few)
+    assert card["calibration"]["tokens"] == 200
+    assert {len(of_layer) for of_layer in card["loss"]["relative_error_of_products"].values()} == {
+        3
+    }
+
+
+def test_calibration_loses_less_of_its_text(nano_path, tmp_path):
+    text = np.random.default_rng(3).integers(1, 128, 3000).tolist()
+    model = grok1.load(nano_path, layers=1, mesh=(1, 1), progress=False)
+    grok1.save(model, tmp_path / "one")
+    exact = model.logits(text[:90])
+    losses = []
+    for name, to in (("plain", "int4"), ("calibrated", Calibrated(text))):
+        convert(tmp_path / "one", tmp_path / name, to=to, progress=False)
+        rounded = grok1.load(tmp_path / name, mesh=(1, 1), progress=False)
+        losses.append(relative_error(rounded.logits(text[:90]), exact))
+    assert losses[1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "said"),
+    [
+        ([], "the text to calibrate with has no tokens"),
+        ([5, 128], "token ids must be from 0 to 127, found 5 to 128"),
+        ("words", "there is no tokenizer.model to read the text with"),
+    ],
+)
+def test_a_text_that_cannot_calibrate(calibrate, said, nano_path, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        convert(nano_path, tmp_path / "a", to=Calibrated(calibrate), progress=False)
+
+
+def test_calibration_that_does_not_fit(nano_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounding, "host_bytes_available", lambda: 10**6)
+    with pytest.raises(ValueError, match=r"with 600 tokens takes .* are available; give a shorter"):
+        convert(nano_path, tmp_path / "a", to=Calibrated([1, 2, 3] * 200), progress=False)
+
+
+def test_only_int4_is_calibrated(nano_path, tmp_path, capsys):
+    options = "--to", "safetensors", "--calibrate", str(tmp_path / "text")
+    assert main(["convert", str(nano_path), str(tmp_path / "a"), *options]) == 1
+    assert "--calibrate is for --to int4" in capsys.readouterr().err

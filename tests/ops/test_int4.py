@@ -8,6 +8,7 @@ import pytest
 from grok1.ops import forms, int4
 from grok1.ops.formats import FORMATS, INT4
 from grok1.ops.int4 import BOOK, Int4Array
+from grok1.ops.int4_feedback import feedback_factor, round_with_feedback
 from grok1.ops.int4_rounding import round_weight
 from grok1.ops.quantized import matmul
 from tests.helpers import relative_error
@@ -126,3 +127,31 @@ def test_a_weight_of_zeros_and_one_of_few_values_are_rounded():
     weight = np.zeros((64, 8), np.float32)
     weight[5] = 0.3
     assert relative_error(int4.dequantize_int4(round_weight(weight, 1)), weight) < 0.05
+
+
+def test_error_feedback_in_both_forms():
+    rng = np.random.default_rng(0)
+    rows = 512
+    x = rng.normal(size=(1500, 60)) @ rng.normal(size=(60, rows)) + rng.normal(size=(1500, rows))
+    weight = rng.normal(size=(rows, 40)).astype(np.float32)
+    gram = (x.T @ x).astype(np.float32)
+    exact = x @ weight
+
+    def loss(rounded):
+        return relative_error(x @ int4.dequantize_int4(rounded), exact)
+
+    plain = loss(round_weight(weight, 2))
+    whole, parts = [feedback_factor(gram)], [
+        feedback_factor(gram[half : half + 256, half : half + 256]) for half in (0, 256)
+    ]  # fmt: skip
+    found = {}
+    for form in ("cpp", "xla"):
+        if form == "cpp" and not forms.has_kernels("cpu"):
+            continue
+        rounded, lost = round_with_feedback(weight, 2, whole, form)
+        found[form] = loss(rounded)
+        # The factor knows of the whole product, but for its damping.
+        assert np.sqrt(lost) / np.linalg.norm(exact) == pytest.approx(found[form], rel=0.15)
+        assert found[form] < loss(round_with_feedback(weight, 2, parts, form)[0]) < 0.8 * plain
+        assert found[form] < 0.6 * plain
+    assert max(found.values()) == pytest.approx(min(found.values()), rel=0.02)

@@ -165,24 +165,20 @@ def experts(
 
 
 def round_int4(
-    weight: Float[Array, "K N"], like: Sequence[jax.ShapeDtypeStruct], factor: Array | None = None
+    weight: Float[Array, "K N"],
+    like: Sequence[jax.ShapeDtypeStruct],
+    feedback: tuple[Array, Array] | None = None,
 ) -> Sequence[Array]:
-    """Rounds a weight to 4 bits, as `int4_rounding.round_weight` does.
+    """Rounds a weight to 4 bits, as `int4_rounding` does to parts `like` these.
 
-    Args:
-      weight: float32.
-      like: The shapes of the parts of the `Int4Array`.
-      factor: float32 `[K, K]`; with it the weight is one block, rounded with error feedback as
-        `int4_calibration` says, and the rows' errors, float32 `[K, N]`, come behind the parts.
-
-    Raises:
-      RuntimeError: If there is no library.
+    With feedback, the original weight and a factor, it is one block of `int4_feedback`; the errors
+    `[K, N]` and what is lost `[N]` come behind the parts.
     """
     _require()
-    if factor is None:
+    if feedback is None:
         return jax.ffi.ffi_call(_ROUND, [*like])(weight)
-    errors = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
-    return jax.ffi.ffi_call(_ROUND_BLOCK, [*like, errors])(weight, factor)
+    more = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (weight.shape, weight.shape[1:])]
+    return jax.ffi.ffi_call(_ROUND_BLOCK, [*like, *more])(weight, *feedback)
 
 
 class Fetch:

@@ -24,9 +24,10 @@ constexpr int kCodeColumns = 16;
 #endif
 constexpr int kCodeVectors = kCodeColumns / kLanes;
 
-constexpr int64_t kMostPanel = 8192;  // columns of a panel
 constexpr int kCodeRows = 6;          // rows of bytes with the scales of a block's groups
 constexpr int kMostGroupRows = 32;
+constexpr int kMostCodeRows = 4;  // input rows whose sums registers hold beside what is decoded
+constexpr int64_t kPanel = 1024;  // columns whose sums and scales the first-level cache holds
 
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
@@ -81,6 +82,17 @@ inline Int4Matrix matrix_of(const uint8_t* values, const uint8_t* subscales,
           group};
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The values are exact in bfloat16, whose two bytes are looked up: a float is those before zeros.
+inline __m256i book_bytes(int place) {
+  return _mm256_broadcastsi128_si256(
+      place == 0 ? _mm_setr_epi8(-2, -48, -90, -126, 68, 12, -80, 32, -128, 80, -56, 24, 84, -118,
+                                 -78, -30)
+                 : _mm_setr_epi8(-62, -62, -62, -62, -62, -62, -63, -63, 63, 65, 65, 66, 66, 66,
+                                 66, 66));
+}
+#endif
+
 // low, high[kCodeVectors] = the values of the codes of two weight rows; with AVX2 not in the order
 // of the columns, see `in_order`.
 __attribute__((always_inline)) inline void decode(const uint8_t* codes, Floats* low, Floats* high) {
@@ -94,11 +106,7 @@ __attribute__((always_inline)) inline void decode(const uint8_t* codes, Floats* 
     high[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), book);
   }
 #elif defined(__AVX2__)
-  // The values are exact in bfloat16, whose two bytes are looked up: a float is those before zeros.
-  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-      -2, -48, -90, -126, 68, 12, -80, 32, -128, 80, -56, 24, 84, -118, -78, -30));
-  const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-      -62, -62, -62, -62, -62, -62, -63, -63, 63, 65, 65, 66, 66, 66, 66, 66));
+  const __m256i first = book_bytes(0), second = book_bytes(1);
   const __m256i four = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(0xFFFF0000);
   __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
   auto spread = [&](__m256i code, Floats* to) {
@@ -143,18 +151,44 @@ struct Codes {
 
 // total[kRows, kCodeColumns] += scale * (x @ values). x is [2 * pairs, kRows].
 template <int kRows>
-void multiply_codes(const Codes& of, const float* x, float* total, int64_t total_stride) {
+__attribute__((noinline)) void multiply_codes(const Codes& of, const float* x, int64_t x_stride,
+                                              float* total, int64_t total_stride) {
+  // Of one row both weight rows have sums of their own, because an addition waits for the one before.
   Floats sum[kRows][kCodeVectors] = {}, other[kRows == 1 ? kCodeVectors : 1] = {};
   const uint8_t* codes = of.begin;
-  for (int64_t i = 0; i < of.pairs; ++i, codes += of.stride, x += 2 * kRows) {
+  for (int64_t i = 0; i < of.pairs; ++i, codes += of.stride, x += 2 * x_stride) {
     __builtin_prefetch(codes + of.ahead, 0, 2);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // For few rows one weight row after the other, whose floats are used at once, so that registers
+    // hold the sums.
+    if constexpr (kRows <= 2) {
+      const __m256i four = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(0xFFFF0000);
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+      for (int row = 0; row < 2; ++row) {
+        __m256i code = _mm256_and_si256(row == 0 ? both : _mm256_srli_epi16(both, 4), four);
+        __m256i one = _mm256_shuffle_epi8(book_bytes(0), code);
+        __m256i two = _mm256_shuffle_epi8(book_bytes(1), code);
+        for (int side = 0; side < 2; ++side) {
+          __m256i halves =
+              side == 0 ? _mm256_unpacklo_epi8(one, two) : _mm256_unpackhi_epi8(one, two);
+          Floats even = _mm256_castsi256_ps(_mm256_slli_epi32(halves, 16));
+          Floats odd = _mm256_castsi256_ps(_mm256_and_si256(halves, upper));
+          for (int m = 0; m < kRows; ++m) {
+            Floats* to = kRows == 1 && row == 1 ? other : sum[m];
+            to[2 * side] += even * x[row * x_stride + m];
+            to[2 * side + 1] += odd * x[row * x_stride + m];
+          }
+        }
+      }
+      continue;
+    }
+#endif
     Floats low[kCodeVectors], high[kCodeVectors];
     decode(codes, low, high);
     for (int m = 0; m < kRows; ++m) {
       for (int v = 0; v < kCodeVectors; ++v) {
         sum[m][v] += low[v] * x[m];
-        // Of one row two sums, because an addition waits for the one before.
-        (kRows == 1 ? other[v] : sum[m][v]) += high[v] * x[kRows + m];
+        (kRows == 1 ? other[v] : sum[m][v]) += high[v] * x[x_stride + m];
       }
     }
   }
@@ -170,46 +204,16 @@ void multiply_codes(const Codes& of, const float* x, float* total, int64_t total
   }
 }
 
-// As multiply_codes, for more rows: the values are decoded once, to the first-level cache.
-inline void multiply_decoded(const Codes& of, const float* x, int64_t num_rows, float* total,
-                             int64_t total_stride) {
-  alignas(kCacheLine) float tile[kMostGroupRows * kCodeColumns];
-  const uint8_t* codes = of.begin;
-  for (int64_t i = 0; i < of.pairs; ++i, codes += of.stride) {
-    __builtin_prefetch(codes + of.ahead, 0, 2);
-    Floats values[2][kCodeVectors];
-    decode(codes, values[0], values[1]);
-    std::memcpy(tile + 2 * i * kCodeColumns, values, sizeof(values));
-  }
-  for (int64_t m = 0; m < num_rows; m += 2) {
-    const int64_t second = m + 1 < num_rows;
-    Floats sum[2][kCodeVectors] = {};
-    const float *numbers = x + m, *from = tile;
-    for (int64_t k = 0; k < 2 * of.pairs; ++k, numbers += num_rows, from += kCodeColumns) {
-      for (int v = 0; v < kCodeVectors; ++v) {
-        Floats value = load(from + v * kLanes);
-        sum[0][v] += value * numbers[0];
-        sum[1][v] += value * numbers[second];
-      }
-    }
-    for (int64_t row = 0; row <= second; ++row) {
-      in_order(sum[row]);
-      for (int v = 0; v < kCodeVectors; ++v) {
-        float* to = total + (m + row) * total_stride + v * kLanes;
-        store_floats(to, load(to) + sum[row][v] * load(of.scale + v * kLanes));
-      }
-    }
-  }
-}
-
+// total[num_rows, kCodeColumns] += scale * (x @ values). x is [2 * pairs, num_rows].
 inline void multiply_group(const Codes& of, const float* x, int64_t num_rows, float* total,
                            int64_t total_stride) {
-  if (num_rows == 1) {
-    multiply_codes<1>(of, x, total, total_stride);
-  } else if (num_rows == 2) {
-    multiply_codes<2>(of, x, total, total_stride);
-  } else {
-    multiply_decoded(of, x, num_rows, total, total_stride);
+  constexpr decltype(&multiply_codes<1>) kMultiply[] = {nullptr, multiply_codes<1>,
+                                                        multiply_codes<2>, multiply_codes<3>,
+                                                        multiply_codes<4>};
+  const int64_t passes = (num_rows + kMostCodeRows - 1) / kMostCodeRows;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = num_rows * pass / passes, end = num_rows * (pass + 1) / passes;
+    kMultiply[end - first](of, x + first, num_rows, total + first * total_stride, total_stride);
   }
 }
 
@@ -221,10 +225,11 @@ inline void multiply_few(const Int4Matrix& matrix, int64_t begin, int64_t end, i
     for (int64_t m = 0; m < num_rows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
   }
   // Up to a whole number of what is decoded at a time.
-  constexpr int64_t kWidest = kMostPanel + kCodeColumns;
+  constexpr int64_t kWidest = kPanel + kCodeColumns;
   alignas(kCacheLine) static thread_local float scale[kWidest];
-  alignas(kCacheLine) static thread_local float total[kMostSums + kFewRows * kCodeColumns];
-  const int64_t panel_columns = panel_for(num_rows), columns = matrix.columns;
+  alignas(kCacheLine) static thread_local float total[kFewRows * kWidest];
+  const int64_t panel_columns = std::min(panel_for(num_rows), kPanel);
+  const int64_t columns = matrix.columns;
   const int64_t pairs = matrix.group / 2;
   for (int64_t first = 0; first < width; first += panel_columns) {
     const int64_t panel = std::min(panel_columns, width - first), at = column + first;
@@ -247,9 +252,12 @@ inline void multiply_few(const Int4Matrix& matrix, int64_t begin, int64_t end, i
         }
         matrix.group_scales(k, at, panel, scale);
         const uint8_t* codes = matrix.values + k / 2 * columns + at;
+        // Behind the last group come the next columns of the first.
+        const int64_t back = (begin / matrix.group * matrix.group - k) / 2 * columns;
+        const int64_t ahead = k + matrix.group < end ? pairs * columns : back + panel;
         for (int64_t c = 0; c < panel; c += kCodeColumns) {
           uint8_t edge[kMostGroupRows / 2 * kCodeColumns];
-          Codes here = {codes + c, columns, pairs, pairs * columns, scale + c};
+          Codes here = {codes + c, columns, pairs, ahead, scale + c};
           if (panel - c < kCodeColumns) {
             for (int64_t i = 0; i < pairs; ++i) {
               std::memcpy(edge + i * kCodeColumns, here.begin + i * columns, panel - c);

@@ -11,9 +11,9 @@ using HalvesOut = ffi::ResultBuffer<ffi::F16>;
 
 constexpr int64_t kUnitColumns = 8 * grok1::kRoundedColumns;
 
-// Rounds all blocks; with a factor they are one.
-ffi::Error round_blocks(Pool pool, Floats weight, const float* factor, float* errors,
-                        BytesOut values, BytesOut subscales, HalvesOut scales) {
+// Rounds all blocks; with feedback they are one.
+ffi::Error round_blocks(Pool pool, Floats weight, const grok1::Feedback* feedback, BytesOut values,
+                        BytesOut subscales, HalvesOut scales) {
   const int64_t depth = weight.dimensions()[0], columns = weight.dimensions()[1];
   const int64_t num_blocks = scales->dimensions()[0];
   const auto like = grok1::matrix_of(values->typed_data(), subscales->typed_data(), nullptr, 0,
@@ -31,8 +31,7 @@ ffi::Error round_blocks(Pool pool, Floats weight, const float* factor, float* er
     for (int64_t column = unit % parts * kUnitColumns; column < end;
          column += grok1::kRoundedColumns) {
       to.round(weight.typed_data() + number * to.block * columns + column, number, column,
-               std::min<int64_t>(grok1::kRoundedColumns, end - column), factor,
-               errors == nullptr ? nullptr : errors + column);
+               std::min<int64_t>(grok1::kRoundedColumns, end - column), feedback);
     }
   });
   return ffi::Error::Success();
@@ -40,13 +39,15 @@ ffi::Error round_blocks(Pool pool, Floats weight, const float* factor, float* er
 
 ffi::Error Int4Round(Pool pool, Floats weight, BytesOut values, BytesOut subscales,
                      HalvesOut scales) {
-  return round_blocks(pool, weight, nullptr, nullptr, values, subscales, scales);
+  return round_blocks(pool, weight, nullptr, values, subscales, scales);
 }
 
-ffi::Error Int4RoundBlock(Pool pool, Floats weight, Floats factor, BytesOut values,
-                          BytesOut subscales, HalvesOut scales, FloatsOut errors) {
-  return round_blocks(pool, weight, factor.typed_data(), errors->typed_data(), values, subscales,
-                      scales);
+ffi::Error Int4RoundBlock(Pool pool, Floats weight, Floats original, Floats factor,
+                          BytesOut values, BytesOut subscales, HalvesOut scales, FloatsOut errors,
+                          FloatsOut lost) {
+  const grok1::Feedback feedback = {original.typed_data(), factor.typed_data(),
+                                    errors->typed_data(), lost->typed_data()};
+  return round_blocks(pool, weight, &feedback, values, subscales, scales);
 }
 
 }  // namespace
@@ -64,7 +65,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_int4_round_block, Int4RoundBlock,
                                   .Ctx<Pool>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .Ret<ffi::Buffer<ffi::F16>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

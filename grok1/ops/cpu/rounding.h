@@ -307,6 +307,14 @@ struct BlockScales {
   }
 };
 
+// What a block is rounded by with error feedback; see `ops/int4_feedback.py`.
+struct Feedback {
+  const float* original;  // [block, columns], the weights before those above them were rounded
+  const float* factor;    // [block, block]
+  float* errors;          // [block, columns], of the original weights
+  float* lost;            // [columns], the squared error of the products
+};
+
 // A 4-bit matrix that is written.
 struct RoundedMatrix {
   uint8_t* values;
@@ -315,10 +323,9 @@ struct RoundedMatrix {
   int64_t columns, block, group;
 
   // Rounds `width` columns of block `number`, at `weights`, whose rows are `columns` floats apart.
-  // With a factor, [block, block], what a row's rounding changes in the products is made up for in
-  // the rows below, and errors[block, columns] are for the blocks below: see `int4_calibration`.
+  // With feedback each row makes up for what the rows above it have lost.
   void round(const float* weights, int64_t number, int64_t column, int64_t width,
-             const float* factor = nullptr, float* errors = nullptr) const {
+             const Feedback* feedback = nullptr) const {
     alignas(kCacheLine) float tile[kMostBlockRows * kRoundedColumns] = {};
     for (int64_t k = 0; k < block; ++k) {
       std::memcpy(tile + k * kRoundedColumns, weights + k * columns, width * sizeof(float));
@@ -327,7 +334,7 @@ struct RoundedMatrix {
     found.group = group;
     found.search(tile, block);
     uint8_t* bytes = values + number * block / 2 * columns + column;
-    FloatLanes exact, inverse;
+    FloatLanes exact, inverse, lost = {};
     for (int64_t k = 0; k < block; ++k) {
       if (k % group == 0) scales_of_group(found, k / group, exact, inverse);
       Lanes codes;
@@ -338,20 +345,26 @@ struct RoundedMatrix {
         pair[c] = k % 2 ? pair[c] | codes[c] << 4 : codes[c];
       }
       std::memcpy(bytes + k / 2 * columns, pair, width);
-      if (factor == nullptr) continue;
-      FloatLanes error;
+      if (feedback == nullptr) continue;
+      const float* share = feedback->factor + k * block;
+      FloatLanes error = {};
+      std::memcpy(error, feedback->original + k * columns + column, width * sizeof(float));
       for (int c = 0; c < kRoundedColumns; ++c) {
-        error[c] = (tile[k * kRoundedColumns + c] - kBook[codes[c]] * exact[c]) /
-                   factor[k * block + k];
+        float value = kBook[codes[c]] * exact[c];
+        float left = share[k] * (tile[k * kRoundedColumns + c] - value);
+        lost[c] += left * left;
+        error[c] -= value;
       }
-      std::memcpy(errors + k * columns, error, width * sizeof(float));
+      std::memcpy(feedback->errors + k * columns + column, error, width * sizeof(float));
       for (int64_t later = k + 1; later < block; ++later) {
         float* row = tile + later * kRoundedColumns;
-        const float share = factor[k * block + later];
         for (int c = 0; c < kRoundedColumns; c += kLanes) {
-          store_floats(row + c, load(row + c) - share * load(error + c));
+          store_floats(row + c, load(row + c) + share[later] * load(error + c));
         }
       }
+    }
+    if (feedback != nullptr) {
+      std::memcpy(feedback->lost + column, lost, width * sizeof(float));
     }
     write_scales(found, number, column, width);
   }
