@@ -174,7 +174,7 @@ def round_int4(
     With feedback, the original weight and a factor, it is one block of `int4_feedback`; the errors
     `[K, N]` and what is lost `[N]` come behind the parts.
     """
-    _require()
+    require()
     if feedback is None:
         return jax.ffi.ffi_call(_ROUND, [*like])(weight)
     more = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (weight.shape, weight.shape[1:])]
