@@ -132,6 +132,9 @@ def test_the_toy_computes_what_the_resident_model_does(toy):
     assert (found.text, found.tokens) == (expected.text, expected.tokens)
     # The resident model draws from what it keeps of the output head, in sums of another order.
     np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=5e-6)
+    for ours, theirs in zip(found.top_logprobs, expected.top_logprobs, strict=True):
+        assert list(ours) == list(theirs)
+        np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=0, atol=5e-6)
     text = "".join(offloaded.stream(prompt, **drawn))
     assert text == toy.generate(prompt, **drawn).text
 
