@@ -179,7 +179,8 @@ def test_a_wrong_directory_is_told_without_starting_a_device(tmp_path):
 
 
 _WINDOWS = """
-import os, sys
+import os, shutil, sys
+shutil._use_fd_functions = False  # as it is there
 for name in ("fcntl", "termios", "resource", "readline"):
     sys.modules[name] = None
 for name in ("preadv", "pread", "pwrite", "posix_fadvise", "sched_getaffinity", "O_NONBLOCK",
