@@ -61,7 +61,8 @@ class Record:
         found = round(error, 6), tokens, by_inputs
         self._lines[layer, matrix, expert] = found
         with self._path.open("a") as file:
-            file.write(json.dumps([layer, matrix, expert, *found]) + "\n")
+            # A line of its own, even behind one that was cut off.
+            file.write("\n" + json.dumps([layer, matrix, expert, *found]))
 
     def errors(self) -> dict[str, list[float]]:
         """Returns of each matrix the mean over the experts of a layer, for each layer."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.care import inspection, rounding, verification
+from grok1.care import inspection, int4_card, rounding, verification
 from grok1.care.conversion import convert
 from grok1.care.rounding import Calibrated, Rounding
 from grok1.checkpoint.directory import load_config, open_tensors
@@ -243,3 +243,18 @@ def test_only_int4_is_calibrated(nano_path, tmp_path, capsys):
     options = "--to", "safetensors", "--calibrate", str(tmp_path / "text")
     assert main(["convert", str(nano_path), str(tmp_path / "a"), *options]) == 1
     assert "--calibrate is for --to int4" in capsys.readouterr().err
+
+
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
+    record = int4_card.Record()
+    record.keep_in(tmp_path)
+    record.add(0, "linear", 0, 0.07, None, False)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text() + '\n[0, "linear", 1, 0.0')
+    for expert, error in ((1, 0.09), (2, 0.08)):
+        again = int4_card.Record()
+        again.keep_in(tmp_path)
+        again.add(0, "linear", expert, error, None, False)
+    last = int4_card.Record()
+    last.keep_in(tmp_path)
+    assert last.errors() == {"linear": [0.08]}
