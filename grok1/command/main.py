@@ -67,6 +67,8 @@ def _run(
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         message = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
         if not isinstance(error, advice.FileError):
             message = advice.in_options(message, vars(parsed))
         print(f"{program}: {message}", file=sys.stderr)

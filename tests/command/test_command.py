@@ -197,6 +197,23 @@ def test_text_that_is_none_is_named(data, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "No such file or directory"),
+        (".", "Is a directory"),
+        ("file/in", "Not a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_in_words(name, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("text")
+    path = tmp_path / name
+    status, out, err = run(capsys, "--prompt-file", str(path))
+    assert (status, out) == (1, "")
+    assert f": {path}: {message}\n" in err
+    assert "Errno" not in err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--temperature", "-1"), "--temperature must be 0"),
