@@ -1,8 +1,10 @@
 """The page, in a browser: typed, clicked and read as people do."""
 
 import base64
+import itertools
 import json
 import shutil
+import time
 
 import pytest
 
@@ -112,12 +114,24 @@ def test_the_ribbon_shows_the_experts_of_the_text(page, toy):
     assert base64.b64decode(made["data"]).startswith(b"\x89PNG")
 
 
-def test_stop_frees_the_slot_and_the_end_of_the_server_is_told(page, server):
-    fill(page, temperature="1", max_tokens="900", prompt="A")
+def test_stop_frees_the_slot_and_the_end_of_the_server_is_told(page, server, complete):
+    def num_tokens(seed: int) -> int:
+        answer = complete(prompt="A", max_tokens=900, temperature=1, top_p=1, seed=seed)
+        return answer["usage"]["completion_tokens"]
+
+    # One that goes on for a while, and turns that leave the page time to stop it.
+    seed = next(seed for seed in itertools.count() if num_tokens(seed) > 300)
+    fill(page, temperature="1", top_p="1", max_tokens="900", seed=str(seed), prompt="A")
+
+    def wait(*turn):
+        time.sleep(0.05)
+
+    server.on_turn.append(wait)
     page.press("Enter", modifiers=2)
     page.until("document.querySelectorAll('#text .t').length > 5")
     page.press("Escape")
     page.until("document.getElementById('status').textContent.startsWith('stopped after')")
+    server.on_turn.remove(wait)
     idle(server)
     fill(page, max_tokens="0")
     page.run("document.getElementById('go').click()")
