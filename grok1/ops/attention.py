@@ -24,6 +24,7 @@ SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
 # a row is short; many queries keep the products large enough to run at full speed.
 _BLOCK_OF_FEW, _BLOCK_OF_MANY = 128, 512
 _FEW_QUERIES = 16
+_QUERIES_AT_ONCE = 1024  # over all rows; those before them do not pay for the keys up to the last
 
 
 class KVCache(NamedTuple):
@@ -172,6 +173,19 @@ def attend_blocked(
     int8 block is multiplied as it is: its scales go to the scores and to the softmax's weights.
     """
     batch, length, heads, group, head_dim = query.shape
+    piece = max(_FEW_QUERIES, _QUERIES_AT_ONCE // batch)
+    if length > piece and not length % piece:
+
+        def attend_piece(arguments):
+            return attend_blocked(
+                arguments[0], cache, layer, Place(place.slots, *arguments[1:]), scale
+            )
+
+        def cut(array):
+            return array.reshape(batch, length // piece, piece, *array.shape[2:]).swapaxes(0, 1)
+
+        pieces = jax.lax.map(attend_piece, (cut(query), cut(place.positions), cut(place.valid)))
+        return pieces.swapaxes(0, 1).reshape(query.shape)
     capacity = cache.k.shape[3]
     block = min(_BLOCK_OF_FEW if length <= _FEW_QUERIES else _BLOCK_OF_MANY, capacity)
     num_blocks = jnp.minimum(jnp.max(place.positions) // block + 1, -(-capacity // block))
@@ -212,8 +226,11 @@ def attend_blocked(
         new_top_RCM = jnp.maximum(top_RCM, cap(top_products_RCM))
         weights_RCMS = jnp.exp(cap(products_RCMS) - new_top_RCM[..., None])
         weights_RCMS = jnp.where(allowed_RCMS, weights_RCMS, 0)
+        if cache.v_scales is None:
+            # Written once, in the type of the product, and the sum is of what is multiplied.
+            weights_RCMS = jax.lax.optimization_barrier(weights_RCMS.astype(value.dtype))
         shrink_RCM = jnp.exp(top_RCM - new_top_RCM)
-        total_RCM = total_RCM * shrink_RCM + weights_RCMS.sum(axis=-1)
+        total_RCM = total_RCM * shrink_RCM + weights_RCMS.sum(axis=-1, dtype=jnp.float32)
         if cache.v_scales is not None:
             v_scales_RCS = jnp.where(is_seen_RS[:, None], take(cache.v_scales), 0)
             weights_RCMS *= v_scales_RCS[:, :, None]

@@ -1,7 +1,7 @@
 """The mixture of experts: routing, and the chosen experts' feed-forward, dense and sparse.
 
 Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected experts a token,
-R = M*A dispatched rows, L layer.
+L layer.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grok1.ops import forms
+from grok1.ops import dispatch, forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import calls, shapes
 from grok1.ops.formats import is_quantized
@@ -175,7 +175,7 @@ def experts(
       routing: Where each token goes.
       valid: False for padding, which gets zeros.
       implementation: "dense" computes every expert for every token, "sparse" only the chosen ones,
-        "cpp" and "cuda" too, from int8 weights; None for that of `forms.PREFERRED`.
+        "cpp", "cuda" and "grouped" too, from int8 weights; None for that of `forms.PREFERRED`.
 
     Returns:
       float32.
@@ -245,38 +245,50 @@ def experts_sparse(
     Returns:
       float32.
     """
-    num_tokens, num_selected = routing.expert_indices.shape
-    num_experts = routing.probs.shape[-1]
-    num_rows = num_tokens * num_selected
+    num_tokens, num_experts = routing.probs.shape
     # A token picks an expert at most once, so an expert has at most M rows.
     block = min(_BLOCK, num_tokens)
+    rows = dispatch.sorted_rows(x, routing.expert_indices, valid, num_experts, block)
 
-    # Padding is sent to an expert beyond the last, whose rows sort to the end and never run.
-    expert_of_row = jnp.where(valid[:, None], routing.expert_indices, num_experts).reshape(-1)
-    row_order = jnp.argsort(expert_of_row, stable=True)
-    rows_per_expert = jnp.bincount(expert_of_row, length=num_experts)
-    blocks_per_expert = -(-rows_per_expert // block)
-    last_block = jnp.cumsum(blocks_per_expert)
-    first_row = jnp.cumsum(rows_per_expert) - rows_per_expert
-    # One block of slack: a block that is not full reads, and writes, past its expert's rows.
-    x_sorted = jnp.pad(x[row_order // num_selected], ((0, block), (0, 0)))
+    def run(x_block, expert, num_valid):
+        return expert_ffn(x_block, weights, (*index, expert), num_valid)
 
-    def run_block(i, out_sorted):
-        expert = jnp.searchsorted(last_block, i, side="right")
-        block_of_expert = i - (last_block[expert] - blocks_per_expert[expert])
-        start = first_row[expert] + block_of_expert * block
-        x_block = jax.lax.dynamic_slice_in_dim(x_sorted, start, block)
-        num_valid = jnp.minimum(rows_per_expert[expert] - block_of_expert * block, block)
-        out_block = expert_ffn(x_block, weights, (*index, expert), num_valid)
-        # What this writes past its expert's rows, the next block overwrites.
-        return jax.lax.dynamic_update_slice_in_dim(out_sorted, out_block, start, axis=0)
+    out_sorted = dispatch.run_in_blocks(rows, block, run)
+    return dispatch.summed(out_sorted, rows, routing.expert_weights, valid)
 
-    out_sorted = jnp.zeros((num_rows + block, x.shape[-1]), jnp.float32)
-    out_sorted = jax.lax.fori_loop(0, last_block[-1], run_block, out_sorted)
-    place_of_row = jnp.zeros(num_rows, row_order.dtype).at[row_order].set(jnp.arange(num_rows))
-    out_MAD = out_sorted[place_of_row].reshape(num_tokens, num_selected, -1)
-    out_MD = jnp.sum(out_MAD * routing.expert_weights[..., None], axis=1)
-    return jnp.where(valid[:, None], out_MD, 0)
+
+def _is_not_grouped(x, weights, index, routing, valid) -> str | None:
+    if not all(isinstance(weight, QuantizedArray) for weight in weights):
+        return "it reads int8 weights"
+    if x.dtype != jnp.bfloat16:
+        return f"its products are of bfloat16, not {x.dtype}"
+    if len(x) <= shapes.MOST_ROWS:
+        return f"it is for more than {shapes.MOST_ROWS} tokens, not {len(x)}"
+    return None
+
+
+@forms.form("experts", "grouped", refuses=_is_not_grouped)
+def experts_grouped(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """As `experts_sparse`, for many tokens: each expert's rows in one product, in bfloat16.
+
+    The matrix is made a float one first. An expert's rows are padded to one of a few numbers, for
+    each of which there is a program of its own; a loop of known length chooses among them.
+    """
+    num_tokens, num_experts = routing.probs.shape
+    sizes = dispatch.sizes_of_groups(num_tokens, routing.expert_indices.shape[1], num_experts)
+    rows = dispatch.sorted_rows(x, routing.expert_indices, valid, num_experts, sizes[-1])
+
+    def run(x_group, expert):
+        return expert_ffn(x_group, weights, (*index, expert), implementation="converted")
+
+    out_sorted = dispatch.run_in_groups(rows, sizes, run)
+    return dispatch.summed(out_sorted, rows, routing.expert_weights, valid)
 
 
 def _is_float(x, weights, index, routing, valid) -> str | None:
@@ -389,6 +401,7 @@ def expert_ffn(
     weights: ExpertWeights,
     index: Index,
     num_valid: int | Array | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "M D"]:
     """One expert's gated feed-forward; float32. GELU in its tanh form, as trained.
 
@@ -397,7 +410,9 @@ def expert_ffn(
       weights: Experts of a stack of layers.
       index: Index of the layer, if there is such an axis, and of the expert.
       num_valid: Rows from this one on do not matter, int32; None for all rows.
+      implementation: As for `matmul`.
     """
-    hidden = jax.nn.gelu(matmul(x, weights.gate, index, num_valid), approximate=True)
-    hidden *= matmul(x, weights.up, index, num_valid)
-    return matmul(hidden.astype(x.dtype), weights.down, index, num_valid)
+    how = index, num_valid, implementation
+    hidden = jax.nn.gelu(matmul(x, weights.gate, *how), approximate=True)
+    hidden *= matmul(x, weights.up, *how)
+    return matmul(hidden.astype(x.dtype), weights.down, *how)

@@ -17,11 +17,15 @@ from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
 
 PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
-    "matmul": {"cpu": ("cpp", "tiled"), "default": ("direct",)},
+    "matmul": {"cpu": ("cpp", "tiled"), "cuda": ("converted", "direct"), "default": ("direct",)},
     "matmul_int4": {"cpu": ("cpp", "blocked"), "default": ("blocked",)},
     "round_int4": {"cpu": ("cpp", "xla"), "default": ("xla",)},
-    "project": {"cuda": ("cuda", "one_by_one"), "default": ("one_by_one",)},
-    "experts": {"cpu": ("cpp", "sparse"), "cuda": ("cuda", "sparse"), "default": ("sparse",)},
+    "project": {"cuda": ("cuda", "converted", "one_by_one"), "default": ("one_by_one",)},
+    "experts": {
+        "cpu": ("cpp", "sparse"),
+        "cuda": ("cuda", "grouped", "sparse"),
+        "default": ("sparse",),
+    },
     "attend_cache": {
         "cpu": ("cpp", "blocked"),
         "cuda": ("cuda", "blocked"),

@@ -128,8 +128,8 @@ def matmul(
       index: One index, a number or a traced scalar, for each leading axis of `weight`.
       num_valid: How many of the M rows matter, from the first on, a number or a traced scalar; None
         for all. What comes out for the others is finite, and costs nothing where that is possible.
-      implementation: Which form multiplies a quantised weight: an int8 one "direct", "tiled" or
-        "cpp", a 4-bit one "blocked" or "cpp"; None for that of `forms.PREFERRED`.
+      implementation: Which form multiplies a quantised weight: an int8 one "direct", "tiled",
+        "converted" or "cpp", a 4-bit one "blocked" or "cpp"; None for that of `forms.PREFERRED`.
 
     Returns:
       float32 `[*M, N]`.
@@ -180,8 +180,8 @@ def project(
       weights: Float or quantised `[*lead, K, N]`.
       indices: For each the index of its matrix.
       dtype: float32 or bfloat16.
-      implementation: "one_by_one" goes through `matmul`, "cuda" through CUDA; None for that of
-        `forms.PREFERRED`.
+      implementation: "one_by_one" goes through `matmul`, "converted" makes a copy of a weight for
+        many rows, "cuda" goes through CUDA; None for that of `forms.PREFERRED`.
 
     Returns:
       float32 `[*M, N]`, one for each weight.
@@ -227,6 +227,51 @@ def project_cuda(
     return [out.reshape(*x.shape[:-1], -1) for out in calls.project(x_MK, pairs)]
 
 
+def _is_of_few_rows(num_rows: int) -> str | None:
+    if num_rows > shapes.MOST_ROWS:
+        return None
+    return f"it is for more than {shapes.MOST_ROWS} rows, not {num_rows}"
+
+
+def _is_not_for_conversion(x, weights, indices) -> str | None:
+    if not all(isinstance(weight, QuantizedArray) for weight in weights):
+        return "it reads int8 weights"
+    if x.dtype != jnp.float32:
+        return f"it splits float32, not {x.dtype}"
+    return _is_of_few_rows(math.prod(x.shape[:-1]))
+
+
+@forms.form("project", "converted", refuses=_is_not_for_conversion)
+def project_converted(
+    x: Float[Array, "*M K"],
+    weights: tuple[QuantizedArray, ...],
+    indices: tuple[Index, ...],
+    dtype: Any,
+) -> list[Float[Array, "*M N"]]:
+    """A product each with a copy of the weight; the terms add up along the contracted axis.
+
+    An int8 times its scale, both of 8 bits, is exactly the sum of two terms: where scales differ
+    along that axis, they go into the copy, and of the four products of terms the smallest is left
+    out.
+    """
+    if dtype != jnp.bfloat16:
+        return project_one_by_one(x, weights, indices, dtype)
+    high, low = split_terms(x.reshape(-1, x.shape[-1]), dtype)
+    found = []
+    for weight, index in zip(weights, indices, strict=True):
+        if weight.scales.shape[-2] == 1:
+            values = weight.values[index].astype(dtype)
+            copy = jnp.concatenate([values, values])
+            out = _dot_of_copy(jnp.concatenate([high, low], axis=1), copy)
+            out *= weight.scales[index].astype(jnp.float32)
+        else:
+            upper, lower = split_terms(_scaled(weight, index), dtype)
+            copy = jnp.concatenate([upper, upper, lower])
+            out = _dot_of_copy(jnp.concatenate([high, low, high], axis=1), copy)
+        found.append(out.reshape(*x.shape[:-1], -1))
+    return found
+
+
 @forms.form("matmul", "direct")
 def matmul_direct(
     x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
@@ -240,6 +285,40 @@ def matmul_direct(
     x_GMk = x.reshape(x.shape[0], num_groups, -1).swapaxes(0, 1)
     values_GkN = values_KN.reshape(num_groups, -1, columns).astype(x.dtype)
     return (_dot(x_GMk, values_GkN) * scales_GN[:, None, :]).sum(axis=0)
+
+
+def _is_not_of_bfloat16(x, weight, index, num_valid) -> str | None:
+    if x.dtype != jnp.bfloat16:
+        return f"its products are of bfloat16, not {x.dtype}"
+    return _is_of_few_rows(len(x))
+
+
+@forms.form("matmul", "converted", refuses=_is_not_of_bfloat16)
+def matmul_converted(
+    x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
+):
+    """One product with a bfloat16 copy of the matrix, by the vendor's library where there is one.
+
+    It takes as long to make the copy as to read it three times: for many rows. Scales of groups go
+    into it, rounded to bfloat16 with it; that of a whole column is applied to the product.
+    """
+    if weight.scales.shape[-2] > 1:
+        return _dot_of_copy(x, _scaled(weight, index).astype(x.dtype))
+    out = _dot_of_copy(x, weight.values[index].astype(x.dtype))
+    return out * weight.scales[index].astype(jnp.float32)
+
+
+def _scaled(weight: QuantizedArray, index: Index) -> Array:
+    """One matrix of a weight times its scales, float32 `[K, N]`."""
+    values_KN = weight.values[index].astype(jnp.float32)
+    scales_GN = weight.scales[index].astype(jnp.float32)
+    scaled_GkN = values_KN.reshape(len(scales_GN), -1, values_KN.shape[1]) * scales_GN[:, None]
+    return scaled_GkN.reshape(values_KN.shape)
+
+
+def _dot_of_copy(x: Float[Array, "M K"], copy: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """Multiplies by a copy in memory; XLA would make it anew for each block of the result."""
+    return _dot(x, jax.lax.optimization_barrier(copy))
 
 
 @forms.form("matmul", "tiled")

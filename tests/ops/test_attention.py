@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grok1.ops import attention
 from grok1.ops.attention import KVCache, Place, append, attend, attend_cache, attention_map
 from grok1.ops.cpu import bindings
 from tests.helpers import relative_error
@@ -225,6 +226,29 @@ def test_attend_cache_with_many_queries(length):
 
 
 # --- slots ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.int8])
+def test_many_queries_in_pieces_see_what_they_see_at_once(monkeypatch, dtype):
+    cache, query = random_cache(40), random_query(36)
+    if dtype == jnp.int8:
+        scales = [normal(seed, L, B, C, 40) for seed in (1, 2)]
+        cache = KVCache(*((20 * a).astype(jnp.int8) for a in cache[:2]), cache.length, *scales)
+    else:
+        cache = cache._replace(k=cache.k.astype(dtype), v=cache.v.astype(dtype))
+        query = query.astype(dtype)
+    positions = np.arange(36) + np.array([[0], [4], [2]])
+    at_once = np.asarray(attend_by("blocked", query, cache, 1, in_order(positions)))
+    monkeypatch.setattr(attention, "_FEW_QUERIES", 4)
+    monkeypatch.setattr(attention, "_BLOCK_OF_MANY", 8)
+    monkeypatch.setattr(attention, "_QUERIES_AT_ONCE", 36)
+    program = jax.jit(lambda *arguments: attend_cache(*arguments, SCALE, "blocked"))
+    arguments = query, cache, 1, in_order(positions)
+    in_pieces = np.asarray(program(*arguments))
+    # float16 rounds the weights by the largest logit so far, which other blocks find later.
+    tolerance = 2e-3 if dtype == jnp.float16 else 5e-6
+    np.testing.assert_allclose(in_pieces, at_once, atol=tolerance * np.abs(at_once).max())
+    assert program.lower(*arguments).as_text().count("stablehlo.while") == 2
 
 
 FORMS = ["blocked", "cpp"]

@@ -96,6 +96,21 @@ def test_on_nvidia_gpus_the_kernels_that_are_there_are_chosen(operation):
         forms.run(operation, *arguments, implementation="cuda")
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_on_nvidia_gpus_many_rows_of_bfloat16_are_multiplied_by_copies(dtype):
+    stack = quantize(jnp.ones((4, 8, 8)))
+    choice = choose_experts(jnp.ones((65, 4)), 2)
+    experts = ExpertWeights(stack, stack, stack), (), choice, jnp.ones(65, bool)
+    for operation, named, arguments in (
+        ("experts", ("grouped", "sparse"), experts),
+        ("matmul", ("converted", "direct"), (stack, (0,), 65)),
+    ):
+        x = jnp.ones((65, 8), dtype)
+        expected = named[0] if dtype == jnp.bfloat16 else named[1]
+        assert forms.chosen(operation, "cuda", x, *arguments) == expected
+        assert forms.chosen(operation, "tpu", x, *arguments) == named[1]
+
+
 @pytest.mark.parametrize(
     ("operation", "options", "reason"),
     [
@@ -118,7 +133,7 @@ def test_a_form_that_is_not_there(monkeypatch):
     arguments = arguments_of("matmul")
     with pytest.raises(NotImplementedError, match=NO_KERNELS):
         forms.run("matmul", *arguments, implementation="cpp")
-    message = "^matmul has no form 'sparse'; its forms are cpp, direct, tiled$"
+    message = "^matmul has no form 'sparse'; its forms are converted, cpp, direct, tiled$"
     with pytest.raises(ValueError, match=message):
         forms.run("matmul", *arguments, implementation="sparse")
 

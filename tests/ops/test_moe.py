@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grok1.ops import dispatch
 from grok1.ops import experts as experts_module
 from grok1.ops.cpu import bindings
 from grok1.ops.experts import (
@@ -291,6 +292,74 @@ def test_native_experts_with_next_to_no_columns(model_dim, hidden_dim):
     output = in_form(x, weights, (), routing, valid, "cpp")
     exact = [dequantized(weight) for weight in weights]
     assert_close(output, float64_experts(x, exact, routing), 2e-6)
+
+
+def check_grouped(x, weights, routing, valid):
+    """Against float64, and that padding gets zeros; inputs of the products are bfloat16."""
+    x = x.astype(jnp.bfloat16)
+    output = np.asarray(in_form(x, weights, (1,), routing, valid, "grouped"))
+    one_layer = [np.asarray(dequantized(weight))[1] for weight in weights]
+    expected = float64_experts(x, one_layer, routing)[valid]
+    assert np.linalg.norm(output[valid] - expected) <= 4e-3 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(output[~valid], 0)
+
+
+@pytest.fixture(scope="module")
+def stack():
+    gate, up, down = random_weights(5, (2,), 13, 24)
+    return ExpertWeights(
+        quantize_compiled(gate), quantize_compiled(up), quantize_compiled(down, num_groups=8)
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [65, 200, 1000])
+def test_many_tokens_in_groups_against_float64(stack, num_tokens):
+    x, routing = random_inputs(num_tokens, 5, 2, 13)
+    every = np.ones(num_tokens, bool)
+    check_grouped(x, stack, routing, every)
+    check_grouped(x, stack, routing, np.arange(num_tokens) % 7 < 3)
+    # All tokens at one expert; expert 0, 2 and 4 are nobody's.
+    check_grouped(x, stack, with_experts(routing, np.tile([3, 1], (num_tokens, 1))), every)
+
+
+def test_more_rows_than_the_largest_group_go_in_several(monkeypatch, stack):
+    monkeypatch.setattr(dispatch, "_MOST_ROWS", 128)
+    # Another number of tokens, so that nothing that is compiled fits.
+    x, routing = random_inputs(301, 5, 2, 13)
+    routing = with_experts(routing, np.tile([3, 1], (301, 1)))
+    check_grouped(x, stack, routing, np.ones(301, bool))
+
+
+def test_an_expert_that_nobody_chose_is_not_read_in_groups(stack):
+    x, routing = random_inputs(200, 5, 2, 13)
+    valid = np.arange(200) % 3 != 1
+    routing = with_experts(routing, np.where(valid[:, None], [3, 1], [0, 4]))
+    unread = np.isin(np.arange(5), [1, 3])[:, None, None]
+    poisoned = ExpertWeights(
+        *(one._replace(scales=jnp.where(unread, one.scales, jnp.nan)) for one in stack)
+    )
+    output = in_form(x.astype(jnp.bfloat16), poisoned, (1,), routing, valid, "grouped")
+    assert np.isfinite(output).all()
+
+
+@pytest.mark.parametrize("num_tokens", [65, 128, 1000, 2048, 8192])
+def test_sizes_of_groups_hold_every_expert_with_little_padding(num_tokens):
+    sizes = dispatch.sizes_of_groups(num_tokens, 2, 8)
+    assert all(size % 128 == 0 for size in sizes)
+    assert len(sizes) <= 12  # for each there is a program
+    assert sizes[-1] >= min(num_tokens, 4096)
+    for num_rows in range(num_tokens // 8, num_tokens // 2, 17):
+        assert min(size for size in sizes if size >= num_rows) <= max(128, 1.5 * num_rows + 128)
+
+
+def test_groups_are_for_many_tokens_of_bfloat16(stack):
+    for x, why in (
+        (normal(3, 70, 13), "its products are of bfloat16, not float32"),
+        (normal(3, 64, 13).astype(jnp.bfloat16), "it is for more than 64 tokens, not 64"),
+    ):
+        routing = route_compiled(normal(3, len(x), 13), normal(4, 13, 5), num_selected=2)
+        with pytest.raises(NotImplementedError, match=f"'grouped': {why}"):
+            experts(x, stack, (1,), routing, jnp.ones(len(x), bool), "grouped")
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():

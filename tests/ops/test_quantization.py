@@ -180,6 +180,37 @@ def test_every_number_of_rows_in_every_form(num_groups, implementation):
         assert relative_error(product(x), float64(x) @ matrix) <= 2e-6
 
 
+@pytest.mark.parametrize("num_groups", [1, 8])
+def test_a_copy_in_bfloat16_is_the_matrix_and_of_groups_nearly(num_groups):
+    weight, x = random_weight((3, 2), num_groups=num_groups), normal(1, 70, K, dtype=jnp.bfloat16)
+    product = jax.jit(lambda x, index: matmul(x, weight, index, implementation="converted"))
+    expected = float64(x) @ float64_weight(weight)[2, 1]
+    # One scale a column is applied to the product; those of groups are rounded with the matrix.
+    assert relative_error(product(x, (2, 1)), expected) <= (2e-6 if num_groups == 1 else 4e-3)
+
+
+@pytest.mark.parametrize("num_groups", [1, 8])
+def test_a_projection_by_a_copy_keeps_the_mantissa_of_its_input(num_groups):
+    weights = [random_weight((3,), num_groups=num_groups, columns=n) for n in (N, 5)]
+    x = normal(1, 2, 35, K)
+    project = jax.jit(
+        lambda x: quantized.project(x, weights, [(2,), (0,)], jnp.bfloat16, "converted")
+    )
+    for output, weight, layer in zip(project(x), weights, (2, 0), strict=True):
+        assert output.shape == (2, 35, weight.shape[-1])
+        assert relative_error(output, float64(x) @ float64_weight(weight)[layer]) <= 1e-5
+
+
+def test_a_copy_is_made_for_many_rows_of_bfloat16_alone():
+    weight = random_weight()
+    for x, why in (
+        (normal(1, 70, K), "its products are of bfloat16, not float32"),
+        (normal(1, 64, K, dtype=jnp.bfloat16), "it is for more than 64 rows, not 64"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"'converted': {why}"):
+            matmul(x, weight, implementation="converted")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_that_do_not_matter_change_nothing(implementation):
     skip_unless_it_runs_here(implementation)
