@@ -4,6 +4,7 @@ Dimension key: B batch row, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def sample(
         filtered = (state.top_p < 1) | (state.min_p > 0) | (state.top_k < logits.shape[-1])
         log_weights = jax.lax.cond(
             jnp.any(filtered & ~greedy),
-            lambda: keep(log_weights, state.top_k, state.top_p, state.min_p),
+            lambda: _kept(log_weights, state),
             lambda: log_weights,
         )
         keys = race.position_keys(state.keys, positions)
@@ -283,83 +284,98 @@ def keep_probable(
     return log_weights.at[rows, order].set(jnp.where(kept, ordered, race.FORBIDDEN))
 
 
+def _kept(log_weights: Int[Array, "B V"], state: SamplingState) -> Int[Array, "B V"]:
+    # A pass costs a GPU some launches, and each comparison a reading of the second-level cache.
+    bits = 4 if len(log_weights) <= 2 else 2
+    return jax.lax.platform_dependent(
+        log_weights,
+        state.top_k,
+        state.top_p,
+        state.min_p,
+        cpu=keep,
+        default=functools.partial(keep, bits=bits),
+    )
+
+
 def keep(
     log_weights: Int[Array, "B V"],
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
+    bits: int = 1,
 ) -> Int[Array, "B V"]:
-    """As `keep_probable`, by halving the range of log-weights: 31 passes, however many stay."""
+    """As `keep_probable`, without sorting: by passes over the tokens, as many whatever stays.
+
+    Args:
+      log_weights: As for `keep_probable`.
+      top_k: As for `keep_probable`.
+      top_p: As for `keep_probable`.
+      min_p: As for `keep_probable`.
+      bits: How many of the 31 bits of the least log-weight that stays a pass finds, by comparing
+        every token with 2**bits - 1 log-weights.
+    """
+    size = log_weights.shape[-1]
+
+    def number(log_weights):
+        nothing = jnp.zeros(log_weights.shape, jnp.uint32)
+        return race.Sum(nothing, nothing, jnp.ones_like(nothing))
 
     def within_k():
-        def holds(before: _Before):
-            return before.number < top_k
-
-        return _keep_while(log_weights, holds)
+        return _keep_below(log_weights, number, jnp.minimum(top_k, size).astype(jnp.float32), bits)
 
     def within_p():
-        weights = race.weights(within)
-        limit = top_p * race.total(weights).value()
+        limit = top_p * race.total(race.weights(within)).value()
+        return _keep_below(within, race.weights, jnp.where(top_p < 1, limit, jnp.inf), bits)
 
-        def holds(before: _Before):
-            return (before.weight.value() < limit) | (top_p >= 1)
-
-        return _keep_while(within, holds)
-
-    top = log_weights == log_weights.max(axis=-1, keepdims=True)
-    is_best = top & (jnp.cumsum(top, axis=-1) == 1)
-    size = log_weights.shape[-1]
     within = jax.lax.cond(jnp.any(top_k < size), within_k, lambda: log_weights)
     within = jax.lax.cond(jnp.any(top_p < 1), within_p, lambda: within)
     enough = race.relative_weights(log_weights) >= min_p[:, None]
+    best = jnp.argmax(log_weights, axis=-1, keepdims=True)
+    is_best = jnp.arange(size, dtype=best.dtype) == best
     return jnp.where(enough | is_best, within, race.FORBIDDEN)
 
 
-class _Before(NamedTuple):
-    """The tokens of each row that are more probable than one: their number and weight."""
-
-    number: Int[Array, " B"]
-    weight: race.Sum
-
-
-def _keep_while(
-    log_weights: Int[Array, "B V"], holds: Callable[[_Before], Bool[Array, " B"]]
+def _keep_below(
+    log_weights: Int[Array, "B V"],
+    weigh: Callable[[Int[Array, "..."]], race.Sum],
+    limit: Float[Array, " B"],
+    bits: int,
 ) -> Int[Array, "B V"]:
-    """Keeps tokens from the most probable on, as long as `holds` of those before."""
-    weights = race.weights(log_weights)
+    """Keeps tokens from the most probable on, as long as those before weigh less than a limit."""
+    weights = weigh(log_weights)
 
-    def before(bound):
-        above = log_weights > bound[:, None]
-        return _Before(above.sum(axis=-1, dtype=jnp.int32), race.total(weights, above))
+    def stays(before: race.Sum):
+        return before.value() < limit[:, None]
 
-    def halve(_, ends):
-        low, high = ends  # `holds` of what is above high, not of what is above low
-        middle = low + (high - low) // 2
-        enough = holds(before(middle))
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+    def before(bounds: Int[Array, "B T"]) -> race.Sum:
+        return race.total(weights, log_weights[:, None] > bounds[..., None])
+
+    def narrow(i, low):
+        # The least that stays is above low, by no more than the bits that are not yet found tell.
+        shift = jnp.maximum(0, 31 - bits * (i + 1))
+        bounds = low[:, None] + (jnp.arange(1, 1 << bits, dtype=jnp.int32) << shift)
+        return low + (jnp.sum(~stays(before(bounds)), axis=-1, dtype=jnp.int32) << shift)
 
     best = log_weights.max(axis=-1)
     low = jnp.full_like(best, race.LOWEST - 1)
-    _, last = jax.lax.fori_loop(0, 31, halve, (low, best))
-    more = before(last)
+    # Few passes are written out: a turn of a loop costs launches. Many would take long to compile.
+    low = jax.lax.fori_loop(0, -(-31 // bits), narrow, low, unroll=bits > 2)
+    last = jnp.minimum(low + 1, best)
+
+    # Of those that weigh the same: how many more than one stay, in two digits.
     equals = log_weights == last[:, None]
     num_equals = equals.sum(axis=-1, dtype=jnp.int32)
-    one = race.weights(last)
-
-    def halve_equals(_, ends):
-        low, high = ends  # that many equals stay; more than that do not
-        middle = (low + high + 1) // 2
-        count = middle - 1
-        enough = holds(_Before(more.number + count, more.weight.plus(one, count)))
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
-
-    ends = (jnp.ones_like(num_equals), num_equals)
-    kept, _ = jax.lax.fori_loop(0, log_weights.shape[-1].bit_length(), halve_equals, ends)
+    above, one = before(last[:, None]), race.Sum(*(limb[:, None] for limb in weigh(last)))
+    more = jnp.zeros_like(num_equals)
+    for digit in (512, 1):
+        counts = more[:, None] + digit * jnp.arange(1, 512, dtype=jnp.int32)
+        stay = (counts < num_equals[:, None]) & stays(above.plus(one, counts))
+        more = more + digit * stay.sum(axis=-1, dtype=jnp.int32)
 
     def lowest_ids():
-        return equals & (jnp.cumsum(equals, axis=-1) <= kept[:, None])
+        return equals & (jnp.cumsum(equals, axis=-1) <= more[:, None] + 1)
 
-    equals = jax.lax.cond(jnp.any(kept < num_equals), lowest_ids, lambda: equals)
+    equals = jax.lax.cond(jnp.any(more + 1 < num_equals), lowest_ids, lambda: equals)
     return jnp.where((log_weights > last[:, None]) | equals, log_weights, race.FORBIDDEN)
 
 

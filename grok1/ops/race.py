@@ -11,6 +11,7 @@ alone. Logarithms are of base 2, in units of 2**-24.
 Dimension key: B batch row, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -73,19 +74,47 @@ class Sum(NamedTuple):
         return Sum(high, middle & _LIMB_MASK, self.low & _LIMB_MASK)
 
 
-def total(weights: Sum, among: Bool[Array, "B V"] | None = None) -> Sum:
-    """Sums weights `[B, V]`, or those among them, over up to `MOST_TOKENS` tokens."""
+def total(weights: Sum, among: Bool[Array, "B T V"] | None = None) -> Sum:
+    """Sums weights `[B, V]` over up to `MOST_TOKENS` tokens.
 
-    def sum_of(limb, part):
-        limb = limb[:, part] if among is None else jnp.where(among[:, part], limb[:, part], 0)
-        return limb.sum(axis=-1, dtype=jnp.uint32)
+    Args:
+      weights: Of each token.
+      among: T choices of the tokens that count; None for one of all.
 
+    Returns:
+      `[B, T]`, or `[B]` of all; carried.
+    """
     size, most = weights.low.shape[-1], 1 << 17
-    result = Sum(*(jnp.zeros(len(weights.low), jnp.uint32) for _ in weights))
+    limbs = weights if among is None else Sum(*(limb[:, None] for limb in weights))
+    result = None
     for start in range(0, size, most):
-        part = slice(start, min(start + most, size))
-        result = result.carried().plus_sum(Sum(*(sum_of(limb, part) for limb in weights)).carried())
+        part = (..., slice(start, min(start + most, size)))
+        counted = [limb[part] for limb in limbs]
+        if among is not None:
+            counted = [jnp.where(among[part], limb, jnp.uint32(0)) for limb in counted]
+        sums = Sum(*sum_together(counted)).carried()
+        result = sums if result is None else result.plus_sum(sums).carried()
+    assert result is not None  # there are tokens
     return result
+
+
+def sum_together(numbers: Sequence[UInt32[Array, "... V"]]) -> list[UInt32[Array, "..."]]:
+    """Sums several arrays along their last axis: where a launch costs, in one of them."""
+
+    def one_by_one(*arrays):
+        return [array.sum(axis=-1, dtype=array.dtype) for array in arrays]
+
+    def at_once(*arrays):
+        zeros = [jnp.zeros((), array.dtype) for array in arrays]
+        axis = arrays[0].ndim - 1
+
+        def add(left, right):
+            return [one + other for one, other in zip(left, right, strict=True)]
+
+        return list(jax.lax.reduce(list(arrays), zeros, add, (axis,)))
+
+    # XLA on CPUs makes vector instructions of sums of one array alone.
+    return jax.lax.platform_dependent(*numbers, cpu=one_by_one, default=at_once)
 
 
 def log_weights(

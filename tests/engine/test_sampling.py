@@ -49,7 +49,11 @@ def through_xla(function, **options):
 
 
 log_weights_compiled = jax.jit(race.log_weights)
-keep_by = {"sorting": jax.jit(keep_probable), "halving": jax.jit(keep)}
+keep_by = {
+    "sorting": jax.jit(keep_probable),
+    "halving": jax.jit(keep),
+    "four bits a pass": jax.jit(functools.partial(keep, bits=4)),
+}
 sample_by = {"native": jax.jit(sample), "xla": through_xla(sample)}
 top_logprobs_by = {
     "native": jax.jit(top_logprobs, static_argnames="num_top"),
@@ -292,8 +296,9 @@ def test_all_forms_keep_and_draw_the_same_in_two_thousand_cases(kept_by_kernel):
         logits, allowed, state = random_cases(seed, rows=512, vocab_size=531)
         weights = np.asarray(log_weights(logits, state.temperature, allowed))
         expected = np.asarray(keep_by["sorting"](weights, *state[2:0:-1], state.min_p))
-        halved = np.asarray(keep_by["halving"](weights, *state[2:0:-1], state.min_p))
-        np.testing.assert_array_equal(halved, expected)
+        for form in ("halving", "four bits a pass"):
+            found = np.asarray(keep_by[form](weights, *state[2:0:-1], state.min_p))
+            np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(kept_by_kernel(logits, allowed, state), expected)
         tokens = draw(logits, state, np.arange(512) + seed, allowed)
         assert np.all(expected[np.arange(512), tokens] != race.FORBIDDEN)
