@@ -23,7 +23,7 @@ from grok1.engine.adjustment import Adjustment
 from grok1.engine.head_copies import HeadCopies
 from grok1.engine.programs import ROWS, Key, Kind, Programs, Setup, StepSpec, Weights
 from grok1.engine.sampling import SamplingState
-from grok1.engine.shapes import CHUNK_TOKENS, Chunk
+from grok1.engine.shapes import CHUNK_LENGTHS, CHUNK_TOKENS, LONG_CHUNK_TOKENS, Chunk
 from grok1.engine.steps import (
     NUM_ENDS,
     DecodeState,
@@ -246,14 +246,17 @@ class EngineBase:
         """Rows of a batch that holds `num_rows`: a power of two that the data axis divides."""
         return shapes.batch_for(num_rows, self.mesh.shape[DATA_AXIS])
 
-    def chunk_for(self, batch: int, remaining: int, most_tokens: int = CHUNK_TOKENS) -> int:
+    def chunk_for(
+        self, batch: int, remaining: int, most_tokens: int = CHUNK_TOKENS, lengths=CHUNK_LENGTHS
+    ) -> int:
         """As `shapes.chunk_for`, with room for what is captured."""
-        return shapes.chunk_for(batch, remaining, min(most_tokens, self._most_chunk_tokens))
+        most_tokens = min(most_tokens, self._most_chunk_tokens)
+        return shapes.chunk_for(batch, remaining, most_tokens, lengths)
 
     def scoring_chunk_for(self, batch: int, remaining: int) -> int:
         """As `chunk_for`, with the logits of every position in mind."""
         return shapes.scoring_chunk_for(
-            batch, remaining, self.config.vocab_size, self._most_chunk_tokens
+            batch, remaining, self.config.vocab_size, min(CHUNK_TOKENS, self._most_chunk_tokens)
         )
 
     def chunks(
@@ -285,7 +288,7 @@ class EngineBase:
     @property
     def _most_chunk_tokens(self) -> int:
         per_token = self._view.captured_bytes_per_token
-        return min(CHUNK_TOKENS, _CAPTURED_BYTES // per_token) if per_token else CHUNK_TOKENS
+        return _CAPTURED_BYTES // per_token if per_token else LONG_CHUNK_TOKENS
 
     def abstract_state(self, batch: int, capacity: int) -> DecodeState:
         """Returns the shapes, types and shardings of a `DecodeState`."""

@@ -3,7 +3,7 @@
 Pure: numbers in, numbers out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 CHUNK_LENGTHS = (16, 64, 256, 1024)
@@ -11,6 +11,15 @@ CHUNK_LENGTHS = (16, 64, 256, 1024)
 
 CHUNK_TOKENS = 4096
 """Most tokens, over all rows, that one chunk computes at a time."""
+
+LONG_CHUNK_LENGTHS = (*CHUNK_LENGTHS, 2048, 4096, 8192)
+"""Those of prompts of which nothing but the cache is wanted, on GPUs.
+
+There an expert's matrix is converted for a chunk, which pays for hundreds of rows an expert.
+"""
+
+LONG_CHUNK_TOKENS = 8192
+"""Most tokens of such a chunk, over all rows."""
 
 _SMALLEST_CAPACITY = 256
 _LOGITS_BYTES = 1 << 28  # most memory that the logits of one scored chunk take
@@ -22,7 +31,7 @@ class Chunk(NamedTuple):
     Attributes:
       start: Position of its first token.
       num_tokens: How many it has.
-      length: One of `CHUNK_LENGTHS`; what is beyond these is padding.
+      length: That of its program; what is beyond these is padding.
     """
 
     start: int
@@ -71,15 +80,32 @@ def batch_for(num_rows: int, num_groups: int) -> int:
     return rows
 
 
-def chunk_for(batch: int, remaining: int, most_tokens: int = CHUNK_TOKENS) -> int:
+def prompt_chunks(platform: str) -> tuple[tuple[int, ...], int]:
+    """Lengths of chunks of prompts, and the most tokens of one over all rows.
+
+    Args:
+      platform: JAX's name of it.
+    """
+    if platform in ("gpu", "cuda"):
+        return LONG_CHUNK_LENGTHS, LONG_CHUNK_TOKENS
+    return CHUNK_LENGTHS, CHUNK_TOKENS
+
+
+def chunk_for(
+    batch: int,
+    remaining: int,
+    most_tokens: int = CHUNK_TOKENS,
+    lengths: Sequence[int] = CHUNK_LENGTHS,
+) -> int:
     """Length of the next chunk when the longest row has `remaining` tokens to run.
 
     Args:
       batch: Rows of the chunk.
       remaining: Tokens of the longest.
       most_tokens: Most tokens over all rows, where so few can be run.
+      lengths: Those to choose from, ascending.
     """
-    lengths = [n for n in CHUNK_LENGTHS if n * batch <= most_tokens] or [CHUNK_LENGTHS[0]]
+    lengths = [n for n in lengths if n * batch <= most_tokens] or [lengths[0]]
     fitting = [n for n in lengths if n >= remaining]
     if fitting and (remaining > fitting[0] // 2 or fitting[0] == lengths[0]):
         return fitting[0]

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from grok1.engine.engine import Engine
+from grok1.engine.shapes import prompt_chunks
 from grok1.engine.slots import Slots
 from grok1.engine.steps import DecodeState
 from grok1.generate.prefix import PrefixStore
@@ -61,9 +62,11 @@ class SideBySide:
 
     num_top = None
 
-    def __init__(self, engine: Engine, num_slots: int, chunk_tokens: int):
+    def __init__(self, engine: Engine, num_slots: int, chunk_tokens: int | None):
         """Takes the arguments of `Scheduler`."""
-        self._engine, self._num_slots, self._chunk_tokens = engine, num_slots, chunk_tokens
+        self._engine, self._num_slots = engine, num_slots
+        self._lengths, most = prompt_chunks(engine.mesh.devices.flat[0].platform)
+        self._chunk_tokens = most if chunk_tokens is None else chunk_tokens
         self._num_groups = engine.mesh.shape[DATA_AXIS]
         wanted = [self._num_groups * 4**n for n in range(6)]
         self._row_counts = row_counts(wanted, num_slots, self._num_groups)
@@ -88,7 +91,8 @@ class SideBySide:
         return state, ran
 
     def _chunk_of(self, running: Running) -> int:
-        return self._engine.chunk_for(self._num_groups, running.to_prefill, self._chunk_tokens)
+        most, lengths = self._chunk_tokens, self._lengths
+        return self._engine.chunk_for(self._num_groups, running.to_prefill, most, lengths)
 
     def forget(self) -> None:
         """Keeps nothing."""

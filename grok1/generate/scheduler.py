@@ -65,7 +65,7 @@ class Scheduler:
         num_slots: int,
         capacity: int,
         decode_rows: Sequence[int] = _DECODE_ROWS,
-        chunk_tokens: int = 4096,
+        chunk_tokens: int | None = None,
         *,
         prefill: Prefill | None = None,
     ):
@@ -77,7 +77,8 @@ class Scheduler:
           capacity: One of the numbers of `engine.capacity_for`.
           decode_rows: Numbers of rows that decode steps run, beside `num_slots`, each a program of
             its own: the least that has room for the requests that decode.
-          chunk_tokens: Most tokens of prompts that a step runs, over all rows.
+          chunk_tokens: Most tokens of prompts that a step runs, over all rows; None for as many as
+            one chunk computes at most.
           prefill: How prompts are run; None for side by side.
         """
         self.num_slots, self.capacity = num_slots, capacity

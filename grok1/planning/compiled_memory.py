@@ -13,23 +13,26 @@ from typing import Any
 
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
+from grok1.engine.shapes import prompt_chunks
 from grok1.generate.scheduler import MAX_ROWS
 from grok1.nn.manifest import TensorSpec
 from grok1.nn.sharding import DATA_AXIS, make_mesh
 from grok1.planning.memory import abstract_engine, released_weights, state_bytes
 
 
-def working_bytes(engine: Engine, batch: int, capacity: int) -> int:
+def working_bytes(engine: Engine, batch: int, capacity: int, platform: str = "cpu") -> int:
     """Returns what the programs of `generate` take on one device beside weights and state.
 
     Args:
       engine: The model, of which only the shapes exist, on a mesh of real devices.
       batch: Rows.
       capacity: Positions in the cache.
+      platform: JAX's name of that whose chunks are run.
     """
     state = engine.abstract_state(batch, capacity)
     decode = engine.decode_program(None, None)
-    prefill = engine.prefill_program(engine.chunk_for(batch, capacity))
+    lengths, most_tokens = prompt_chunks(platform)
+    prefill = engine.prefill_program(engine.chunk_for(batch, capacity, most_tokens, lengths))
     lowered = (
         decode.lower(engine.weights, state, *engine.abstract_decode_arguments(batch)),
         prefill.lower(engine.weights, state, engine.abstract_rows(batch)),
@@ -49,7 +52,7 @@ def answer(request: dict[str, Any]) -> dict[str, int]:
 
     Args:
       request: "config", the model's fields; "tensors", those of one layer and outside of layers, as
-        they lie in memory; "mesh", sizes; "dtype" and "cache_dtype"; "batch" and
+        they lie in memory; "mesh", sizes; "platform"; "dtype" and "cache_dtype"; "batch" and
         "capacity"; "rooms", the bytes on a device that weights leave, usually and at most.
 
     Returns:
@@ -66,7 +69,9 @@ def answer(request: dict[str, Any]) -> dict[str, int]:
     weights = released_weights(config, tensors)
     engine = abstract_engine(weights, config, mesh, request["dtype"], request["cache_dtype"])
     batch, capacity = request["batch"], request["capacity"]
-    working = functools.cache(functools.partial(working_bytes, engine))
+    working = functools.cache(
+        functools.partial(working_bytes, engine, platform=request["platform"])
+    )
 
     def fits(batch: int, capacity: int, room: int) -> bool:
         state = state_bytes(engine, batch, capacity)

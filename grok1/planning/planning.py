@@ -128,7 +128,7 @@ def plan(
     usable, most = found.usable_bytes, found.most_bytes
     taken = weights_bytes + table_bytes
     rooms = [int(usable - taken), int(most - taken)]
-    answer = _compile(engine, tensors, sizes, rows, capacity, rooms)
+    answer = _compile(engine, tensors, sizes, (rows, capacity), rooms, found.platform)
     needed = taken + cache_bytes + answer["working"]
     on_disk = jax.tree.leaves(released_weights(config, stored))
     checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in on_disk)
@@ -241,9 +241,9 @@ def _compile(
     engine: Engine,
     tensors: list[TensorSpec],
     mesh: tuple[int, int],
-    batch: int,
-    capacity: int,
+    shape: tuple[int, int],
     rooms: list[int],
+    platform: str,
 ) -> dict[str, int]:
     """Asks a child process with as many virtual devices; see `compiled_memory.answer`."""
     request = {
@@ -252,9 +252,10 @@ def _compile(
         "mesh": mesh,
         "dtype": engine.dtype.name,
         "cache_dtype": engine.cache_dtype.name,
-        "batch": batch,
-        "capacity": capacity,
+        "batch": shape[0],
+        "capacity": shape[1],
         "rooms": rooms,
+        "platform": platform,
     }
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if not flag.startswith(_DEVICE_COUNT_FLAG)]

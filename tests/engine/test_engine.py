@@ -10,7 +10,7 @@ import grok1
 from grok1.config import GROK_1
 from grok1.engine.engine import Engine
 from grok1.engine.programs import Key, Kind
-from grok1.engine.shapes import CHUNK_LENGTHS, chunk_for, chunks
+from grok1.engine.shapes import CHUNK_LENGTHS, chunk_for, chunks, prompt_chunks
 from grok1.engine.steps import Draw
 from grok1.nn.sharding import make_mesh
 from grok1.ops.cpu import bindings
@@ -48,6 +48,28 @@ def test_chunks_cover_a_prompt(grok_1_engine, batch, remaining, chunks):
         found.append(grok_1_engine.chunk_for(batch, remaining))
         remaining -= found[-1]
     assert found == chunks
+
+
+@pytest.mark.parametrize(
+    ("platform", "batch", "remaining", "chunks"),
+    [
+        ("gpu", 1, 11, [16]),
+        ("gpu", 1, 2048, [2048]),
+        ("gpu", 1, 8191, [8192]),
+        ("gpu", 1, 3000, [4096]),
+        ("gpu", 4, 3000, [2048, 1024]),
+        ("cpu", 1, 2048, [1024, 1024]),
+    ],
+)
+def test_prompts_run_in_longer_chunks_on_gpus(grok_1_engine, platform, batch, remaining, chunks):
+    lengths, most_tokens = prompt_chunks(platform)
+    found = []
+    while remaining > 0:
+        found.append(grok_1_engine.chunk_for(batch, remaining, most_tokens, lengths))
+        remaining -= found[-1]
+    assert found == chunks
+    # Where logits or log-probabilities of every position are wanted, nothing is longer.
+    assert grok_1_engine.chunk_for(1, 8191) == CHUNK_LENGTHS[-1]
 
 
 def test_every_prompt_length_is_covered_with_little_padding(grok_1_engine):

@@ -54,7 +54,7 @@ def compiled(monkeypatch):
     """Stands in for the child process; holds the rooms that it was asked about."""
     asked = []
 
-    def compile_nothing(engine, tensors, mesh, batch, capacity, rooms):
+    def compile_nothing(engine, tensors, mesh, shape, rooms, platform):
         asked.append(rooms)
         return ROOM
 
@@ -95,7 +95,9 @@ def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpu
     compiled = step_on_eight.memory_analysis()
     arguments = compiled.argument_size_in_bytes - found["cache_bytes"]
     assert found["weights_bytes"] == pytest.approx(arguments, rel=0.01)
-    assert compiled.temp_size_in_bytes <= found["working_bytes"] <= 0.5e9
+    assert compiled.temp_size_in_bytes <= found["working_bytes"]
+    # A prompt's chunk is of 8,192 tokens there; for it XLA takes 1.4 GB on an H200.
+    assert 1.4e9 <= found["working_bytes"] <= 2e9
     # 2 (keys and values) x 64 layers x 8192 positions x 128 float16 of one head, and the tokens.
     assert found["cache_bytes"] == pytest.approx(2 * 64 * 8192 * 128 * 2, rel=1e-3)
     assert found["fits"]
@@ -142,7 +144,7 @@ def test_working_memory_is_that_of_the_toys_compiled_programs():
 def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
     asked = []
 
-    def working_bytes(engine, batch, capacity):
+    def working_bytes(engine, batch, capacity, platform):
         asked.append((batch, capacity))
         return 1000 * batch
 
@@ -157,6 +159,7 @@ def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
         "batch": 4,
         "capacity": 512,
         "rooms": [room, 2 * room],
+        "platform": "cpu",
     }
     found = compiled_memory.answer(request)
     assert found == {"working": 4000, "largest_batch": 8, "largest_context": 1024}
@@ -419,13 +422,14 @@ def test_the_types_in_memory_are_compiled(monkeypatch):
 
 
 def test_the_child_lays_out_the_tensors_that_it_is_given(monkeypatch):
-    def working_bytes(engine, batch, capacity):
+    def working_bytes(engine, batch, capacity, platform):
         return shard_bytes(engine.params)
 
     monkeypatch.setattr(compiled_memory, "working_bytes", working_bytes)
     tensors = in_memory(memory.one_layer(TOY), "bfloat16")
     request = {"config": dataclasses.asdict(TOY), "tensors": tensors, "mesh": [1, 1]}
     request |= {"dtype": "float32", "cache_dtype": None, "batch": 1, "capacity": 256}
+    request |= {"platform": "cpu"}
     found = compiled_memory.answer(json.loads(json.dumps(request | {"rooms": [0, 0]})))
     whole = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 1)), "float32")
     halved = TOY.vocab_size * TOY.emb_size * 2
