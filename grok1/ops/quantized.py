@@ -302,10 +302,30 @@ def matmul_converted(
     It takes as long to make the copy as to read it three times: for many rows. Scales of groups go
     into it, rounded to bfloat16 with it; that of a whole column is applied to the product.
     """
-    if weight.scales.shape[-2] > 1:
-        return _dot_of_copy(x, _scaled(weight, index).astype(x.dtype))
-    out = _dot_of_copy(x, weight.values[index].astype(x.dtype))
-    return out * weight.scales[index].astype(jnp.float32)
+    out = _dot_of_copy(x, forms.run("convert", weight, index))
+    return out if _has_groups(weight) else out * weight.scales[index].astype(jnp.float32)
+
+
+def _has_groups(weight: QuantizedArray) -> bool:
+    return weight.scales.shape[-2] > 1
+
+
+@forms.form("convert", "xla")
+def convert_xla(weight: QuantizedArray, index: Index) -> Float[Array, "K N"]:
+    """One matrix as bfloat16, times its scales if they differ along a column; else without them."""
+    if _has_groups(weight):
+        return _scaled(weight, index).astype(jnp.bfloat16)
+    return weight.values[index].astype(jnp.bfloat16)
+
+
+def _is_not_to_be_copied(weight, index) -> str | None:
+    return shapes.refusal_of_copy(calls.matrix_of(tuple(weight)))
+
+
+@forms.form("convert", "cuda", refuses=_is_not_to_be_copied)
+def convert_cuda(weight: QuantizedArray, index: Index) -> Float[Array, "K N"]:
+    """As `convert_xla`, in CUDA: XLA reads a few bytes at a time, at half the memory's rate."""
+    return calls.convert(tuple(weight), index, _has_groups(weight))
 
 
 def _scaled(weight: QuantizedArray, index: Index) -> Array:

@@ -49,6 +49,8 @@ HEADS = [
 ]
 ROWS = [(3, 160), (1, 2048), (2, 40)]
 ROUTES = [(5, 96, 8, 2, None, False), (2, 40, 4, 3, 30.0, True), (1, 300, 32, 1, None, False)]
+# Rows, columns, groups: whole blocks and not, groups of a few rows that no power of two divides.
+COPIES = [(128, 256, 1), (37, 264, 1), (96, 8, 8), (45, 520, 3), (320, 512, 16)]
 
 
 def experts_kernels(case):
@@ -82,6 +84,7 @@ KERNELS = [
     *(kernel for heads in HEADS for kernel in (*attention(heads), placing(heads))),
     *(kernel for case in ROWS for kernel in norms(case)),
     *(shapes_of_rows.route(*case) for case in ROUTES),
+    *(shapes.convert(Matrix(*case), scaled) for case in COPIES for scaled in (False, True)),
 ]
 
 
@@ -304,6 +307,16 @@ def test_what_is_too_large_for_float16_saturates_but_for_infinity(library, rng):
     np.testing.assert_array_equal(values[1, 0, 0, 0, :4], [65504, -65504, np.inf, np.nan])
 
 
+@pytest.mark.parametrize("case", COPIES)
+def test_a_copy_is_the_matrix_and_with_its_scales_the_nearest(library, rng, case):
+    values, scales, exact = weight(rng, (3,), *case)
+    kernels = [shapes.convert(Matrix(*case), is_scaled) for is_scaled in (False, True)]
+    plain, scaled = (standin.run(library, one, values, scales, LAYER)[0] for one in kernels)
+    np.testing.assert_array_equal(plain.astype(np.float32), values[1])
+    expected = exact[1].astype(np.float32).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(scaled.view(ml_dtypes.bfloat16), expected)
+
+
 def normed(x, scale):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
 
@@ -409,6 +422,8 @@ def of_grok_1(shards, tokens):
         shapes_of_rows.place(narrow, 1),
         *norms((tokens, WIDTH)),
         shapes_of_rows.route(tokens, WIDTH, 8, 2, None, False),
+        shapes.convert(exact[0], False),
+        shapes.convert(exact[1], True),
     ]
 
 
@@ -419,9 +434,9 @@ def wide(tmp_path_factory):
         pytest.skip("no nvcc here, whose assembler says what kernels take of a device")
     kernels = [kernel for case in ((1, 1), (1, 8), (8, 32)) for kernel in of_grok_1(*case)]
     named = [k._replace(name=f"{k.name}_{i}") for i, k in enumerate(dict.fromkeys(kernels))]
-    headers = ("device.h", "product.h", "experts.h", "project.h", "rows.h", "attention.h")
+    headers = ["device", "product", "experts", "project", "rows", "attention", "convert"]
     source = tmp_path_factory.mktemp("cuda") / "kernels.cu"
-    source.write_text(text_of(headers) + "".join(map(function_of, named)))
+    source.write_text(text_of([f"{name}.h" for name in headers]) + "".join(map(function_of, named)))
     command = [NVCC, "-std=c++17", "-arch=compute_80", "-ptx", source.name]
     subprocess.run(command, cwd=source.parent, capture_output=True, check=True)
     ptx = source.with_suffix(".ptx")

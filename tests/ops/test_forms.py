@@ -38,6 +38,8 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         return x, weights, (), choose_experts(jnp.ones((3, 4)), 2), jnp.ones(3, bool)
     weight = quantize(jnp.ones((16, 16)))
     weight = weight if quantized_weights else jnp.ones((16, 16))
+    if operation == "convert":
+        return weight, ()
     if operation == "project":
         return jnp.ones((3, 16)), (weight,), ((),)
     scales = jnp.ones((2, 8))

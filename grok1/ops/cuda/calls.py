@@ -127,12 +127,30 @@ def projected(
     kernel = shapes.project(len(x), matrices, x.dtype == jnp.bfloat16)
     operands = []
     for (values, scales), index in weights:
-        number = jnp.int32(0)
-        for size, i in zip(values.shape[:-2], index, strict=True):
-            number = number * size + jnp.asarray(i, jnp.int32)
-        operands += [values, scales, number]
+        operands += [values, scales, _number(values.shape[:-2], index)]
     (parts,) = call(kernel, x.astype(jnp.float32), *operands)
     return parts
+
+
+def _number(lead: tuple[int, ...], index: tuple[int | Array, ...]) -> Array:
+    """Which of all matrices of a stack it is, int32."""
+    number = jnp.int32(0)
+    for size, i in zip(lead, index, strict=True):
+        number = number * size + jnp.asarray(i, jnp.int32)
+    return number
+
+
+def convert(weight: Quantized, index: tuple[int | Array, ...], is_scaled: bool) -> Array:
+    """One matrix of a stack as bfloat16 `[K, N]`, times its scales or without them.
+
+    Args:
+      weight: The stack.
+      index: Of each leading axis.
+      is_scaled: Whether it is multiplied by its scales, and rounded.
+    """
+    values, scales = weight
+    kernel = shapes.convert(matrix_of(weight), is_scaled)
+    return call(kernel, values, scales, _number(values.shape[:-2], index))[0]
 
 
 def project(

@@ -22,7 +22,13 @@ from grok1.ops.experts import (
     experts_sparse,
 )
 from grok1.ops.heads import append_heads_by_steps, append_heads_cuda
-from grok1.ops.quantized import QuantizedArray, matmul_direct, project_cuda
+from grok1.ops.quantized import (
+    QuantizedArray,
+    convert_cuda,
+    convert_xla,
+    matmul_direct,
+    project_cuda,
+)
 from grok1.ops.residual import add_branch_cuda, add_branch_xla, layer_norm_cuda, layer_norm_xla
 from grok1.ops.routing import route_by_cuda, route_by_xla
 
@@ -86,6 +92,7 @@ def cases(operation: str) -> Iterator[tuple[str, Case]]:
         "norm": _of_norms,
         "add_norm": _of_sums,
         "route": _of_routers,
+        "convert": _of_copies,
     }[operation]
     return make(np.random.default_rng(0))
 
@@ -214,3 +221,12 @@ def _of_routers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         return functools.partial(form, num_selected=2, softcap=30.0, renormalize=True)
 
     yield "3 tokens", (run(route_by_cuda), run(route_by_xla), (x, routers, np.int32(1)))
+
+
+def _of_copies(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    def run(form):
+        return lambda weight, layer: form(weight, (layer, 1))
+
+    for groups in (1, 8):
+        arguments = (_weight(rng, (2, 3), 320, 384, groups), np.int32(1))
+        yield f"{groups} groups", (run(convert_cuda), run(convert_xla), arguments)

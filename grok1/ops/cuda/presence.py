@@ -26,7 +26,16 @@ from grok1.machine.cache_directory import held_directory
 from grok1.ops.cuda import build
 from grok1.ops.cuda.kernel import SOURCES
 
-OPERATIONS = ("experts", "project", "append_heads", "attend_cache", "norm", "add_norm", "route")
+OPERATIONS = (
+    "experts",
+    "project",
+    "append_heads",
+    "attend_cache",
+    "norm",
+    "add_norm",
+    "route",
+    "convert",
+)
 """What there are kernels for, in the order in which they are checked."""
 
 _PATIENCE = 600.0  # seconds for the check of all kernels, most of which XLA compiles

@@ -160,3 +160,39 @@ def project(rows: int, matrices: tuple[Matrix, ...], exact: bool) -> Kernel:
         (tiles, parts),
         32 * products[0]["WARPS"],
     )
+
+
+def refusal_of_copy(matrix: Matrix) -> str | None:
+    """Why a matrix cannot be converted; None if it can."""
+    if matrix.columns % _NARROW:
+        return f"its rows must be a multiple of {_NARROW} wide, not {matrix.columns}"
+    return None
+
+
+def convert(matrix: Matrix, is_scaled: bool) -> Kernel:
+    """A matrix as bfloat16.
+
+    Args:
+      matrix: What.
+      is_scaled: Whether it is multiplied by its scales, and rounded.
+    """
+    rows_of_scale = matrix.rows // matrix.groups
+    rows = next(rows for rows in (8, 4, 2, 1) if rows_of_scale % rows == 0)
+    warps = 8
+    sizes = {
+        "K": matrix.rows,
+        "N": matrix.columns,
+        "GROUP": rows_of_scale if is_scaled else 0,
+        "ROWS": rows,
+        "WARPS": warps,
+    }
+    return Kernel(
+        "grok1_convert",
+        ("convert.h",),
+        (("S", struct(sizes)),),
+        "convert<S>",
+        ("int8", "bfloat16", "int32"),
+        (Array((matrix.rows, matrix.columns), "bfloat16"),),
+        (-(-matrix.columns // (32 * _NARROW)), -(-matrix.rows // (warps * rows))),
+        32 * warps,
+    )
