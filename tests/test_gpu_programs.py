@@ -106,6 +106,20 @@ def test_a_step_of_grok_1_is_one_graph_that_copies_no_weight(h200, count):
     assert len(found.layer) - len(kernels) == (0 if count == 1 else 2)
 
 
+def test_a_chunk_of_grok_1_converts_each_matrix_once_and_is_one_graph(h200):
+    with presence.assumed():
+        program, engine = gpu_programs.lowered(GROK_1, h200[1], "256", 1, 8192)
+    found = gpu_programs.report(program, h200[1].devices.flatten().tolist(), engine.weights)
+    assert (found.graphs, found.outside) == (1, 0)
+    assert not found.vanished
+    assert len(found.unknown_loops) == 1  # over the blocks of keys
+    # For each of two sizes of an expert's rows its matrices, by the kernel; and the projections'.
+    assert all(" = bf16[" in copy for copy in found.copies), found.copies
+    assert sum("custom-call" in copy for copy in found.copies) == 6
+    assert len(found.copies) == 10
+    assert found.layer.count("grok1_convert") == 6
+
+
 def test_without_the_kernels_xla_copies_weights_and_asks_for_lengths(h200):
     with presence.assumed(frozenset()):
         program, engine = gpu_programs.lowered(GROK_1, h200[1], "decode", 1, 256)
