@@ -99,11 +99,12 @@ def append_heads_cuda(
     place: Place,
     dtypes: tuple[Any, Any],
 ) -> tuple[Float[Array, "R T C G H"], KVCache]:
-    """In two launches, in CUDA: projections of float32 accuracy, then phases and cache."""
+    """In two launches, in CUDA: projections, then phases and cache."""
     pairs = [
         ((weight.values, weight.scales), index) for weight, index in zip(*projections, strict=True)
     ]
-    parts = calls.projected(x.reshape(-1, x.shape[-1]), pairs)
+    precision = calls.precision_of(x.dtype, dtypes[0])
+    parts = calls.projected(x.reshape(-1, x.shape[-1]), pairs, precision)
     query, arrays = calls_of_rows.place(
         parts,
         jnp.asarray(rope_frequencies(cache.k.shape[4], np)),

@@ -221,10 +221,11 @@ def project_cuda(
     indices: tuple[Index, ...],
     dtype: Any,
 ) -> list[Float[Array, "*M N"]]:
-    """All in one launch, each weight read once and in place; float32 whatever `dtype`."""
-    x_MK = x.reshape(-1, x.shape[-1])
+    """All in one launch, each weight read once and in place."""
+    x_MK = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    precision = calls.precision_of(x.dtype, dtype)
     pairs = [((of.values, of.scales), i) for of, i in zip(weights, indices, strict=True)]
-    return [out.reshape(*x.shape[:-1], -1) for out in calls.project(x_MK, pairs)]
+    return [out.reshape(*x.shape[:-1], -1) for out in calls.project(x_MK, pairs, precision)]
 
 
 def _is_of_few_rows(num_rows: int) -> str | None:

@@ -7,7 +7,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -15,6 +17,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define DYNAMIC_SHARED(name) alignas(16) static unsigned char name[1 << 17]
 #define DEVICE inline
 
 struct Dim {
@@ -40,7 +43,15 @@ struct Meeting {  // of all that are still running
   void open() { arrived = 0, ++number; }
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
+  std::vector<Copy> started;
+  std::deque<std::vector<Copy>> groups;
   ucontext_t start;
   jmp_buf at;
   std::vector<char> stack;
@@ -55,7 +66,7 @@ struct Warp {
 
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
-static Meeting block_meeting;
+static Meeting block_meeting, team_meetings[15];
 static jmp_buf scheduler;
 static ucontext_t home;
 static int current, idle;
@@ -95,10 +106,12 @@ static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threa
     warps.assign((threads + 31) / 32, Warp());
     block_meeting = Meeting();
     block_meeting.alive = threads;
+    for (Meeting& meeting : team_meetings) meeting = Meeting();
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = fibers[i];
       fiber.stack.resize(1 << 16);
       fiber.is_started = fiber.is_over = false;
+      fiber.started.clear(), fiber.groups.clear();
       ++warps[i / 32].meeting.alive;
     }
     idle = 0;
@@ -130,6 +143,12 @@ static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threa
 }
 
 inline void barrier() { meet(block_meeting); }
+
+template <int THREADS>
+inline void team_barrier(int team) {
+  team_meetings[team].alive = THREADS;
+  meet(team_meetings[team]);
+}
 
 // Lets all lanes of a warp see what each deposits; a lane is never two exchanges ahead.
 inline unsigned (*exchange(const unsigned* deposit, int count))[8] {
@@ -193,6 +212,31 @@ inline void load_once(const void* from, unsigned (&words)[N]) {
   std::memcpy(words, from, 4 * N);
 }
 
+// Copies are made when they are waited for, as late as a device may make them.
+template <int BYTES>
+inline void start_copy(void* to, const void* from) {
+  if ((uintptr_t)from % BYTES != 0 || (uintptr_t)to % BYTES != 0) {
+    std::fprintf(stderr, "a copy of %d bytes is not aligned\n", BYTES);
+    std::abort();
+  }
+  fibers[current].started.push_back({to, from, BYTES});
+}
+inline void end_group() {
+  Fiber& fiber = fibers[current];
+  fiber.groups.push_back(std::move(fiber.started));
+  fiber.started.clear();
+}
+template <int COUNT>
+inline void wait_for_all_but() {
+  auto& groups = fibers[current].groups;
+  for (; groups.size() > COUNT; groups.pop_front())
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+}
+template <int N>
+inline void read_shared(const void* from, unsigned (&words)[N]) {
+  std::memcpy(words, from, 4 * N);
+}
+
 // As the documentation of mma.sync.m16n8k16 says which lane has what.
 inline void multiply_tile(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   const unsigned mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
@@ -221,3 +265,4 @@ inline unsigned vote(bool is_set) {
 }
 inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(unsigned bits) { return __builtin_ffs(bits) - 1; }
+inline void meet_warp() { vote(true); }

@@ -21,7 +21,12 @@ OLDEST = (8, 0)
 """The oldest compute capability that the kernels run on: it has tensor cores for bfloat16."""
 
 _PTX_VERSION = "8.0"  # of CUDA 12.0
-_OPTIONS = (f"--gpu-architecture=compute_{OLDEST[0]}{OLDEST[1]}", "--std=c++17")
+_OPTIONS = (
+    f"--gpu-architecture=compute_{OLDEST[0]}{OLDEST[1]}",
+    "--std=c++17",
+    # Lambdas of lambdas are otherwise taken for functions of the host by some versions.
+    "--device-as-default-execution-space",
+)
 _WHEELS = ("nvidia-cuda-nvrtc-cu12 of jax[cuda12]", "nvidia-cuda-nvrtc of jax[cuda13]")
 _HASH_BYTES = hashlib.sha256().digest_size
 

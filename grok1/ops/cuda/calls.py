@@ -5,6 +5,7 @@ operands' memory is all that it is given. Stacks of weights are read in place.
 """
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def call(kernel: Kernel, *inputs: Array) -> list[Array]:
         f'{{name = "{kernel.name}", kernel_type = "ptx", kernel_data = {_quoted(ptx_of(kernel))}, '
         f"grid_x = {grid_x} : i32, grid_y = {grid_y} : i32, grid_z = 1 : i32, "
         f"block_x = {threads} : i32, block_y = 1 : i32, block_z = 1 : i32, "
-        "shared_mem_bytes = 0 : i32}"
+        f"shared_mem_bytes = {kernel.shared_bytes} : i32}}"
     )
     launch = jax.ffi.ffi_call(
         _TARGET,
@@ -74,6 +75,13 @@ def matrix_of(weight: Quantized) -> Matrix:
     return Matrix(rows, columns, scales.shape[-2])
 
 
+def precision_of(dtype: Any, product_dtype: Any) -> str:
+    """Which of `shapes.PRECISIONS` an input has in products of a type, as in `matmul_split`."""
+    if dtype == jnp.bfloat16:
+        return "bfloat16"
+    return "float32" if product_dtype == jnp.float32 else "split"
+
+
 def experts(
     x: Float[Array, "M D"],
     weights: tuple[Quantized, Quantized, Quantized],
@@ -96,39 +104,45 @@ def experts(
     gate, up, down = weights
     expert_indices, expert_weights = choice
     tokens, selected = expert_indices.shape
-    gate_up, down_sum = shapes.experts(
+    num_experts = gate[0].shape[-3]
+    gate_up, down_rows = shapes.experts(
         tokens,
         selected,
-        gate[0].shape[-3],
+        num_experts,
         matrix_of(gate),
         matrix_of(down),
-        x.dtype == jnp.bfloat16,
+        "bfloat16" if x.dtype == jnp.bfloat16 else "float32",
     )
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     (hidden,) = call(gate_up, x.astype(jnp.float32), *gate, *up, layer, indices, valid)
-    (out,) = call(down_sum, hidden, *down, layer, indices, valid, expert_weights)
-    return out
+    (parts,) = call(down_rows, hidden, *down, layer, indices, valid, expert_weights)
+    is_run = valid[:, None] & (indices >= 0) & (indices < num_experts)
+    parts = parts.reshape(-1, tokens, selected, parts.shape[-1])
+    return jnp.where(is_run[..., None], parts, 0).sum(axis=(0, 2))
 
 
 def projected(
-    x: Float[Array, "M K"], weights: list[tuple[Quantized, tuple[int | Array, ...]]]
+    x: Float[Array, "M K"],
+    weights: list[tuple[Quantized, tuple[int | Array, ...]]],
+    precision: str,
 ) -> Float[Array, "P M N"]:
     """Multiplies by one matrix of each of some stacks.
 
     Args:
-      x: float32 or bfloat16, of up to `shapes.MOST_ROWS` rows.
+      x: float32, of up to `shapes.MOST_ROWS` rows.
       weights: Stacks, one or three, and for each an index of each leading axis.
+      precision: One of `shapes.PRECISIONS`, what of x counts.
 
     Returns:
       float32, what parts of the rows of the matrices add to the products, these side by side.
     """
     matrices = tuple(matrix_of(weight) for weight, _ in weights)
-    kernel = shapes.project(len(x), matrices, x.dtype == jnp.bfloat16)
+    kernel = shapes.project(len(x), matrices, precision)
     operands = []
     for (values, scales), index in weights:
         operands += [values, scales, _number(values.shape[:-2], index)]
-    (parts,) = call(kernel, x.astype(jnp.float32), *operands)
+    (parts,) = call(kernel, x, *operands)
     return parts
 
 
@@ -154,10 +168,12 @@ def convert(weight: Quantized, index: tuple[int | Array, ...], is_scaled: bool) 
 
 
 def project(
-    x: Float[Array, "M K"], weights: list[tuple[Quantized, tuple[int | Array, ...]]]
+    x: Float[Array, "M K"],
+    weights: list[tuple[Quantized, tuple[int | Array, ...]]],
+    precision: str,
 ) -> list[Float[Array, "M N"]]:
     """`projected` as one array for each matrix."""
-    parts = projected(x, weights)
+    parts = projected(x, weights, precision)
     out = parts[0] if len(parts) == 1 else parts.sum(axis=0)
     columns = [matrix_of(weight).columns for weight, _ in weights]
     ends = [sum(columns[: i + 1]) for i in range(len(columns) - 1)]

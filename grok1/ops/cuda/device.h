@@ -1,20 +1,47 @@
-// What the kernels ask of a device, in CUDA: loads that are not kept, number formats, the product of
+// What the kernels ask of a device, in CUDA: copies under way, number formats, the product of
 // a warp. tests/ops/standin.h has the same on a CPU.
 #pragma once
 
 #define DEVICE __device__ __forceinline__
 
-// Reads each weight once: it is not worth a place in a cache.
-DEVICE void load_once(const void* from, unsigned (&words)[4]) {
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(from));
-}
-
+// Reads a weight that is not worth a place in a cache.
 DEVICE void load_once(const void* from, unsigned (&words)[2]) {
   asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];"
                : "=r"(words[0]), "=r"(words[1])
                : "l"(from));
+}
+
+// Shared memory whose size the launch says.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// Starts a copy of 8 or 16 bytes from global to shared memory, for this thread alone to read.
+template <int BYTES>
+DEVICE void start_copy(void* to, const void* from) {
+  const unsigned place = (unsigned)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(place), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" : : "r"(place), "l"(from) : "memory");
+  }
+}
+
+// The copies that were started since the last group are one.
+DEVICE void end_group() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Waits until at most COUNT groups are under way.
+template <int COUNT>
+DEVICE void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(COUNT) : "memory");
+}
+
+DEVICE void read_shared(const void* from, unsigned (&words)[4]) {
+  const uint4 all = *reinterpret_cast<const uint4*>(from);
+  words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+}
+
+DEVICE void read_shared(const void* from, unsigned (&words)[2]) {
+  const uint2 all = *reinterpret_cast<const uint2*>(from);
+  words[0] = all.x, words[1] = all.y;
 }
 
 DEVICE float float_of_bits(unsigned bits) { return __uint_as_float(bits); }
@@ -64,3 +91,12 @@ DEVICE unsigned vote(bool is_set) { return __ballot_sync(~0u, is_set); }
 DEVICE int count_bits(unsigned bits) { return __popc(bits); }
 DEVICE int lowest_bit(unsigned bits) { return __ffs(bits) - 1; }
 DEVICE void barrier() { __syncthreads(); }
+
+// Waits for the other lanes, and sees what they have written.
+DEVICE void meet_warp() { __syncwarp(); }
+
+// Waits for the other threads of a team; teams are numbered from 0 to 14.
+template <int THREADS>
+DEVICE void team_barrier(int team) {
+  asm volatile("bar.sync %0, %1;" : : "r"(team + 1), "n"(THREADS) : "memory");
+}

@@ -50,91 +50,87 @@ DEVICE float gelu(float x) {  // in its tanh form, as trained
   return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
-// hidden[row] = gelu(x gate) * (x up). Grid: tiles of columns, experts; half of the warps each for
+// hidden[row] = gelu(x gate) * (x up). Grid: tiles of columns, experts; half of the teams each for
 // gate and up.
 template <class S>
 DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
                     const signed char* up, const unsigned short* up_scales, const int* layer,
                     const int* indices, const unsigned char* valid, float* hidden) {
   using Of = typename S::Hidden;
-  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, COLUMNS = Columns<Of::BYTES>::count;
-  constexpr int EACH = COLUMNS * 8 * Of::TILES;
+  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count;
+  static_assert(4 * INPUTS <= 16 * Of::STAGES * Of::TEAMS, "no room for what up has come to");
   __shared__ Chosen<S> chosen;
   __shared__ int tokens[INPUTS];
-  __shared__ float shared[2 * (Of::WARPS / 2) * EACH];
+  DYNAMIC_SHARED(ring);
   read_indices<S>(chosen, indices, valid);
   find_expert<S>(chosen, blockIdx.y);
   if (chosen.count == 0) return;
-  const int warp = threadIdx.x / 32 % Of::WARPS;
-  const bool is_up = threadIdx.x / 32 >= Of::WARPS;
-  const int column = blockIdx.x * COLUMNS;
+  const int in_all = threadIdx.x / Widths<Of>::THREADS, team = in_all % Of::TEAMS;
+  const bool is_up = in_all >= Of::TEAMS;
+  const int column = blockIdx.x * Widths<Of>::OF_TEAM;
   const long long expert = (long long)layer[0] * S::E + chosen.expert;
   const signed char* matrix = (is_up ? up : gate) + expert * Of::K * Of::N;
   const unsigned short* scales = (is_up ? up_scales : gate_scales) + expert * Of::G * Of::N;
-  constexpr int TILES_OF_K = (Of::K / Of::G + 15) / 16 * Of::G;
   for (int first = 0; first < chosen.count; first += INPUTS) {
     const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
     if (threadIdx.x < count) tokens[threadIdx.x] = chosen.rows[first + threadIdx.x] / S::A;
     barrier();
-    Sums<Of::BYTES, Of::TILES> sums;
-    const Rows inputs = {x, tokens, count};
-    multiply<Of>(sums, matrix, scales, column, inputs, warp * TILES_OF_K / Of::WARPS,
-                 (warp + 1) * TILES_OF_K / Of::WARPS);
-    float* mine = shared + (is_up ? Of::WARPS / 2 * EACH : 0);
-    add_up<Of>(sums, warp, mine);
-    if (is_up && warp == 0) {
-      visit_sums<Of>(sums, column, count, [&](int at, int input, float value) {
-        shared[(at - column) * INPUTS + input] = value;
-      });
-    }
-    barrier();
-    if (!is_up && warp == 0) {
-      visit_sums<Of>(sums, column, count, [&](int at, int input, float value) {
-        const long long row = chosen.rows[first + input];
-        hidden[row * Of::N + at] = gelu(value) * shared[(at - column) * INPUTS + input];
-      });
-    }
-    barrier();
+    with_tiles<Of>(count, [&](auto tiles) {
+      constexpr int TILES = decltype(tiles)::count;
+      Sums<Of::BYTES, TILES> sums;
+      const Rows inputs = {x, tokens, count};
+      multiply<Of, TILES>(sums, matrix, scales, column, inputs, team,
+                          ring + in_all * Widths<Of>::RING);
+      float* ups = reinterpret_cast<float*>(ring + Of::TEAMS * Widths<Of>::RING);
+      add_up<Of, TILES>(sums, team, is_up ? ups : reinterpret_cast<float*>(ring));
+      if (is_up && team == 0) {
+        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+          ups[(at - column) * INPUTS + input] = value;
+        });
+      }
+      barrier();
+      if (!is_up && team == 0) {
+        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+          const long long row = chosen.rows[first + input];
+          hidden[row * Of::N + at] = gelu(value) * ups[(at - column) * INPUTS + input];
+        });
+      }
+      barrier();
+    });
   }
 }
 
-// out[token] = the sum of weight * (hidden[row] down) over the token's rows. Grid: tiles of columns.
+// out[part][row] = weight * what a part of the rows of down adds to hidden[row] down. Grid: tiles of
+// columns, parts of each expert. Rows that are not run are left as they are.
 template <class S>
-DEVICE void down_sum(const float* hidden, const signed char* down, const unsigned short* down_scales,
-                     const int* layer, const int* indices, const unsigned char* valid,
-                     const float* weights, float* out) {
+DEVICE void down(const float* hidden, const signed char* down, const unsigned short* down_scales,
+                 const int* layer, const int* indices, const unsigned char* valid,
+                 const float* weights, float* out) {
   using Of = typename S::Out;
-  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, COLUMNS = Columns<Of::BYTES>::count;
-  constexpr int EACH = COLUMNS * 8 * Of::TILES;
+  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, PARTS = Of::SHARES / Of::TEAMS;
   __shared__ Chosen<S> chosen;
-  __shared__ float shared[Of::WARPS / 2 * EACH];
-  const int warp = threadIdx.x / 32, column = blockIdx.x * COLUMNS;
-  constexpr int TILES_OF_K = (Of::K / Of::G + 15) / 16 * Of::G;
-  for (int i = threadIdx.x; i < S::M * COLUMNS; i += blockDim.x) {
-    const int at = column + i % COLUMNS;
-    if (at < Of::N) out[(long long)(i / COLUMNS) * Of::N + at] = 0;
-  }
+  DYNAMIC_SHARED(ring);
   read_indices<S>(chosen, indices, valid);
-  for (int number = 0;; ++number) {
-    find_expert<S>(chosen, number);
-    const int all = chosen.count;  // the first warp may be at the next expert before others read it
-    if (all == 0) return;
-    const long long expert = (long long)layer[0] * S::E + chosen.expert;
-    for (int first = 0; first < all; first += INPUTS) {
-      const int count = all - first < INPUTS ? all - first : INPUTS;
-      Sums<Of::BYTES, Of::TILES> sums;
+  find_expert<S>(chosen, blockIdx.y / PARTS);
+  const int team = threadIdx.x / Widths<Of>::THREADS, part = blockIdx.y % PARTS;
+  const int column = blockIdx.x * Widths<Of>::OF_TEAM;
+  const long long expert = (long long)layer[0] * S::E + chosen.expert;
+  for (int first = 0; first < chosen.count; first += INPUTS) {
+    const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
+    with_tiles<Of>(count, [&](auto tiles) {
+      constexpr int TILES = decltype(tiles)::count;
+      Sums<Of::BYTES, TILES> sums;
       const Rows inputs = {hidden, chosen.rows + first, count};
-      multiply<Of>(sums, down + expert * Of::K * Of::N, down_scales + expert * Of::G * Of::N, column,
-                   inputs, warp * TILES_OF_K / Of::WARPS, (warp + 1) * TILES_OF_K / Of::WARPS);
-      add_up<Of>(sums, warp, shared);
-      if (warp == 0) {
-        visit_sums<Of>(sums, column, count, [&](int at, int input, float value) {
+      multiply<Of, TILES>(sums, down + expert * Of::K * Of::N, down_scales + expert * Of::G * Of::N,
+                          column, inputs, part * Of::TEAMS + team,
+                          ring + team * Widths<Of>::RING);
+      add_up<Of, TILES>(sums, team, reinterpret_cast<float*>(ring));
+      if (team == 0) {
+        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
           const int row = chosen.rows[first + input];
-          out[(long long)(row / S::A) * Of::N + at] += weights[row] * value;
+          out[((long long)part * Chosen<S>::ROWS + row) * Of::N + at] = weights[row] * value;
         });
       }
-      // The next expert may add to the same token, from another lane.
-      barrier();
-    }
+    });
   }
 }

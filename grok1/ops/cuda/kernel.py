@@ -41,6 +41,7 @@ class Kernel(NamedTuple):
       aliases: Which output is the memory of which input.
       grid: Blocks in x and y.
       threads: Of a block.
+      shared_bytes: Of its shared memory beside what the sources declare.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kernel(NamedTuple):
     grid: tuple[int, int]
     threads: int
     aliases: tuple[tuple[int, int], ...] = ()
+    shared_bytes: int = 0
 
     @property
     def parameters(self) -> list[str]:

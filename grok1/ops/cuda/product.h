@@ -3,16 +3,35 @@
 // A warp multiplies on the tensor cores: 16 columns of the matrix are the rows of the instruction's
 // first operand, the inputs are its 8 columns. An int8 is exact in bfloat16; an input is the sum of
 // its TERMS, each a column of its own, so that float32 inputs cost no second pass over the weights.
-// Lane (g, t) = (lane / 4, lane % 4) reads BYTES columns of rows 4t to 4t + 3 of 16: the order of k
+// Lane (g, t) = (lane / 4, lane % 4) takes BYTES columns of rows 4t to 4t + 3 of 16: the order of k
 // within a product does not matter, nor does that of columns.
+//
+// Memory is fast where what is read together lies together. So ACROSS warps are a team: side by side
+// they bring 16 rows at a time to shared memory, each row in one piece, while earlier ones are
+// multiplied. What is under way does not depend on how many warps there are, nor on registers.
 //
 // Dimension key: K rows of the matrix, N columns, G groups of rows with a scale for each column.
 #pragma once
 
-// Columns that a block multiplies; BYTES is 8 or 16.
-template <int BYTES>
-struct Columns {
-  static constexpr int count = 8 * BYTES;
+// How wide warps and teams are.
+template <class S>
+struct Widths {
+  static constexpr int OF_WARP = 8 * S::BYTES, OF_TEAM = S::ACROSS * OF_WARP;
+  static constexpr int THREADS = 32 * S::ACROSS;  // of a team
+  static constexpr int ALL_THREADS = S::TEAMS * THREADS;
+  static constexpr int RING = S::STAGES * 16 * OF_TEAM;  // bytes of a team in shared memory
+};
+
+// A warp in its block.
+template <class S>
+struct Place {
+  int team, member, lane;
+
+  DEVICE Place() {
+    team = threadIdx.x / Widths<S>::THREADS;
+    member = threadIdx.x / 32 % S::ACROSS;
+    lane = threadIdx.x % 32;
+  }
 };
 
 // Inputs that TILES of 8 columns hold: bfloat16 has one term; float32 two, which leave 2**-17 of it,
@@ -67,6 +86,25 @@ DEVICE void clear(Sums<BYTES, TILES>& sums) {
       for (int i = 0; i < 4; ++i) sums[j][tile][i] = 0;
 }
 
+// Adds `of` times the scales of a group to the sums; `column` is the lane's first.
+template <class S, int TILES>
+DEVICE void add_scaled(Sums<S::BYTES, TILES>& total, const Sums<S::BYTES, TILES>& of,
+                       const unsigned short* scales, int column) {
+  const bool is_inside = column < S::N;
+#pragma unroll
+  for (int j = 0; j < S::BYTES / 2; ++j) {
+    const float first = is_inside ? float_of_bits((unsigned)scales[column + 2 * j] << 16) : 0;
+    const float second = is_inside ? float_of_bits((unsigned)scales[column + 2 * j + 1] << 16) : 0;
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      total[j][n][0] += of[j][n][0] * first;
+      total[j][n][1] += of[j][n][1] * first;
+      total[j][n][2] += of[j][n][2] * second;
+      total[j][n][3] += of[j][n][3] * second;
+    }
+  }
+}
+
 // Where the inputs of a block are: input i is row `rows[i]` of x, 0 <= i < count.
 struct Rows {
   const float* x;
@@ -74,132 +112,151 @@ struct Rows {
   int count;
 };
 
-// Adds the products of this warp's share of the rows of a matrix, each group's times its scales.
+// The products of a share of the rows of a matrix, each group's times its scales.
 //
-// S has K, N, G, BYTES, TILES, TERMS, UNROLL. `warp` of `warps` share the rows from tile `begin` to
-// `end` of 16 rows; tiles do not cross groups.
-template <class S>
-DEVICE void multiply(Sums<S::BYTES, S::TILES>& total, const signed char* matrix,
-                     const unsigned short* scales, int column, const Rows& inputs, int begin, int end) {
+// S has K, N, G, BYTES, TERMS, STAGES, ACROSS, TEAMS and SHARES, of which `share` is one. `column` is
+// the team's first. Rows are walked by tiles of 16, which do not cross groups. Every thread of the
+// team calls it.
+template <class S, int TILES>
+DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
+                     const unsigned short* scales, int column, const Rows& inputs, int share,
+                     unsigned char* ring) {
   constexpr int GROUP = S::K / S::G, IN_GROUP = (GROUP + 15) / 16, WORDS = S::BYTES / 4;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int first_column = column + g * S::BYTES;
-  const bool is_inside = first_column < S::N;
+  constexpr int TILES_OF_K = IN_GROUP * S::G, IN_ROW = Widths<S>::OF_TEAM / S::BYTES;
+  constexpr bool IS_OF_ONE_GROUP = S::SHARES % S::G == 0, IS_WHOLE = GROUP % 16 == 0;
+  const int begin = (int)((long long)share * TILES_OF_K / S::SHARES);
+  const int end = (int)((long long)(share + 1) * TILES_OF_K / S::SHARES);
+  const Place<S> place;
+  const int g = place.lane / 4, t = place.lane % 4;
+  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
+  // A thread copies four pieces of a tile, each BYTES of a row.
+  const int thread = threadIdx.x % Widths<S>::THREADS, piece = thread % IN_ROW;
+  const int wanted = column + piece * S::BYTES;
   // Outside, the last columns are read again and their sums dropped.
-  const signed char* mine = matrix + (is_inside ? first_column : S::N - S::BYTES);
-  const int active = (inputs.count * S::TERMS + 7) / 8;
-  const float* x[S::TILES];
+  const signed char* from = matrix + (wanted < S::N ? wanted : S::N - S::BYTES);
+  const float* x[TILES];
 #pragma unroll
-  for (int tile = 0; tile < S::TILES; ++tile) {
-    const int input = (8 * tile + g) / S::TERMS;
-    x[tile] = input < inputs.count ? inputs.x + (long long)inputs.rows[input] * S::K : nullptr;
+  for (int n = 0; n < TILES; ++n) {
+    const int input = (8 * n + g) / S::TERMS;
+    x[n] = input < inputs.count ? inputs.x + (long long)inputs.rows[input] * S::K : nullptr;
   }
-  clear<S::BYTES, S::TILES>(total);
-  while (begin < end) {
-    const int group = begin / IN_GROUP, limit = (group + 1) * GROUP;
-    const int stop = end < (group + 1) * IN_GROUP ? end : (group + 1) * IN_GROUP;
-    Sums<S::BYTES, S::TILES> sums;
-    clear<S::BYTES, S::TILES>(sums);
-    for (int tile = begin; tile < stop; tile += S::UNROLL) {
-      unsigned words[S::UNROLL][4][WORDS];
-      const int first = group * GROUP + (tile - group * IN_GROUP) * 16 + 4 * t;
+  // Where a piece of a row is: rows that a warp reads at once are in different banks.
+  const auto at = [&](int stage, int row, int of_row) {
+    return ring + ((stage * 16 + row) * IN_ROW + (of_row ^ row / 4 % 4 * 2)) * S::BYTES;
+  };
+  const auto start = [&](int tile, int stage) {
+    if (tile < end) {
 #pragma unroll
-      for (int u = 0; u < S::UNROLL; ++u) {
-        if (tile + u < stop) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            int k = first + 16 * u + i;
-            if (GROUP % 16 != 0 && k >= limit) k = limit - 1;
-            load_once(mine + (long long)k * S::N, words[u][i]);
-          }
+      for (int i = 0; i < 4; ++i) {
+        const int row = thread / IN_ROW + i * (Widths<S>::THREADS / IN_ROW);
+        int k = 16 * tile + row;
+        if (!IS_WHOLE) {
+          const int in_group = tile % IN_GROUP * 16 + row;
+          k = tile / IN_GROUP * GROUP + (in_group < GROUP ? in_group : GROUP - 1);
         }
-      }
-#pragma unroll
-      for (int u = 0; u < S::UNROLL; ++u) {
-        if (tile + u >= stop) continue;
-        unsigned b[S::TILES][2];
-#pragma unroll
-        for (int n = 0; n < S::TILES; ++n) {
-          const int k = first + 16 * u;
-          float four[4] = {0, 0, 0, 0};
-          if (n < active && x[n] != nullptr) {
-            if (GROUP % 16 == 0) {
-              const float4 loaded = *reinterpret_cast<const float4*>(x[n] + k);
-              four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
-            } else {
-#pragma unroll
-              for (int i = 0; i < 4; ++i)
-                if (k + i < limit) four[i] = x[n][k + i];
-            }
-          }
-          term_of<S::TERMS>(four, (8 * n + g) % S::TERMS, b[n]);
-        }
-#pragma unroll
-        for (int j = 0; j < S::BYTES / 2; ++j) {
-          const int word = j / 2, at = 2 * j % 4;
-          unsigned a[4];
-          a[0] = pair_of_weights(words[u][0][word], words[u][1][word], at);
-          a[1] = pair_of_weights(words[u][0][word], words[u][1][word], at + 1);
-          a[2] = pair_of_weights(words[u][2][word], words[u][3][word], at);
-          a[3] = pair_of_weights(words[u][2][word], words[u][3][word], at + 1);
-#pragma unroll
-          for (int n = 0; n < S::TILES; ++n)
-            if (n < active) multiply_tile(sums[j][n], a, b[n]);
-        }
+        start_copy<S::BYTES>(at(stage, row, piece), from + (long long)k * S::N);
       }
     }
+    end_group();
+  };
+  const auto read_inputs = [&](int tile, float (&four)[TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      four[n][0] = four[n][1] = four[n][2] = four[n][3] = 0;
+      if (x[n] == nullptr || tile >= end) continue;
+      if constexpr (IS_WHOLE) {
+        const float4 loaded = *reinterpret_cast<const float4*>(x[n] + 16 * tile + 4 * t);
+        four[n][0] = loaded.x, four[n][1] = loaded.y, four[n][2] = loaded.z, four[n][3] = loaded.w;
+      } else {
+        const int first = tile % IN_GROUP * 16 + 4 * t;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (first + i < GROUP) four[n][i] = x[n][tile / IN_GROUP * GROUP + first + i];
+      }
+    }
+  };
+  clear<S::BYTES, TILES>(total);
+  Sums<S::BYTES, TILES> sums;
+  clear<S::BYTES, TILES>(sums);
+#pragma unroll
+  for (int stage = 0; stage < S::STAGES - 1; ++stage) start(begin + stage, stage);
+  float next[TILES][4];
+  read_inputs(begin, next);
+  int stage = 0, free = S::STAGES - 1;
+  for (int tile = begin; tile < end; ++tile) {
+    unsigned b[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) term_of<S::TERMS>(next[n], (8 * n + g) % S::TERMS, b[n]);
+    read_inputs(tile + 1, next);
+    wait_for_all_but<S::STAGES - 2>();
+    // What the others have copied is there, and nobody reads the tile before any more.
+    team_barrier<Widths<S>::THREADS>(place.team);
+    unsigned words[4][WORDS];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) read_shared(at(stage, 4 * t + i, place.member * 8 + g), words[i]);
+    start(tile + S::STAGES - 1, free);
+    free = stage;
+    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
 #pragma unroll
     for (int j = 0; j < S::BYTES / 2; ++j) {
-      const unsigned short* scale = scales + (long long)group * S::N + first_column + 2 * j;
-      const float first_scale = is_inside ? float_of_bits((unsigned)scale[0] << 16) : 0;
-      const float second_scale = is_inside ? float_of_bits((unsigned)scale[1] << 16) : 0;
+      const int word = j / 2, byte = 2 * j % 4;
+      unsigned a[4];
+      a[0] = pair_of_weights(words[0][word], words[1][word], byte);
+      a[1] = pair_of_weights(words[0][word], words[1][word], byte + 1);
+      a[2] = pair_of_weights(words[2][word], words[3][word], byte);
+      a[3] = pair_of_weights(words[2][word], words[3][word], byte + 1);
 #pragma unroll
-      for (int n = 0; n < S::TILES; ++n) {
-        total[j][n][0] += sums[j][n][0] * first_scale;
-        total[j][n][1] += sums[j][n][1] * first_scale;
-        total[j][n][2] += sums[j][n][2] * second_scale;
-        total[j][n][3] += sums[j][n][3] * second_scale;
-      }
+      for (int n = 0; n < TILES; ++n) multiply_tile(sums[j][n], a, b[n]);
     }
-    begin = stop;
+    if (!IS_OF_ONE_GROUP && ((tile + 1) % IN_GROUP == 0 || tile + 1 == end)) {
+      add_scaled<S, TILES>(total, sums, scales + (long long)(tile / IN_GROUP) * S::N, mine);
+      clear<S::BYTES, TILES>(sums);
+    }
+  }
+  if (IS_OF_ONE_GROUP && begin < end)
+    add_scaled<S, TILES>(total, sums, scales + (long long)(begin / IN_GROUP) * S::N, mine);
+}
+
+// Adds up the sums of the teams in the first of `S::TEAMS`, always in the same order. Every thread of
+// the block calls it; `shared` has half of the teams' sums, and may be what weights were copied to.
+template <class S, int TILES>
+DEVICE void add_up(Sums<S::BYTES, TILES>& sums, int team, float* shared) {
+  constexpr int EACH = S::BYTES / 2 * TILES * 4, THREADS = Widths<S>::THREADS;
+  static_assert(TILES <= S::STAGES, "the sums take more room than there is");
+  const int thread = threadIdx.x % THREADS;
+  barrier();
+#pragma unroll
+  for (int half = S::TEAMS / 2; half >= 1; half /= 2) {
+    if (team >= half && team < 2 * half) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i)
+        shared[((team - half) * EACH + i) * THREADS + thread] =
+            sums[i / (4 * TILES)][i / 4 % TILES][i % 4];
+    }
+    barrier();
+    if (team < half) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i)
+        sums[i / (4 * TILES)][i / 4 % TILES][i % 4] += shared[(team * EACH + i) * THREADS + thread];
+    }
+    barrier();
   }
 }
 
-// Adds up the sums of `S::WARPS` warps in the first of them, always in the same order. Every thread
-// of the block calls it; `shared` has half of the warps' sums.
-template <class S>
-DEVICE void add_up(Sums<S::BYTES, S::TILES>& sums, int warp, float* shared) {
-  constexpr int EACH = S::BYTES / 2 * S::TILES * 4;
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = S::WARPS / 2; half >= 1; half /= 2) {
-    if (warp >= half && warp < 2 * half) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        shared[((warp - half) * EACH + i) * 32 + lane] = sums[i / (4 * S::TILES)][i / 4 % S::TILES][i % 4];
-    }
-    barrier();
-    if (warp < half) {
-#pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        sums[i / (4 * S::TILES)][i / 4 % S::TILES][i % 4] += shared[(warp * EACH + i) * 32 + lane];
-    }
-    barrier();
-  }
-}
-
-// Calls visit(column, input, value) for what this lane has of a warp's sums, terms added up. All
-// lanes of the warp call it.
-template <class S, class Visit>
-DEVICE void visit_sums(Sums<S::BYTES, S::TILES>& sums, int column, int count, Visit visit) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// Calls visit(column, input, value) for what this lane has of a team's sums, terms added up;
+// `column` is the team's first. All lanes of a warp call it.
+template <class S, int TILES, class Visit>
+DEVICE void visit_sums(const Sums<S::BYTES, TILES>& sums, int column, int count, Visit visit) {
+  const Place<S> place;
+  const int g = place.lane / 4, t = place.lane % 4;
+  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
 #pragma unroll
   for (int j = 0; j < S::BYTES / 2; ++j) {
 #pragma unroll
-    for (int n = 0; n < S::TILES; ++n) {
+    for (int n = 0; n < TILES; ++n) {
 #pragma unroll
       for (int next = 0; next < 2; ++next) {
-        const int at = column + g * S::BYTES + 2 * j + next;
+        const int at = mine + 2 * j + next;
         const float first = sums[j][n][2 * next], second = sums[j][n][2 * next + 1];
         if constexpr (S::TERMS == 1) {
           const int input = 8 * n + 2 * t;
@@ -215,6 +272,27 @@ DEVICE void visit_sums(Sums<S::BYTES, S::TILES>& sums, int column, int count, Vi
           if (at < S::N && input < count && t % 2 == 0) visit(at, input, all);
         }
       }
+    }
+  }
+}
+
+// Calls run(Tiles<n>()) for the fewest tiles that hold so many inputs, S::TILES at most.
+template <int TILES>
+struct Tiles {
+  static constexpr int count = TILES;
+};
+
+template <class S, class Run>
+DEVICE void with_tiles(int inputs, Run run) {
+  if (S::TILES == 1 || inputs <= Inputs<S::TERMS, 1>::count) {
+    run(Tiles<1>());
+  } else if constexpr (S::TILES == 2) {
+    run(Tiles<2>());
+  } else if constexpr (S::TILES > 2) {
+    if (inputs <= Inputs<S::TERMS, 2>::count) {
+      run(Tiles<2>());
+    } else {
+      run(Tiles<S::TILES>());
     }
   }
 }

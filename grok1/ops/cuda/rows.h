@@ -44,34 +44,30 @@ struct Norms {
     }
   }
 
-  DEVICE void norm(const float* scale, float* shared) {
+  DEVICE void norm(const Norms& scale, float* shared) {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) sum += row[i] * row[i];
     const float root = sqrtf(sum_of_block<S::THREADS>(sum, shared) / S::D + S::EPSILON);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int at = threadIdx.x + i * S::THREADS;
-      row[i] = at < S::D ? row[i] / root * scale[at] : 0;
-    }
+    for (int i = 0; i < EACH; ++i) row[i] = row[i] / root * scale.row[i];
   }
 
-  DEVICE void add(const float* from) {
+  DEVICE void add(const Norms& other) {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int at = threadIdx.x + i * S::THREADS;
-      if (at < S::D) row[i] += from[at];
-    }
+    for (int i = 0; i < EACH; ++i) row[i] += other.row[i];
   }
 };
 
+// Everything is read before anything waits for all threads.
 template <class S>
 DEVICE void norm(const float* x, const float* scales, const int* layer, float* normed) {
   __shared__ float shared[S::THREADS / 32];
   const long long start = (long long)blockIdx.x * S::D;
-  Norms<S> rows;
+  Norms<S> rows, scale;
   rows.read(x + start);
-  rows.norm(scales + (long long)layer[0] * S::D, shared);
+  scale.read(scales + (long long)layer[0] * S::D);
+  rows.norm(scale, shared);
   rows.write(normed + start);
 }
 
@@ -80,10 +76,12 @@ DEVICE void add_norm(const float* x, const float* branch, const float* scales, c
                      float* sum) {
   __shared__ float shared[S::THREADS / 32];
   const long long start = (long long)blockIdx.x * S::D;
-  Norms<S> rows;
+  Norms<S> rows, scale, others;
   rows.read(branch + start);
-  rows.norm(scales + (long long)layer[0] * S::D, shared);
-  rows.add(x + start);
+  others.read(x + start);
+  scale.read(scales + (long long)layer[0] * S::D);
+  rows.norm(scale, shared);
+  rows.add(others);
   rows.write(sum + start);
 }
 
@@ -92,13 +90,25 @@ DEVICE void add_norm_and_norm(const float* x, const float* branch, const float* 
                               const float* next_scales, const int* layer, float* sum, float* normed) {
   __shared__ float shared[S::THREADS / 32];
   const long long start = (long long)blockIdx.x * S::D;
-  Norms<S> rows;
+  Norms<S> rows, scale, next_scale, others;
   rows.read(branch + start);
-  rows.norm(scales + (long long)layer[0] * S::D, shared);
-  rows.add(x + start);
+  others.read(x + start);
+  scale.read(scales + (long long)layer[0] * S::D);
+  next_scale.read(next_scales + (long long)layer[0] * S::D);
+  rows.norm(scale, shared);
+  rows.add(others);
   rows.write(sum + start);
-  rows.norm(next_scales + (long long)layer[0] * S::D, shared);
+  rows.norm(next_scale, shared);
   rows.write(normed + start);
+}
+
+DEVICE float largest_of_warp(float value) {
+#pragma unroll
+  for (int mask = 16; mask >= 1; mask /= 2) {
+    const float other = shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
 }
 
 // The router's logits, probabilities and choice. Grid: tokens.
@@ -114,10 +124,21 @@ DEVICE void route(const float* x, const float* routers, const int* layer, float*
   float sums[S::E];
 #pragma unroll
   for (int e = 0; e < S::E; ++e) sums[e] = 0;
+#pragma unroll 3
   for (int d = threadIdx.x; d < S::D; d += S::THREADS) {
     const float value = row[d];
+    const float* weights_of = router + (long long)d * S::E;
+    if constexpr (S::E % 4 == 0) {
 #pragma unroll
-    for (int e = 0; e < S::E; ++e) sums[e] += value * router[(long long)d * S::E + e];
+      for (int e = 0; e < S::E; e += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(weights_of + e);
+        sums[e] += value * four.x, sums[e + 1] += value * four.y;
+        sums[e + 2] += value * four.z, sums[e + 3] += value * four.w;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < S::E; ++e) sums[e] += value * weights_of[e];
+    }
   }
 #pragma unroll
   for (int e = 0; e < S::E; ++e) {
@@ -125,18 +146,21 @@ DEVICE void route(const float* x, const float* routers, const int* layer, float*
     if (lane == 0) shared[warp][e] = sum;
   }
   barrier();
-  if (threadIdx.x > 0) return;
-  float most = float_of_bits(0xff800000u);
-  for (int e = 0; e < S::E; ++e) {
+  if (warp > 0) return;
+  const float lowest = float_of_bits(0xff800000u);
+  float logit = lowest;
+  if (lane < S::E) {
     float sum = 0;
-    for (int of = 0; of < S::THREADS / 32; ++of) sum += shared[of][e];
+#pragma unroll
+    for (int of = 0; of < S::THREADS / 32; ++of) sum += shared[of][lane];
     if (S::CAP > 0) sum = S::CAP * tanhf(sum / S::CAP);
-    logits[token * S::E + e] = shared[0][e] = sum;
-    most = sum > most ? sum : most;
+    logits[token * S::E + lane] = logit = sum;
   }
-  float total = 0;
-  for (int e = 0; e < S::E; ++e) total += shared[0][e] = expf(shared[0][e] - most);
-  for (int e = 0; e < S::E; ++e) probs[token * S::E + e] = shared[0][e] = shared[0][e] / total;
+  const float most = largest_of_warp(logit), weight = lane < S::E ? expf(logit - most) : 0;
+  const float prob = weight / sum_of_warp(weight);
+  if (lane < S::E) probs[token * S::E + lane] = shared[0][lane] = prob;
+  meet_warp();
+  if (lane > 0) return;
   unsigned left = S::E == 32 ? ~0u : (1u << S::E) - 1;
   float chosen = 0;
   for (int a = 0; a < S::A; ++a) {

@@ -1,11 +1,10 @@
 """Kernels for given shapes: how the work is cut into blocks, warps and tiles.
 
-Memory is busy while about 25 kB are on their way to each multiprocessor. A block of 16 warps, each
-with 4 kB of weights in its registers, has 64 kB on the way, so that three quarters of the
-multiprocessors suffice, and no matrix needs partial sums between blocks but those too narrow for
-that.
+Memory is busy while about 25 kB are on their way to each multiprocessor. A block of two teams has
+48 kB on the way, and a matrix is cut by its rows too where its columns make too few blocks.
 """
 
+import math
 from typing import NamedTuple
 
 from grok1.ops.cuda.kernel import Array, Kernel, struct
@@ -15,8 +14,15 @@ MOST_ROWS = 64
 
 MOST_EXPERTS = 32
 
-_WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane reads at a time
-_BUSY = 96  # blocks that keep the memory busy
+PRECISIONS = ("bfloat16", "split", "float32")
+"""What of an input counts: it is of bfloat16, 16 bits of float32, or all of it."""
+
+_WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
+_ACROSS = 4  # warps of a team, side by side
+_STAGES = 4  # tiles of a team that are under way, and the one that is multiplied
+_TEAMS = 2  # of a block that share a matrix's rows
+_BLOCKS = 256  # enough for the multiprocessors to have two each
+_LEAST_TILES = 6  # of 16 rows, for each team
 
 
 class Matrix(NamedTuple):
@@ -45,40 +51,68 @@ def refusal_of_experts(num_experts: int, gate: Matrix, up: Matrix, down: Matrix)
     return refusal_of(gate) or refusal_of(down)
 
 
-def _product(matrix: Matrix, inputs: int, exact: bool, others: int = 1, warps: int = 16) -> dict:
+def _product(
+    matrix: Matrix, inputs: float, precision: str, others: int = 1, teams: int = _TEAMS
+) -> dict:
     """How a block multiplies.
 
     Args:
       matrix: What.
-      inputs: Most rows of inputs that one matrix has.
-      exact: Whether the inputs are of bfloat16, which takes one term.
-      others: How many matrices of this size are multiplied side by side.
-      warps: Most that share the rows.
+      inputs: How many rows of inputs a matrix has as a rule; more take another pass.
+      precision: One of `PRECISIONS`.
+      others: How many blocks there are besides for each tile of columns.
+      teams: How many share the rows.
     """
     # Two rows are as exact as float32; the second of two terms leaves 2**-17.
-    terms = 1 if exact else 4 if inputs <= 2 else 2
-    tiles = next(tiles for tiles in (1, 2, 4) if inputs * terms <= 8 * tiles or tiles == 4)
-    is_wide = tiles == 1 and matrix.columns // (8 * _WIDE) * others >= _BUSY
+    terms = {"bfloat16": 1, "split": 4 if inputs <= 2 else 2, "float32": 4}[precision]
+    tiles = next(tiles for tiles in (1, 2) if inputs * terms <= 8 * tiles or tiles == 2)
+    size = _WIDE if matrix.columns >= 8 * _WIDE else _NARROW
+    across = max(1, min(_ACROSS, matrix.columns // (8 * size)))
+    across = 1 << across.bit_length() - 1
+    column_tiles = -(-matrix.columns // (8 * size * across))
+    most = max(1, matrix.rows // (16 * _LEAST_TILES * teams))
+    parts = min(most, max(1, _BLOCKS // (column_tiles * others)))
+    # A share within one group needs no second set of sums.
+    step = matrix.groups // math.gcd(matrix.groups, teams)
+    if step <= most:
+        parts = -(-parts // step) * step
     return {
         "K": matrix.rows,
         "N": matrix.columns,
         "G": matrix.groups,
-        "BYTES": _WIDE if is_wide else _NARROW,
+        "BYTES": size,
         "TILES": tiles,
         "TERMS": terms,
-        "UNROLL": 2 if is_wide or tiles > 1 else 4,
-        "WARPS": warps if tiles == 1 else warps // 2,
+        "STAGES": _STAGES,
+        "ACROSS": across,
+        "TEAMS": teams,
+        "SHARES": parts * teams,
     }
 
 
 def _column_tiles(product: dict) -> int:
-    return -(-product["N"] // (8 * product["BYTES"]))
+    return -(-product["N"] // (8 * product["BYTES"] * product["ACROSS"]))
+
+
+def _parts(product: dict) -> int:
+    return product["SHARES"] // product["TEAMS"]
+
+
+def _threads(product: dict) -> int:
+    return 32 * product["ACROSS"] * product["TEAMS"]
+
+
+def _shared_bytes(product: dict) -> int:
+    """Of the weights that are copied by the teams that share a matrix's rows."""
+    return product["STAGES"] * 16 * 8 * product["BYTES"] * product["ACROSS"] * product["TEAMS"]
 
 
 def experts(
-    tokens: int, selected: int, num_experts: int, gate: Matrix, down: Matrix, exact: bool
+    tokens: int, selected: int, num_experts: int, gate: Matrix, down: Matrix, precision: str
 ) -> tuple[Kernel, Kernel]:
-    """The chosen experts of up to `MOST_ROWS` tokens: gate, up and GELU; down and the sum.
+    """The chosen experts of up to `MOST_ROWS` tokens: gate, up and GELU; down.
+
+    The second writes `[P, R, D]`, to be added up along P; rows that are not run are not written.
 
     Args:
       tokens: M.
@@ -86,11 +120,14 @@ def experts(
       num_experts: E.
       gate: The gate's matrix; up is like it.
       down: The matrix that leads back.
-      exact: Whether x holds numbers of bfloat16.
+      precision: Of x; of the hidden numbers 16 bits count where x is of bfloat16.
     """
     chosen = min(num_experts, tokens * selected)
-    hidden = _product(gate, tokens, exact, others=chosen, warps=8)
-    out = _product(down, tokens, False)
+    # A few experts have more rows than the mean.
+    inputs = min(tokens, 1.5 * tokens * selected / num_experts)
+    hidden = _product(gate, inputs, precision, others=_BLOCKS, teams=1)
+    of_hidden = "float32" if precision == "float32" else "split"
+    out = _product(down, inputs, of_hidden, others=chosen)
     sizes = {"M": tokens, "A": selected, "E": num_experts}
     structs = (
         ("H", struct(hidden)),
@@ -99,6 +136,7 @@ def experts(
     )
     headers = ("product.h", "experts.h")
     weights = ("int8", "bfloat16")
+    rows = tokens * selected
     return (
         Kernel(
             "grok1_gate_up",
@@ -106,50 +144,47 @@ def experts(
             structs,
             "gate_up<S>",
             ("float32", *weights, *weights, "int32", "int32", "bool"),
-            (Array((tokens * selected, gate.columns), "float32"),),
+            (Array((rows, gate.columns), "float32"),),
             (_column_tiles(hidden), chosen),
-            2 * 32 * hidden["WARPS"],
+            2 * _threads(hidden),
+            shared_bytes=2 * _shared_bytes(hidden),
         ),
         Kernel(
             "grok1_down",
             headers,
             structs,
-            "down_sum<S>",
+            "down<S>",
             ("float32", *weights, "int32", "int32", "bool", "float32"),
-            (Array((tokens, down.columns), "float32"),),
-            (_column_tiles(out), 1),
-            32 * out["WARPS"],
+            (Array((_parts(out), rows, down.columns), "float32"),),
+            (_column_tiles(out), chosen * _parts(out)),
+            _threads(out),
+            shared_bytes=_shared_bytes(out),
         ),
     )
 
 
-def project(rows: int, matrices: tuple[Matrix, ...], exact: bool) -> Kernel:
+def project(rows: int, matrices: tuple[Matrix, ...], precision: str) -> Kernel:
     """Up to `MOST_ROWS` rows times one matrix or three side by side.
 
-    What it writes is `[P, M, N]`, to be added up along P: 1 where the columns alone are enough work
-    for a device.
+    What it writes is `[P, M, N]`, to be added up along P.
 
     Args:
       rows: M.
       matrices: What they are multiplied with; of as many rows each.
-      exact: Whether x holds numbers of bfloat16.
+      precision: Of x.
     """
-    products = [_product(matrix, rows, exact) for matrix in matrices]
-    for product in products:
-        if product["BYTES"] == _WIDE and len(products) > 1:
-            product |= {"BYTES": _NARROW, "UNROLL": 4}
-    tiles = sum(map(_column_tiles, products))
-    parts = 1
-    if len(matrices) > 1:
-        # Half a tile of rows for each warp at least.
-        most = max(1, matrices[0].rows // 16 // products[0]["WARPS"] // 2)
-        parts = min(most, -(-_BUSY // tiles))
     columns = sum(matrix.columns for matrix in matrices)
+    narrowest = min(matrices, key=lambda matrix: matrix.columns)
+    both = _product(narrowest, rows, precision, others=-(-columns // narrowest.columns))
+    products = [
+        {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
+    ]
     names = ("First", "Second", "Third")[: len(matrices)]
     structs = (
         *((name, struct(product)) for name, product in zip(names, products, strict=True)),
-        ("S", struct({"M": rows, "N": columns, "PARTS": parts})),
+        ("S", struct({"M": rows, "N": columns})),
     )
+    parts = _parts(both)
     return Kernel(
         "grok1_project",
         ("product.h", "project.h"),
@@ -157,8 +192,9 @@ def project(rows: int, matrices: tuple[Matrix, ...], exact: bool) -> Kernel:
         f"project<{', '.join(('S', *names))}>",
         ("float32", *("int8", "bfloat16", "int32") * len(matrices)),
         (Array((parts, rows, columns), "float32"),),
-        (tiles, parts),
-        32 * products[0]["WARPS"],
+        (sum(map(_column_tiles, products)), parts),
+        _threads(both),
+        shared_bytes=_shared_bytes(both),
     )
 
 

@@ -207,7 +207,7 @@ def route(
       cap: Bounds the logits; None for no bound.
       renormalize: Whether the weights of a token's experts are divided by their sum.
     """
-    threads = 256
+    threads = min(1024, 32 * -(-width // 32))
     sizes = {
         "D": width,
         "E": num_experts,
