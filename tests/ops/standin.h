@@ -266,3 +266,12 @@ inline unsigned vote(bool is_set) {
 inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(unsigned bits) { return __builtin_ffs(bits) - 1; }
 inline void meet_warp() { vote(true); }
+
+#define LASTING static
+inline void publish() {}
+inline bool arrive_last(unsigned* arrivals, unsigned count) {
+  if (++*arrivals < count) return false;
+  *arrivals = 0;
+  return true;
+}
+inline float read_published(const float* from) { return *from; }

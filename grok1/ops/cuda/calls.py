@@ -104,11 +104,10 @@ def experts(
     gate, up, down = weights
     expert_indices, expert_weights = choice
     tokens, selected = expert_indices.shape
-    num_experts = gate[0].shape[-3]
-    gate_up, down_rows = shapes.experts(
+    gate_up, down_sum = shapes.experts(
         tokens,
         selected,
-        num_experts,
+        gate[0].shape[-3],
         matrix_of(gate),
         matrix_of(down),
         "bfloat16" if x.dtype == jnp.bfloat16 else "float32",
@@ -116,17 +115,15 @@ def experts(
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     (hidden,) = call(gate_up, x.astype(jnp.float32), *gate, *up, layer, indices, valid)
-    (parts,) = call(down_rows, hidden, *down, layer, indices, valid, expert_weights)
-    is_run = valid[:, None] & (indices >= 0) & (indices < num_experts)
-    parts = parts.reshape(-1, tokens, selected, parts.shape[-1])
-    return jnp.where(is_run[..., None], parts, 0).sum(axis=(0, 2))
+    out, _ = call(down_sum, hidden, *down, layer, indices, valid, expert_weights)
+    return out
 
 
-def projected(
+def project(
     x: Float[Array, "M K"],
     weights: list[tuple[Quantized, tuple[int | Array, ...]]],
     precision: str,
-) -> Float[Array, "P M N"]:
+) -> list[Float[Array, "M N"]]:
     """Multiplies by one matrix of each of some stacks.
 
     Args:
@@ -135,15 +132,41 @@ def projected(
       precision: One of `shapes.PRECISIONS`, what of x counts.
 
     Returns:
-      float32, what parts of the rows of the matrices add to the products, these side by side.
+      float32, one for each stack.
     """
-    matrices = tuple(matrix_of(weight) for weight, _ in weights)
-    kernel = shapes.project(len(x), matrices, precision)
+    if len(weights) == 1:
+        out, _ = _launch(x, weights, precision)
+        return [out]
+    (parts,) = _launch(x, weights, precision)
+    columns = [matrix_of(weight).columns for weight, _ in weights]
+    ends = [sum(columns[: i + 1]) for i in range(len(columns) - 1)]
+    return jnp.split(parts.sum(axis=0), ends, axis=1)
+
+
+def projected(
+    x: Float[Array, "M K"],
+    weights: list[tuple[Quantized, tuple[int | Array, ...]]],
+    precision: str,
+) -> Float[Array, "P M N"]:
+    """As `project` of three stacks, before what parts of the rows of the matrices add is added up.
+
+    Returns:
+      float32; the products are side by side.
+    """
+    (parts,) = _launch(x, weights, precision)
+    return parts
+
+
+def _launch(
+    x: Float[Array, "M K"],
+    weights: list[tuple[Quantized, tuple[int | Array, ...]]],
+    precision: str,
+) -> list[Array]:
+    kernel = shapes.project(len(x), tuple(matrix_of(weight) for weight, _ in weights), precision)
     operands = []
     for (values, scales), index in weights:
         operands += [values, scales, _number(values.shape[:-2], index)]
-    (parts,) = call(kernel, x, *operands)
-    return parts
+    return call(kernel, x, *operands)
 
 
 def _number(lead: tuple[int, ...], index: tuple[int | Array, ...]) -> Array:
@@ -165,16 +188,3 @@ def convert(weight: Quantized, index: tuple[int | Array, ...], is_scaled: bool) 
     values, scales = weight
     kernel = shapes.convert(matrix_of(weight), is_scaled)
     return call(kernel, values, scales, _number(values.shape[:-2], index))[0]
-
-
-def project(
-    x: Float[Array, "M K"],
-    weights: list[tuple[Quantized, tuple[int | Array, ...]]],
-    precision: str,
-) -> list[Float[Array, "M N"]]:
-    """`projected` as one array for each matrix."""
-    parts = projected(x, weights, precision)
-    out = parts[0] if len(parts) == 1 else parts.sum(axis=0)
-    columns = [matrix_of(weight).columns for weight, _ in weights]
-    ends = [sum(columns[: i + 1]) for i in range(len(columns) - 1)]
-    return jnp.split(out, ends, axis=1)

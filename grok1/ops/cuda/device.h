@@ -100,3 +100,17 @@ template <int THREADS>
 DEVICE void team_barrier(int team) {
   asm volatile("bar.sync %0, %1;" : : "r"(team + 1), "n"(THREADS) : "memory");
 }
+
+// Memory of a kernel that lasts; zeros at first.
+#define LASTING __device__
+
+// Tells the other blocks what this thread has written.
+DEVICE void publish() { __threadfence(); }
+
+// Whether this is the last of `count` that come here; the next launch begins anew.
+DEVICE bool arrive_last(unsigned* arrivals, unsigned count) {
+  return atomicInc(arrivals, count - 1) == count - 1;
+}
+
+// Reads what another block has published.
+DEVICE float read_published(const float* from) { return __ldcg(from); }

@@ -100,21 +100,25 @@ DEVICE void gate_up(const float* x, const signed char* gate, const unsigned shor
   }
 }
 
-// out[part][row] = weight * what a part of the rows of down adds to hidden[row] down. Grid: tiles of
-// columns, parts of each expert. Rows that are not run are left as they are.
+// out[token] = the sum of weight * (hidden[row] down) over the token's rows, of which blocks write
+// parts: by a part of the matrix's rows, for each row. Grid: tiles of columns, parts of each expert.
 template <class S>
 DEVICE void down(const float* hidden, const signed char* down, const unsigned short* down_scales,
                  const int* layer, const int* indices, const unsigned char* valid,
-                 const float* weights, float* out) {
+                 const float* weights, float* out, float* parts) {
   using Of = typename S::Out;
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, PARTS = Of::SHARES / Of::TEAMS;
+  constexpr int WIDTH = Widths<Of>::OF_TEAM;
   __shared__ Chosen<S> chosen;
   DYNAMIC_SHARED(ring);
   read_indices<S>(chosen, indices, valid);
   find_expert<S>(chosen, blockIdx.y / PARTS);
   const int team = threadIdx.x / Widths<Of>::THREADS, part = blockIdx.y % PARTS;
-  const int column = blockIdx.x * Widths<Of>::OF_TEAM;
+  const int column = blockIdx.x * WIDTH;
   const long long expert = (long long)layer[0] * S::E + chosen.expert;
+  const auto part_of = [&](int of, int row) {
+    return parts + ((long long)of * Chosen<S>::ROWS + row) * Of::N;
+  };
   for (int first = 0; first < chosen.count; first += INPUTS) {
     const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
     with_tiles<Of>(count, [&](auto tiles) {
@@ -128,9 +132,21 @@ DEVICE void down(const float* hidden, const signed char* down, const unsigned sh
       if (team == 0) {
         visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
           const int row = chosen.rows[first + input];
-          out[((long long)part * Chosen<S>::ROWS + row) * Of::N + at] = weights[row] * value;
+          part_of(part, row)[at] = weights[row] * value;
         });
       }
     });
+  }
+  if (!is_last_of<Of>(blockIdx.x, S::CHOSEN * PARTS)) return;
+  for (int i = threadIdx.x; i < S::M * WIDTH; i += blockDim.x) {
+    const int token = i / WIDTH, at = column + i % WIDTH;
+    if (at >= Of::N) continue;
+    float sum = 0;
+    for (int row = token * S::A; row < (token + 1) * S::A; ++row) {
+      if (chosen.indices[row] < 0 || chosen.indices[row] >= S::E) continue;
+#pragma unroll
+      for (int of = 0; of < PARTS; ++of) sum += read_published(part_of(of, row) + at);
+    }
+    out[(long long)token * Of::N + at] = sum;
   }
 }

@@ -276,6 +276,22 @@ DEVICE void visit_sums(const Sums<S::BYTES, TILES>& sums, int column, int count,
   }
 }
 
+// Blocks that have written their part of a tile of columns; the last adds all parts up.
+template <class S>
+LASTING unsigned arrivals[S::COLUMN_TILES];
+
+// Whether this is the last block of a tile of columns; every thread calls it.
+template <class S>
+DEVICE bool is_last_of(int tile, int count) {
+  __shared__ bool is_last;
+  publish();
+  barrier();
+  if (threadIdx.x == 0) is_last = arrive_last(arrivals<S> + tile, count);
+  barrier();
+  publish();
+  return is_last;
+}
+
 // Calls run(Tiles<n>()) for the fewest tiles that hold so many inputs, S::TILES at most.
 template <int TILES>
 struct Tiles {

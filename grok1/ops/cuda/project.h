@@ -1,4 +1,4 @@
-// A few rows times up to three matrices of stacks, in one launch: the projections of attention.
+// A few rows times one matrix of a stack, or one each of three: the projections of attention.
 //
 // Dimension key: M row, K rows of the matrices, N columns of all of them, P parts of K.
 #pragma once
@@ -56,10 +56,22 @@ DEVICE void project(const float* x, const signed char* first, const unsigned sho
   }
 }
 
+// out = x times one matrix; blocks write parts of it.
 template <class S, class Only>
 DEVICE void project(const float* x, const signed char* values, const unsigned short* scales,
-                    const int* index, float* out) {
+                    const int* index, float* out, float* parts) {
+  constexpr int PARTS = Only::SHARES / Only::TEAMS, WIDTH = Widths<Only>::OF_TEAM;
   __shared__ int rows[Inputs<Only::TERMS, Only::TILES>::count];
   DYNAMIC_SHARED(ring);
-  project_one<S, Only>(x, values, scales, index, out, blockIdx.x, 0, rows, ring);
+  project_one<S, Only>(x, values, scales, index, parts, blockIdx.x, 0, rows, ring);
+  if (!is_last_of<Only>(blockIdx.x, PARTS)) return;
+  for (int i = threadIdx.x; i < S::M * WIDTH; i += blockDim.x) {
+    const int row = i / WIDTH, at = blockIdx.x * WIDTH + i % WIDTH;
+    if (at >= S::N) continue;
+    float sum = 0;
+#pragma unroll
+    for (int of = 0; of < PARTS; ++of)
+      sum += read_published(parts + ((long long)of * S::M + row) * S::N + at);
+    out[(long long)row * S::N + at] = sum;
+  }
 }

@@ -87,6 +87,7 @@ def _product(
         "ACROSS": across,
         "TEAMS": teams,
         "SHARES": parts * teams,
+        "COLUMN_TILES": column_tiles,
     }
 
 
@@ -110,9 +111,9 @@ def _shared_bytes(product: dict) -> int:
 def experts(
     tokens: int, selected: int, num_experts: int, gate: Matrix, down: Matrix, precision: str
 ) -> tuple[Kernel, Kernel]:
-    """The chosen experts of up to `MOST_ROWS` tokens: gate, up and GELU; down.
+    """The chosen experts of up to `MOST_ROWS` tokens: gate, up and GELU; down and the sum.
 
-    The second writes `[P, R, D]`, to be added up along P; rows that are not run are not written.
+    The second writes the sum, and what it adds up.
 
     Args:
       tokens: M.
@@ -128,7 +129,7 @@ def experts(
     hidden = _product(gate, inputs, precision, others=_BLOCKS, teams=1)
     of_hidden = "float32" if precision == "float32" else "split"
     out = _product(down, inputs, of_hidden, others=chosen)
-    sizes = {"M": tokens, "A": selected, "E": num_experts}
+    sizes = {"M": tokens, "A": selected, "E": num_experts, "CHOSEN": chosen}
     structs = (
         ("H", struct(hidden)),
         ("O", struct(out)),
@@ -155,7 +156,10 @@ def experts(
             structs,
             "down<S>",
             ("float32", *weights, "int32", "int32", "bool", "float32"),
-            (Array((_parts(out), rows, down.columns), "float32"),),
+            (
+                Array((tokens, down.columns), "float32"),
+                Array((_parts(out), rows, down.columns), "float32"),
+            ),
             (_column_tiles(out), chosen * _parts(out)),
             _threads(out),
             shared_bytes=_shared_bytes(out),
@@ -166,7 +170,7 @@ def experts(
 def project(rows: int, matrices: tuple[Matrix, ...], precision: str) -> Kernel:
     """Up to `MOST_ROWS` rows times one matrix or three side by side.
 
-    What it writes is `[P, M, N]`, to be added up along P.
+    What it writes for three is `[P, M, N]`, to be added up along P; for one the sum, and that.
 
     Args:
       rows: M.
@@ -179,19 +183,22 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: str) -> Kernel:
     products = [
         {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
     ]
+    for product in products:
+        product["COLUMN_TILES"] = _column_tiles(product)
     names = ("First", "Second", "Third")[: len(matrices)]
     structs = (
         *((name, struct(product)) for name, product in zip(names, products, strict=True)),
         ("S", struct({"M": rows, "N": columns})),
     )
     parts = _parts(both)
+    of_parts = Array((parts, rows, columns), "float32")
     return Kernel(
         "grok1_project",
         ("product.h", "project.h"),
         structs,
         f"project<{', '.join(('S', *names))}>",
         ("float32", *("int8", "bfloat16", "int32") * len(matrices)),
-        (Array((parts, rows, columns), "float32"),),
+        (*(Array((rows, columns), "float32"),) * (len(matrices) == 1), of_parts),
         (sum(map(_column_tiles, products)), parts),
         _threads(both),
         shared_bytes=_shared_bytes(both),
