@@ -1,11 +1,11 @@
 """Tensors on disk to device memory, each device its own slice, at the speed of the disk.
 
 A device's buffer of one parameter holds all layers and is filled layer by layer: on a CPU in place,
-by the threads of `reading`; on an accelerator in pieces, of which one is read while the one before
-is in transfer. Beyond the model itself the host needs two such pieces a device and the scales.
+by the threads of `reading`; on an accelerator in pieces, of which some are read while others are in
+transfer (`carrying`). Beyond the model itself the host needs those and the scales.
 """
 
-import itertools
+import functools
 import math
 import re
 import traceback
@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from grok1.checkpoint.carrying import Carrier, Stack
 from grok1.checkpoint.elements import check_finite, check_scales
 from grok1.checkpoint.reading import Bounds, Reader, Target
 from grok1.checkpoint.storage import StoredArray, StoredModel
@@ -34,7 +35,6 @@ from grok1.ops.formats import OF_VALUES, Part, is_quantized
 # The large tensors, which take as long to look at as to read; `verify --deep` does that.
 _QUANTIZED = re.compile("/(moe|multi_head_attention)/")
 _ALIGNMENT = 64  # bytes; XLA's CPU client adopts host memory so aligned without copying it
-_STAGING_BYTES = 1 << 29  # of all pieces that are read or in transfer to accelerators
 
 
 class _Leaf(NamedTuple):
@@ -140,21 +140,37 @@ def _load_params(
             check_others()
 
         # Other processes of this host may want the pages that this one has read.
-        with Reader(advance, keep_pages=jax.process_count() > 1) as reader:
+        with (
+            Reader(advance, keep_pages=jax.process_count() > 1) as reader,
+            _carrier(files, shards, reader) as carrier,
+        ):
+            # Programs are compiled while the first pieces are read.
+            stacks = [
+                carrier.stacks(local[0].shape, stored[0].dtype)
+                if _is_carried(stored, local)
+                else []
+                for stored, local in zip(files, shards, strict=True)
+            ]
             buffers = []
-            for leaf, stored, local in zip(leaves, files, shards, strict=True):
+            for leaf, stored, local, there in zip(leaves, files, shards, stacks, strict=True):
                 if stored[0].part is not None:
                     buffers.append(_read_scales(leaf, stored, local, reader))
-                elif local[0].device.platform == "cpu":
-                    buffers.append(_fill_host(stored, local, reader))
+                elif _is_carried(stored, local):
+                    _fill_devices(stored, local, there, carrier)
+                    buffers.append([])
                 else:
-                    buffers.append(_fill_devices(stored, local, reader))
+                    buffers.append(_fill_host(stored, local, reader))
+            carrier.finish()
             reader.wait()
         arrays = []
-        for leaf, stored, local, filled in zip(leaves, files, shards, buffers, strict=True):
+        for leaf, stored, local, filled, there in zip(
+            leaves, files, shards, buffers, stacks, strict=True
+        ):
             if stored[0].part is not None:
                 filled = _refine(leaf, stored, local, filled, bar)
-            elif local[0].device.platform == "cpu":
+            elif _is_carried(stored, local):
+                filled = jax.block_until_ready([stack.array for stack in there])
+            else:
                 for layer, of_layer in enumerate(stored):
                     _check(of_layer, [shard.bounds for shard in local], [b[layer] for b in filled])
             shape = leaf.sharding.shard_shape(leaf.shape)
@@ -226,53 +242,41 @@ def _fill_host(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> lis
     return buffers
 
 
-def _fill_devices(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> list[jax.Array]:
-    """On an accelerator the shard is built there; a piece is read while another is in transfer."""
-    dtype, shape = stored[0].dtype, shards[0].shape
-    stacks = []
-    for shard in shards:
-        with jax.default_device(shard.device):
-            stacks.append(jnp.zeros(shape, dtype))
-    row_bytes = dtype.itemsize * math.prod(shape[2:])
-    step = max(1, _STAGING_BYTES // (2 * len(shards) * row_bytes))
-    step = min(step, shape[1])
-    slots = itertools.cycle([np.empty((len(shards), step, *shape[2:]), dtype) for _ in range(2)])
-    waiting: tuple[int, list[np.ndarray], tuple[int, int]] | None = None
-    in_transfer: list[jax.Array] = []
-
-    def send(number, pieces, place):
-        reader.wait(number)
-        layer, start = place
-        _check(stored[layer], [_rows(shard, start, len(pieces[0])) for shard in shards], pieces)
-        sent = []
-        for i, (shard, piece) in enumerate(zip(shards, pieces, strict=True)):
-            # Not an alias: where the device's memory is the host's, the piece is written again.
-            sent.append(jax.device_put(piece[None], shard.device, may_alias=False))
-            stacks[i] = _put_piece(stacks[i], sent[-1], *place)
-        return sent
-
-    for layer, start in itertools.product(range(len(stored)), range(0, shape[1], step)):
-        slot = next(slots)
-        # The slot's last piece must have left before another takes its place.
-        jax.block_until_ready(in_transfer)
-        count = min(step, shape[1] - start)
-        pieces = [piece[:count] for piece in slot]
-        targets = []
-        for shard, piece in zip(shards, pieces, strict=True):
-            targets.append(Target(_rows(shard, start, count), piece))
-        number = reader.submit(stored[layer].array, targets)
-        if waiting is not None:
-            in_transfer = send(*waiting)
-        waiting = number, pieces, (layer, start)
-    if waiting is not None:
-        send(*waiting)
-    return jax.block_until_ready(stacks)
+def _is_carried(stored: list[_Leaf], shards: list[_Shard]) -> bool:
+    """Whether a parameter goes to its devices in pieces; others are made in the host's memory."""
+    return stored[0].part is None and not _adopts_memory(shards[0].device)
 
 
-def _rows(shard: _Shard, start: int, count: int) -> tuple[Bounds, ...]:
-    """Bounds of some of a shard's first axis, counted from where the shard begins."""
-    first = shard.bounds[0][0] + start
-    return ((first, first + count), *shard.bounds[1:])
+def _adopts_memory(device: Any) -> bool:
+    return device.platform == "cpu"
+
+
+def _carrier(files: list[list[_Leaf]], shards: list[list[_Shard]], reader: Reader) -> Carrier:
+    largest = max(
+        stored[0].dtype.itemsize * math.prod(local[0].shape[1:])
+        for stored, local in zip(files, shards, strict=True)
+    )
+    return Carrier(reader, [shard.device for shard in shards[0]], largest)
+
+
+def _fill_devices(
+    stored: list[_Leaf], shards: list[_Shard], stacks: list[Stack], carrier: Carrier
+) -> None:
+    """On an accelerator the shard is built there, in pieces; returns before it is filled."""
+    parts = list(carrier.parts(stacks[0]))
+    for layer, leaf in enumerate(stored):
+        for part in parts:
+            bounds = [_within(shard.bounds, part.bounds) for shard in shards]
+            check = functools.partial(_check, leaf, bounds)
+            carrier.carry(leaf.array, stacks, layer, part, bounds, check)
+
+
+def _within(bounds: tuple[Bounds, ...], part: tuple[Bounds, ...]) -> tuple[Bounds, ...]:
+    """Bounds of a part that is counted from where a shard begins."""
+    return tuple(
+        (first + start, first + stop)
+        for (first, _), (start, stop) in zip(bounds, part, strict=True)
+    )
 
 
 def _check(leaf: _Leaf, bounds: list[tuple[Bounds, ...]], parts: list[np.ndarray]) -> None:
@@ -281,13 +285,6 @@ def _check(leaf: _Leaf, bounds: list[tuple[Bounds, ...]], parts: list[np.ndarray
         for part, values in dict(zip(bounds, parts, strict=True)).items():
             origin = [start for start, _ in part]
             check_finite(leaf.array.parts[0][0], leaf.name, values, origin)
-
-
-def _set_piece(stack: jax.Array, piece: jax.Array, layer: Any, start: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice(stack, piece, (layer, start) + (0,) * (stack.ndim - 2))
-
-
-_put_piece = jax.jit(_set_piece, donate_argnums=0)
 
 
 def _read_scales(

@@ -5,19 +5,15 @@ the device from the other; what is kept in the host's memory is pinned as well. 
 pinned memory is the device's own work and goes on beside its computing.
 """
 
-import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import SingleDeviceSharding
 
+from grok1.checkpoint.pinned import pinned, sent
 from grok1.offload.expert_cache import ExpertCache
 from grok1.offload.expert_store import Buffer, ExpertStore, PartOfExpert
-
-_PINNED = "pinned_host"
 
 
 def pinned_buffer(device: Any, parts: Sequence[PartOfExpert]) -> Buffer:
@@ -27,21 +23,8 @@ def pinned_buffer(device: Any, parts: Sequence[PartOfExpert]) -> Buffer:
       device: The device.
       parts: What an expert is fetched as.
     """
-    sharding = SingleDeviceSharding(device, memory_kind=_PINNED)
-    arrays = [jax.device_put(np.zeros((1, *part.shape), part.dtype), sharding) for part in parts]
-    matrices = []
-    for array in arrays:
-        jax.block_until_ready(array)
-        # JAX has no array that can be written to; this is the memory of one that only `arrays`
-        # knows, and that is written to when no transfer reads it.
-        memory = (ctypes.c_int8 * array.nbytes).from_address(array.unsafe_buffer_pointer())
-        matrices.append(np.ctypeslib.as_array(memory).view(array.dtype).reshape(array.shape))
-    return Buffer(matrices, arrays)
-
-
-def has_pinned_memory(device: Any) -> bool:
-    """Whether there is such memory for a device."""
-    return any(memory.kind == _PINNED for memory in device.addressable_memories())
+    pairs = [pinned(device, (1, *part.shape), part.dtype) for part in parts]
+    return Buffer([matrix for matrix, _ in pairs], [array for _, array in pairs])
 
 
 class DeviceExperts:
@@ -61,7 +44,7 @@ class DeviceExperts:
         """
         self.store = store
         self.cache: ExpertCache[list[jax.Array]] = ExpertCache(0)
-        self._device = SingleDeviceSharding(device)
+        self._device = device
         self._in_transfer: list[jax.Array] = []
 
     def fetch(self, layer: int, chosen: Sequence[int]) -> Iterator[tuple[int, list[jax.Array]]]:
@@ -90,13 +73,13 @@ class DeviceExperts:
             jax.block_until_ready(self._in_transfer)
             buffer = self.store.take(layer, expert, following)
             # Not an alias: where the device's memory is the host's, the buffer is written again.
-            sent = [jax.device_put(array, self._device, may_alias=False) for array in buffer.arrays]
-            self._in_transfer = sent
+            arrays = [sent(array, self._device) for array in buffer.arrays]
+            self._in_transfer = arrays
             key = layer, expert
             # Those of this layer are in use until it has been computed.
             victim = self.cache.victim(key, [(layer, other) for other in chosen])
             if victim != key:
                 if victim is not None:
                     self.cache.take(victim)
-                self.cache.put(key, sent)
-            yield expert, sent
+                self.cache.put(key, arrays)
+            yield expert, arrays

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.checkpoint.loading import expert_arrays, load_params
+from grok1.checkpoint.pinned import has_pinned_memory
 from grok1.checkpoint.storage import StoredModel
 from grok1.engine.base import EngineBase
 from grok1.engine.compilation import Program
@@ -32,7 +33,7 @@ from grok1.machine.announcement import hint
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.progress import progress_bar
-from grok1.offload.device_experts import DeviceExperts, has_pinned_memory, pinned_buffer
+from grok1.offload.device_experts import DeviceExperts, pinned_buffer
 from grok1.offload.expert_store import ExpertStore, Traffic, pageable_buffer
 from grok1.offload.layerwise import LayerwiseStep
 from grok1.ops import forms

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.checkpoint import loading
+from grok1.checkpoint import carrying, loading
 from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
 from grok1.nn.manifest import file_name, manifest
 from tests.helpers import dequantized, named_params, relative_error
@@ -48,9 +48,11 @@ def test_each_device_holds_its_shard_only(nano_path):
     assert on_first < whole / 8 * 1.1  # norms, routers and the scales of whole rows are on all
 
 
-def test_building_the_shard_on_the_device_gives_the_same(nano_path, nano, monkeypatch):
-    monkeypatch.setattr(loading, "_fill_host", loading._fill_devices)
-    monkeypatch.setattr(loading, "_STAGING_BYTES", 1 << 14)  # several pieces a layer
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_building_the_shard_on_the_device_gives_the_same(is_pinned, nano_path, nano, monkeypatch):
+    monkeypatch.setattr(carrying, "has_pinned_memory", lambda device: is_pinned)
+    monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
+    monkeypatch.setattr(carrying, "_STAGING_BYTES", 1 << 17)  # several pieces a layer
     built = grok1.load(nano_path, mesh=(1, 2), progress=False)
     for found, expected in zip(
         jax.tree.leaves(named_params(built)), jax.tree.leaves(named_params(nano)), strict=True
@@ -189,6 +191,16 @@ def test_weights_that_are_not_finite_are_named(name, value, message, options, na
     message = message.replace("NAME", rf"\S*{name}")
     with pytest.raises(grok1.CheckpointError, match=f"^{path}: {message}"):
         grok1.load(tmp_path, progress=False, **({"mesh": (1, 1)} | options))
+
+
+def test_what_is_not_finite_in_a_piece_is_named_by_its_place_in_the_tensor(
+    nano_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
+    monkeypatch.setattr(carrying, "_STAGING_BYTES", 1 << 16)
+    path = spoil(nano_path, tmp_path, "embeddings", "nan")
+    with pytest.raises(grok1.CheckpointError, match=rf"^{path}: .* nan at \[127, 63\]"):
+        grok1.load(tmp_path, progress=False, mesh=(1, 2))
 
 
 @pytest.mark.parametrize("name", ["layer_3/rms_norm_2/scale", "layer_7/router/w", "embeddings"])

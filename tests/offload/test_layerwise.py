@@ -10,6 +10,7 @@ import pytest
 
 import grok1
 from grok1 import AblateExperts, AddToResidual
+from grok1.checkpoint import pinned
 from grok1.nn.manifest import file_name
 from grok1.offload import device_experts, expert_store, runner
 from grok1.offload.expert_store import PartOfExpert, pageable_buffer
@@ -135,18 +136,24 @@ def test_captures_and_interventions_are_those_of_the_resident_model(shared, nano
 
 def test_pinned_memory_is_written_in_place_and_is_no_alias_of_what_was_sent():
     device = jax.devices()[0]
-    assert device_experts.has_pinned_memory(device)
+    assert pinned.has_pinned_memory(device)
     buffer = device_experts.pinned_buffer(
         device, [PartOfExpert(shape, np.dtype(np.int8)) for shape in ((3, 5), (5, 3))]
     )
     assert [array.sharding.memory_kind for array in buffer.arrays] == ["pinned_host"] * 2
     buffer.matrices[1][...] = 7
-    sent = jax.device_put(
-        buffer.arrays[1], jax.sharding.SingleDeviceSharding(device), may_alias=False
-    )
+    sent = pinned.sent(buffer.arrays[1], device)
     np.testing.assert_array_equal(jax.block_until_ready(sent), np.full((1, 5, 3), 7))
     buffer.matrices[1][...] = 8
     np.testing.assert_array_equal(sent, np.full((1, 5, 3), 7))
+
+
+def test_ordinary_memory_that_was_sent_may_be_written_to():
+    raw = np.full(1 << 10, 7, np.uint8)
+    aligned = raw[-raw.ctypes.data % 64 :][:256]  # what JAX takes as it is
+    sent = jax.block_until_ready(pinned.sent(aligned, jax.devices()[0]))
+    aligned[...] = 8
+    np.testing.assert_array_equal(sent, np.full(256, 7))
 
 
 def test_without_pinned_memory_it_is_sent_from_ordinary_memory(

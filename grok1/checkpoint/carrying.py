@@ -1,0 +1,260 @@
+"""Arrays on disk to the memory of accelerators, piece by piece, reading and transfer side by side.
+
+A piece is read into one of several slots of pinned memory, each by a thread of `reading`; out of it
+the device copies the piece by itself, and puts it into its place in an array that is there already.
+Several pieces are read while one is in transfer, so that neither waits for the other.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from grok1.checkpoint.pinned import has_pinned_memory, pinned, sent
+from grok1.checkpoint.reading import Bounds, Reader, Target
+from grok1.checkpoint.storage import StoredArray
+from grok1.machine.processor import available_cores
+
+_STAGING_BYTES = 1 << 29  # of all slots, for all devices
+_NUM_SLOTS = 8  # of which
+_IN_TRANSFER = 2  # hold what takes memory on the device a second time
+_MOST_COMPILED = 8  # programs at a time
+
+
+@dataclasses.dataclass(eq=False)
+class Stack:
+    """An array on a device that is filled in pieces.
+
+    Attributes:
+      shape: Its shape, with a leading axis for the layers.
+      dtype: Its type.
+      device: Where it is.
+      array: The array, once something is in its place.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    device: Any
+    array: jax.Array | None = None
+
+
+class Part(NamedTuple):
+    """Bounds within a layer of stacks of one shape, and the same as a place in the stack."""
+
+    bounds: tuple[Bounds, ...]
+    place: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its size along each axis."""
+        return tuple(stop - start for start, stop in self.bounds)
+
+
+class _Slot(NamedTuple):
+    """Memory for a piece for each device: to be written to, and as it is sent."""
+
+    views: list[np.ndarray]
+    arrays: list[Any]
+
+
+class _Piece(NamedTuple):
+    """What is being read into a slot."""
+
+    number: int
+    slot: _Slot
+    stacks: Sequence[Stack]
+    parts: list[np.ndarray]
+    place: np.ndarray
+    check: Callable[[list[np.ndarray]], None]
+
+
+class Carrier:
+    """Fills stacks of some devices; a context, at whose end nothing is being compiled."""
+
+    def __init__(self, reader: Reader, devices: Sequence[Any], largest: int):
+        """Takes no memory yet.
+
+        Args:
+          reader: What reads.
+          devices: Each gets a part of every array.
+          largest: Bytes of the largest layer of a stack.
+        """
+        self._reader, self._devices = reader, devices
+        self._slot_bytes = min(largest, _STAGING_BYTES // (_NUM_SLOTS * len(devices)))
+        self._pool = ThreadPoolExecutor(min(_MOST_COMPILED, available_cores()), "grok1-compiler")
+        self._programs: dict[tuple, Future] = {}
+        self._free: list[_Slot] = []
+        self._num_slots = 0
+        self._reading: collections.deque[_Piece] = collections.deque()
+        self._sent: collections.deque[tuple[_Slot, list[jax.Array]]] = collections.deque()
+
+    def __enter__(self) -> "Carrier":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def stacks(self, shape: tuple[int, ...], dtype: np.dtype) -> list[Stack]:
+        """Returns one for each device; begins to compile what fills them.
+
+        Args:
+          shape: Of each, with a leading axis for the layers.
+          dtype: Of its elements.
+        """
+        stacks = [Stack(shape, dtype, device) for device in self._devices]
+        for stack in stacks:
+            self._empty(stack)
+            for size in {part.shape for part in self.parts(stack)}:
+                self._put(stack, size)
+        return stacks
+
+    def parts(self, stack: Stack) -> Iterator[Part]:
+        """Yields the parts of a layer that fit into a slot each, in order."""
+        most, sizes = self._slot_bytes // stack.dtype.itemsize, stack.shape[1:]
+        axis = next(i for i in range(len(sizes)) if math.prod(sizes[i + 1 :]) <= most)
+        step = _even_step(sizes[axis], most // math.prod(sizes[axis + 1 :]))
+        for lead in np.ndindex(sizes[:axis]):
+            for start in range(0, sizes[axis], step):
+                ranges = [(index, index + 1) for index in lead]
+                ranges.append((start, min(start + step, sizes[axis])))
+                ranges += [(0, size) for size in sizes[axis + 1 :]]
+                yield Part(tuple(ranges), np.array([0, *(first for first, _ in ranges)], np.int32))
+
+    def carry(
+        self,
+        array: StoredArray,
+        stacks: Sequence[Stack],
+        layer: int,
+        part: Part,
+        bounds: Sequence[tuple[Bounds, ...]],
+        check: Callable[[list[np.ndarray]], None],
+    ) -> None:
+        """Has a part of each stack's layer filled; waits while too much is under way.
+
+        Args:
+          array: The layer on disk.
+          stacks: Of one call of `stacks`.
+          layer: Where in the stacks it goes.
+          part: Of `parts`.
+          bounds: Of the part in the array, for each stack.
+          check: Called with what was read for each stack, before it is sent.
+
+        Raises:
+          CheckpointError: If something asked for earlier could not be read; what `check` raises.
+        """
+        slot = self._slot()
+        num_bytes = math.prod(part.shape) * stacks[0].dtype.itemsize
+        parts = [
+            view[:num_bytes].view(stack.dtype).reshape(part.shape)
+            for view, stack in zip(slot.views, stacks, strict=True)
+        ]
+        targets = [Target(of, out) for of, out in zip(bounds, parts, strict=True)]
+        number = self._reader.submit(array, targets)
+        place = part.place + np.array([layer] + [0] * len(part.shape), np.int32)
+        self._reading.append(_Piece(number, slot, stacks, parts, place, check))
+
+    def finish(self) -> None:
+        """Waits until all is in its place.
+
+        Raises:
+          CheckpointError: As `carry`.
+        """
+        while self._reading:
+            self._send()
+        while self._sent:
+            self._arrive()
+
+    def _slot(self) -> _Slot:
+        if self._free:
+            return self._free.pop()
+        if self._num_slots < _NUM_SLOTS:
+            self._num_slots += 1
+            pairs = [self._memory(device) for device in self._devices]
+            return _Slot([view for view, _ in pairs], [array for _, array in pairs])
+        while not self._free:
+            self._send()
+        return self._free.pop()
+
+    def _memory(self, device: Any) -> tuple[np.ndarray, Any]:
+        if has_pinned_memory(device):
+            return pinned(device, (self._slot_bytes,), np.uint8)
+        memory = np.empty(self._slot_bytes, np.uint8)
+        return memory, memory
+
+    def _send(self) -> None:
+        """Sends the piece that was asked for first."""
+        piece = self._reading.popleft()
+        self._reader.wait(piece.number)
+        piece.check(piece.parts)
+        if len(self._sent) == _IN_TRANSFER:
+            self._arrive()
+        arrays = []
+        for i, (stack, part) in enumerate(zip(piece.stacks, piece.parts, strict=True)):
+            whole = self._is_sent_whole(part.nbytes)
+            source = piece.slot.arrays[i] if whole else piece.slot.views[i][: part.nbytes]
+            raw = sent(source, stack.device)
+            if stack.array is None:
+                stack.array = self._empty(stack).result()()
+            put = self._put(stack, part.shape).result()
+            stack.array = put(stack.array, raw, piece.place)
+            arrays.append(raw)
+        self._sent.append((piece.slot, arrays))
+
+    def _arrive(self) -> None:
+        slot, arrays = self._sent.popleft()
+        jax.block_until_ready(arrays)
+        self._free.append(slot)
+
+    def _is_sent_whole(self, num_bytes: int) -> bool:
+        """Whether a piece goes by its slot; a copy of a small one is less to do."""
+        return 2 * num_bytes > self._slot_bytes
+
+    def _empty(self, stack: Stack) -> Future:
+        return self._program(_compiled_empty, stack.shape, stack.dtype, stack.device)
+
+    def _put(self, stack: Stack, size: tuple[int, ...]) -> Future:
+        num_bytes = math.prod(size) * stack.dtype.itemsize
+        length = self._slot_bytes if self._is_sent_whole(num_bytes) else num_bytes
+        return self._program(_compiled_put, stack.shape, stack.dtype, stack.device, size, length)
+
+    def _program(self, compiled: Callable, *arguments: Any) -> Future:
+        key = compiled, *arguments
+        if key not in self._programs:
+            self._programs[key] = self._pool.submit(compiled, *arguments)
+        return self._programs[key]
+
+
+def _even_step(size: int, most: int) -> int:
+    """The largest step up to `most` that `size` is a multiple of, if it is not half as large."""
+    most = min(size, most)
+    return next((step for step in range(most, most // 2, -1) if size % step == 0), most)
+
+
+def _compiled_empty(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Any:
+    there = SingleDeviceSharding(device)
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=there).lower().compile()
+
+
+def _compiled_put(
+    shape: tuple[int, ...], dtype: np.dtype, device: Any, size: tuple[int, ...], length: int
+) -> Any:
+    """Compiles (stack, bytes sent, place) -> the stack with the piece that the first bytes are."""
+    count = math.prod(size) * dtype.itemsize
+
+    def put(stack, raw, place):
+        of_each = (dtype.itemsize,) if dtype.itemsize > 1 else ()
+        piece = jax.lax.bitcast_convert_type(raw[:count].reshape(*size, *of_each), dtype)
+        return jax.lax.dynamic_update_slice(stack, piece[None], tuple(place))
+
+    there = SingleDeviceSharding(device)
+    stack = jax.ShapeDtypeStruct(shape, dtype, sharding=there)
+    raw = jax.ShapeDtypeStruct((length,), np.uint8, sharding=there)
+    place = jax.ShapeDtypeStruct((len(shape),), np.int32)
+    return jax.jit(put, donate_argnums=0).lower(stack, raw, place).compile()
