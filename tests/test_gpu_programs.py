@@ -3,7 +3,9 @@
 It takes the wheels of JAX's plugin for CUDA, 1 GB, which an environment for tests may do without.
 """
 
+import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.config import GROK_1
+from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import build, presence
 from grok1.ops.layers import exact_einsum, split_terms
@@ -86,6 +89,20 @@ def test_the_split_into_two_terms_survives_xla(h200):
     assert not reported(h200[1], product(split_terms), *shapes).vanished
     # What it is there against: a pair of conversions is dropped, and nothing is left.
     assert reported(h200[1], product(split_by_conversions), *shapes).vanished
+
+
+@pytest.mark.parametrize("rows", [2, 32, 64])
+def test_the_head_of_several_rows_reads_its_table_once_and_copies_no_part_of_it(h200, rows):
+    place = NamedSharding(h200[1], P())
+    shapes = (rows, 6144), (131072, 6144)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in shapes]
+    with presence.assumed():
+        product = functools.partial(forms.run, "logits", implementation="three_terms")
+        compiled = jax.jit(product).lower(*arguments).compile()
+    assert "tf32_tf32_f32_x3" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 25  # parts of the sums at most
+    entry = compiled.as_text().split("ENTRY ")[1]
+    assert len(re.findall(r" (?:fusion|dot|custom-call)\(", entry)) <= 2
 
 
 @pytest.mark.parametrize("count", [1, 8])

@@ -35,6 +35,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     "norm": {"cuda": ("cuda", "xla"), "default": ("xla",)},
     "add_norm": {"cuda": ("cuda", "xla"), "default": ("xla",)},
     "route": {"cuda": ("cuda", "xla"), "default": ("xla",)},
+    "logits": {"cuda": ("three_terms", "direct"), "default": ("direct",)},
     "convert": {"cuda": ("cuda", "xla"), "default": ("xla",)},
 }
 """The forms of each operation that are asked in turn, by JAX's name of the platform."""

@@ -49,6 +49,8 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         return x, x, (scales,), jnp.int32(0)
     if operation == "route":
         return x, jnp.ones((2, 8, 4)), jnp.int32(0)
+    if operation == "logits":
+        return x, jnp.ones((4, 8))
     size = 8 if operation == "attend_cache" else 16
     k = jnp.ones((1, 1, 1, 6, size), cache_dtype)
     cache = KVCache(k, k, jnp.zeros(1, jnp.int32))
@@ -96,6 +98,18 @@ def test_on_nvidia_gpus_the_kernels_that_are_there_are_chosen(operation):
     assert forms.prepare("gpu") == forms.prepare("tpu") == ""
     with pytest.raises(NotImplementedError, match=NO_CUDA):
         forms.run(operation, *arguments, implementation="cuda")
+
+
+def test_on_nvidia_gpus_logits_of_several_rows_come_from_tensor_cores():
+    table = jnp.ones((4, 8))
+    with presence.assumed():
+        assert forms.chosen("logits", "cuda", jnp.ones((2, 8)), table) == "three_terms"
+        assert forms.chosen("logits", "cpu", jnp.ones((2, 8)), table) == "direct"
+        for rows, its_table in ((1, table), (2, table.astype(jnp.bfloat16))):
+            assert forms.chosen("logits", "cuda", jnp.ones((rows, 8)), its_table) == "direct"
+    with presence.assumed(frozenset()):
+        reason = forms.refusal("logits", "three_terms", jnp.ones((2, 8)), table)
+        assert reason == "it takes an NVIDIA device of compute capability 8.0, on which kernels run"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
