@@ -163,6 +163,7 @@ inline unsigned (*exchange(const unsigned* deposit, int count))[8] {
   return warp.deposits[turn];
 }
 
+inline unsigned in_register(unsigned number) { return number; }
 inline float float_of_bits(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -212,9 +213,12 @@ inline void load_once(const void* from, unsigned (&words)[N]) {
   std::memcpy(words, from, 4 * N);
 }
 
+using Shared = unsigned char*;
+inline Shared shared_place(void* of) { return (Shared)of; }
+
 // Copies are made when they are waited for, as late as a device may make them.
 template <int BYTES>
-inline void start_copy(void* to, const void* from) {
+inline void start_copy(Shared to, const void* from) {
   if ((uintptr_t)from % BYTES != 0 || (uintptr_t)to % BYTES != 0) {
     std::fprintf(stderr, "a copy of %d bytes is not aligned\n", BYTES);
     std::abort();
@@ -233,7 +237,7 @@ inline void wait_for_all_but() {
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 template <int N>
-inline void read_shared(const void* from, unsigned (&words)[N]) {
+inline void read_shared(Shared from, unsigned (&words)[N]) {
   std::memcpy(words, from, 4 * N);
 }
 

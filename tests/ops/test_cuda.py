@@ -18,6 +18,7 @@ from tests.ops import standin
 
 EXACT = 2e-6  # float32 inputs in three terms, or of bfloat16
 TWO_TERMS = 1e-5
+BFLOAT16 = 4e-3  # hidden numbers of many tokens
 LAYER = np.array([1], np.int32)
 
 # What of the inputs counts, tokens, experts a token, experts, model dim, hidden dim, groups of
@@ -163,7 +164,9 @@ def test_experts(library, rng, case, how):
         found.append(out)
     # The order of threads is nobody's to choose.
     np.testing.assert_array_equal(*found)
-    assert_close(found[0], expected, EXACT if precision == "float32" else TWO_TERMS)
+    is_rounded = precision == "bfloat16" and tokens > 16
+    near = BFLOAT16 if is_rounded else EXACT if precision == "float32" else TWO_TERMS
+    assert_close(found[0], expected, near)
     assert not found[0][~valid].any()
 
 
@@ -383,7 +386,12 @@ BREAKS = [
         EXPERTS[7],
     ),
     ("valid[i / S::A] ? indices[i] : -1", "indices[i]", test_experts, EXPERTS[5]),
-    ("    barrier();\n    if (team < half) {", "    if (team < half) {", test_experts, EXPERTS[6]),
+    (
+        "    barrier();\n    if (team < half) {",
+        "    if (team < half) {",
+        test_projections,
+        PROJECTIONS[0],
+    ),
     (
         "wait_for_all_but<S::STAGES - 2>",
         "wait_for_all_but<S::STAGES - 1>",

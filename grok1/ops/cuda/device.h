@@ -14,14 +14,18 @@ DEVICE void load_once(const void* from, unsigned (&words)[2]) {
 // Shared memory whose size the launch says.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
-// Starts a copy of 8 or 16 bytes from global to shared memory, for this thread alone to read.
+// Where something is in shared memory.
+using Shared = unsigned;
+
+DEVICE Shared shared_place(void* of) { return (Shared)__cvta_generic_to_shared(of); }
+
+// Starts a copy of 8 or 16 bytes from global to shared memory.
 template <int BYTES>
-DEVICE void start_copy(void* to, const void* from) {
-  const unsigned place = (unsigned)__cvta_generic_to_shared(to);
+DEVICE void start_copy(Shared to, const void* from) {
   if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(place), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" : : "r"(place), "l"(from) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" : : "r"(to), "l"(from) : "memory");
   }
 }
 
@@ -34,15 +38,23 @@ DEVICE void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" : : "n"(COUNT) : "memory");
 }
 
-DEVICE void read_shared(const void* from, unsigned (&words)[4]) {
-  const uint4 all = *reinterpret_cast<const uint4*>(from);
-  words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+DEVICE void read_shared(Shared from, unsigned (&words)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
 }
 
-DEVICE void read_shared(const void* from, unsigned (&words)[2]) {
-  const uint2 all = *reinterpret_cast<const uint2*>(from);
-  words[0] = all.x, words[1] = all.y;
+DEVICE void read_shared(Shared from, unsigned (&words)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(from)
+               : "memory");
 }
+
+// A number that the assembler does not know: it would write it into instructions, of which two are
+// needed then where one does with a register.
+DEVICE unsigned in_register(unsigned number) { return number + (blockDim.z - 1); }
 
 DEVICE float float_of_bits(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of_float(float value) { return __float_as_uint(value); }

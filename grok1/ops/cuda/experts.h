@@ -58,7 +58,7 @@ DEVICE void gate_up(const float* x, const signed char* gate, const unsigned shor
                     const int* indices, const unsigned char* valid, float* hidden) {
   using Of = typename S::Hidden;
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count;
-  static_assert(4 * INPUTS <= 16 * Of::STAGES * Of::TEAMS, "no room for what up has come to");
+  static_assert(4 * INPUTS <= 32 * Of::STAGES * Of::TEAMS, "no room for what up has come to");
   __shared__ Chosen<S> chosen;
   __shared__ int tokens[INPUTS];
   DYNAMIC_SHARED(ring);
@@ -81,8 +81,9 @@ DEVICE void gate_up(const float* x, const signed char* gate, const unsigned shor
       const Rows inputs = {x, tokens, count};
       multiply<Of, TILES>(sums, matrix, scales, column, inputs, team,
                           ring + in_all * Widths<Of>::RING);
-      float* ups = reinterpret_cast<float*>(ring + Of::TEAMS * Widths<Of>::RING);
-      add_up<Of, TILES>(sums, team, is_up ? ups : reinterpret_cast<float*>(ring));
+      add_up<Of, TILES>(
+          sums, team, reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
+      float* ups = reinterpret_cast<float*>(ring);
       if (is_up && team == 0) {
         visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
           ups[(at - column) * INPUTS + input] = value;

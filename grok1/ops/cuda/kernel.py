@@ -42,6 +42,7 @@ class Kernel(NamedTuple):
       grid: Blocks in x and y.
       threads: Of a block.
       shared_bytes: Of its shared memory beside what the sources declare.
+      resident: How many blocks a multiprocessor's registers are to hold at once.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Kernel(NamedTuple):
     threads: int
     aliases: tuple[tuple[int, int], ...] = ()
     shared_bytes: int = 0
+    resident: int = 1
 
     @property
     def parameters(self) -> list[str]:
@@ -97,7 +99,7 @@ def function_of(kernel: Kernel) -> str:
     arguments = ", ".join(f"p{i}" for i in range(len(kernel.parameters)))
     return (
         f"namespace {space} {{ {structs} }}\n"
-        f'extern "C" __global__ void __launch_bounds__({kernel.threads}) '
+        f'extern "C" __global__ void __launch_bounds__({kernel.threads}, {kernel.resident}) '
         f"{kernel.name}({parameters}) {{\n"
         f"  using namespace {space};\n  {kernel.call}({arguments});\n}}\n"
     )

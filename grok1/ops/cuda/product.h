@@ -63,14 +63,22 @@ DEVICE void term_of(const float (&x)[4], int term, unsigned (&pair)[2]) {
   pair[1] = bfloats(left[2], left[3]);
 }
 
-// Two int8 of one column, from bytes `column` of two words, as bfloat16: |v| + 128, or v + 256 where
-// the sign is set, less 128 or 256.
-DEVICE unsigned pair_of_weights(unsigned row, unsigned next_row, int column) {
-  const unsigned both = pick_bytes(row, next_row, 0x4400u + 0x1111u * column);
-  const unsigned moved = (both & 0x007f007fu) | 0x43004300u;
-  const unsigned offset = (both & 0x00800080u) | 0xc300c300u;
-  return multiply_add_bfloats(moved, 0x3f803f80u, offset);
-}
+// Turns int8 into bfloat16: |v| + 128, or v + 256 where the sign is set, less 128 or 256.
+struct Converter {
+  unsigned plus, minus;
+
+  DEVICE Converter() {
+    plus = in_register(0x43004300u);
+    minus = in_register(0xc300c300u);
+  }
+
+  // Two int8 of one column, from bytes `column` of two words.
+  DEVICE unsigned pair_of(unsigned row, unsigned next_row, int column) const {
+    const unsigned both = pick_bytes(row, next_row, 0x4400u + 0x1111u * column);
+    const unsigned moved = (both & 0x007f007fu) | plus, offset = (both & 0x00800080u) | minus;
+    return multiply_add_bfloats(moved, 0x3f803f80u, offset);
+  }
+};
 
 // The sums of a warp: [pair of columns][tile of inputs][of the instruction].
 template <int BYTES, int TILES>
@@ -123,38 +131,43 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
                      unsigned char* ring) {
   constexpr int GROUP = S::K / S::G, IN_GROUP = (GROUP + 15) / 16, WORDS = S::BYTES / 4;
   constexpr int TILES_OF_K = IN_GROUP * S::G, IN_ROW = Widths<S>::OF_TEAM / S::BYTES;
+  constexpr int OF_STAGE = 16 * Widths<S>::OF_TEAM;
   constexpr bool IS_OF_ONE_GROUP = S::SHARES % S::G == 0, IS_WHOLE = GROUP % 16 == 0;
   const int begin = (int)((long long)share * TILES_OF_K / S::SHARES);
   const int end = (int)((long long)(share + 1) * TILES_OF_K / S::SHARES);
   const Place<S> place;
+  const Converter converter;
   const int g = place.lane / 4, t = place.lane % 4;
   const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
-  // A thread copies four pieces of a tile, each BYTES of a row.
+  // A thread copies four pieces of a tile, each BYTES of one of every fourth row.
   const int thread = threadIdx.x % Widths<S>::THREADS, piece = thread % IN_ROW;
-  const int wanted = column + piece * S::BYTES;
+  const int first_row = thread / IN_ROW, wanted = column + piece * S::BYTES;
   // Outside, the last columns are read again and their sums dropped.
   const signed char* from = matrix + (wanted < S::N ? wanted : S::N - S::BYTES);
+  // Pieces change places within a row, so that rows that a warp reads at once are in different banks.
+  Shared to[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    to[i] = shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES;
+  const Shared read_from =
+      shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES;
   const float* x[TILES];
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
     const int input = (8 * n + g) / S::TERMS;
     x[n] = input < inputs.count ? inputs.x + (long long)inputs.rows[input] * S::K : nullptr;
   }
-  // Where a piece of a row is: rows that a warp reads at once are in different banks.
-  const auto at = [&](int stage, int row, int of_row) {
-    return ring + ((stage * 16 + row) * IN_ROW + (of_row ^ row / 4 % 4 * 2)) * S::BYTES;
-  };
   const auto start = [&](int tile, int stage) {
     if (tile < end) {
+      const signed char* rows = from + (long long)(16 * tile + first_row) * S::N;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = thread / IN_ROW + i * (Widths<S>::THREADS / IN_ROW);
-        int k = 16 * tile + row;
         if (!IS_WHOLE) {
-          const int in_group = tile % IN_GROUP * 16 + row;
-          k = tile / IN_GROUP * GROUP + (in_group < GROUP ? in_group : GROUP - 1);
+          const int in_group = tile % IN_GROUP * 16 + first_row + 4 * i;
+          const int k = tile / IN_GROUP * GROUP + (in_group < GROUP ? in_group : GROUP - 1);
+          rows = from + (long long)(k - 4 * i) * S::N;
         }
-        start_copy<S::BYTES>(at(stage, row, piece), from + (long long)k * S::N);
+        start_copy<S::BYTES>(to[i] + stage * OF_STAGE, rows + (long long)(4 * i) * S::N);
       }
     }
     end_group();
@@ -163,7 +176,7 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       four[n][0] = four[n][1] = four[n][2] = four[n][3] = 0;
-      if (x[n] == nullptr || tile >= end) continue;
+      if (x[n] == nullptr) continue;
       if constexpr (IS_WHOLE) {
         const float4 loaded = *reinterpret_cast<const float4*>(x[n] + 16 * tile + 4 * t);
         four[n][0] = loaded.x, four[n][1] = loaded.y, four[n][2] = loaded.z, four[n][3] = loaded.w;
@@ -180,31 +193,31 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   clear<S::BYTES, TILES>(sums);
 #pragma unroll
   for (int stage = 0; stage < S::STAGES - 1; ++stage) start(begin + stage, stage);
-  float next[TILES][4];
-  read_inputs(begin, next);
   int stage = 0, free = S::STAGES - 1;
   for (int tile = begin; tile < end; ++tile) {
-    unsigned b[TILES][2];
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) term_of<S::TERMS>(next[n], (8 * n + g) % S::TERMS, b[n]);
-    read_inputs(tile + 1, next);
+    float four[TILES][4];
+    read_inputs(tile, four);
     wait_for_all_but<S::STAGES - 2>();
     // What the others have copied is there, and nobody reads the tile before any more.
     team_barrier<Widths<S>::THREADS>(place.team);
     unsigned words[4][WORDS];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) read_shared(at(stage, 4 * t + i, place.member * 8 + g), words[i]);
+    for (int i = 0; i < 4; ++i)
+      read_shared(read_from + stage * OF_STAGE + i * IN_ROW * S::BYTES, words[i]);
     start(tile + S::STAGES - 1, free);
     free = stage;
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
+    unsigned b[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) term_of<S::TERMS>(four[n], (8 * n + g) % S::TERMS, b[n]);
 #pragma unroll
     for (int j = 0; j < S::BYTES / 2; ++j) {
       const int word = j / 2, byte = 2 * j % 4;
       unsigned a[4];
-      a[0] = pair_of_weights(words[0][word], words[1][word], byte);
-      a[1] = pair_of_weights(words[0][word], words[1][word], byte + 1);
-      a[2] = pair_of_weights(words[2][word], words[3][word], byte);
-      a[3] = pair_of_weights(words[2][word], words[3][word], byte + 1);
+      a[0] = converter.pair_of(words[0][word], words[1][word], byte);
+      a[1] = converter.pair_of(words[0][word], words[1][word], byte + 1);
+      a[2] = converter.pair_of(words[2][word], words[3][word], byte);
+      a[3] = converter.pair_of(words[2][word], words[3][word], byte + 1);
 #pragma unroll
       for (int n = 0; n < TILES; ++n) multiply_tile(sums[j][n], a, b[n]);
     }

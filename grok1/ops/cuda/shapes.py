@@ -12,6 +12,9 @@ from grok1.ops.cuda.kernel import Array, Kernel, struct
 MOST_ROWS = 64
 """Tokens of a call that the kernels for few rows are for."""
 
+MOST_EXACT = 16
+"""Tokens of bfloat16 whose hidden numbers are not rounded to it."""
+
 MOST_EXPERTS = 32
 
 PRECISIONS = ("bfloat16", "split", "float32")
@@ -20,8 +23,7 @@ PRECISIONS = ("bfloat16", "split", "float32")
 _WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
 _ACROSS = 4  # warps of a team, side by side
 _STAGES = 4  # tiles of a team that are under way, and the one that is multiplied
-_TEAMS = 2  # of a block that share a matrix's rows
-_BLOCKS = 256  # enough for the multiprocessors to have two each
+_BLOCKS = 384  # enough for the multiprocessors to have several each
 _LEAST_TILES = 6  # of 16 rows, for each team
 
 
@@ -52,7 +54,12 @@ def refusal_of_experts(num_experts: int, gate: Matrix, up: Matrix, down: Matrix)
 
 
 def _product(
-    matrix: Matrix, inputs: float, precision: str, others: int = 1, teams: int = _TEAMS
+    matrix: Matrix,
+    inputs: float,
+    precision: str,
+    others: int = 1,
+    teams: int = 1,
+    most_tiles: int = 2,
 ) -> dict:
     """How a block multiplies.
 
@@ -62,10 +69,11 @@ def _product(
       precision: One of `PRECISIONS`.
       others: How many blocks there are besides for each tile of columns.
       teams: How many share the rows.
+      most_tiles: Of inputs, for the registers of a thread.
     """
     # Two rows are as exact as float32; the second of two terms leaves 2**-17.
     terms = {"bfloat16": 1, "split": 4 if inputs <= 2 else 2, "float32": 4}[precision]
-    tiles = next(tiles for tiles in (1, 2) if inputs * terms <= 8 * tiles or tiles == 2)
+    tiles = min(most_tiles, -(-math.ceil(inputs * terms) // 8))
     size = _WIDE if matrix.columns >= 8 * _WIDE else _NARROW
     across = max(1, min(_ACROSS, matrix.columns // (8 * size)))
     across = 1 << across.bit_length() - 1
@@ -121,14 +129,18 @@ def experts(
       num_experts: E.
       gate: The gate's matrix; up is like it.
       down: The matrix that leads back.
-      precision: Of x; of the hidden numbers 16 bits count where x is of bfloat16.
+      precision: Of x, and of the hidden numbers; of these 16 bits count where x is of bfloat16 and
+        the tokens are few, when it costs nothing.
     """
     chosen = min(num_experts, tokens * selected)
     # A few experts have more rows than the mean.
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
-    hidden = _product(gate, inputs, precision, others=_BLOCKS, teams=1)
-    of_hidden = "float32" if precision == "float32" else "split"
-    out = _product(down, inputs, of_hidden, others=chosen)
+    # One token's experts alone are too few blocks, which then are twice as large.
+    hidden = _product(gate, inputs, precision, _BLOCKS, teams=2 if chosen <= 2 else 1)
+    of_hidden = precision
+    if precision == "bfloat16" and tokens <= MOST_EXACT:
+        of_hidden = "split"
+    out = _product(down, inputs, of_hidden, chosen)
     sizes = {"M": tokens, "A": selected, "E": num_experts, "CHOSEN": chosen}
     structs = (
         ("H", struct(hidden)),
@@ -149,6 +161,7 @@ def experts(
             (_column_tiles(hidden), chosen),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
+            resident=1 if hidden["TEAMS"] > 1 else 2,
         ),
         Kernel(
             "grok1_down",
@@ -179,7 +192,8 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: str) -> Kernel:
     """
     columns = sum(matrix.columns for matrix in matrices)
     narrowest = min(matrices, key=lambda matrix: matrix.columns)
-    both = _product(narrowest, rows, precision, others=-(-columns // narrowest.columns))
+    others = -(-columns // narrowest.columns)
+    both = _product(narrowest, rows, precision, others, teams=2, most_tiles=3)
     products = [
         {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
     ]
