@@ -1,7 +1,8 @@
-"""Kernels for given shapes: how the work is cut into blocks, warps and tiles.
+"""Kernels for given shapes: how the work is cut into blocks, teams, shares and tiles.
 
-Memory is busy while about 25 kB are on their way to each multiprocessor. A block of two teams has
-48 kB on the way, and a matrix is cut by its rows too where its columns make too few blocks.
+Memory is busy while about 25 kB are on their way to each multiprocessor, and at its best where a
+block reads long pieces of rows; the multiprocessors are, where each has eight warps or more. How
+much of what that takes was measured on an H200.
 """
 
 import math
@@ -22,8 +23,6 @@ PRECISIONS = ("bfloat16", "split", "float32")
 
 _WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
 _ACROSS = 4  # warps of a team, side by side
-_STAGES = 4  # tiles of a team that are under way, and the one that is multiplied
-_BLOCKS = 384  # enough for the multiprocessors to have several each
 _LEAST_TILES = 6  # of 16 rows, for each team
 
 
@@ -53,33 +52,46 @@ def refusal_of_experts(num_experts: int, gate: Matrix, up: Matrix, down: Matrix)
     return refusal_of(gate) or refusal_of(down)
 
 
-def _product(
-    matrix: Matrix,
-    inputs: float,
-    precision: str,
-    others: int = 1,
-    teams: int = 1,
-    most_tiles: int = 2,
-) -> dict:
+class _Cut(NamedTuple):
+    """How a matrix is cut.
+
+    Attributes:
+      teams: Of a block, that share the rows.
+      parts: Blocks that share the rows, where there are enough.
+      stages: Tiles of a team that are under way, and the one that is multiplied.
+    """
+
+    teams: int
+    parts: int
+    stages: int
+
+
+def _terms_of(precision: str, inputs: float) -> int:
+    # Two rows are as exact as float32; the second of two terms leaves 2**-17.
+    return {"bfloat16": 1, "split": 4 if inputs <= 2 else 2, "float32": 4}[precision]
+
+
+def _tiles_of(precision: str, inputs: float, most: int = 2) -> int:
+    """Tiles of inputs; more than two take most registers of a multiprocessor."""
+    return min(most, -(-math.ceil(inputs * _terms_of(precision, inputs)) // 8))
+
+
+def _product(matrix: Matrix, inputs: float, precision: str, tiles: int, cut: _Cut) -> dict:
     """How a block multiplies.
 
     Args:
       matrix: What.
       inputs: How many rows of inputs a matrix has as a rule; more take another pass.
       precision: One of `PRECISIONS`.
-      others: How many blocks there are besides for each tile of columns.
-      teams: How many share the rows.
-      most_tiles: Of inputs, for the registers of a thread.
+      tiles: Of inputs.
+      cut: Of the matrix.
     """
-    # Two rows are as exact as float32; the second of two terms leaves 2**-17.
-    terms = {"bfloat16": 1, "split": 4 if inputs <= 2 else 2, "float32": 4}[precision]
-    tiles = min(most_tiles, -(-math.ceil(inputs * terms) // 8))
     size = _WIDE if matrix.columns >= 8 * _WIDE else _NARROW
     across = max(1, min(_ACROSS, matrix.columns // (8 * size)))
     across = 1 << across.bit_length() - 1
-    column_tiles = -(-matrix.columns // (8 * size * across))
+    teams = cut.teams if across > 1 else 2 * cut.teams
     most = max(1, matrix.rows // (16 * _LEAST_TILES * teams))
-    parts = min(most, max(1, _BLOCKS // (column_tiles * others)))
+    parts = min(most, cut.parts)
     # A share within one group needs no second set of sums.
     step = matrix.groups // math.gcd(matrix.groups, teams)
     if step <= most:
@@ -90,12 +102,12 @@ def _product(
         "G": matrix.groups,
         "BYTES": size,
         "TILES": tiles,
-        "TERMS": terms,
-        "STAGES": _STAGES,
+        "TERMS": _terms_of(precision, inputs),
+        "STAGES": cut.stages,
         "ACROSS": across,
         "TEAMS": teams,
         "SHARES": parts * teams,
-        "COLUMN_TILES": column_tiles,
+        "COLUMN_TILES": -(-matrix.columns // (8 * size * across)),
     }
 
 
@@ -135,12 +147,15 @@ def experts(
     chosen = min(num_experts, tokens * selected)
     # A few experts have more rows than the mean.
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
-    # One token's experts alone are too few blocks, which then are twice as large.
-    hidden = _product(gate, inputs, precision, _BLOCKS, teams=2 if chosen <= 2 else 1)
+    tiles = _tiles_of(precision, inputs)
+    hidden = _product(
+        gate, inputs, precision, tiles, _Cut(2, 1, 3) if tiles == 1 else _Cut(1, 1, 4)
+    )
     of_hidden = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
-    out = _product(down, inputs, of_hidden, chosen)
+    tiles = _tiles_of(of_hidden, inputs)
+    out = _product(down, inputs, of_hidden, tiles, _Cut(1, 16 if tiles == 1 else 8, 6))
     sizes = {"M": tokens, "A": selected, "E": num_experts, "CHOSEN": chosen}
     structs = (
         ("H", struct(hidden)),
@@ -161,7 +176,7 @@ def experts(
             (_column_tiles(hidden), chosen),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
-            resident=1 if hidden["TEAMS"] > 1 else 2,
+            resident=2 if _threads(hidden) <= 128 else 1,
         ),
         Kernel(
             "grok1_down",
@@ -192,8 +207,8 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: str) -> Kernel:
     """
     columns = sum(matrix.columns for matrix in matrices)
     narrowest = min(matrices, key=lambda matrix: matrix.columns)
-    others = -(-columns // narrowest.columns)
-    both = _product(narrowest, rows, precision, others, teams=2, most_tiles=3)
+    tiles = _tiles_of(precision, rows, most=3)
+    both = _product(narrowest, rows, precision, tiles, _Cut(2, 16 if rows <= 2 else 8, 4))
     products = [
         {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
     ]
