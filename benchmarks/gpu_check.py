@@ -130,8 +130,21 @@ def _parts(config: grok1.ModelConfig) -> dict[str, Callable[[], Iterator[Figure]
         "long context": timed.long_context,
         "prefill": timed.prefill,
         "launches": timed.launches,
+        "share of several": _Timed(share_of_several(config)).alone,
         "load and offload": timed.files,
     }
+
+
+def share_of_several(config: grok1.ModelConfig) -> grok1.ModelConfig:
+    """What one device has to do of a model that is shared out over one for each key head."""
+    count = config.num_kv_heads
+    return dataclasses.replace(
+        config,
+        widening_factor=config.widening_factor / count,
+        num_q_heads=config.num_q_heads // count,
+        num_kv_heads=1,
+        vocab_size=config.vocab_size // count,
+    )
 
 
 def _is_on_cpu() -> bool:
@@ -248,6 +261,11 @@ class _Timed:
             share, details = self._rate(batch, 16, 64)
             name = f"decode, {batch} rows: share of the copy bandwidth"
             yield Figure(name, share, "", bound, at_least=True, details=details)
+
+    def alone(self) -> Iterator[Figure]:
+        share, details = self._rate(1, 16, 64)
+        name = "decode of one device's share of eight, without the others, 1 row: share of the copy"
+        yield Figure(name, share, "", 0.65, at_least=True, details=details)
 
     def sampling(self) -> Iterator[Figure]:
         greedy = self._seconds_of_draws(temperature=0)

@@ -551,6 +551,12 @@ def test_the_check_of_a_gpu_times_draws_of_a_model_without_a_tokenizer(tmp_path)
     assert all(isinstance(figure.value, float) for figure in timed)
 
 
+def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
+    share = gpu_check.share_of_several(grok1.GROK_1)
+    assert (share.ffn_size, share.num_q_heads, share.num_kv_heads) == (4096, 6, 1)
+    assert (share.emb_size, share.vocab_size, share.num_experts) == (6144, 16384, 8)
+
+
 def test_a_check_that_takes_too_long_says_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "SECONDS", 0.0)
     figures = gpu_check.run(tmp_path)
