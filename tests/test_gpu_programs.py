@@ -9,10 +9,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from grok1.checkpoint import carrying
 from grok1.config import GROK_1
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
@@ -143,3 +145,19 @@ def test_without_the_kernels_xla_copies_weights_and_asks_for_lengths(h200):
     found = gpu_programs.report(program, h200[1].devices.flatten().tolist(), engine.weights)
     assert found.unknown_loops
     assert found.copies
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "dtype"),
+    [
+        ((131072, 6144), (1024, 6144), np.float32),  # the embedding
+        ((2, 8, 6144, 32768), (1, 1024, 32768), np.int8),  # some experts
+    ],
+)
+def test_loading_takes_no_second_array(shape, size, dtype, h200):
+    dtype, num_bytes = np.dtype(dtype), np.prod(size) * np.dtype(dtype).itemsize
+    device = h200[1].devices.flat[0]
+    program = carrying._compiled_put(shape, dtype, device, size, int(num_bytes))
+    found = program.memory_analysis()
+    assert found.alias_size_in_bytes == np.prod(shape) * dtype.itemsize
+    assert found.temp_size_in_bytes <= num_bytes

@@ -22,8 +22,8 @@ from grok1.checkpoint.reading import Bounds, Reader, Target
 from grok1.checkpoint.storage import StoredArray
 from grok1.machine.processor import available_cores
 
-_STAGING_BYTES = 1 << 29  # of all slots, for all devices
-_NUM_SLOTS = 8  # of which
+_STAGING_BYTES = 3 << 27  # of all slots, for all devices
+_NUM_SLOTS = 12  # of which
 _IN_TRANSFER = 2  # hold what takes memory on the device a second time
 _MOST_COMPILED = 8  # programs at a time
 
@@ -33,23 +33,29 @@ class Stack:
     """An array on a device that is filled in pieces.
 
     Attributes:
-      shape: Its shape, with a leading axis for the layers.
+      shape: Its shape, which it has from the start: to reshape it would be to copy it.
+      layer_shape: Shape of a layer: without the axis for the layers, if it has one.
       dtype: Its type.
       device: Where it is.
       array: The array, once something is in its place.
     """
 
     shape: tuple[int, ...]
+    layer_shape: tuple[int, ...]
     dtype: np.dtype
     device: Any
     array: jax.Array | None = None
 
+    def place(self, layer: int, part: "Part") -> np.ndarray:
+        """Where in the array a part of a layer begins."""
+        lead = [layer] if len(self.shape) > len(self.layer_shape) else []
+        return np.array([*lead, *(start for start, _ in part.bounds)], np.int32)
+
 
 class Part(NamedTuple):
-    """Bounds within a layer of stacks of one shape, and the same as a place in the stack."""
+    """Bounds within a layer of stacks of one shape."""
 
     bounds: tuple[Bounds, ...]
-    place: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +78,6 @@ class _Piece(NamedTuple):
     stacks: Sequence[Stack]
     parts: list[np.ndarray]
     place: np.ndarray
-    check: Callable[[list[np.ndarray]], None]
 
 
 class Carrier:
@@ -101,14 +106,17 @@ class Carrier:
     def __exit__(self, *exception) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def stacks(self, shape: tuple[int, ...], dtype: np.dtype) -> list[Stack]:
+    def stacks(
+        self, shape: tuple[int, ...], layer_shape: tuple[int, ...], dtype: np.dtype
+    ) -> list[Stack]:
         """Returns one for each device; begins to compile what fills them.
 
         Args:
-          shape: Of each, with a leading axis for the layers.
+          shape: Of each.
+          layer_shape: The same, or without the first axis, if that is for the layers.
           dtype: Of its elements.
         """
-        stacks = [Stack(shape, dtype, device) for device in self._devices]
+        stacks = [Stack(shape, layer_shape, dtype, device) for device in self._devices]
         for stack in stacks:
             self._empty(stack)
             for size in {part.shape for part in self.parts(stack)}:
@@ -117,7 +125,7 @@ class Carrier:
 
     def parts(self, stack: Stack) -> Iterator[Part]:
         """Yields the parts of a layer that fit into a slot each, in order."""
-        most, sizes = self._slot_bytes // stack.dtype.itemsize, stack.shape[1:]
+        most, sizes = self._slot_bytes // stack.dtype.itemsize, stack.layer_shape
         axis = next(i for i in range(len(sizes)) if math.prod(sizes[i + 1 :]) <= most)
         step = _even_step(sizes[axis], most // math.prod(sizes[axis + 1 :]))
         for lead in np.ndindex(sizes[:axis]):
@@ -125,7 +133,7 @@ class Carrier:
                 ranges = [(index, index + 1) for index in lead]
                 ranges.append((start, min(start + step, sizes[axis])))
                 ranges += [(0, size) for size in sizes[axis + 1 :]]
-                yield Part(tuple(ranges), np.array([0, *(first for first, _ in ranges)], np.int32))
+                yield Part(tuple(ranges))
 
     def carry(
         self,
@@ -144,7 +152,7 @@ class Carrier:
           layer: Where in the stacks it goes.
           part: Of `parts`.
           bounds: Of the part in the array, for each stack.
-          check: Called with what was read for each stack, before it is sent.
+          check: Called with what was read for each stack, in a thread of the reader's.
 
         Raises:
           CheckpointError: If something asked for earlier could not be read; what `check` raises.
@@ -156,9 +164,9 @@ class Carrier:
             for view, stack in zip(slot.views, stacks, strict=True)
         ]
         targets = [Target(of, out) for of, out in zip(bounds, parts, strict=True)]
-        number = self._reader.submit(array, targets)
-        place = part.place + np.array([layer] + [0] * len(part.shape), np.int32)
-        self._reading.append(_Piece(number, slot, stacks, parts, place, check))
+        number = self._reader.submit(array, targets, lambda: check(parts))
+        place = stacks[0].place(layer, part)
+        self._reading.append(_Piece(number, slot, stacks, parts, place))
 
     def finish(self) -> None:
         """Waits until all is in its place.
@@ -192,7 +200,6 @@ class Carrier:
         """Sends the piece that was asked for first."""
         piece = self._reading.popleft()
         self._reader.wait(piece.number)
-        piece.check(piece.parts)
         if len(self._sent) == _IN_TRANSFER:
             self._arrive()
         arrays = []
@@ -251,7 +258,8 @@ def _compiled_put(
     def put(stack, raw, place):
         of_each = (dtype.itemsize,) if dtype.itemsize > 1 else ()
         piece = jax.lax.bitcast_convert_type(raw[:count].reshape(*size, *of_each), dtype)
-        return jax.lax.dynamic_update_slice(stack, piece[None], tuple(place))
+        of_stack = piece.reshape((1,) * (len(shape) - len(size)) + size)
+        return jax.lax.dynamic_update_slice(stack, of_stack, tuple(place))
 
     there = SingleDeviceSharding(device)
     stack = jax.ShapeDtypeStruct(shape, dtype, sharding=there)

@@ -2,7 +2,7 @@
 
 A device's buffer of one parameter holds all layers and is filled layer by layer: on a CPU in place,
 by the threads of `reading`; on an accelerator in pieces, of which some are read while others are in
-transfer (`carrying`). Beyond the model itself the host needs those and the scales.
+transfer (`carrying`). Beyond the model itself the host needs those, the scales and small arrays.
 """
 
 import functools
@@ -34,6 +34,7 @@ from grok1.ops.formats import OF_VALUES, Part, is_quantized
 
 # The large tensors, which take as long to look at as to read; `verify --deep` does that.
 _QUANTIZED = re.compile("/(moe|multi_head_attention)/")
+_MOST_IN_HOST = 1 << 24  # bytes of an array that costs less to send than to compile what fills it
 _ALIGNMENT = 64  # bytes; XLA's CPU client adopts host memory so aligned without copying it
 
 
@@ -146,10 +147,12 @@ def _load_params(
         ):
             # Programs are compiled while the first pieces are read.
             stacks = [
-                carrier.stacks(local[0].shape, stored[0].dtype)
+                carrier.stacks(
+                    leaf.sharding.shard_shape(leaf.shape), local[0].shape[1:], stored[0].dtype
+                )
                 if _is_carried(stored, local)
                 else []
-                for stored, local in zip(files, shards, strict=True)
+                for leaf, stored, local in zip(leaves, files, shards, strict=True)
             ]
             buffers = []
             for leaf, stored, local, there in zip(leaves, files, shards, stacks, strict=True):
@@ -166,18 +169,20 @@ def _load_params(
         for leaf, stored, local, filled, there in zip(
             leaves, files, shards, buffers, stacks, strict=True
         ):
-            if stored[0].part is not None:
-                filled = _refine(leaf, stored, local, filled, bar)
-            elif _is_carried(stored, local):
-                filled = jax.block_until_ready([stack.array for stack in there])
+            if _is_carried(stored, local):
+                placed = jax.block_until_ready([stack.array for stack in there])
             else:
-                for layer, of_layer in enumerate(stored):
-                    _check(of_layer, [shard.bounds for shard in local], [b[layer] for b in filled])
-            shape = leaf.sharding.shard_shape(leaf.shape)
-            placed = [
-                jax.device_put(buffer.reshape(shape), shard.device)
-                for shard, buffer in zip(local, filled, strict=True)
-            ]
+                if stored[0].part is not None:
+                    filled = _refine(leaf, stored, local, filled, bar)
+                else:
+                    bounds = [shard.bounds for shard in local]
+                    for layer, of_layer in enumerate(stored):
+                        _check(of_layer, bounds, [buffer[layer] for buffer in filled])
+                shape = leaf.sharding.shard_shape(leaf.shape)
+                placed = [
+                    jax.device_put(buffer.reshape(shape), shard.device)
+                    for shard, buffer in zip(local, filled, strict=True)
+                ]
             arrays.append(
                 jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
             )
@@ -244,7 +249,9 @@ def _fill_host(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> lis
 
 def _is_carried(stored: list[_Leaf], shards: list[_Shard]) -> bool:
     """Whether a parameter goes to its devices in pieces; others are made in the host's memory."""
-    return stored[0].part is None and not _adopts_memory(shards[0].device)
+    if stored[0].part is not None or _adopts_memory(shards[0].device):
+        return False
+    return stored[0].dtype.itemsize * math.prod(shards[0].shape) > _MOST_IN_HOST
 
 
 def _adopts_memory(device: Any) -> bool:

@@ -69,6 +69,22 @@ class _Block(NamedTuple):
     pieces: list[tuple[int, np.ndarray]]  # first column in the block; [num_rows, some columns]
 
 
+class _Rest:
+    """Blocks that are still to be read until something can be done with all of them."""
+
+    def __init__(self, num_blocks: int, then: Callable[[], Any]):
+        self._num_blocks, self._then = num_blocks, then
+        self._lock = threading.Lock()
+
+    def count(self) -> None:
+        """Counts one that has been read."""
+        with self._lock:
+            self._num_blocks -= 1
+            is_last = self._num_blocks == 0
+        if is_last:
+            self._then()
+
+
 class Reader:
     """Reads slices in the background; a context, which at its end drops what is not yet read.
 
@@ -101,12 +117,19 @@ class Reader:
             with contextlib.suppress(CheckpointError), open_unchanged(file) as descriptor:
                 _drop_pages(descriptor, 0, file.file_size)
 
-    def submit(self, array: StoredArray, targets: Sequence[Target]) -> int:
+    def submit(
+        self,
+        array: StoredArray,
+        targets: Sequence[Target],
+        then: Callable[[], Any] = lambda: None,
+    ) -> int:
         """Asks for slices of an array; waits while too much is asked for.
 
         Args:
           array: The array.
           targets: The slices, equal ones or ones without a common element.
+          then: Called in the thread that has read the last of it, before `wait` returns; what it
+            raises is raised as a file's error is.
 
         Returns:
           A number for `wait`.
@@ -114,10 +137,12 @@ class Reader:
         Raises:
           CheckpointError: If something asked for earlier could not be read.
         """
-        for block in _blocks(array, targets):
+        blocks = list(_blocks(array, targets))
+        rest = _Rest(len(blocks), then)
+        for block in blocks:
             if len(self._queue) == _MAX_QUEUED:
                 self._collect()
-            self._queue.append(self._pool.submit(self._read, block))
+            self._queue.append(self._pool.submit(self._read, block, rest))
             self._num_submitted += 1
         return self._num_submitted
 
@@ -138,7 +163,7 @@ class Reader:
         self.bytes_read += num_read
         self._on_bytes(num_placed)
 
-    def _read(self, block: _Block) -> tuple[int, int]:
+    def _read(self, block: _Block, rest: "_Rest") -> tuple[int, int]:
         """Returns the bytes read, and the bytes that came to a place."""
         num_bytes = block.num_rows * block.row_bytes
         if block.is_direct:
@@ -166,6 +191,7 @@ class Reader:
                     transpose_into(out, columns)
                 else:
                     out[...] = staged[:, first : first + out.shape[1]]
+        rest.count()
         return num_bytes, sum(out.nbytes for _, out in block.pieces)
 
     def _staged(self, num_bytes: int) -> np.ndarray:

@@ -52,12 +52,40 @@ def test_each_device_holds_its_shard_only(nano_path):
 def test_building_the_shard_on_the_device_gives_the_same(is_pinned, nano_path, nano, monkeypatch):
     monkeypatch.setattr(carrying, "has_pinned_memory", lambda device: is_pinned)
     monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
+    monkeypatch.setattr(loading, "_MOST_IN_HOST", 1 << 12)  # norms alone
     monkeypatch.setattr(carrying, "_STAGING_BYTES", 1 << 17)  # several pieces a layer
     built = grok1.load(nano_path, mesh=(1, 2), progress=False)
     for found, expected in zip(
         jax.tree.leaves(named_params(built)), jax.tree.leaves(named_params(nano)), strict=True
     ):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_arrays_are_filled_where_they_were_first_made(nano_path, monkeypatch):
+    # Else a device needs room for two of an array, for a while: on eight devices the embedding is
+    # by far the largest.
+    made, compiled = set(), carrying._compiled_empty
+
+    def watched(*arguments):
+        program = compiled(*arguments)
+
+        def empty():
+            array = program()
+            made.add(array.unsafe_buffer_pointer())
+            return array
+
+        return empty
+
+    monkeypatch.setattr(carrying, "_compiled_empty", watched)
+    monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
+    monkeypatch.setattr(loading, "_MOST_IN_HOST", 1 << 12)
+    model = grok1.load(nano_path, mesh=(1, 2), progress=False)
+    leaves = [leaf for leaf in jax.tree.leaves(model.params) if leaf.nbytes > 1 << 13]
+    carried = [leaf for leaf in leaves if leaf.dtype in (np.int8, np.float32)]
+    assert any(leaf is model.params.embedding for leaf in carried)
+    for leaf in carried:
+        for shard in leaf.addressable_shards:
+            assert shard.data.unsafe_buffer_pointer() in made, leaf.shape
 
 
 def test_some_layers_are_the_first_ones(nano, nano_path):
@@ -197,6 +225,7 @@ def test_what_is_not_finite_in_a_piece_is_named_by_its_place_in_the_tensor(
     nano_path, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
+    monkeypatch.setattr(loading, "_MOST_IN_HOST", 0)
     monkeypatch.setattr(carrying, "_STAGING_BYTES", 1 << 16)
     path = spoil(nano_path, tmp_path, "embeddings", "nan")
     with pytest.raises(grok1.CheckpointError, match=rf"^{path}: .* nan at \[127, 63\]"):
