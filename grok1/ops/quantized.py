@@ -239,6 +239,8 @@ def _is_not_for_conversion(x, weights, indices) -> str | None:
         return "it reads int8 weights"
     if x.dtype != jnp.float32:
         return f"it splits float32, not {x.dtype}"
+    if len(weights) == 1:
+        return "it is for several matrices: one by itself is quicker one by one"
     return _is_of_few_rows(math.prod(x.shape[:-1]))
 
 
