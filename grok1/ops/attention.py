@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
-from grok1.ops.cuda import calls_of_rows, shapes_of_rows
+from grok1.ops.cuda import calls_of_rows, presence, shapes_of_prompts, shapes_of_rows
 from grok1.ops.layers import exact_einsum
 
 SOFT_CAP = 30.0  # bounds attention logits to (-30, 30), as trained
@@ -112,7 +112,8 @@ def attend_cache(
       place: Of the queries; each sees the keys of its slot at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
       implementation: "blocked" goes through XLA, "cpp" through C++, from a float32 cache, "cuda"
-        through CUDA, for few queries; None for that of `forms.PREFERRED`.
+        through CUDA, for few queries, "cuda_tiles" likewise for many; None for that of
+        `forms.PREFERRED`.
 
     Returns:
       float32.
@@ -156,6 +157,27 @@ def attend_cuda(
     limits = (scale, SOFT_CAP)
     arrays = arrays_of(cache)
     return calls_of_rows.attend(query, arrays, layer, place.slots, place.positions, limits)
+
+
+def _is_not_for_tiles(query, cache, layer, place) -> str | None:
+    if "attend_prompt" not in presence.kernels():
+        return "its CUDA kernel is not available here"
+    heads = calls_of_rows.heads_of(query.shape, query.dtype, arrays_of(cache))
+    return shapes_of_prompts.refusal_of(heads)
+
+
+@forms.form("attend_cache", "cuda_tiles", refuses=_is_not_for_tiles)
+def attend_cuda_tiles(
+    query: Float[Array, "R T C G H"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    scale: float,
+) -> Float[Array, "R T C G H"]:
+    """`attend_blocked` in CUDA, of many queries: tiles of logits never leave a multiprocessor."""
+    limits = (scale, SOFT_CAP)
+    arrays = arrays_of(cache)
+    return calls_of_rows.attend_prompt(query, arrays, layer, place.slots, place.positions, limits)
 
 
 @forms.form("attend_cache", "blocked")

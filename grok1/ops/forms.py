@@ -28,7 +28,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "attend_cache": {
         "cpu": ("cpp", "blocked"),
-        "cuda": ("cuda", "blocked"),
+        "cuda": ("cuda", "cuda_tiles", "blocked"),
         "default": ("blocked",),
     },
     "append_heads": {"cuda": ("cuda", "steps"), "default": ("steps",)},

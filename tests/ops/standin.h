@@ -279,3 +279,58 @@ inline bool arrive_last(unsigned* arrivals, unsigned count) {
   return true;
 }
 inline float read_published(const float* from) { return *from; }
+
+inline void start_copy_or_zeros(Shared to, const void* from, bool is_copy) {
+  alignas(16) static const unsigned char zeros[16] = {};
+  start_copy<16>(to, is_copy ? from : zeros);
+}
+inline float value_of_half(unsigned bits) {
+  const unsigned short low = bits;
+  _Float16 half;
+  std::memcpy(&half, &low, 2);
+  return half;
+}
+inline void multiply_tile_of_halves(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto all = exchange(mine, 6);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < 16; k += 2) {
+      const unsigned a_pair = all[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+      const unsigned b_pair = all[column * 4 + k % 8 / 2][4 + k / 8];
+      sum[i] += value_of_half(a_pair) * value_of_half(b_pair);
+      sum[i] += value_of_half(a_pair >> 16) * value_of_half(b_pair >> 16);
+    }
+  }
+}
+
+// Of each of four matrices two numbers, side by side or one above the other.
+inline void load_numbers(unsigned (&words)[4], Shared mine, int row, int column, bool is_transposed) {
+  unsigned address[2];
+  std::memcpy(address, &mine, 8);
+  const auto all = exchange(address, 2);
+  for (int i = 0; i < 4; ++i) {
+    words[i] = 0;
+    for (int j = 0; j < 2; ++j) {
+      const unsigned short* numbers;
+      std::memcpy(&numbers, all[8 * i + row + (is_transposed ? j : 0)], 8);
+      if ((uintptr_t)numbers % 16 != 0) {
+        std::fprintf(stderr, "a row of a matrix is not aligned\n");
+        std::abort();
+      }
+      words[i] |= (unsigned)numbers[column + (is_transposed ? 0 : j)] << 16 * j;
+    }
+  }
+}
+inline void load_matrices(unsigned (&words)[4], Shared row) {
+  load_numbers(words, row, threadIdx.x % 32 / 4, 2 * (threadIdx.x % 4), false);
+}
+inline void load_transposed(unsigned (&words)[4], Shared row) {
+  load_numbers(words, row, 2 * (threadIdx.x % 4), threadIdx.x % 32 / 4, true);
+}
+inline unsigned halves(float low, float high) {
+  return half_of_float(low) | (unsigned)half_of_float(high) << 16;
+}
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops.cuda import build, shapes, shapes_of_rows
+from grok1.ops.cuda import build, shapes, shapes_of_prompts, shapes_of_rows
 from grok1.ops.cuda.kernel import function_of, text_of
 from grok1.ops.cuda.shapes import Matrix
 from grok1.ops.cuda.shapes_of_rows import Heads
@@ -444,6 +444,7 @@ def of_grok_1(shards, tokens):
         shapes.project(tokens, (Matrix(columns[0], WIDTH, 8 // shards),), "split"),
         *attention(heads),
         attention(narrow)[0],
+        *(shapes_of_prompts.attend(heads._replace(length=t), 0.3, 30.0) for t in (64, 8192)),
         shapes_of_rows.place(heads, 1),
         shapes_of_rows.place(narrow, 1),
         *norms((tokens, WIDTH)),
@@ -460,7 +461,8 @@ def wide(tmp_path_factory):
         pytest.skip("no nvcc here, whose assembler says what kernels take of a device")
     kernels = [kernel for case in ((1, 1), (1, 8), (8, 32)) for kernel in of_grok_1(*case)]
     named = [k._replace(name=f"{k.name}_{i}") for i, k in enumerate(dict.fromkeys(kernels))]
-    headers = ["device", "product", "experts", "project", "rows", "attention", "convert"]
+    names = ["product", "experts", "project", "rows", "attention", "prompt_attention", "convert"]
+    headers = ["device", *names]
     source = tmp_path_factory.mktemp("cuda") / "kernels.cu"
     source.write_text(text_of([f"{name}.h" for name in headers]) + "".join(map(function_of, named)))
     command = [NVCC, "-std=c++17", "-arch=compute_80", "-ptx", source.name]

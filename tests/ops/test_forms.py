@@ -75,7 +75,7 @@ def test_the_first_form_that_can_is_chosen(monkeypatch, operation, available):
     assert forms.has_kernels("cpu") == available
 
 
-@pytest.mark.parametrize("operation", presence.OPERATIONS)
+@pytest.mark.parametrize("operation", [of for of in presence.OPERATIONS if of in forms.PREFERRED])
 def test_on_nvidia_gpus_the_kernels_that_are_there_are_chosen(operation):
     table, arguments = forms.PREFERRED[operation], arguments_of(operation)
     if operation == "attend_cache":
@@ -98,6 +98,28 @@ def test_on_nvidia_gpus_the_kernels_that_are_there_are_chosen(operation):
     assert forms.prepare("gpu") == forms.prepare("tpu") == ""
     with pytest.raises(NotImplementedError, match=NO_CUDA):
         forms.run(operation, *arguments, implementation="cuda")
+
+
+def test_on_nvidia_gpus_attention_of_many_queries_has_a_kernel_of_its_own():
+    def chosen(dtype=jnp.float16, length=65, size=64):
+        k = jnp.ones((1, 1, 1, 80, size), dtype)
+        positions = jnp.arange(length)[None]
+        place = Place(jnp.zeros(1, jnp.int32), positions, positions >= 0)
+        query = jnp.ones((1, length, 1, 1, size), dtype)
+        cache = KVCache(k, k, jnp.zeros(1, jnp.int32))
+        return forms.chosen("attend_cache", "cuda", query, cache, jnp.int32(0), place)
+
+    with presence.assumed():
+        assert chosen() == "cuda_tiles"
+        assert chosen(length=64) == "cuda"
+        assert chosen(jnp.float32) == chosen(size=32) == "blocked"
+    # Each of the two is refused for itself.
+    for operation, few, many in (
+        ("attend_cache", "cuda_tiles", "cuda_tiles"),
+        ("attend_prompt", "cuda", "blocked"),
+    ):
+        with presence.assumed(frozenset(presence.OPERATIONS) - {operation}):
+            assert (chosen(length=64), chosen()) == (few, many)
 
 
 def test_on_nvidia_gpus_logits_of_several_rows_come_from_tensor_cores():

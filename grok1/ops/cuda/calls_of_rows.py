@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grok1.ops.cuda import calls, shapes_of_rows
+from grok1.ops.cuda import calls, shapes_of_prompts, shapes_of_rows
 from grok1.ops.cuda.shapes_of_rows import Heads
 
 CacheArrays = tuple[Array, ...]
@@ -52,6 +52,22 @@ def attend(
     layer = jnp.asarray(layer, jnp.int32)
     mixed, totals = calls.call(first, query, *cache, layer, slots, positions)
     (out,) = (mixed,) if second is None else calls.call(second, mixed, totals)
+    return out.reshape(query.shape)
+
+
+def attend_prompt(
+    query: Float[Array, "R T C G H"],
+    cache: CacheArrays,
+    layer: int | Array,
+    slots: Int[Array, " R"],
+    positions: Int[Array, "R T"],
+    limits: tuple[float, float],
+) -> Float[Array, "R T C G H"]:
+    """As `attend`, for many queries of float16 and a cache of float16."""
+    heads = heads_of(query.shape, query.dtype, cache)
+    kernel = shapes_of_prompts.attend(heads, *limits)
+    layer = jnp.asarray(layer, jnp.int32)
+    (out,) = calls.call(kernel, query, *cache, layer, slots, positions)
     return out.reshape(query.shape)
 
 

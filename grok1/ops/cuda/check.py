@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grok1.ops.attention import KVCache, Place, attend_blocked, attend_cuda
+from grok1.ops.attention import (
+    KVCache,
+    Place,
+    attend_blocked,
+    attend_cuda,
+    attend_cuda_tiles,
+)
 from grok1.ops.cuda import presence, shapes
 from grok1.ops.experts import (
     ExpertWeights,
@@ -89,6 +95,7 @@ def cases(operation: str) -> Iterator[tuple[str, Case]]:
         "project": _of_projections,
         "append_heads": _of_heads,
         "attend_cache": _of_attention,
+        "attend_prompt": _of_prompts,
         "norm": _of_norms,
         "add_norm": _of_sums,
         "route": _of_routers,
@@ -199,6 +206,19 @@ def _of_attention(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         cache, place = _cache(rng, dtype, rows), _place(rng, rows, length)
         arguments = (query, cache, np.int32(1), place)
         yield f"{rows} x {length} in {dtype}", (kernel, form, arguments)
+
+
+def _of_prompts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    def kernel(*arguments):
+        return attend_cuda_tiles(*arguments, 0.3)
+
+    def form(query, *arguments):
+        return attend_blocked(query.astype(jnp.float32), *arguments, 0.3)
+
+    rows, length = 2, 100
+    query = rng.standard_normal((rows, length, 2, 3, 64)).astype(np.float16)
+    cache, place = _cache(rng, "float16", rows), _place(rng, rows, length)
+    yield f"{rows} x {length}", (kernel, form, (query, cache, np.int32(1), place))
 
 
 def _of_norms(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:

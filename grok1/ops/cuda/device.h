@@ -126,3 +126,55 @@ DEVICE bool arrive_last(unsigned* arrivals, unsigned count) {
 
 // Reads what another block has published.
 DEVICE float read_published(const float* from) { return __ldcg(from); }
+
+// What follows is for attention of many queries.
+
+// Starts a copy of 16 bytes from global to shared memory, or of zeros in their place.
+DEVICE void start_copy_or_zeros(Shared to, const void* from, bool is_copy) {
+  const int bytes = is_copy ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// sum += a * b of a warp, as `multiply_tile`, of float16.
+DEVICE void multiply_tile_of_halves(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l says where row l % 8 of matrix l / 8
+// is, and gets of each the numbers 2 * (l % 4) and the next of row l / 4.
+DEVICE void load_matrices(unsigned (&words)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row)
+               : "memory");
+}
+
+// As `load_matrices`, of the transposed matrices.
+DEVICE void load_transposed(unsigned (&words)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row)
+               : "memory");
+}
+
+// Two floats, rounded to float16: the first in the lower half.
+DEVICE unsigned halves(float low, float high) {
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// 2 to the power of x, and 1 / x, to 22 bits.
+DEVICE float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+DEVICE float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}

@@ -31,6 +31,7 @@ OPERATIONS = (
     "project",
     "append_heads",
     "attend_cache",
+    "attend_prompt",
     "norm",
     "add_norm",
     "route",
