@@ -557,6 +557,29 @@ def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
     assert (share.emb_size, share.vocab_size, share.num_experts) == (6144, 16384, 8)
 
 
+def test_the_check_of_a_gpu_loads_and_offloads_in_a_process_of_its_own(tmp_path):
+    config = dataclasses.replace(grok1.TOY, num_layers=1, sequence_len=128)
+    *measured, _ = gpu_check.run(tmp_path, config, only=("load and offload",))
+    values = {figure.name: figure.value for figure in measured}
+    assert None not in values.values(), values
+    shares = [value for name, value in values.items() if name.endswith("share of the copy")]
+    assert len(shares) == 3
+    assert all(share is not None and share > 0 for share in shares)
+    differ = [value for name, value in values.items() if name.startswith("offloaded against")]
+    assert differ == [0, 0]
+
+
+def test_a_process_that_takes_too_long_is_ended_and_keeps_its_figures(tmp_path, monkeypatch):
+    program = """import time; print('{"name": "a", "value": 1.0}', flush=True); time.sleep(99)"""
+    (tmp_path / "slow.py").write_text(program)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "_PROCESS_SECONDS", 1.0)
+    first, failed = gpu_check.attempted("part", lambda: gpu_check._figures_of_process("slow"))
+    assert first == gpu_check.Figure("a", 1.0)
+    message = "python -m slow ended with status -9; it has 1 s"
+    assert failed == gpu_check.Figure("part", None, details={"RuntimeError": message})
+
+
 def test_a_check_that_takes_too_long_says_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "SECONDS", 0.0)
     figures = gpu_check.run(tmp_path)
