@@ -34,7 +34,7 @@ NANO = ROOT / "tests" / "golden" / "nano"
 LAYERS = 8
 
 _FILES_BYTES = 16 << 30  # room for the files of a layer and the embedding
-_PROCESS_SECONDS = 150.0  # for a part in a process of its own; it takes a third
+_PROCESS_SECONDS = 100.0  # for a part in a process of its own; it takes half of that
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,8 @@ from grok1.checkpoint.pinned import has_pinned_memory, pinned, sent
 from grok1.offload import runner
 from grok1.planning.memory import state_bytes
 
-_NUM_LOADS = 3
-_NUM_STEPS = 16
+_NUM_LOADS = 2
+_NUM_STEPS = 10
 _PROMPT = 4
 _COPIED_BYTES = 1 << 26  # at a time
 _NUM_COPIES = 16
