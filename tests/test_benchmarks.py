@@ -551,6 +551,12 @@ def test_the_check_of_a_gpu_times_draws_of_a_model_without_a_tokenizer(tmp_path)
     assert all(isinstance(figure.value, float) for figure in timed)
 
 
+def test_the_kernels_of_the_layers_are_seen_once_a_step():
+    kernels = {"head": (4, 4.0), "grok1_down_1": (4, 2.0), "grok1_norm_1": (8, 1.0), "fill": (1, 9)}
+    count, seconds = gpu_check.of_step(kernels, steps=4, layers=3)
+    assert (count, seconds) == (1 + 3 + 6, 1.0 + 3 * 0.5 + 6 * 0.125)
+
+
 def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
     share = gpu_check.share_of_several(grok1.GROK_1)
     assert (share.ffn_size, share.num_q_heads, share.num_kv_heads) == (4096, 6, 1)

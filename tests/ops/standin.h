@@ -66,7 +66,7 @@ struct Warp {
 
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
-static Meeting block_meeting, team_meetings[15];
+static Meeting block_meeting, team_meetings[32];
 static jmp_buf scheduler;
 static ucontext_t home;
 static int current, idle;

@@ -141,6 +141,15 @@ def test_a_check_that_crashes_refuses_what_it_did_not_come_to(gpus, monkeypatch,
     assert len(started) == 2
 
 
+def test_want_of_memory_is_no_verdict(gpus, monkeypatch, tmp_path, capfd):
+    lines = verdicts("experts").replace("it is wrong", "JaxRuntimeError: RESOURCE_EXHAUSTED: Out")
+    started = child(monkeypatch, f"print({lines!r}, end='')", tmp_path)
+    for _ in range(2):
+        assert gpus("9.0") == frozenset(presence.OPERATIONS) - {"experts"}
+        assert "RESOURCE_EXHAUSTED" in capfd.readouterr().err
+    assert len(started) == 2
+
+
 def test_a_check_that_never_ends_is_given_up(gpus, monkeypatch, tmp_path, capfd):
     child(monkeypatch, "import time; time.sleep(60)", tmp_path)
     monkeypatch.setattr(presence, "_PATIENCE", 0.2)

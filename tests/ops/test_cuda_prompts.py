@@ -87,11 +87,6 @@ def test_logits_of_nothing_and_beyond_the_cap(library, size):
     assert difference(library, HEADS[1], "last", size)[0] < HALF
 
 
-def test_a_block_that_sees_more_takes_more_warps():
-    heads = HEADS[0]._replace(heads=8, group=6, length=8192)
-    assert kernel_of(heads).threads == 3 * kernel_of(heads._replace(length=100)).threads
-
-
 BREAKS = [
     ("if (!sees(i, begin, j)) products[j][i] = 0;", ";"),
     ("if (!sees(i, begin, j)) products[j][i] = none;", ";"),
@@ -109,4 +104,4 @@ def test_a_broken_kernel_is_noticed(text, broken):
     heads = HEADS[1]
     library = standin.build([kernel_of(heads)], [(text, broken)], level="-O0")
     far = [difference(library, heads, at, size)[0] for at, size in (("last", 1.0), ("first", 40.0))]
-    assert not max(far) < HALF
+    assert not np.max(far) < HALF  # nor is NaN

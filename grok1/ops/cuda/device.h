@@ -107,10 +107,14 @@ DEVICE void barrier() { __syncthreads(); }
 // Waits for the other lanes, and sees what they have written.
 DEVICE void meet_warp() { __syncwarp(); }
 
-// Waits for the other threads of a team; teams are numbered from 0 to 14.
+// Waits for the other threads of a team; teams of several warps are numbered from 0 to 14.
 template <int THREADS>
 DEVICE void team_barrier(int team) {
-  asm volatile("bar.sync %0, %1;" : : "r"(team + 1), "n"(THREADS) : "memory");
+  if constexpr (THREADS == 32) {
+    meet_warp();
+  } else {
+    asm volatile("bar.sync %0, %1;" : : "r"(team + 1), "n"(THREADS) : "memory");
+  }
 }
 
 // Memory of a kernel that lasts; zeros at first.

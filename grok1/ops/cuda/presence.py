@@ -40,6 +40,7 @@ OPERATIONS = (
 """What there are kernels for, in the order in which they are checked."""
 
 _PATIENCE = 600.0  # seconds for the check of all kernels, most of which XLA compiles
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
 _LOCK = threading.Lock()
 _TURNED_OFF = threading.Event()
 _ASSUMED: list[frozenset[str]] = []
@@ -122,7 +123,8 @@ def _verdicts(kinds: list[str]) -> dict[str, str]:
             return kept
     with announced("checking the CUDA kernels on this device (once)"):
         found, ended = _checked()
-    if ended:
+    # Memory that others have taken says nothing about the kernels.
+    if ended and not any(_NO_MEMORY in problem for problem in found.values()):
         with contextlib.suppress(OSError, RuntimeError), held_directory() as directory:
             directory.write(name, json.dumps(found).encode())
     return found

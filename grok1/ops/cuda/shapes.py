@@ -22,6 +22,7 @@ PRECISIONS = ("bfloat16", "split", "float32")
 """What of an input counts: it is of bfloat16, 16 bits of float32, or all of it."""
 
 _WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
+_BUSY = 96  # blocks that keep the memory busy
 _ACROSS = 4  # warps of a team, side by side
 _LEAST_TILES = 6  # of 16 rows, for each team
 
@@ -76,7 +77,9 @@ def _tiles_of(precision: str, inputs: float, most: int = 2) -> int:
     return min(most, -(-math.ceil(inputs * _terms_of(precision, inputs)) // 8))
 
 
-def _product(matrix: Matrix, inputs: float, precision: str, tiles: int, cut: _Cut) -> dict:
+def _product(
+    matrix: Matrix, inputs: float, precision: str, tiles: int, cut: _Cut, others: int = _BUSY
+) -> dict:
     """How a block multiplies.
 
     Args:
@@ -85,11 +88,17 @@ def _product(matrix: Matrix, inputs: float, precision: str, tiles: int, cut: _Cu
       precision: One of `PRECISIONS`.
       tiles: Of inputs.
       cut: Of the matrix.
+      others: How many blocks there are for each tile of columns.
     """
     size = _WIDE if matrix.columns >= 8 * _WIDE else _NARROW
     across = max(1, min(_ACROSS, matrix.columns // (8 * size)))
     across = 1 << across.bit_length() - 1
     teams = cut.teams if across > 1 else 2 * cut.teams
+    # Narrow matrices make few blocks, whose warps then share rows and not columns.
+    while matrix.columns // (8 * size * across) * others < _BUSY and across > 1:
+        across, teams = across // 2, teams * 2
+    if matrix.columns // (8 * size) * others < _BUSY:
+        size = _NARROW
     most = max(1, matrix.rows // (16 * _LEAST_TILES * teams))
     parts = min(most, cut.parts)
     # A share within one group needs no second set of sums.
@@ -148,9 +157,8 @@ def experts(
     # A few experts have more rows than the mean.
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
     tiles = _tiles_of(precision, inputs)
-    hidden = _product(
-        gate, inputs, precision, tiles, _Cut(2, 1, 3) if tiles == 1 else _Cut(1, 1, 4)
-    )
+    cut = _Cut(2, 1, 3) if tiles == 1 else _Cut(1, 1, 4)
+    hidden = _product(gate, inputs, precision, tiles, cut, chosen)
     of_hidden = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
@@ -176,7 +184,7 @@ def experts(
             (_column_tiles(hidden), chosen),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
-            resident=2 if _threads(hidden) <= 128 else 1,
+            resident=2 if hidden["TEAMS"] == 1 else 1,
         ),
         Kernel(
             "grok1_down",
