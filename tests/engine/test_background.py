@@ -192,7 +192,7 @@ def test_ctrl_c_ends_the_command_at_once_while_a_program_compiles():
         repository=str(REPOSITORY), run=str(REPOSITORY / "run.py")
     )
     status, seconds, said = interrupted(program)
-    assert status == 130
+    assert status == 130, said
     assert seconds < 30
     assert "not flushed" in said
     assert "run.py: interrupted" in said
