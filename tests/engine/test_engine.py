@@ -58,6 +58,7 @@ def test_chunks_cover_a_prompt(grok_1_engine, batch, remaining, chunks):
         ("gpu", 1, 8191, [8192]),
         ("gpu", 1, 3000, [4096]),
         ("gpu", 4, 3000, [2048, 1024]),
+        ("gpu", 1, 512, [512]),
         ("cpu", 1, 2048, [1024, 1024]),
     ],
 )

@@ -454,6 +454,15 @@ def of_grok_1(shards, tokens):
     ]
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_every_share_of_grok_1_keeps_the_memory_busy(shards, tokens):
+    first = Matrix(WIDTH, HIDDEN // shards, 1)
+    second = Matrix(HIDDEN // shards, WIDTH, 8 // shards)
+    for kernel in shapes.experts(tokens, 2, 8, first, second, "bfloat16"):
+        assert kernel.grid[0] * kernel.grid[1] >= 96
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """The kernels of Grok-1's width, by name, and a file with them as the driver is given them."""

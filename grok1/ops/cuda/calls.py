@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grok1.ops.cuda import shapes
 from grok1.ops.cuda.build import ptx_of
 from grok1.ops.cuda.kernel import Kernel
-from grok1.ops.cuda.shapes import Matrix
+from grok1.ops.cuda.shapes import Matrix, Precision
 
 _TARGET = "__gpu$xla.gpu.ptx"
 _TYPED_CONFIG = 2  # version of XLA's custom calls whose configuration is a text
@@ -75,8 +75,8 @@ def matrix_of(weight: Quantized) -> Matrix:
     return Matrix(rows, columns, scales.shape[-2])
 
 
-def precision_of(dtype: Any, product_dtype: Any) -> str:
-    """Which of `shapes.PRECISIONS` an input has in products of a type, as in `matmul_split`."""
+def precision_of(dtype: Any, product_dtype: Any) -> Precision:
+    """What of an input counts in products of a type, as in `matmul_split`."""
     if dtype == jnp.bfloat16:
         return "bfloat16"
     return "float32" if product_dtype == jnp.float32 else "split"
@@ -122,14 +122,14 @@ def experts(
 def project(
     x: Float[Array, "M K"],
     weights: list[tuple[Quantized, tuple[int | Array, ...]]],
-    precision: str,
+    precision: Precision,
 ) -> list[Float[Array, "M N"]]:
     """Multiplies by one matrix of each of some stacks.
 
     Args:
       x: float32, of up to `shapes.MOST_ROWS` rows.
       weights: Stacks, one or three, and for each an index of each leading axis.
-      precision: One of `shapes.PRECISIONS`, what of x counts.
+      precision: What of x counts.
 
     Returns:
       float32, one for each stack.
@@ -146,7 +146,7 @@ def project(
 def projected(
     x: Float[Array, "M K"],
     weights: list[tuple[Quantized, tuple[int | Array, ...]]],
-    precision: str,
+    precision: Precision,
 ) -> Float[Array, "P M N"]:
     """As `project` of three stacks, before what parts of the rows of the matrices add is added up.
 
@@ -160,7 +160,7 @@ def projected(
 def _launch(
     x: Float[Array, "M K"],
     weights: list[tuple[Quantized, tuple[int | Array, ...]]],
-    precision: str,
+    precision: Precision,
 ) -> list[Array]:
     kernel = shapes.project(len(x), tuple(matrix_of(weight) for weight, _ in weights), precision)
     operands = []

@@ -6,7 +6,7 @@ much of what that takes was measured on an H200.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from grok1.ops.cuda.kernel import Array, Kernel, struct
 
@@ -18,7 +18,7 @@ MOST_EXACT = 16
 
 MOST_EXPERTS = 32
 
-PRECISIONS = ("bfloat16", "split", "float32")
+Precision = Literal["bfloat16", "split", "float32"]
 """What of an input counts: it is of bfloat16, 16 bits of float32, or all of it."""
 
 _WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
@@ -67,25 +67,25 @@ class _Cut(NamedTuple):
     stages: int
 
 
-def _terms_of(precision: str, inputs: float) -> int:
+def _terms_of(precision: Precision, inputs: float) -> int:
     # Two rows are as exact as float32; the second of two terms leaves 2**-17.
     return {"bfloat16": 1, "split": 4 if inputs <= 2 else 2, "float32": 4}[precision]
 
 
-def _tiles_of(precision: str, inputs: float, most: int = 2) -> int:
+def _tiles_of(precision: Precision, inputs: float, most: int = 2) -> int:
     """Tiles of inputs; more than two take most registers of a multiprocessor."""
     return min(most, -(-math.ceil(inputs * _terms_of(precision, inputs)) // 8))
 
 
 def _product(
-    matrix: Matrix, inputs: float, precision: str, tiles: int, cut: _Cut, others: int = _BUSY
+    matrix: Matrix, inputs: float, precision: Precision, tiles: int, cut: _Cut, others: int = _BUSY
 ) -> dict:
     """How a block multiplies.
 
     Args:
       matrix: What.
       inputs: How many rows of inputs a matrix has as a rule; more take another pass.
-      precision: One of `PRECISIONS`.
+      precision: What of the inputs counts.
       tiles: Of inputs.
       cut: Of the matrix.
       others: How many blocks there are for each tile of columns.
@@ -138,7 +138,7 @@ def _shared_bytes(product: dict) -> int:
 
 
 def experts(
-    tokens: int, selected: int, num_experts: int, gate: Matrix, down: Matrix, precision: str
+    tokens: int, selected: int, num_experts: int, gate: Matrix, down: Matrix, precision: Precision
 ) -> tuple[Kernel, Kernel]:
     """The chosen experts of up to `MOST_ROWS` tokens: gate, up and GELU; down and the sum.
 
@@ -159,7 +159,7 @@ def experts(
     tiles = _tiles_of(precision, inputs)
     cut = _Cut(2, 1, 3) if tiles == 1 else _Cut(1, 1, 4)
     hidden = _product(gate, inputs, precision, tiles, cut, chosen)
-    of_hidden = precision
+    of_hidden: Precision = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
     tiles = _tiles_of(of_hidden, inputs)
@@ -203,7 +203,7 @@ def experts(
     )
 
 
-def project(rows: int, matrices: tuple[Matrix, ...], precision: str) -> Kernel:
+def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Kernel:
     """Up to `MOST_ROWS` rows times one matrix or three side by side.
 
     What it writes for three is `[P, M, N]`, to be added up along P; for one the sum, and that.

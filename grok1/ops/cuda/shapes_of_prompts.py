@@ -28,13 +28,7 @@ def attend(heads: Heads, scale: float, cap: float) -> Kernel:
     """
     blocks = -(-heads.group * heads.length // (16 * _WARPS)) * heads.heads
     sizes = {
-        "R": heads.rows,
-        "T": heads.length,
-        "C": heads.heads,
-        "G": heads.group,
-        "H": heads.size,
-        "B": heads.slots,
-        "CAPACITY": heads.capacity,
+        **heads.sizes,
         "SCALE": float(scale),
         "CAP": float(cap),
         "KEYS": _KEYS,

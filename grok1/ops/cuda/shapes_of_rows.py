@@ -44,6 +44,19 @@ class Heads(NamedTuple):
     query_dtype: str
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The constants of a kernel for them, but for types."""
+        return {
+            "R": self.rows,
+            "T": self.length,
+            "C": self.heads,
+            "G": self.group,
+            "H": self.size,
+            "B": self.slots,
+            "CAPACITY": self.capacity,
+        }
+
+    @property
     def vectors(self) -> int:
         """How many queries there are."""
         return self.rows * self.length * self.heads * self.group
@@ -63,13 +76,7 @@ def refusal_of(heads: Heads) -> str | None:
 
 def _sizes(heads: Heads) -> dict:
     return {
-        "R": heads.rows,
-        "T": heads.length,
-        "C": heads.heads,
-        "G": heads.group,
-        "H": heads.size,
-        "B": heads.slots,
-        "CAPACITY": heads.capacity,
+        **heads.sizes,
         "KIND": _KINDS[heads.cache_dtype],
         "QUERY_KIND": _KINDS[heads.query_dtype],
     }
