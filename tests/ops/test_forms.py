@@ -1,16 +1,24 @@
 """The table of forms: complete, in order, and clear about what a form cannot do."""
 
+import importlib
+import pkgutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grok1 import ops
 from grok1.ops import forms
 from grok1.ops.attention import KVCache, Place
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
 from grok1.ops.experts import ExpertWeights, choose_experts
 from grok1.ops.quantized import quantize
+
+# Forms are there once their modules are.
+for module in pkgutil.iter_modules(ops.__path__):
+    importlib.import_module(f"grok1.ops.{module.name}")
 
 NO_KERNELS = "the native kernels are not available here"
 NO_CUDA = "its CUDA kernels are not available here"
@@ -126,6 +134,10 @@ def test_on_nvidia_gpus_logits_of_several_rows_come_from_tensor_cores():
     table = jnp.ones((4, 8))
     with presence.assumed():
         assert forms.chosen("logits", "cuda", jnp.ones((2, 8)), table) == "three_terms"
+        traced = jax.jit(lambda x: forms.run("logits", x, table)).trace(jnp.ones((2, 8)))
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "rhs_precision_type = tf32" in lowered
+        assert "primitive_operations = 3" in lowered
         assert forms.chosen("logits", "cpu", jnp.ones((2, 8)), table) == "direct"
         for rows, its_table in ((1, table), (2, table.astype(jnp.bfloat16))):
             assert forms.chosen("logits", "cuda", jnp.ones((rows, 8)), its_table) == "direct"
