@@ -23,6 +23,7 @@ os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(__file__).parent.parent / ".pyte
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 import grok1
 from grok1.config import ModelConfig
@@ -30,6 +31,7 @@ from grok1.config import ModelConfig
 # A run in the background of a shell ignores Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.devices()
 # What is imported stays, and tracing makes many objects and little garbage.
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
@@ -88,10 +90,33 @@ AS_USERS_COMPILE = {"command", "nn", "ops"}
 """Rooms whose programs are optimised: every operation, the golden numbers, the command line."""
 
 
+# Not optimised, a program is still taken through MLIR, a pipeline for each fusion and two thirds of
+# the time; later versions know no other way.
+LIGHT = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+LIGHT = LIGHT if jax.__version_info__ < (0, 11) else {}
+FLAGS = os.environ["XLA_FLAGS"]
+LIGHT_FLAGS = " ".join([FLAGS, *(f"--{name}={str(value).lower()}" for name, value in LIGHT.items())])
+compile_options = compiler.get_compile_options
+
+
+def lighter_options(*arguments, **more):
+    """JAX's options for a compilation, with those that it has no settings for."""
+    options = compile_options(*arguments, **more)
+    if jax.config.values["jax_disable_most_optimizations"]:
+        options.env_option_overrides = [*LIGHT.items(), *options.env_option_overrides]
+    return options
+
+
+if LIGHT:
+    compiler.get_compile_options = lighter_options
+
+
 @pytest.fixture(scope="module", autouse=True)
 def optimisations(request):
     """Has XLA optimise what these rooms compile, here and in processes that they start."""
     is_off = request.path.parent.name not in AS_USERS_COMPILE
+    # XLA reads the flags of this process once, and before it reads these: they are for others.
+    os.environ["XLA_FLAGS"] = LIGHT_FLAGS if is_off else FLAGS
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(is_off))
     jax.config.update("jax_disable_most_optimizations", is_off)
 
