@@ -95,7 +95,7 @@ AS_USERS_COMPILE = {"command", "nn", "ops"}
 LIGHT = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 LIGHT = LIGHT if jax.__version_info__ < (0, 11) else {}
 FLAGS = os.environ["XLA_FLAGS"]
-LIGHT_FLAGS = " ".join([FLAGS, *(f"--{name}={str(value).lower()}" for name, value in LIGHT.items())])
+LIGHT_FLAGS = FLAGS + "".join(f" --{name}={str(value).lower()}" for name, value in LIGHT.items())
 compile_options = compiler.get_compile_options
 
 
