@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from grok1.config import ModelConfig
 from grok1.nn.sharding import MODEL_AXIS
@@ -43,20 +43,22 @@ class ScreeningTable(NamedTuple):
 
 
 class Remainders(NamedTuple):
-    """What a `ScreeningTable` leaves out, in int8.
+    """What a `ScreeningTable` leaves out, in four bits a number.
 
     Attributes:
-      values: int8 `[V, D]`; `scales * (table.values + values / 254)` is closer to the embedding.
-        Each was rounded up or down at random, so that the mean of its error is 0.
+      codes: uint8 `[V, 32 * ceil(D / 64)]`; byte j of 32 has the code of column j of 64 in its low
+        bits, of column j + 32 in its high ones. `scales * (table.values + (code - 7.5) / 15)` is
+        closer to the embedding. Each was rounded up or down at random, so that the mean of its
+        error is 0.
       uncertainty: float32 `[V]`; as the table's, of the product with both.
     """
 
-    values: Any
+    codes: Any
     uncertainty: Any
 
 
-REMAINDER_STEPS = 254
-"""Steps of a `Remainders` in one of its `ScreeningTable`: half a step of the latter is 127."""
+REMAINDER_STEPS = 15
+"""Steps of a `Remainders` in one of its `ScreeningTable`."""
 
 
 def screening_table(embedding: Float[Array, "V D"]) -> ScreeningTable:
@@ -77,22 +79,30 @@ def screening_table(embedding: Float[Array, "V D"]) -> ScreeningTable:
 
 
 def remainders(embedding: Float[Array, "V D"], table: ScreeningTable) -> Remainders:
-    """Copies to int8 what a `screening_table` leaves out, and bounds what both leave out."""
+    """Copies in four bits what a `screening_table` leaves out, and bounds what both leave out."""
     width = embedding.shape[1]
 
     def copy(start, rows, values, scales):
         divisor = jnp.where(scales == 0, 1, scales)[:, None]
         values = values.astype(jnp.float32)
-        steps = (rows / divisor - values) * REMAINDER_STEPS
-        rounded = jnp.clip(jnp.floor(steps + _dither(start, steps.shape)), -127, 127)
-        kept = (values + rounded / REMAINDER_STEPS) * scales[:, None]
+        steps = (rows / divisor - values) * REMAINDER_STEPS + REMAINDER_STEPS / 2
+        codes = jnp.clip(jnp.floor(steps + _dither(start, steps.shape)), 0, REMAINDER_STEPS)
+        kept = (values + (codes / REMAINDER_STEPS - 0.5)) * scales[:, None]
         lost = jnp.linalg.norm(rows - kept, axis=-1)
-        # The kernel adds up 16 or more sums in turns: so many units in the last place.
+        # The kernel adds up 16 or more sums in turns: so many units in the last place. It adds half
+        # a step of the table to all numbers, and takes it off at the end.
         added = (width / 16 + 32) * jnp.finfo(jnp.float32).eps
-        rounding = added * jnp.linalg.norm(kept, axis=-1)
-        return Remainders(rounded.astype(jnp.int8), 1.001 * (lost + rounding))
+        rounding = added * (jnp.linalg.norm(kept, axis=-1) + 0.5 * width**0.5 * scales)
+        return Remainders(_in_half_lines(codes), 1.001 * (lost + rounding))
 
     return _in_blocks(copy, embedding, table.values, table.scales)
+
+
+def _in_half_lines(codes: Float[Array, "rows D"]) -> UInt8[Array, "rows packed"]:
+    num_rows, width = codes.shape
+    padded = jnp.pad(codes.astype(jnp.uint8), ((0, 0), (0, -width % 64)))
+    low, high = jnp.moveaxis(padded.reshape(num_rows, -1, 2, 32), 2, 0)
+    return (low | (high << 4)).reshape(num_rows, -1)
 
 
 def _dither(start: Int[Array, ""], shape: tuple[int, int]) -> Float[Array, "rows D"]:

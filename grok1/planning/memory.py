@@ -124,7 +124,8 @@ def screening_table_bytes(engine: EngineBase) -> int:
 def head_copies_bytes(engine: EngineBase) -> int:
     """Returns what decoding's copies of the output head take, those for log-probabilities too."""
     rows = screening_table_bytes(engine) // (engine.config.emb_size + 8)
-    return screening_table_bytes(engine) + rows * (engine.config.emb_size + 4)
+    codes = 32 * -(-engine.config.emb_size // 64)
+    return screening_table_bytes(engine) + rows * (codes + 4)
 
 
 def working_bytes(engine: Engine) -> int:

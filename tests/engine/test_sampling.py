@@ -552,7 +552,8 @@ def test_a_measured_draw_is_that_of_all_logits_and_its_log_probabilities_are_the
         rows = np.arange(512)
         # What a sum in float32 may be off by grows with the norms.
         norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(embedding, axis=-1).max()
-        tolerance = 4e-6 + 1e-7 * TOY.output_multiplier_scale * norms
+        # Of the sum the error is known on average, and five times that is not seen.
+        tolerance = 15e-6 + 1e-7 * TOY.output_multiplier_scale * norms
         assert np.all(np.abs(chosen - logprobs[rows, expected]) <= tolerance)
         # By what they are worth: nearly equal ones may change places.
         best = -np.sort(-logprobs, axis=-1)[:, :num_top]

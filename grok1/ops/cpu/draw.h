@@ -335,7 +335,7 @@ inline void draw(xla::ffi::ThreadPool& pool, const ScreenedTable& table, const f
   run_units(pool, num_inputs, [&](int64_t row) {
     float* upper = found.upper + row * table.num_rows;
     ScreenedLogProbabilities measured(table, found.inputs[row], upper, factor);
-    const bool is_measured = !asked || measured.measure();
+    const bool is_measured = !asked || measured.measure(pool);
     if (asked) {
       if (is_measured) {
         const int64_t first = row * asked->num_top;

@@ -61,7 +61,7 @@ ffi::Error Draw(Pool pool, Floats x, Floats rows, Values values, Floats scales, 
 }
 
 ffi::Error DrawMeasured(Pool pool, Floats x, Floats rows, Values values, Floats scales,
-                        Values remainders, Floats uncertainty, Flags allowed, Floats temperature,
+                        Bytes remainders, Floats uncertainty, Flags allowed, Floats temperature,
                         Floats top_p, Integers top_k, Floats min_p, Words keys, Integers positions,
                         float factor, IntegersOut tokens, FloatsOut chosen, IntegersOut top_tokens,
                         FloatsOut top) {
@@ -143,7 +143,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_draw_measured, DrawMeasured,
                                   .Arg<Floats>()
                                   .Arg<Values>()
                                   .Arg<Floats>()
-                                  .Arg<Values>()
+                                  .Arg<Bytes>()
                                   .Arg<Floats>()
                                   .Arg<Flags>()
                                   .Arg<Floats>()

@@ -95,9 +95,9 @@ def draw_measured(
 
     Args:
       x: float32.
-      table: rows, values and scales, as `most_probable` takes them; int8 `[V, D]`, what the values
-        leave out in steps of a 254th of the scale; and float32 `[V]`, no less than the norm of what
-        both leave out.
+      table: rows, values and scales, as `most_probable` takes them; uint8, what the values leave
+        out, and float32 `[V]`, no less than the norm of what both leave out: the parts of
+        `unembedding.Remainders`.
       factor: Above 0.
       drawing: What is allowed and how each row draws, as `draw` takes them.
       num_top: How many of the most probable tokens to report.

@@ -1,7 +1,7 @@
 // Bounds of the products of every row of a float32 table [V, D] with some inputs [M, D], from an int8
 // copy of the table: what the copy leaves out of a row has a known norm (Cauchy-Schwarz). It is a
-// quarter of the bytes, or half of them with what the copy leaves out, int8 too, at a 254th of the
-// scale. Where bounds leave something undecided, float32 rows decide.
+// quarter of the bytes; with what the copy leaves out, in four bits, three eighths. Where bounds
+// leave something undecided, float32 rows decide.
 
 #pragma once
 
@@ -39,22 +39,6 @@ struct PlainRow {
   }
 };
 
-constexpr float kRemainderSteps = 254;  // of a step of the copy
-
-// A row of the int8 copy with what that leaves out, in steps of the latter.
-struct FineRow {
-  PlainRow<int8_t> values, remainders;
-
-  Floats vector_at(int64_t k) const {
-    return values.vector_at(k) * kRemainderSteps + remainders.vector_at(k);
-  }
-  float at(int64_t k) const { return values.at(k) * kRemainderSteps + remainders.at(k); }
-  void fetch_after(int64_t k, int64_t count) const {
-    values.fetch_after(k, count);
-    remainders.fetch_after(k, count);
-  }
-};
-
 template <int kCount, typename Row>
 void dot(const Row& row, const float* x, int64_t depth, float* products) {
   // Several sums, for the latency of an addition.
@@ -78,6 +62,51 @@ void dot(const Row& row, const float* x, int64_t depth, float* products) {
   }
 }
 
+// What the int8 copy of a row leaves out: four bits c a column, for (c - 7.5) / 15 of a step of the
+// copy. A line of the copy has half a line of them, the low bits for the first half of its columns.
+constexpr float kRemainderSteps = 15;
+constexpr int64_t kHalfLine = kCacheLine / 2;
+
+inline int64_t remainders_size(int64_t depth) {
+  return (depth + kCacheLine - 1) / kCacheLine * kHalfLine;
+}
+
+// Products with a row of the copy and what that leaves out, without its scale; `sums` are those of
+// the inputs' elements.
+template <int kCount>
+void dot_fine(const int8_t* values, const uint8_t* remainders, const float* x, int64_t depth,
+              const float* sums, float* products) {
+  constexpr int kVectors = kCacheLine / kLanes;
+  constexpr int kSums = std::min(8 / kCount, kVectors);
+  Floats parts[kCount][kSums] = {};
+  int64_t k = 0;
+  for (; k + kCacheLine <= depth; k += kCacheLine, remainders += kHalfLine) {
+    // Beyond the row comes the next one; an address past the table is harmless.
+    __builtin_prefetch(values + k + kAhead, 0, 2);
+    __builtin_prefetch(remainders + kAhead / 2, 0, 2);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t column = v * kLanes;
+      const int shift = column < kHalfLine ? 0 : 4;
+      const Floats weight = load(values + k + column) * kRemainderSteps +
+                            load_four_bits(remainders + column % kHalfLine, shift);
+      for (int m = 0; m < kCount; ++m) {
+        parts[m][v % kSums] += weight * load(x + m * depth + k + column);
+      }
+    }
+  }
+  for (int m = 0; m < kCount; ++m) {
+    Floats sum = parts[m][0];
+    for (int s = 1; s < kSums; ++s) sum += parts[m][s];
+    float total = sum_of(sum);
+    for (int64_t column = 0; k + column < depth; ++column) {
+      const int shift = column < kHalfLine ? 0 : 4;
+      const int code = remainders[column % kHalfLine] >> shift & 15;
+      total += (values[k + column] * kRemainderSteps + code) * x[m * depth + k + column];
+    }
+    products[m] = (total - kRemainderSteps / 2 * sums[m]) / kRemainderSteps;
+  }
+}
+
 struct ScreenedTable {
   const float* rows;         // [V, D]
   const int8_t* values;      // [V, D]
@@ -86,8 +115,7 @@ struct ScreenedTable {
   const bool* allowed;       // [V], or [M, V] with another row for each input
   int64_t allowed_stride;    // 0 or V
   int64_t num_rows, depth;
-  // [V, D], in steps of scale / kRemainderSteps, what the values leave out; null if it is not read.
-  const int8_t* remainders = nullptr;
+  const uint8_t* remainders = nullptr;  // [V, remainders_size(D)]; null if they are not read
 
   int64_t num_units() const { return (num_rows + kUnitRows - 1) / kUnitRows; }
   std::pair<int64_t, int64_t> unit(int64_t number) const {
@@ -105,7 +133,8 @@ struct ScreenedTable {
 // An input as the screen multiplies it.
 struct Input {
   const float* x;
-  float norm, uncertainty = 0;  // how far from its products with a row of scale 1 the screen's are
+  float norm, sum;
+  float uncertainty = 0;  // how far from its products with a row of scale 1 the screen's are
 #if defined(__AVX512VNNI__)
   // x is close to step * (128 * high + low): a row is then multiplied as integers, at the speed of
   // the memory bus.
@@ -129,10 +158,14 @@ struct InputBlock {
 
   void set(int64_t m, const float* x, int64_t depth) {
     Input& input = inputs[m];
-    double sum = 0;
-    for (int64_t k = 0; k < depth; ++k) sum += static_cast<double>(x[k]) * x[k];
+    double sum = 0, squares = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      sum += x[k];
+      squares += static_cast<double>(x[k]) * x[k];
+    }
     input.x = x;
-    input.norm = static_cast<float>(std::sqrt(sum) * (1 + 1e-6));
+    input.norm = static_cast<float>(std::sqrt(squares) * (1 + 1e-6));
+    input.sum = static_cast<float>(sum);
 #if defined(__AVX512VNNI__)
     constexpr float kSteps = 127 * 128;
     float largest = 0;
@@ -217,11 +250,12 @@ void screen(const int8_t* rows, const InputBlock& block, int64_t depth, float* p
 template <int kRows, int kCount>
 void screen_fine(const ScreenedTable& table, int64_t begin, const InputBlock& block,
                  float* products) {
-  for (int r = 0; r < kRows; ++r, products += kCount) {
-    const int64_t start = (begin + r) * table.depth;
-    const FineRow row{{table.values + start}, {table.remainders + start}};
-    dot<kCount>(row, block.inputs[0].x, table.depth, products);
-    for (int m = 0; m < kCount; ++m) products[m] /= kRemainderSteps;
+  float sums[kCount];
+  for (int m = 0; m < kCount; ++m) sums[m] = block.inputs[m].sum;
+  for (int64_t row = begin; row < begin + kRows; ++row, products += kCount) {
+    dot_fine<kCount>(table.values + row * table.depth,
+                     table.remainders + row * remainders_size(table.depth), block.inputs[0].x,
+                     table.depth, sums, products);
   }
 }
 

@@ -63,6 +63,21 @@ inline Floats load(const int8_t* from) {
 #endif
 }
 
+// Four bits of each byte, from 0 to 15: the low ones, or the high ones where `shift` is 4.
+inline Floats load_four_bits(const uint8_t* from, int shift) {
+#if defined(__AVX512F__)
+  Ints bytes = (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  Ints bytes = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  Bytes loaded;
+  std::memcpy(&loaded, from, sizeof(loaded));
+  Ints bytes = __builtin_convertvector(loaded, Ints);
+#endif
+  return __builtin_convertvector(bytes >> shift & 15, Floats);
+}
+
 // e^x to about one unit in the last place, 0 where that is below the normal floats: 2^n times e^r
 // with |r| <= ln 2 / 2, e^r by its Taylor series.
 inline Floats exp(Floats x) {
