@@ -78,6 +78,8 @@ def initialize_distributed(
         _wait_for(coordinator)
     # Where only some are given, a launcher may know the rest, such as a process's local devices.
     method = "deactivate" if None not in given and not _is_launched() else None
+    # It takes SIGTERM for a warning, to save what is being trained, and the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *given,

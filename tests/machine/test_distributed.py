@@ -253,16 +253,14 @@ def test_an_error_in_one_process_is_an_error_in_all(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "victim",
+    ("victim", "how"),
     [
-        2,
-        pytest.param(
-            0,
-            marks=slow,
-        ),
+        (2, signal.SIGTERM),
+        pytest.param(2, signal.SIGKILL, marks=slow),
+        pytest.param(0, signal.SIGKILL, marks=slow),
     ],
 )
-def test_the_death_of_one_process_ends_all(victim, start, nano_path):
+def test_the_death_of_one_process_ends_all(victim, how, start, nano_path):
     slow = (
         "import os, time, sys; preadv = os.preadv\n"
         "def slow(*arguments):\n"
@@ -284,8 +282,9 @@ def test_the_death_of_one_process_ends_all(victim, start, nano_path):
     for process in processes:
         while process.stdout.readline() != "loading\n":
             assert process.poll() is None
-    processes[victim].send_signal(signal.SIGKILL)
+    processes[victim].send_signal(how)
     killed = time.monotonic()
+    assert processes[victim].wait(timeout=60) == -how
     # The service that notices who is silent is process 0's own.
     said = r"unhealthy \(stopped sending heartbeats\):\n2\n|task:2" if victim else "leader task"
     for rank in {0, 1, 2, 3} - {victim}:
