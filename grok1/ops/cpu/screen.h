@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -66,9 +67,32 @@ void dot(const Row& row, const float* x, int64_t depth, float* products) {
 // copy. A line of the copy has half a line of them, the low bits for the first half of its columns.
 constexpr float kRemainderSteps = 15;
 constexpr int64_t kHalfLine = kCacheLine / 2;
+constexpr int kLineVectors = kCacheLine / kLanes;
+
+// Sums of an input, several for the latency of an addition.
+template <int kCount>
+constexpr int kSumsFine = std::min(8 / kCount, kLineVectors);
 
 inline int64_t remainders_size(int64_t depth) {
   return (depth + kCacheLine - 1) / kCacheLine * kHalfLine;
+}
+
+// parts[kCount, kVectors] += the products of a line's columns. All loops are of known length and
+// unrolled, or the sums would not stay in registers.
+template <int kCount>
+__attribute__((always_inline)) inline void multiply_line_fine(
+    const int8_t* values, const uint8_t* remainders, const float* x, int64_t depth,
+    Floats (&parts)[kCount][kSumsFine<kCount>]) {
+#pragma GCC unroll 16
+  for (int v = 0; v < kLineVectors; ++v) {
+    const int column = v * kLanes;
+    const Floats weight = load(values + column) * kRemainderSteps +
+                          load_four_bits(remainders + column % kHalfLine, column < kHalfLine ? 0 : 4);
+#pragma GCC unroll 4
+    for (int m = 0; m < kCount; ++m) {
+      parts[m][v % kSumsFine<kCount>] += weight * load(x + m * depth + column);
+    }
+  }
 }
 
 // Products with a row of the copy and what that leaves out, without its scale; `sums` are those of
@@ -76,27 +100,17 @@ inline int64_t remainders_size(int64_t depth) {
 template <int kCount>
 void dot_fine(const int8_t* values, const uint8_t* remainders, const float* x, int64_t depth,
               const float* sums, float* products) {
-  constexpr int kVectors = kCacheLine / kLanes;
-  constexpr int kSums = std::min(8 / kCount, kVectors);
-  Floats parts[kCount][kSums] = {};
+  Floats parts[kCount][kSumsFine<kCount>] = {};
   int64_t k = 0;
   for (; k + kCacheLine <= depth; k += kCacheLine, remainders += kHalfLine) {
     // Beyond the row comes the next one; an address past the table is harmless.
     __builtin_prefetch(values + k + kAhead, 0, 2);
     __builtin_prefetch(remainders + kAhead / 2, 0, 2);
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t column = v * kLanes;
-      const int shift = column < kHalfLine ? 0 : 4;
-      const Floats weight = load(values + k + column) * kRemainderSteps +
-                            load_four_bits(remainders + column % kHalfLine, shift);
-      for (int m = 0; m < kCount; ++m) {
-        parts[m][v % kSums] += weight * load(x + m * depth + k + column);
-      }
-    }
+    multiply_line_fine<kCount>(values + k, remainders, x + k, depth, parts);
   }
   for (int m = 0; m < kCount; ++m) {
     Floats sum = parts[m][0];
-    for (int s = 1; s < kSums; ++s) sum += parts[m][s];
+    for (int s = 1; s < kSumsFine<kCount>; ++s) sum += parts[m][s];
     float total = sum_of(sum);
     for (int64_t column = 0; k + column < depth; ++column) {
       const int shift = column < kHalfLine ? 0 : 4;
