@@ -27,11 +27,12 @@ from jax._src import compiler
 
 import grok1
 from grok1.config import ModelConfig
+from tests.helpers import SLOW_TESTS
 
 # A run in the background of a shell ignores Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.devices()
+jax.devices()  # Its flags are read once and for all.
 # What is imported stays, and tracing makes many objects and little garbage.
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
@@ -86,8 +87,9 @@ class Patch(pytest.MonkeyPatch):
         super().setattr(target, name, *value, **options)
 
 
-AS_USERS_COMPILE = {"command", "nn", "ops"}
-"""Rooms whose programs are optimised: every operation, the golden numbers, the command line."""
+ALWAYS_OPTIMISED = {"command"}
+OPTIMISED_IN_SLOW_TESTS = {"nn", "ops"}
+"""Rooms whose programs are optimised, whatever a test's mark says."""
 
 
 # Not optimised, a program is still taken through MLIR, a pipeline for each fusion and two thirds of
@@ -111,11 +113,13 @@ if LIGHT:
     compiler.get_compile_options = lighter_options
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def optimisations(request):
-    """Has XLA optimise what these rooms compile, here and in processes that they start."""
-    is_off = request.path.parent.name not in AS_USERS_COMPILE
-    # XLA reads the flags of this process once, and before it reads these: they are for others.
+    """Has XLA optimise what marked tests compile, here and in processes that they start."""
+    rooms = ALWAYS_OPTIMISED | (OPTIMISED_IN_SLOW_TESTS if SLOW_TESTS else set())
+    is_marked = request.node.get_closest_marker("optimised") is not None
+    is_off = not is_marked and request.path.parent.name not in rooms
+    # XLA has read the flags of this process: these are for others.
     os.environ["XLA_FLAGS"] = LIGHT_FLAGS if is_off else FLAGS
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(is_off))
     jax.config.update("jax_disable_most_optimizations", is_off)

@@ -17,9 +17,9 @@ from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import NamedParams, Params, forward
 from grok1.ops.quantized import QuantizedArray, refine_groups
 
-slow = pytest.mark.skipif(
-    "GROK1_SLOW_TESTS" not in os.environ, reason="slow; set GROK1_SLOW_TESTS=1"
-)
+SLOW_TESTS = "GROK1_SLOW_TESTS" in os.environ
+
+slow = pytest.mark.skipif(not SLOW_TESTS, reason="slow; set GROK1_SLOW_TESTS=1")
 """Marks what a fast test covers but for its size."""
 
 

@@ -291,6 +291,7 @@ def random_cases(seed, rows, vocab_size):
     return logits.astype(np.float32), allowed, state
 
 
+@pytest.mark.optimised
 def test_all_forms_keep_and_draw_the_same_in_two_thousand_cases(kept_by_kernel):
     for seed in range(4):
         logits, allowed, state = random_cases(seed, rows=512, vocab_size=531)
@@ -398,6 +399,7 @@ def test_a_tiny_temperature_takes_the_most_probable_token():
     assert draw(logits, state_of(near_greedy), [0]) == [23]
 
 
+@pytest.mark.optimised
 def test_frequencies_of_many_draws():
     # Each case has 20,000 draws, over 100 keys at 200 positions.
     cases = [

@@ -38,6 +38,7 @@ def run(engine: Engine, tokens: np.ndarray, chunk: int, capture=()):
     return np.asarray(logits)[0, : len(tokens)], jax.tree.map(np.asarray, captured)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
 def test_golden_numbers_on_every_mesh(mesh, nano_path, nano_reference):
     model = grok1.load(nano_path, mesh=mesh, dtype="float32", progress=False)
@@ -81,6 +82,7 @@ def test_chunks_and_single_steps_equal_one_forward_pass(nano, nano_reference):
     assert relative_error(np.concatenate(found), whole) <= 2e-5
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("mesh", "cache_dtypes"),
     [((1, 1), ("float16", "float32", "int8")), ((2, 4), ("float16",))],

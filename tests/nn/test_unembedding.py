@@ -44,6 +44,7 @@ def best(embedding, x, allowed):
     return np.argmax(np.where(allowed, products, -np.inf), axis=-1)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("num_devices", [1, 4])
 @pytest.mark.parametrize("num_rows", [1, 3, 9])
 def test_the_most_probable_token(num_rows, num_devices):
@@ -53,6 +54,7 @@ def test_the_most_probable_token(num_rows, num_devices):
     np.testing.assert_array_equal(found, best(embedding, x, allowed))
 
 
+@pytest.mark.optimised
 def test_rows_that_int8_cannot_tell_apart():
     # 300 rows that differ by less than a step of their int8 copies.
     embedding, x = random(2, V, D), random(3, 4, D)

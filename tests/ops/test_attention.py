@@ -160,6 +160,7 @@ def test_a_map_holds_the_weights_that_the_values_are_mixed_with(dtype):
 # --- attend_cache -----------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("capacity", [37, 1024, 1100])
 def test_attend_cache_is_attend(capacity):
     # Blocks are of 512 keys: less than one, two whole ones, and two and a rest of 76.
@@ -299,6 +300,7 @@ def test_what_lies_in_other_slots_is_not_read(form):
     )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["float32", "int8"])
 def test_slots_are_read_and_written_in_place(form, dtype):
@@ -498,6 +500,7 @@ def test_what_an_earlier_text_left_in_the_cache_is_not_mixed_in(form, dtype, len
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.int8])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_a_cache_of_any_type_keeps_what_is_no_number(dtype, poison):
@@ -579,6 +582,7 @@ def test_append_to_int8_drops_values_and_scales_of_what_is_invalid():
         np.testing.assert_array_equal(np.asarray(scales) > 0, written)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("length", [T, 64])
 def test_attend_cache_in_int8_is_attention_over_what_it_stands_for(length):
     cache, _, _ = filled_int8_cache(1100)

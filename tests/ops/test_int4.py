@@ -67,6 +67,7 @@ def test_shards_of_odd_rows_are_refused():
 SIZES = [(1, 512, 96), (2, 192, 64), (3, 512, 40), (7, 24, 33), (13, 344, 70), (33, 512, 65)]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", ["blocked", "cpp"])
 @pytest.mark.parametrize(("num_rows", "rows", "columns"), SIZES)
 def test_every_form_against_float64(form, num_rows, rows, columns):
@@ -104,6 +105,7 @@ def test_searched_scales_against_the_largest_value_and_published_errors(tails, m
     assert error <= 1.01 * most
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("rows", [512, 24])
 def test_both_forms_of_rounding_find_the_same_bits(rows):
     if not forms.has_kernels("cpu"):
@@ -129,6 +131,7 @@ def test_a_weight_of_zeros_and_one_of_few_values_are_rounded():
     assert relative_error(int4.dequantize_int4(round_weight(weight, 1)), weight) < 0.05
 
 
+@pytest.mark.optimised
 def test_error_feedback_in_both_forms():
     rng = np.random.default_rng(0)
     rows = 512

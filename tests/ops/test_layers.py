@@ -33,6 +33,7 @@ def test_rms_norm_adds_its_epsilon_to_the_mean_square():
     np.testing.assert_array_equal(rms_norm(jnp.zeros(3), jnp.ones(3)), np.zeros(3))
 
 
+@pytest.mark.optimised
 def test_rms_norm_is_float32_throughout():
     x = normal(0, 2, 3, 7, dtype=jnp.bfloat16)
     scale = normal(1, 7)
@@ -46,6 +47,7 @@ def test_rms_norm_is_float32_throughout():
 # --- rounding and splitting -------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
 def test_two_terms_keep_twice_the_mantissa(dtype):
     x = normal(0, 1000)
@@ -140,6 +142,7 @@ def test_rope_products_depend_on_the_distance_alone():
     assert not np.allclose(products(14, 0), products(13, 0), atol=0.1)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rope_at_the_last_position_of_the_context_against_float64(dtype):
     position, half = 8191, 64  # the released head size, 128

@@ -146,6 +146,7 @@ def test_expert_ffn_by_hand():
     np.testing.assert_allclose(output, [[6 * 0.841192]], rtol=1e-6)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "num_selected"),
     # 300 tokens are several blocks of 128 an expert.
@@ -212,6 +213,7 @@ def test_a_batch_of_padding_alone_reads_no_expert():
     np.testing.assert_array_equal(output, np.zeros((7, D)))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", ["dense", "sparse", "cpp"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
 def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
@@ -256,6 +258,7 @@ def test_what_is_no_number_stays_so(form, num_tokens):
             np.testing.assert_array_equal(~np.isfinite(output), np.tile(expected[:, None], D))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("num_tokens", [1, 3, 9, 500])
 def test_native_experts_of_few_and_of_many_rows(num_tokens):
     skip_unless_it_runs_here("cpp")

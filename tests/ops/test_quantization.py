@@ -166,6 +166,7 @@ def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead,
         assert relative_error(output, float64(exact) @ matrix) <= 2e-6
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("num_groups", [1, 5])
 def test_every_number_of_rows_in_every_form(num_groups, implementation):
@@ -289,6 +290,7 @@ def test_what_a_product_asks_of_an_nvidia_gpu(dtype, asks):
     assert ("HIGHEST" in lowered.as_text()) == asks
 
 
+@pytest.mark.optimised
 def test_matmul_split_keeps_the_mantissa_that_bfloat16_would_round_off():
     weight, x = random_weight((3,)), normal(1, 2, 3, K)
 
@@ -307,6 +309,7 @@ def test_matmul_split_keeps_the_mantissa_that_bfloat16_would_round_off():
     assert errors[2] >= 1e-3  # one
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("implementation", ["tiled", "cpp"])
 @pytest.mark.parametrize("num_groups", [1, 8])
 def test_matmul_makes_no_copy_of_a_large_weight(num_groups, implementation):
