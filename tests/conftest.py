@@ -87,9 +87,8 @@ class Patch(pytest.MonkeyPatch):
         super().setattr(target, name, *value, **options)
 
 
-ALWAYS_OPTIMISED = {"command"}
-OPTIMISED_IN_SLOW_TESTS = {"nn", "ops"}
-"""Rooms whose programs are optimised, whatever a test's mark says."""
+OPTIMISED_ROOMS = {"command", "nn", "ops"} if SLOW_TESTS else set()
+"""Whose programs are optimised whatever a test's mark says."""
 
 
 # Not optimised, a program is still taken through MLIR, a pipeline for each fusion and two thirds of
@@ -116,9 +115,8 @@ if LIGHT:
 @pytest.fixture(autouse=True)
 def optimisations(request):
     """Has XLA optimise what marked tests compile, here and in processes that they start."""
-    rooms = ALWAYS_OPTIMISED | (OPTIMISED_IN_SLOW_TESTS if SLOW_TESTS else set())
     is_marked = request.node.get_closest_marker("optimised") is not None
-    is_off = not is_marked and request.path.parent.name not in rooms
+    is_off = not is_marked and request.path.parent.name not in OPTIMISED_ROOMS
     # XLA has read the flags of this process: these are for others.
     os.environ["XLA_FLAGS"] = LIGHT_FLAGS if is_off else FLAGS
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(is_off))

@@ -23,6 +23,13 @@ slow = pytest.mark.skipif(not SLOW_TESTS, reason="slow; set GROK1_SLOW_TESTS=1")
 """Marks what a fast test covers but for its size."""
 
 
+def flags_with_devices(number: int) -> str:
+    """XLA_FLAGS for a process with so many virtual CPU devices."""
+    flags = os.environ["XLA_FLAGS"].split()
+    kept = [flag for flag in flags if "device_count" not in flag]
+    return " ".join([*kept, f"--xla_force_host_platform_device_count={number}"])
+
+
 def relative_error(found, expected) -> float:
     """Norm of the difference over norm of the expected, in float64."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)

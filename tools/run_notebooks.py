@@ -29,12 +29,13 @@ def run(path: pathlib.Path, *, then: str = "") -> nbformat.NotebookNode:
     num_cells = len(notebook.cells)
     if then:
         notebook.cells.append(nbformat.v4.new_code_cell(then))
+    flags = os.environ.get("XLA_FLAGS", "").split()
     with tempfile.TemporaryDirectory() as private:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             # Notebooks show one device unless they ask for more, and leave nothing behind.
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": " ".join(flag for flag in flags if "device_count" not in flag),
             "JAX_PLATFORMS": "cpu",
             "IPYTHONDIR": private,
             "JUPYTER_RUNTIME_DIR": private,

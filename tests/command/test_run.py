@@ -9,14 +9,16 @@ import time
 
 import pytest
 
+from tests.helpers import flags_with_devices
+
 RUN = pathlib.Path(__file__).parent.parent.parent / "run.py"
 PROMPT = "The answer to life the universe and everything is of course"
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+def one_device(monkeypatch, optimisations):
     """A user's machine, on which all of these share their compiled programs."""
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", flags_with_devices(1))
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -24,6 +26,7 @@ def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.optimised
 def test_no_arguments_runs_the_toy_and_says_so():
     result = run()
     assert result.returncode == 0

@@ -16,7 +16,7 @@ import pytest
 
 import grok1
 from grok1.machine import processes
-from tests.helpers import relative_error, slow
+from tests.helpers import flags_with_devices, relative_error, slow
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 JOIN = "import grok1; grok1.initialize_distributed({coordinator!r}, {count}, {rank})\n"
@@ -60,7 +60,7 @@ def start():
     def start(count, num_devices, command):
         environment = dict(
             os.environ,
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+            XLA_FLAGS=flags_with_devices(num_devices),
             PYTHONPATH=str(ROOT),
         )
         for rank in range(count):

@@ -76,15 +76,16 @@ def with_experts(routing, indices):
 
 
 def float64_experts(x, weights, routing):
-    """Token by token, from the definition; `weights` has no layer axis."""
+    """Expert by expert, from the definition; `weights` has no layer axis."""
     x, gate, up, down = (np.asarray(array).astype(np.float64) for array in (x, *weights))
     indices, factors = np.asarray(routing.expert_indices), np.asarray(routing.expert_weights)
     out = np.zeros_like(x)
-    for token, choice in np.ndindex(*indices.shape):
-        expert = indices[token, choice]
+    for expert in range(len(gate)):
+        token, choice = np.nonzero(indices == expert)
         hidden = x[token] @ gate[expert]
         gelu = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
-        out[token] += factors[token, choice] * ((gelu * (x[token] @ up[expert])) @ down[expert])
+        product = (gelu * (x[token] @ up[expert])) @ down[expert]
+        np.add.at(out, token, factors[token, choice][:, None] * product)
     return out
 
 

@@ -17,7 +17,7 @@ from grok1.engine.sampling import SamplingParams
 from grok1.generate.request import Request, Wishes
 from grok1.server.links import Connection, _packed, _unpacked
 from tests.conftest import TOY
-from tests.helpers import slow
+from tests.helpers import flags_with_devices, slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def start(count: int, num_devices: int, port: int) -> list[subprocess.Popen]:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     environment = dict(
         os.environ,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+        XLA_FLAGS=flags_with_devices(num_devices),
         PYTHONPATH=str(ROOT),
     )
     arguments = [

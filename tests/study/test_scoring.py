@@ -14,7 +14,7 @@ from grok1.nn.sharding import make_mesh
 from grok1.nn.unembedding import _LOGITS_BYTES
 from grok1.planning.memory import abstract_engine, released_weights
 from grok1.study.scoring import Window, encode_pair, score_windows, window_bounds
-from tests.helpers import slow
+from tests.helpers import flags_with_devices, slow
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TEXT = (
@@ -382,7 +382,7 @@ def test_a_long_text_takes_little_memory():
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags_with_devices(1)},
         check=False,
     )
     assert result.returncode == 0, result.stderr
