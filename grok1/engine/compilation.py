@@ -31,7 +31,7 @@ from jax.experimental import serialize_executable
 from grok1.engine import graphs
 from grok1.machine import environment
 from grok1.machine.announcement import announced, hint
-from grok1.machine.background import in_background
+from grok1.machine.background import in_background, interruptible
 from grok1.machine.cache_directory import held_directory
 from grok1.machine.jax_settings import Settings, own_settings, settings_of_thread, under
 from grok1.machine.processor import available_cores, instructions
@@ -145,16 +145,17 @@ class Program:
         self._compiled(_key(args), args)
 
     def _compiled(self, key: Hashable, args: tuple):
-        with self._lock:
-            executable = self.executables.get(key)
-            if executable is not None:
-                return executable
-            coming = self._coming.get(key)
-            if coming is None:
-                settings = settings_of_thread()
-                coming = in_background(lambda: self._made(key, args, settings))
-                self._coming[key] = coming
-        return coming.result()
+        with interruptible() as wait:
+            with self._lock:
+                executable = self.executables.get(key)
+                if executable is not None:
+                    return executable
+                coming = self._coming.get(key)
+                if coming is None:
+                    settings = settings_of_thread()
+                    coming = in_background(lambda: self._made(key, args, settings))
+                    self._coming[key] = coming
+            return wait(coming)
 
     def _made(self, key: Hashable, args: tuple, settings: Settings):
         try:

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
+
+_LOOK_SECONDS = 0.5
 
 _lock = threading.Lock()
 _working: list[threading.Thread] = []
@@ -45,6 +47,44 @@ def in_background(function: Callable[[], Any]) -> Future:
         _working[:] = [*filter(threading.Thread.is_alive, _working), thread]
         thread.start()
     return future
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[Future], Any]]:
+    """Lets no interruption be lost in a block that starts work and waits for it.
+
+    Python raises it wherever the main thread is, and what is raised while garbage is collected, in
+    a finaliser or a callback, is only printed.
+
+    Yields:
+      Takes what `in_background` returned and waits for its result; an interruption since the block
+      began is raised there, if it was not before.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or handler is not signal.default_int_handler:
+        yield Future.result
+        return
+    interruptions = []
+
+    def note(number, frame):
+        interruptions.append(number)
+        raise KeyboardInterrupt
+
+    def wait(future: Future) -> Any:
+        while not interruptions:
+            with contextlib.suppress(TimeoutError):
+                future.exception(_LOOK_SECONDS)
+                break
+        if interruptions:
+            raise KeyboardInterrupt
+        return future.result()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield wait
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def do_not_wait(status: int) -> None:

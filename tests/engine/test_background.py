@@ -58,6 +58,28 @@ def test_a_wait_is_interrupted_at_once_and_the_next_call_has_the_program():
     assert len(traced) == 1
 
 
+def test_an_interruption_that_python_only_prints_is_not_lost(monkeypatch):
+    class Interrupting:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    settings_of_thread, printed = compilation.settings_of_thread, []
+
+    def with_garbage():
+        Interrupting()
+        return settings_of_thread()
+
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    program, _ = slow(0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(compilation, "settings_of_thread", with_garbage)
+        with pytest.raises(KeyboardInterrupt):
+            program(np.ones(2, np.float32))
+    assert [found.exc_type for found in printed] == [KeyboardInterrupt]
+    assert program(np.ones(2, np.float32)).tolist() == [2, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def in_threads(number: int, function) -> list:
     """What a function returns, or raises, in several threads at once."""
     found, barrier = [], threading.Barrier(number)
