@@ -123,6 +123,12 @@ def optimisations(request):
     jax.config.update("jax_disable_most_optimizations", is_off)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def collected_quickly():
+    """Has `gc.collect`, which some calls make, look at what a module made and nothing before."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def stored_programs():
     """Lets tests share compiled programs, unless one patches what they are compiled from."""

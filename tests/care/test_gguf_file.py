@@ -154,16 +154,14 @@ def _llama_cpp_ids(vocabulary, ids, pattern, text) -> list[int]:
 )
 def test_llama_cpp_is_given_a_vocabulary_that_makes_our_ids(model):
     tokenizer = Tokenizer.load(model)
-    vocabulary = llama_cpp_vocabulary(tokenizer)
+    vocabulary, of_model = llama_cpp_vocabulary(tokenizer), tokenizer.vocabulary
     expected = [tokenizer.encode(text) for text in TEXTS]
     assert llama_cpp_ids(vocabulary, TEXTS) == expected
     # Were the types those of the model, pieces would be cut out, and spaces put between.
-    as_it_is = llama_cpp_ids(tokenizer.vocabulary, TEXTS[4:6])
+    as_it_is = llama_cpp_ids(of_model, TEXTS[4:6])
     assert as_it_is != expected[4:6]
-    highest = max(score for _, score, kind in tokenizer.vocabulary if kind == 1)
-    for (piece, score, kind), (_, new_score, new_kind) in zip(
-        tokenizer.vocabulary, vocabulary, strict=True
-    ):
+    highest = max(score for _, score, kind in of_model if kind == 1)
+    for (piece, score, kind), (_, new_score, new_kind) in zip(of_model, vocabulary, strict=True):
         if kind != 4:
             assert (new_score, new_kind) == (score, kind)
         elif piece.startswith(b"<|"):
