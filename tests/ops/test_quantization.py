@@ -172,11 +172,11 @@ def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead,
 def test_every_number_of_rows_in_every_form(num_groups, implementation):
     skip_unless_it_runs_here(implementation)
     # Several panels and slots of the native kernel, none of them full; groups of 260 rows.
-    weight = random_weight((2,), rows=1300, num_groups=num_groups, columns=1100)
+    weight = random_weight((2,), rows=1300, num_groups=num_groups, columns=2100)
     matrix = float64_weight(weight)[1]
     product = jax.jit(lambda x: matmul(x, weight, (1,), implementation=implementation))
     # XLA's forms are the same for every number of rows.
-    for num_rows in (1, 2, 3, 5, 11, 16, 35) if implementation == "cpp" else (1, 11):
+    for num_rows in (1, 2, 3, 5, 7, 11, 16, 24, 35) if implementation == "cpp" else (1, 11):
         x = normal(num_rows, num_rows, 1300)
         assert relative_error(product(x), float64(x) @ matrix) <= 2e-6
 

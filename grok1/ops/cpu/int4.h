@@ -218,6 +218,9 @@ inline void multiply_group(const Codes& of, const float* x, int64_t num_rows, fl
 }
 
 // As for int8 matrices, in product.h.
+constexpr int64_t most_few(const Int4Matrix&) { return kFewRows; }
+
+// As for int8 matrices, in product.h.
 inline void multiply_few(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                          int64_t width, const float* x, int64_t num_rows, bool add, float* out,
                          int64_t out_stride) {

@@ -71,8 +71,8 @@ template <typename Matrix>
 void matmul(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x,
                    int64_t num_rows, float* out) {
   if (num_rows == 0 || matrix.columns == 0) return;
-  (num_rows <= kFewRows ? matmul_few<Matrix> : matmul_many<Matrix>)(pool, matrix, x, num_rows,
-                                                                    out);
+  const bool are_few = num_rows <= most_few(matrix);
+  (are_few ? matmul_few<Matrix> : matmul_many<Matrix>)(pool, matrix, x, num_rows, out);
 }
 
 }  // namespace grok1

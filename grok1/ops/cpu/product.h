@@ -2,6 +2,7 @@
 //
 // Few rows: the time is that of reading the weight once, so weight rows are walked side by side, in
 // runs long enough for the memory bus, and each cache line is fetched one block ahead of its use.
+// Some more: the same from a copy of these rows, see near.h.
 // Many rows: the time is that of arithmetic, so a tile of the weight is converted to float once, in
 // the first-level cache, and multiplied by all rows from there.
 
@@ -11,6 +12,7 @@
 #include <cstdint>
 
 #include "forecast.h"
+#include "near.h"
 #include "vectors.h"
 
 namespace grok1 {
@@ -18,24 +20,33 @@ namespace grok1 {
 // Most input rows whose sums, for one tile's width, stay in registers beside the weight.
 constexpr int kMaxRows = 6;
 
-// Most input rows for which the weight is walked; of more than kMaxRows in two halves, the second
-// of which finds it near.
+// Most input rows for which the weight is walked; of more than kMaxRows in two halves.
 constexpr int kFewRows = 2 * kMaxRows;
 
-constexpr int64_t kTileColumns = kTileVectors * kLanes;
+// Most input rows of a product with copies of weight rows, see near.h.
+constexpr int kMostCopied = 4 * kMaxRows;
+
+// Vectors that take a whole line at a time use it up at once.
+constexpr bool is_copied(int64_t num_rows) {
+  return num_rows > kMaxRows && kTileColumns < kCacheLine;
+}
+
 constexpr int64_t kTileDepth = 128;  // as float32 32 KiB with 64 columns
 
 // Columns whose sums stay near while weight rows are walked; the processor fetches past the end of
 // a run of memory, so the longer the runs the better.
 constexpr int64_t panel_for(int64_t num_rows) {
+  if (is_copied(num_rows)) return num_rows <= kMostCopied / 2 ? kNearColumns : kNearColumns / 2;
   return num_rows <= 2 ? 8192 : num_rows <= 4 ? 4096 : num_rows <= kMaxRows ? 2048 : 1024;
 }
 
-constexpr int64_t kMostSums = 2 * 8192;  // rows times columns of a panel
+// Rows times columns of a panel, up to whole lines.
+constexpr int64_t kMostSums = std::max<int64_t>(2 * 8192, kMostCopied / 2 * kNearColumns);
 
 // Weight rows walked side by side: the sums, which are more for more input rows, are loaded and
 // stored once for all of them.
 constexpr int64_t walked_for(int64_t num_rows) {
+  if (is_copied(num_rows)) return kNearDepth;
   return num_rows <= 2 ? 8 : num_rows <= 4 ? 16 : 32;
 }
 
@@ -50,6 +61,11 @@ struct Int8Matrix {
 
   const uint16_t* scales_at(int64_t k) const { return scales + k / depth_of_group * columns; }
 };
+
+// Most input rows that multiply_few takes.
+constexpr int64_t most_few(const Int8Matrix&) {
+  return is_copied(kMostCopied) ? kMostCopied : kFewRows;
+}
 
 // Matrix `number` of a stack.
 inline Int8Matrix matrix_of(const int8_t* values, const uint16_t* scales, int64_t number,
@@ -134,9 +150,30 @@ constexpr WalkRows kWalkRows[kMaxRows + 1] = {
     nullptr,      walk_rows<1>, walk_rows<2>, walk_rows<3>,
     walk_rows<4>, walk_rows<5>, walk_rows<6>};
 
+constexpr decltype(&multiply_strip<1>) kMultiplyStrip[kMaxRows + 1] = {
+    nullptr,           multiply_strip<1>, multiply_strip<2>, multiply_strip<3>,
+    multiply_strip<4>, multiply_strip<5>, multiply_strip<6>};
+
+// sums[num_rows, strips of kCacheLine] += x[depth, num_rows] @ values over `depth` weight rows and
+// `width` columns, by a copy.
+inline void multiply_copied(const int8_t* values, int64_t stride, int64_t depth, int64_t width,
+                            const float* x, int64_t num_rows, float* sums, Fetcher& fetcher) {
+  alignas(kCacheLine) static thread_local int8_t near[kNearDepth * kNearColumns];
+  copy_near(values, stride, depth, width, near);
+  const int64_t passes = num_blocks(num_rows);
+  const int64_t padded = (width + kCacheLine - 1) / kCacheLine * kCacheLine;
+  for (int64_t column = 0; column < width; column += kCacheLine) {
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t m = num_rows * pass / passes, end = num_rows * (pass + 1) / passes;
+      kMultiplyStrip[end - m](near + column * depth, depth, x + m, num_rows,
+                              sums + m * padded + column, padded, pass == 0, fetcher);
+    }
+  }
+}
+
 // out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
-// columns from `column` on, for at most kFewRows rows. x is [depth, num_rows] from weight row
-// `begin` on.
+// columns from `column` on, for at most most_few(matrix) rows. x is [depth, num_rows] from weight
+// row `begin` on.
 inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                          int64_t width, const float* x, int64_t num_rows, bool add, float* out,
                          int64_t out_stride) {
@@ -147,24 +184,37 @@ inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, i
   }
   alignas(kCacheLine) float sums[kMostSums];
   for (int64_t first = 0; first < width; first += panel_columns) {
-    int64_t panel = std::min(panel_columns, width - first);
+    const int64_t panel = std::min(panel_columns, width - first);
+    const int64_t unit = is_copied(num_rows) ? kCacheLine : 1;
+    const int64_t row_of_sums = (panel + unit - 1) / unit * unit;
+    const int8_t* panel_values = matrix.values + column + first;
     bool add_panel = add;
     for (int64_t group_begin = begin, group_end; group_begin < end; group_begin = group_end) {
       group_end = std::min(end, (group_begin / matrix.depth_of_group + 1) * matrix.depth_of_group);
-      std::fill_n(sums, num_rows * panel, 0.0f);
+      std::fill_n(sums, num_rows * row_of_sums, 0.0f);
       for (int64_t k = group_begin; k < group_end; k += walked) {
-        const int8_t* rows = matrix.values + k * matrix.columns + column + first;
+        const int8_t* rows = panel_values + k * matrix.columns;
+        const float* numbers = x + (k - begin) * num_rows;
+        const int64_t count = std::min(walked, group_end - k);
+        if (is_copied(num_rows)) {
+          // Behind the last rows come the next columns of the first.
+          Fetcher next{k + count < end ? rows + count * matrix.columns
+                                       : panel_values + begin * matrix.columns + panel,
+                       matrix.columns, panel};
+          multiply_copied(rows, matrix.columns, count, panel, numbers, num_rows, sums, next);
+          continue;
+        }
         for (int64_t m = 0; m < num_rows; m += half) {
-          kWalkRows[std::min(half, num_rows - m)](
-              rows, matrix.columns, std::min(walked, group_end - k), walked, half == num_rows,
-              panel, x + (k - begin) * num_rows + m, num_rows, sums + m * panel);
+          kWalkRows[std::min(half, num_rows - m)](rows, matrix.columns, count, walked,
+                                                  half == num_rows, panel, numbers + m, num_rows,
+                                                  sums + m * row_of_sums);
         }
       }
       const uint16_t* scales = matrix.scales_at(group_begin) + column + first;
       for (int64_t m = 0; m < num_rows; ++m) {
         float* out_row = out + m * out_stride + first;
         for (int64_t c = 0; c < panel; ++c) {
-          float scaled = sums[m * panel + c] * to_float(scales[c]);
+          float scaled = sums[m * row_of_sums + c] * to_float(scales[c]);
           out_row[c] = add_panel ? out_row[c] + scaled : scaled;
         }
       }
@@ -193,22 +243,44 @@ inline void convert_tile(const Int8Matrix& matrix, int64_t begin, int64_t depth,
   }
 }
 
-// out[kRows, kTileColumns] = (add ? out : 0) + x @ tile. x is packed. Meanwhile the weight rows at
-// `next`, those of the next tile, are fetched.
+// out[kRows, kTileColumns] = (add ? out : 0) + x @ tile. x is packed. If there is a `next`, the
+// weight rows there, those of the next tile, are fetched meanwhile.
 template <int kRows>
 void multiply_tile(const float* tile, int64_t depth, const float* x, bool add, float* out,
                    int64_t out_stride, const int8_t* next, int64_t next_stride) {
   // From zero: sums of sums lose fewer digits than one long sum.
-  Floats sum[kRows][kTileVectors] = {};
-  for (int64_t k = 0; k < depth; ++k, tile += kTileColumns, x += kRows, next += next_stride) {
-    __builtin_prefetch(next);
+  Floats sum[kRows][kTileVectors];
+#pragma GCC unroll 6
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) sum[m][v] = Floats{};
+  }
+  auto multiply_row = [&]() __attribute__((always_inline)) {
     Floats weight[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) weight[v] = load(tile + v * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      weight[v] = load(tile + v * kLanes);
+      hold(weight[v]);
+    }
+#pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * x[m];
     }
+    tile += kTileColumns;
+    x += kRows;
+  };
+  if (next) {
+    for (int64_t k = 0; k < depth; ++k, next += next_stride) {
+      __builtin_prefetch(next);
+      multiply_row();
+    }
+  } else {
+    for (int64_t k = 0; k < depth; ++k) multiply_row();
   }
+#pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       float* to = out + m * out_stride + v * kLanes;
       store_floats(to, add ? load(to) + sum[m][v] : sum[m][v]);
@@ -230,7 +302,7 @@ inline void multiply_converted(const float* tile, int64_t k, int64_t depth, int6
                                const float* x, int64_t x_depth, int64_t num_rows, bool add,
                                float* out, int64_t out_stride, const int8_t* next,
                                int64_t next_stride) {
-  for (int64_t block = 0; block < num_blocks(num_rows); ++block) {
+  for (int64_t block = 0; block < num_blocks(num_rows); ++block, next = nullptr) {
     int64_t rows = rows_of_block(num_rows, block);
     const float* x_block = x + block * kMaxRows * x_depth + k * rows;
     float* out_block = out + block * kMaxRows * out_stride;

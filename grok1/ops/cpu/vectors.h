@@ -23,6 +23,8 @@ constexpr int kLanes = 4;
 constexpr int kTileVectors = 2;
 #endif
 
+constexpr int64_t kTileColumns = kTileVectors * kLanes;
+
 constexpr int kCacheLine = 64;
 
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
@@ -47,6 +49,14 @@ inline Floats load(const float* from) {
 }
 
 inline void store_floats(float* to, Floats floats) { std::memcpy(to, &floats, sizeof(floats)); }
+
+// Holds a vector in a register: a compiler may otherwise load it again for each of its uses, and
+// loads are then what takes the time.
+__attribute__((always_inline)) inline void hold([[maybe_unused]] Floats& floats) {
+#if defined(__x86_64__)
+  asm("" : "+v"(floats));
+#endif
+}
 
 inline Floats load(const int8_t* from) {
 #if defined(__AVX512F__)
