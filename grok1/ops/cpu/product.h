@@ -43,10 +43,13 @@ constexpr int64_t panel_for(int64_t num_rows) {
 // Rows times columns of a panel, up to whole lines.
 constexpr int64_t kMostSums = std::max<int64_t>(2 * 8192, kMostCopied / 2 * kNearColumns);
 
-// Weight rows walked side by side: the sums, which are more for more input rows, are loaded and
-// stored once for all of them.
-constexpr int64_t walked_for(int64_t num_rows) {
+// Weight rows, of `columns` columns, walked side by side: the sums, which are more for more input
+// rows, are loaded and stored once for all of them.
+constexpr int64_t walked_for(int64_t num_rows, int64_t columns) {
   if (is_copied(num_rows)) return kNearDepth;
+  // Lines that take several vectors stay in the first-level cache meanwhile, which has eight places
+  // for those that are a multiple of 4 KiB apart, as they are in wide matrices.
+  if (kTileColumns < kCacheLine && num_rows <= 4 && columns > panel_for(num_rows)) return 8;
   return num_rows <= 2 ? 8 : num_rows <= 4 ? 16 : 32;
 }
 
@@ -177,7 +180,7 @@ inline void multiply_copied(const int8_t* values, int64_t stride, int64_t depth,
 inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                          int64_t width, const float* x, int64_t num_rows, bool add, float* out,
                          int64_t out_stride) {
-  const int64_t panel_columns = panel_for(num_rows), walked = walked_for(num_rows);
+  const int64_t panel_columns = panel_for(num_rows), walked = walked_for(num_rows, matrix.columns);
   const int64_t half = num_rows <= kMaxRows ? num_rows : (num_rows + 1) / 2;
   if (begin == end && !add) {
     for (int64_t m = 0; m < num_rows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
