@@ -217,6 +217,8 @@ class RowSampler {
     }
     int64_t i = begin;
     for (; i + kChains * kLanes <= end; i += kChains * kLanes) {
+      // Unrolled, or the chains would not stay in registers.
+#pragma GCC unroll 4
       for (int chain = 0; chain < kChains; ++chain) {
         Floats block = load(logits_ + i + chain * kLanes);
         finite[chain] &= block < kInfinity;
@@ -239,10 +241,7 @@ class RowSampler {
   }
 
   Ints flags(int64_t i) const {
-    using Bytes = int8_t __attribute__((vector_size(kLanes)));
-    Bytes bytes;
-    std::memcpy(&bytes, allowed_ + i, sizeof(bytes));
-    return __builtin_convertvector(bytes, Ints) != 0;
+    return load(reinterpret_cast<const int8_t*>(allowed_ + i)) != 0.0f;
   }
 
   void set_log_weights() {

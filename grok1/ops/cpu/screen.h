@@ -77,7 +77,7 @@ inline int64_t remainders_size(int64_t depth) {
   return (depth + kCacheLine - 1) / kCacheLine * kHalfLine;
 }
 
-// parts[kCount, kVectors] += the products of a line's columns. All loops are of known length and
+// parts[kCount, kSumsFine] += the products of a line's columns. All loops are of known length and
 // unrolled, or the sums would not stay in registers.
 template <int kCount>
 __attribute__((always_inline)) inline void multiply_line_fine(
