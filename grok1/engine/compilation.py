@@ -142,7 +142,9 @@ class Program:
 
     def prepare(self, *args) -> None:
         """Compiles it for arguments like these; a wait for that can be interrupted."""
-        self._compiled(_key(args), args)
+        key = _key(args)
+        if key not in self.executables:
+            self._compiled(key, args)
 
     def _compiled(self, key: Hashable, args: tuple):
         with interruptible() as wait:

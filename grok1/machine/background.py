@@ -80,8 +80,8 @@ def interruptible() -> Iterator[Callable[[Future], Any]]:
             raise KeyboardInterrupt
         return future.result()
 
-    signal.signal(signal.SIGINT, note)
     try:
+        signal.signal(signal.SIGINT, note)
         yield wait
     finally:
         signal.signal(signal.SIGINT, handler)
