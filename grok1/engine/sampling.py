@@ -221,8 +221,8 @@ def sample_measured(
     """As `sample_screened`, with what `top_logprobs` returns of the same logits; on CPUs.
 
     The logits of the tokens that are reported are float32, and so is the part of the probable ones
-    in the sum of all; the others come into that from 12 bits of each number, rounded at random, as
-    many as the sum is then off by 3e-6, on average.
+    in the sum of all; the others come into that from 12 bits of each number, rounded at random. So
+    many count as probable that the sum is expected to be off by no more than 3e-6 of itself.
 
     Args:
       x: The final norm's output.
