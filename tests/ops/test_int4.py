@@ -82,6 +82,19 @@ def test_every_form_against_float64(form, num_rows, rows, columns):
     assert relative_error(found, exact) <= 2e-6
 
 
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it():
+    if not forms.has_kernels("cpu"):
+        pytest.skip("no compiler here")
+    weight, expected = drawn(512, 200)
+    on_device = jax.tree.map(jnp.asarray, weight)
+    x = np.random.default_rng(5).normal(size=(33, 512)).astype(np.float32)
+    together = np.asarray(matmul(jnp.asarray(x), on_device, implementation="cpp"))
+    assert relative_error(together, x.astype(float) @ expected) <= 2e-6
+    for num_rows in (1, 2, 3, 4, 5, 12, 13):
+        rows = matmul(jnp.asarray(x[:num_rows]), on_device, implementation="cpp")
+        np.testing.assert_array_equal(rows, together[:num_rows])
+
+
 def test_bfloat16_inputs_meet_values_that_are_exact():
     weight, expected = drawn(512, 64)
     x = np.random.default_rng(5).normal(size=(4, 512)).astype(jnp.bfloat16)
