@@ -112,15 +112,25 @@ if LIGHT:
     compiler.get_compile_options = lighter_options
 
 
+def optimise(is_on: bool) -> None:
+    """Has XLA optimise what is compiled from here on, in this process and in those it starts."""
+    # XLA has read the flags of this process: these are for others.
+    os.environ["XLA_FLAGS"] = FLAGS if is_on else LIGHT_FLAGS
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not is_on))
+    jax.config.update("jax_disable_most_optimizations", not is_on)
+
+
+# What a plugin imported JAX for, it has read no variable that is set here.
+optimise(False)
+
+
 @pytest.fixture(autouse=True)
 def optimisations(request):
-    """Has XLA optimise what marked tests compile, here and in processes that they start."""
+    """Has what marked tests compile optimised, but not what fixtures make for several tests."""
     is_marked = request.node.get_closest_marker("optimised") is not None
-    is_off = not is_marked and request.path.parent.name not in OPTIMISED_ROOMS
-    # XLA has read the flags of this process: these are for others.
-    os.environ["XLA_FLAGS"] = LIGHT_FLAGS if is_off else FLAGS
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(is_off))
-    jax.config.update("jax_disable_most_optimizations", is_off)
+    optimise(is_marked or request.path.parent.name in OPTIMISED_ROOMS)
+    yield
+    optimise(False)
 
 
 @pytest.fixture(scope="module", autouse=True)
