@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import grok1
-from tests.helpers import named_params, readable, relative_error
+from tests.helpers import named_params, readable, relative_error, slow
 
 
 def load_toy(**options) -> grok1.Model:
@@ -28,7 +28,7 @@ def ragged_prompts(vocab_size: int) -> list[list[int]]:
     return [rng.integers(0, vocab_size, size=length).tolist() for length in (1, 40, 3, 64)]
 
 
-@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize("temperature", [pytest.param(0, marks=slow), 0.9])
 def test_a_batch_gives_what_each_prompt_gives_alone(nano, temperature):
     prompts = ragged_prompts(128)
     options = {"max_new_tokens": 16, "temperature": temperature, "ignore_eos": True}
@@ -370,6 +370,7 @@ class TestToy:
         assert divergence(toy, load_toy(cache_dtype="float16"), tokens) < 1e-4
 
     # Rows on two groups of devices, each of which has more devices than there are cached heads.
+    @slow
     def test_an_int8_cache_changes_little(self, toy):
         model = load_toy(mesh=(2, 8), cache_dtype="int8")
         # All of it in chunks of 64.

@@ -13,7 +13,7 @@ from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.config import TOY as TOY_CONFIG
 from grok1.ops.experts import ExpertWeights, experts_dense, route
 from grok1.ops.quantized import QuantizedArray
-from tests.helpers import named_params, relative_error
+from tests.helpers import named_params, relative_error, slow
 from tools import check_offloaded, make_full_size, toy_corpus, train_toy
 
 
@@ -29,6 +29,7 @@ def corpus(tmp_path_factory) -> list[str]:
         return toy_corpus.documents()
 
 
+@slow
 def test_the_split_holds_out_the_end_and_loses_nothing(corpus):
     train, held_out = toy_corpus.split(corpus)
     assert train + held_out == corpus
@@ -36,6 +37,7 @@ def test_the_split_holds_out_the_end_and_loses_nothing(corpus):
     assert 0.05 <= share < 0.06
 
 
+@slow
 def test_the_tokenizer_round_trips_the_corpus(corpus, toy):
     for document in corpus[::20]:
         assert toy.tokenizer.decode(toy.tokenizer.encode(document)) == document

@@ -190,10 +190,13 @@ for name in ("preadv", "pread", "pwrite", "posix_fadvise", "sched_getaffinity", 
 import grok1
 from grok1.care import conversion, inspection, verification
 from grok1.checkpoint.fingerprint import fingerprint
+from grok1.planning import planning
 path, target = sys.argv[1:]
 print(verification.verify(path, progress=False).is_good)
 print(len(inspection.inspect(path).tensors))
-cpu = {"devices": 1, "device": "cpu", "memory": 1, "bandwidth": 9, "disk": 1, "batch": 32}
+cpu = {"devices": 1, "device": "cpu", "memory": 1, "bandwidth": 9, "disk": 1}
+# What compiles is a process of its own, in which all is there.
+planning._compile = lambda *_: {"working": 1, "largest_batch": 32, "largest_context": 96}
 print(len(grok1.plan(checkpoint=path, **cpu).lines()))
 conversion.convert(path, target, to="grok1", progress=False)
 print(fingerprint(target) == fingerprint(path))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.helpers import flags_with_devices
+from tests.helpers import flags_with_devices, slow
 
 RUN = pathlib.Path(__file__).parent.parent.parent / "run.py"
 PROMPT = "The answer to life the universe and everything is of course"
@@ -26,7 +26,6 @@ def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.optimised
 def test_no_arguments_runs_the_toy_and_says_so():
     result = run()
     assert result.returncode == 0
@@ -106,7 +105,7 @@ def test_ctrl_c_while_it_imports_ends_without_a_traceback(module, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
+@pytest.mark.parametrize("closed", ["1", pytest.param("2", marks=slow)])
 def test_a_stream_that_nobody_reads_or_that_is_closed_ends_nothing(closed):
     short = "--max-new-tokens 2 --mesh 1x1 --temperature 0 --prompt A"
     command = f"exec {sys.executable} {RUN} {short} {closed}>&-"

@@ -16,6 +16,7 @@ from grok1.nn.sharding import make_mesh
 from grok1.ops.cpu import bindings
 from grok1.planning.memory import abstract_engine, released_weights
 from tests.conftest import TOY as TOY_PATH
+from tests.helpers import slow
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,9 @@ def test_one_program_for_each_shape_whatever_the_request(nano_path):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "cache_dtype"), [((1, 1), "float32"), ((1, 8), "int8")], ids=["1x1", "1x8"]
+    ("mesh", "cache_dtype"),
+    [((1, 1), "float32"), pytest.param((1, 8), "int8", marks=slow)],
+    ids=["1x1", "1x8"],
 )
 def test_a_decode_step_does_not_pay_for_capacity(mesh, cache_dtype):
     model = grok1.load(

@@ -14,6 +14,7 @@ from grok1.engine.steps import NUM_ENDS, DecodeState, Draw, Ends, Rows, Step, ru
 from grok1.generate import pace, scheduler
 from grok1.generate.request import Request
 from grok1.nn.capture import as_capture
+from tests.helpers import slow
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [11], [100, 101]]
 
@@ -93,7 +94,8 @@ def calls(monkeypatch) -> list[tuple[np.ndarray, np.ndarray]]:
     return seen
 
 
-@pytest.fixture(scope="module", params=["1x1", "2x4"])
+# Several steps a call of a mesh are run by the tests of the scheduler, too.
+@pytest.fixture(scope="module", params=["1x1", pytest.param("2x4", marks=slow)])
 def model(request, nano, nano_path) -> grok1.Model:
     if request.param == "1x1":
         return nano

@@ -14,6 +14,7 @@ from grok1.machine import announcement, environment, progress
 from grok1.machine.announcement import announced, hint
 from grok1.machine.progress import progress_bar
 from tests.conftest import TOY
+from tests.helpers import slow
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_without_a_stderr_nothing_is_said_and_nothing_fails(monkeypatch, capfd, 
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("closing", ["2>&- <&-", "2>/dev/full"])
+@pytest.mark.parametrize("closing", ["2>&- <&-", pytest.param("2>/dev/full", marks=slow)])
 def test_a_command_runs_with_standard_error_closed(closing):
     result = subprocess.run(
         ["sh", "-c", f'"$0" -m grok1 inspect "$1" --layer 0 {closing}', sys.executable, str(TOY)],

@@ -15,7 +15,7 @@ from grok1.nn.manifest import file_name
 from grok1.offload import device_experts, expert_store, runner
 from grok1.offload.expert_store import PartOfExpert, pageable_buffer
 from grok1.planning import budget, memory
-from tests.helpers import relative_error
+from tests.helpers import relative_error, slow
 
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
 NUM_EXPERTS = 12 * 8
@@ -96,6 +96,7 @@ def test_more_on_the_device_is_never_a_lower_hit_rate(shared, monkeypatch):
     assert rates == sorted(set(rates))
 
 
+@slow
 def test_bfloat16_is_as_close_as_the_resident_model_is(copied, nano_path, nano_reference):
     resident = grok1.load(nano_path, mesh=(1, 1), dtype="bfloat16", progress=False)
     tokens, expected = nano_reference["tokens"], nano_reference["logits_f64"]

@@ -27,7 +27,7 @@ from grok1.offload import expert_store, runner
 from grok1.ops.cpu import bindings
 from grok1.planning import budget, memory
 from tests.conftest import TOY
-from tests.helpers import relative_error
+from tests.helpers import relative_error, slow
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
 
@@ -121,6 +121,7 @@ def test_it_says_where_the_experts_are(nano, offloaded):
     assert "on disk" not in nano._repr_html_()
 
 
+@slow
 def test_the_toy_computes_what_the_resident_model_does(toy):
     offloaded = with_room(load(TOY), 5, context=256)
     tokens = np.arange(40) * 11 % toy.config.vocab_size

@@ -13,7 +13,7 @@ import pytest
 from grok1.ops import attention
 from grok1.ops.attention import KVCache, Place, append, attend, attend_cache, attention_map
 from grok1.ops.cpu import bindings
-from tests.helpers import relative_error
+from tests.helpers import relative_error, slow
 
 B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
 SCALE = 0.6
@@ -583,7 +583,7 @@ def test_append_to_int8_drops_values_and_scales_of_what_is_invalid():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("length", [T, 64])
+@pytest.mark.parametrize("length", [T, pytest.param(64, marks=slow)])
 def test_attend_cache_in_int8_is_attention_over_what_it_stands_for(length):
     cache, _, _ = filled_int8_cache(1100)
     query = random_query(length) / 10

@@ -14,6 +14,7 @@ from grok1.ops.cuda import build, shapes, shapes_of_prompts, shapes_of_rows
 from grok1.ops.cuda.kernel import function_of, text_of
 from grok1.ops.cuda.shapes import Matrix
 from grok1.ops.cuda.shapes_of_rows import Heads
+from tests.helpers import slow
 from tests.ops import standin
 
 EXACT = 2e-6  # float32 inputs in three terms, or of bfloat16
@@ -406,7 +407,7 @@ BREAKS = [
 
 @pytest.mark.parametrize(
     ("text", "broken", "test", "case"),
-    BREAKS,
+    [BREAKS[0], *(pytest.param(*each, marks=slow) for each in BREAKS[1:])],
     ids=lambda of: getattr(of, "__name__", str(of))[:40],
 )
 def test_a_broken_kernel_is_noticed(rng, text, broken, test, case):
@@ -481,7 +482,10 @@ def wide(tmp_path_factory):
     return {kernel.name: kernel for kernel in named}, ptx
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param("sm_80", marks=slow), "sm_90", pytest.param("sm_100", marks=slow)],
+)
 def test_no_kernel_of_grok_1_spills(wide, architecture):
     kernels, ptx = wide
     assembler = pathlib.Path(str(NVCC)).resolve().with_name("ptxas")

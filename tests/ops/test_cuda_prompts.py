@@ -5,6 +5,7 @@ import pytest
 
 from grok1.ops.cuda import shapes_of_prompts
 from grok1.ops.cuda.shapes_of_rows import Heads
+from tests.helpers import slow
 from tests.ops import standin
 
 LAYER = np.array([1], np.int32)
@@ -99,7 +100,11 @@ BREAKS = [
 """A text of the source, and what stands there when it is broken."""
 
 
-@pytest.mark.parametrize(("text", "broken"), BREAKS, ids=lambda of: str(of)[:40])
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [BREAKS[0], *(pytest.param(*each, marks=slow) for each in BREAKS[1:])],
+    ids=lambda of: str(of)[:40],
+)
 def test_a_broken_kernel_is_noticed(text, broken):
     heads = HEADS[1]
     library = standin.build([kernel_of(heads)], [(text, broken)], level="-O0")

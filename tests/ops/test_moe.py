@@ -20,7 +20,7 @@ from grok1.ops.experts import (
     route,
 )
 from grok1.ops.quantized import quantize
-from tests.helpers import dequantized
+from tests.helpers import dequantized, slow
 
 D, F = 7, 11
 
@@ -151,7 +151,7 @@ def test_expert_ffn_by_hand():
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "num_selected"),
     # 300 tokens are several blocks of 128 an expert.
-    [(1, 8, 2), (2, 5, 3), (300, 8, 2)],
+    [pytest.param(1, 8, 2, marks=slow), (2, 5, 3), (300, 8, 2)],
 )
 def test_dense_and_sparse_against_float64(num_tokens, num_experts, num_selected):
     x, routing = random_inputs(num_tokens, num_experts, num_selected)
@@ -260,7 +260,7 @@ def test_what_is_no_number_stays_so(form, num_tokens):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("num_tokens", [1, 3, 9, 500])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(3, marks=slow), 9, 500])
 def test_native_experts_of_few_and_of_many_rows(num_tokens):
     skip_unless_it_runs_here("cpp")
     # More hidden columns than a panel, full tiles and not; in 500 tokens, several passes.

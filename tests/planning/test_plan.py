@@ -30,7 +30,7 @@ from grok1.planning.memory import (
     state_bytes,
 )
 from tests.conftest import TOY as TOY_PATH
-from tests.helpers import count_collectives
+from tests.helpers import count_collectives, slow
 
 ROOM = {"working": 210_000_000, "largest_batch": 32, "largest_context": 8192}
 
@@ -119,6 +119,7 @@ def test_the_bound_on_the_speed_is_what_a_token_reads(on_eight_gpus):
     assert not fits["TPU v6e"]
 
 
+@slow
 def test_working_memory_is_that_of_the_toys_compiled_programs():
     # The most of both, so that nothing larger is compiled.
     found = grok1.plan(TOY, devices=2, memory=1, batch=32, context=1024, dtype="float32")

@@ -68,17 +68,18 @@ def test_what_changes_nothing_in_any_layer(model, tokens):
         assert relative_error(after[name], before[name]) <= 2e-5, name
 
 
-# The others in a layer each, above.
+# Each in a layer above.
+@slow
 @pytest.mark.parametrize(
     "name",
-    ["patch router", *(pytest.param(n, marks=slow) for n in ("ablate none", "patch residual_mid"))],
+    ["patch router", "ablate none", "patch residual_mid"],
 )
 def test_what_changes_nothing_in_all_layers(nano, tokens, name):
     intervention = neutral(nano.trace(tokens, ALL))[name]
     assert relative_error(logits_with(nano, tokens, intervention), nano.logits(tokens)) <= 2e-5
 
 
-@pytest.mark.parametrize("layer", [0, 7])
+@pytest.mark.parametrize("layer", [pytest.param(0, marks=slow), 7])
 def test_a_patched_residual_makes_the_other_run_from_there_on(model, tokens, layer):
     other = tokens[::-1].copy()
     recorded = model.trace(other, (*ALL, "logits"))

@@ -365,6 +365,7 @@ def test_a_choice_may_fill_the_context_to_its_last_token(toy):
     assert np.isfinite(toy.choose([5] * 1000, [[6] * 25]).logprobs).all()
 
 
+@slow
 def test_a_long_text_takes_little_memory():
     program = (
         "import resource, sys, grok1, numpy as np\n"

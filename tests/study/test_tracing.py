@@ -22,7 +22,7 @@ from grok1.ops.cpu import bindings
 from grok1.ops.layers import apply_rope, rms_norm
 from grok1.ops.quantized import QuantizedArray, dequantize
 from grok1.study import tracing
-from tests.helpers import relative_error
+from tests.helpers import relative_error, slow
 
 ALL = ("router", "residual", "branches", "attention", "logit_lens", "logits")
 TEXT = "The sun rises in the east — and sets in the west."
@@ -91,8 +91,8 @@ def test_attention_maps_by_hand(nano, nano_on_mesh, nano_reference):
     def heads(weight):
         weight = dequantize(weight) if isinstance(weight, QuantizedArray) else weight
         flat = jnp.matmul(normed, weight, precision="highest")
-        rotated = apply_rope(
-            flat.reshape(1, len(normed), -1, config.key_size), jnp.arange(len(normed))[None]
+        rotated = jax.jit(apply_rope)(
+            flat.reshape(1, len(normed), -1, config.key_size), np.arange(len(normed))[None]
         )
         return np.asarray(rotated[0], np.float64)
 
@@ -122,7 +122,7 @@ def test_chunks_change_nothing(nano, nano_reference, monkeypatch):
     ("mesh", "options"),
     [
         ((1, 1), {"temperature": 0, "logprobs": 2}),
-        ((2, 4), {"seed": 3}),
+        pytest.param((2, 4), {"seed": 3}, marks=slow),
     ],
     ids=["with logprobs", "sampled on 2x4"],
 )
@@ -155,6 +155,7 @@ def test_a_generation_that_stops_is_traced_up_to_there(nano, nano_reference):
     assert trace.attention_probs.shape[-2:] == (len(trace.tokens),) * 2
 
 
+@slow
 def test_bfloat16(nano_on_mesh, nano_reference):
     model = nano_on_mesh((2, 4), "bfloat16")
     tokens = nano_reference["tokens"]
