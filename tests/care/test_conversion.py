@@ -28,7 +28,7 @@ from grok1.checkpoint.storage import read_matrix
 from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
 from grok1.files import CheckpointError
 from tests.conftest import GOLDEN, TOY
-from tests.helpers import dequantized, named_params, relative_error
+from tests.helpers import dequantized, named_params, relative_error, slow
 
 # Slow enough that a signal lands where it is aimed at, fast enough for a test.
 SLOW_CONVERSIONS = """
@@ -254,7 +254,7 @@ def test_bfloat16_is_rounded_once_and_loads(tmp_path, toy):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
-@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+@pytest.mark.parametrize("to", ["safetensors", pytest.param("gguf", marks=slow)])
 def test_interrupted_at_three_points_and_resumed_is_identical(
     how, to, tmp_path, toy_safetensors, slow_conversions
 ):

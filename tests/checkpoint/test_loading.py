@@ -18,7 +18,7 @@ import grok1
 from grok1.checkpoint import carrying, loading
 from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
 from grok1.nn.manifest import file_name, manifest
-from tests.helpers import dequantized, named_params, relative_error
+from tests.helpers import dequantized, named_params, relative_error, slow
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,9 @@ def spoil(nano_path, tmp_path, name, value) -> pathlib.Path:
         ("layer_0/moe/linear/w", "1e29", "1 of .* scales are not finite, or above 1,048,576, the"),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"mesh": (2, 4), "embedding_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=slow), {"mesh": (2, 4), "embedding_dtype": "bfloat16"}]
+)
 def test_weights_that_are_not_finite_are_named(name, value, message, options, nano_path, tmp_path):
     path = spoil(nano_path, tmp_path, name, value)
     message = message.replace("NAME", rf"\S*{name}")
