@@ -1,7 +1,7 @@
 // Products of float32 rows with a rectangle of a 4-bit matrix, on one thread.
 //
-// A group of weight rows at a time is multiplied by all input rows, few or many, see codes.h: what a
-// row gives does not depend on how many there are.
+// A group of weight rows at a time is multiplied by all input rows, few or many, see codes.h: what
+// a row gives does not depend on how many there are.
 
 #pragma once
 
@@ -16,8 +16,8 @@ namespace grok1 {
 
 constexpr int kCodeRows = 6;  // rows of bytes with the scales of a block's groups
 
-// Columns whose scales and sums the first-level cache holds beside a group's codes.
-constexpr int64_t kCodePanel = 2048;
+// Most columns that a group is walked along: the longer the runs of memory the better.
+constexpr int64_t kCodePanel = 8192;
 
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
