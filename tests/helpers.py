@@ -144,15 +144,18 @@ def cancelled_differences(lowered_text: str) -> list[str]:
     """
     found = []
     for function in lowered_text.split("func.func")[1:]:
+        # In order: of a name that two regions use, the last is meant.
         sources: dict[str, str] = {}
-        conversions = re.finditer(
-            r"(%\S+) = stablehlo.convert (%\S+) : \(tensor<(?:\S+x)?b?f\d+>", function
-        )
-        for conversion in conversions:
-            result, operand = conversion.groups()
-            sources[result] = sources.get(operand, operand)
-        for line in re.findall(r".*stablehlo\.(?:subtract|divide) .*", function):
-            one, other = re.findall(r"%[^\s,]+", line.partition("=")[2])
-            if sources.get(one, one) == sources.get(other, other):
-                found.append(line.strip())
+        for line in function.splitlines():
+            result = re.match(r"\s*(%\S+) = ", line)
+            if result is None:
+                continue
+            operands = re.findall(r"%[^\s,]+", line.partition("=")[2])
+            if re.search(r"stablehlo\.(?:subtract|divide) ", line):
+                one, other = (sources.get(operand, operand) for operand in operands)
+                if one == other:
+                    found.append(line.strip())
+            sources.pop(result[1], None)
+            if re.search(r"stablehlo\.convert %\S+ : \(tensor<(?:\S+x)?b?f\d+>", line):
+                sources[result[1]] = sources.get(operands[0], operands[0])
     return found

@@ -30,9 +30,8 @@ from grok1.ops.attention import KVCache, Place, attend_cache, attention_map
 from grok1.ops.experts import Routing, experts
 from grok1.ops.formats import is_quantized
 from grok1.ops.heads import Projections, append_heads
-from grok1.ops.layers import rms_norm
 from grok1.ops.quantized import Weight, matmul_split
-from grok1.ops.residual import add_branch, layer_norm
+from grok1.ops.residual import add_branch, layer_norm, norm
 from grok1.ops.routing import route_layer
 
 Captures = dict[str, Array]
@@ -116,7 +115,7 @@ def forward(
     cache = grown(cache, slots, num_valid)
     if maps is not None:
         captured["attention_probs"] = maps
-    return rms_norm(x_RTD, params.final_norm), cache, captured
+    return norm(x_RTD, params.final_norm), cache, captured
 
 
 def place_of(

@@ -19,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from grok1.config import ModelConfig
 from grok1.nn.sharding import MODEL_AXIS
 from grok1.ops import forms
-from grok1.ops.cpu import bindings
+from grok1.ops.cpu import bindings, rowwise
 from grok1.ops.cuda import presence
-from grok1.ops.layers import exact_einsum, rms_norm, split_terms
+from grok1.ops.layers import exact_einsum, split_terms
+from grok1.ops.residual import norm
 
 _TABLE_BLOCK = 512  # rows copied at a time
 _LOGITS_BYTES = 1 << 25  # most memory of one device that logits to be summed up take at a time
@@ -255,7 +256,7 @@ def logit_lens(
     Returns:
       int32 tokens, the most probable first, and their float32 log-probabilities.
     """
-    logits = unembed(embedding, config, rms_norm(x, final_norm))
+    logits = unembed(embedding, config, norm(x, final_norm))
     best, tokens = jax.lax.top_k(logits, num_top)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return tokens.astype(jnp.int32), best - total
@@ -302,11 +303,22 @@ def _logits_direct(x: Float[Array, "M D"], embedding: Float[Array, "V D"]) -> Fl
     return exact_einsum("MD,VD->MV", x, embedding)
 
 
+def _is_not_for_rows(x, embedding) -> str | None:
+    if not embedding.dtype == x.dtype == jnp.float32:
+        return "it multiplies float32 by float32"
+    return None
+
+
+@forms.form("logits", "cpp", refuses=_is_not_for_rows)
+def _logits_cpp(x: Float[Array, "M D"], embedding: Float[Array, "V D"]) -> Float[Array, "M V"]:
+    return rowwise.table_products(x, embedding)
+
+
 def _is_not_for_three_terms(x, embedding) -> str | None:
     if len(x) == 1:
         return "of one row XLA makes a product and a sum, as fast as memory is read"
-    if not embedding.dtype == x.dtype == jnp.float32:
-        return "it multiplies float32 by float32"
+    if (reason := _is_not_for_rows(x, embedding)) is not None:
+        return reason
     if not presence.kernels():
         return "it takes an NVIDIA device of compute capability 8.0, on which kernels run"
     return None

@@ -33,7 +33,7 @@ from grok1.nn.decoder import (
 )
 from grok1.offload.device_experts import DeviceExperts
 from grok1.ops.experts import Routed, fetched_expert
-from grok1.ops.layers import rms_norm
+from grok1.ops.residual import norm
 
 
 class LayerwiseStep:
@@ -85,7 +85,7 @@ class LayerwiseStep:
         def end(weights, state, rows, x, captured, *arguments):
             params = weights.params
             state = state._replace(cache=grown(state.cache, rows.slots, rows.count))
-            last = LastHidden(params.embedding, config, rms_norm(x, params.final_norm))
+            last = LastHidden(params.embedding, config, norm(x, params.final_norm))
             state, outputs = head(last, state, rows, *arguments)
             return state, outputs, jax.tree.map(jnp.stack, captured, is_leaf=_is_list)
 

@@ -32,10 +32,15 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
         "default": ("blocked",),
     },
     "append_heads": {"cuda": ("cuda", "steps"), "default": ("steps",)},
-    "norm": {"cuda": ("cuda", "xla"), "default": ("xla",)},
-    "add_norm": {"cuda": ("cuda", "xla"), "default": ("xla",)},
-    "route": {"cuda": ("cuda", "xla"), "default": ("xla",)},
-    "logits": {"cuda": ("three_terms", "direct"), "default": ("direct",)},
+    "rotate": {"cpu": ("cpp", "xla"), "default": ("xla",)},
+    "norm": {"cpu": ("cpp", "xla"), "cuda": ("cuda", "xla"), "default": ("xla",)},
+    "add_norm": {"cpu": ("cpp", "xla"), "cuda": ("cuda", "xla"), "default": ("xla",)},
+    "route": {"cpu": ("cpp", "xla"), "cuda": ("cuda", "xla"), "default": ("xla",)},
+    "logits": {
+        "cpu": ("cpp", "direct"),
+        "cuda": ("three_terms", "direct"),
+        "default": ("direct",),
+    },
     "convert": {"cuda": ("cuda", "xla"), "default": ("xla",)},
 }
 """The forms of each operation that are asked in turn, by JAX's name of the platform."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from grok1.ops import forms
 from grok1.ops.attention import KVCache, Place, append, arrays_of
+from grok1.ops.cpu import rowwise
 from grok1.ops.cuda import calls, calls_of_rows, shapes, shapes_of_rows
 from grok1.ops.layers import apply_rope, rope_frequencies
 from grok1.ops.quantized import Index, QuantizedArray, Weight, project
@@ -72,9 +73,26 @@ def append_heads_by_steps(
         projected.reshape(*x.shape[:2], -1, cache.k.shape[4])
         for projected in project(x, projections[0], projections[1], dtype)
     )
-    query, key = apply_rope(query, place.positions), apply_rope(key, place.positions)
+    query, key = forms.run("rotate", query, key, place.positions)
     cache = append(cache, layer, place, key, value)
     return query.astype(query_dtype).reshape(_query_shape(x, projections, cache)), cache
+
+
+@forms.form("rotate", "xla")
+def rotate_by_xla(
+    query: Float[Array, "R T N H"], key: Float[Array, "R T C H"], positions: Int[Array, "R T"]
+) -> tuple[Float[Array, "R T N H"], Float[Array, "R T C H"]]:
+    """By XLA."""
+    return apply_rope(query, positions), apply_rope(key, positions)
+
+
+@forms.form("rotate", "cpp")
+def rotate_by_cpp(
+    query: Float[Array, "R T N H"], key: Float[Array, "R T C H"], positions: Int[Array, "R T"]
+) -> tuple[Float[Array, "R T N H"], Float[Array, "R T C H"]]:
+    """In C++, a token whatever the others are."""
+    query, key = (x.astype(jnp.float32) for x in (query, key))
+    return rowwise.rotate(query, key, positions, rope_frequencies(query.shape[-1]))
 
 
 def _is_not_for_cuda(x, projections, cache, layer, place) -> str | None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grok1.ops import forms
+from grok1.ops.cpu import rowwise
 from grok1.ops.cuda import calls_of_rows, shapes, shapes_of_rows
 from grok1.ops.layers import RMS_NORM_EPSILON, rms_norm
 
@@ -25,12 +26,17 @@ def layer_norm(
       x: float32.
       scales: Of all layers.
       layer: Which.
-      implementation: "xla" or "cuda"; None for that of `forms.PREFERRED`.
+      implementation: "xla", "cpp" or "cuda"; None for that of `forms.PREFERRED`.
 
     Returns:
       float32.
     """
     return forms.run("norm", x, scales, layer, implementation=implementation)
+
+
+def norm(x: Float[Array, "*M D"], scale: Float[Array, " D"]) -> Float[Array, "*M D"]:
+    """`rms_norm` as in a layer, with a scale that is not one of a stack; float32."""
+    return layer_norm(x, scale[None], jnp.int32(0))
 
 
 def add_branch(
@@ -47,7 +53,7 @@ def add_branch(
       branch: float32.
       scales: Of the norm of the branch in all layers, then of the norm of the sum.
       layer: Which layer.
-      implementation: "xla" or "cuda"; None for that of `forms.PREFERRED`.
+      implementation: "xla", "cpp" or "cuda"; None for that of `forms.PREFERRED`.
 
     Returns:
       The stream, and its norm if there are scales for it; float32.
@@ -73,6 +79,26 @@ def add_branch_xla(
     """By XLA."""
     x = x + rms_norm(branch, scales[0][layer])
     return (x, *(rms_norm(x, of_sum[layer]) for of_sum in scales[1:]))
+
+
+@forms.form("norm", "cpp")
+def layer_norm_cpp(
+    x: Float[Array, "*M D"], scales: Float[Array, "L D"], layer: Int[Array, ""]
+) -> Float[Array, "*M D"]:
+    """In C++, a row whatever the others are."""
+    return rowwise.norm(x.astype(jnp.float32), scales, layer, RMS_NORM_EPSILON)
+
+
+@forms.form("add_norm", "cpp")
+def add_branch_cpp(
+    x: Float[Array, "*M D"],
+    branch: Float[Array, "*M D"],
+    scales: tuple[Float[Array, "L D"], ...],
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "*M D"], ...]:
+    """In C++, a row whatever the others are."""
+    x = rowwise.add_norm(x, branch, scales[0], layer, RMS_NORM_EPSILON)
+    return (x, *(rowwise.norm(x, of_sum, layer, RMS_NORM_EPSILON) for of_sum in scales[1:]))
 
 
 def _is_not_for_cuda(x, *others) -> str | None:

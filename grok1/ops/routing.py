@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grok1.ops import forms
+from grok1.ops.cpu import rowwise
 from grok1.ops.cuda import calls_of_rows, shapes, shapes_of_rows
 from grok1.ops.experts import Routing, choose_experts, router_logits
 
@@ -48,6 +49,21 @@ def route_by_xla(
     """By XLA, in several kernels."""
     logits = router_logits(x, routers[layer], softcap)
     return logits, choose_experts(logits, num_selected, renormalize)
+
+
+@forms.form("route", "cpp")
+def route_by_cpp(
+    x: Float[Array, "M D"],
+    routers: Float[Array, "L D E"],
+    layer: Int[Array, ""],
+    num_selected: int,
+    softcap: float | None,
+    renormalize: bool,
+) -> tuple[Float[Array, "M E"], Routing]:
+    """In C++, a token whatever the others are."""
+    options = num_selected, softcap, renormalize
+    logits, *routing = rowwise.route(x.astype(jnp.float32), routers, layer, *options)
+    return logits, Routing(*routing)
 
 
 def _is_no_route_for_cuda(x, routers, layer) -> str | None:

@@ -138,7 +138,7 @@ def test_on_nvidia_gpus_logits_of_several_rows_come_from_tensor_cores():
         lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert "rhs_precision_type = tf32" in lowered
         assert "primitive_operations = 3" in lowered
-        assert forms.chosen("logits", "cpu", jnp.ones((2, 8)), table) == "direct"
+        assert forms.chosen("logits", "cpu", jnp.ones((2, 8)), table) != "three_terms"
         for rows, its_table in ((1, table), (2, table.astype(jnp.bfloat16))):
             assert forms.chosen("logits", "cuda", jnp.ones((rows, 8)), its_table) == "direct"
     with presence.assumed(frozenset()):

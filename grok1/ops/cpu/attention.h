@@ -153,13 +153,14 @@ inline void attend_many(const Attention& a, int64_t b, int64_t c, int64_t first_
       if (most == 0) continue;
       alignas(kCacheLine) float products[kMaxRows * kKeys], weights[kKeys * kMaxRows];
       alignas(kCacheLine) float mixed[kMaxRows * kTileColumns];
-      kMultiplyTile[rows](key_tile, a.head_size, packed + block * kMaxRows * a.head_size, false,
-                          products, kKeys, nullptr, 0);
+      kMultiplyTile[rows]({key_tile, kOnes.values, a.head_size},
+                          packed + block * kMaxRows * a.head_size, false, products, kKeys, nullptr,
+                          0);
       weigh(a, products, rows, visible, softmax[block], weights);
       for (int64_t tile = 0; tile < value_tiles; ++tile) {
         int64_t first = tile * kTileColumns, width = std::min(kTileColumns, a.head_size - first);
-        kMultiplyTile[rows](value_tile + tile * kKeys * kTileColumns, kKeys, weights, false, mixed,
-                            kTileColumns, nullptr, 0);
+        kMultiplyTile[rows]({value_tile + tile * kKeys * kTileColumns, kOnes.values, kKeys},
+                            weights, false, mixed, kTileColumns, nullptr, 0);
         for (int64_t m = 0; m < rows; ++m) {
           float* to = softmax[block].mixed + m * a.head_size + first;
           for (int64_t h = 0; h < width; ++h) to[h] += mixed[m * kTileColumns + h];

@@ -34,6 +34,12 @@ _ROUND = "grok1_int4_round"
 _ROUND_BLOCK = "grok1_int4_round_block"
 _ATTENTION = "grok1_attention"
 _MOST_PROBABLE = "grok1_most_probable"
+# Called by `rowwise`.
+NORM = "grok1_norm"
+ADD_NORM = "grok1_add_norm"
+ROTATE = "grok1_rotate"
+ROUTE = "grok1_route"
+TABLE_PRODUCTS = "grok1_table_products"
 # Called by `draws`.
 SAMPLE = "grok1_sample"
 DRAW = "grok1_draw"
@@ -81,6 +87,11 @@ def _is_available() -> bool:
             _ROUND_BLOCK,
             _ATTENTION,
             _MOST_PROBABLE,
+            NORM,
+            ADD_NORM,
+            ROTATE,
+            ROUTE,
+            TABLE_PRODUCTS,
             SAMPLE,
             DRAW,
             DRAW_MEASURED,

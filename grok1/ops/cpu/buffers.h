@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -20,3 +21,8 @@ using Handle = ffi::Buffer<ffi::U32>;
 using Words = ffi::Buffer<ffi::U32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
 using IntegersOut = ffi::ResultBuffer<ffi::S32>;
+
+inline ffi::Error no_such_matrix(int64_t number, int64_t count) {
+  return ffi::Error::InvalidArgument("matrix " + std::to_string(number) + " of a stack of " +
+                                     std::to_string(count));
+}

@@ -11,13 +11,9 @@
 
 namespace grok1 {
 
-// Parts that the work on a slice of hidden columns is cut into, before and after the activation.
-// More rows have more slices.
-constexpr int64_t parts_for(int64_t num_rows) {
-  return num_rows <= 2 ? 8 : num_rows <= 4 ? 4 : 2;
-}
-
-constexpr int64_t kSumColumns = 512;  // of a unit of the last sum
+constexpr int64_t kUpSegments = 8;      // of gate and up, where they are deep enough
+constexpr int64_t kDownSegment = 1024;  // hidden columns of a segment of down
+constexpr int64_t kSumColumns = 512;    // of a unit of the last sum
 
 template <typename Matrix>
 struct Expert {
@@ -30,8 +26,9 @@ struct Dispatched {
 };
 
 // hidden = gelu(gate) * up, [num_rows, width] to a packed block of rows: hidden[width, num_rows].
-inline void activate(const float* gate, const float* up, int64_t num_rows, int64_t width,
-                     float* hidden) {
+// Never inlined: the same instructions, and so the same bits, for few rows and for many.
+__attribute__((noinline)) inline void activate(const float* gate, const float* up, int64_t num_rows,
+                                               int64_t width, float* hidden) {
   for (int64_t m = 0; m < num_rows; ++m, gate += width, up += width) {
     for (int64_t column = 0; column < width; column += kLanes) {
       int64_t count = std::min<int64_t>(kLanes, width - column);
@@ -46,58 +43,79 @@ inline void activate(const float* gate, const float* up, int64_t num_rows, int64
   }
 }
 
-// A slice of an expert's hidden columns, for few rows. Parts of the model dimension are summed and
-// activated by the thread that finishes the last; then parts of the slice go through `down`.
+// total[width] += weight * result. The product is rounded before it is added, so that it does not
+// matter which of a token's two experts comes first.
+inline void add_weighted(float weight, const float* result, int64_t width, float* total) {
+  for (int64_t column = 0; column < width; column += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, width - column);
+    Floats product{}, sum{};
+    std::memcpy(&product, result + column, count * sizeof(float));
+    std::memcpy(&sum, total + column, count * sizeof(float));
+    product *= weight;
+    hold(product);
+    sum += product;
+    std::memcpy(total + column, &sum, count * sizeof(float));
+  }
+}
+
+// A slice of an expert's hidden columns, for few rows. Segments of the model dimension are summed
+// and activated by the thread that finishes the last; then segments of the slice go through `down`.
 template <typename Matrix>
 struct Slice {
   const Expert<Matrix>* expert;
-  const std::vector<Dispatched>* rows;
+  int64_t num_rows;
   const float* packed;    // the expert's rows, [D, rows]
   int64_t begin, width;   // hidden columns
-  float *gate, *up;       // [parts, rows, width]
+  float *gate, *up;       // [segments of gate, rows, width]
   float* hidden;          // packed, [width, rows]
-  float* out;             // [parts, rows, D]
-  std::atomic<int64_t> parts_done{0};
+  float* out;             // [segments of the slice, rows, D]
+  std::atomic<int64_t> num_done{0};
 
-  int64_t num_rows() const { return rows->size(); }
-  int64_t num_parts() const { return parts_for(num_rows()); }
-
-  void run_up(int64_t part) {
-    int64_t depth = expert->gate.depth, size = num_rows() * width, parts = num_parts();
-    int64_t first = depth * part / parts, last = depth * (part + 1) / parts;
+  void run_up(int64_t number) {
+    const int64_t depth = expert->gate.depth, size = num_rows * width;
+    const int64_t segment = segment_depth(depth, kUpSegments);
+    const int64_t num_segments = (depth + segment - 1) / segment, first = number * segment;
     for (auto [matrix, to] : {std::pair{&expert->gate, gate}, std::pair{&expert->up, up}}) {
-      multiply_few(*matrix, first, last, begin, width, packed + first * num_rows(), num_rows(),
-                   false, to + part * size, width);
+      multiply_few(*matrix, first, std::min(depth, first + segment), begin, width,
+                   packed + first * num_rows, num_rows, to + number * size, width);
     }
-    if (parts_done.fetch_add(1, std::memory_order_acq_rel) + 1 < parts) return;
+    if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < num_segments) return;
     for (float* sum : {gate, up}) {
-      for (int64_t other = 1; other < parts; ++other) {
+      for (int64_t other = 1; other < num_segments; ++other) {
         for (int64_t i = 0; i < size; ++i) sum[i] += sum[other * size + i];
       }
     }
-    activate(gate, up, num_rows(), width, hidden);
-    parts_done.fetch_add(1, std::memory_order_release);
+    activate(gate, up, num_rows, width, hidden);
+    num_done.fetch_add(1, std::memory_order_release);
   }
 
-  void run_down(int64_t part) {
-    // Every part of `up` was taken before this one, and is being worked on.
-    int64_t depth = expert->down.columns, parts = num_parts();
-    wait_until([&] { return parts_done.load(std::memory_order_acquire) > parts; });
-    int64_t first = width * part / parts, last = width * (part + 1) / parts;
-    multiply_few(expert->down, begin + first, begin + last, 0, depth, hidden + first * num_rows(),
-                 num_rows(), false, out + part * num_rows() * depth, depth);
+  void run_down(int64_t number, int64_t num_up_segments) {
+    // Every segment of `up` was taken before this one, and is being worked on.
+    wait_until([&] { return num_done.load(std::memory_order_acquire) > num_up_segments; });
+    const int64_t depth = expert->down.columns, first = number * kDownSegment;
+    multiply_few(expert->down, begin + first, begin + std::min(width, first + kDownSegment), 0,
+                 depth, hidden + first * num_rows, num_rows, out + number * num_rows * depth,
+                 depth);
   }
+};
 
-  // total[token, D] += what came out for it, of columns `first` to `last`.
-  void add_to(float* total, int64_t first, int64_t last) const {
-    int64_t depth = expert->down.columns;
-    for (int64_t part = 0; part < num_parts(); ++part) {
-      for (int64_t m = 0; m < num_rows(); ++m) {
-        const Dispatched& to = (*rows)[m];
-        const float* result = out + (part * num_rows() + m) * depth;
-        float* sum = total + to.token * depth;
-        for (int64_t c = first; c < last; ++c) sum[c] += to.weight * result[c];
+// What came out for an expert's few rows, in segments of the hidden size.
+struct Result {
+  const std::vector<Dispatched>* rows;
+  const float* segments;  // [segments, rows, D]
+  int64_t num_segments, depth;
+
+  // total[token, D] += what came out for it, of at most kSumColumns columns from `first` on.
+  void add_to(float* total, int64_t first) const {
+    const int64_t width = std::min(kSumColumns, depth - first), num_rows = rows->size();
+    for (int64_t m = 0; m < num_rows; ++m) {
+      float sum[kSumColumns] = {};
+      for (int64_t number = 0; number < num_segments; ++number) {
+        const float* segment = segments + (number * num_rows + m) * depth + first;
+        for (int64_t c = 0; c < width; ++c) sum[c] += segment[c];
       }
+      const Dispatched& to = (*rows)[m];
+      add_weighted(to.weight, sum, width, total + to.token * depth + first);
     }
   }
 };
@@ -106,60 +124,76 @@ struct Slice {
 template <typename Matrix>
 void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert<Matrix>>& experts,
                     const std::vector<std::vector<Dispatched>>& rows, const float* x, float* out) {
-  int64_t depth = experts[0].gate.depth, hidden_size = experts[0].gate.columns;
+  const int64_t depth = experts[0].gate.depth, hidden_size = experts[0].gate.columns;
+  const int64_t up_segment = segment_depth(depth, kUpSegments);
+  const int64_t num_up = (depth + up_segment - 1) / up_segment;
+  auto down_segments = [](int64_t width) { return (width + kDownSegment - 1) / kDownSegment; };
+  const int64_t num_down = down_segments(hidden_size);
   auto is_few = [&](size_t e) { return !rows[e].empty() && rows[e].size() <= kFewRows; };
-  auto slices_of = [&](size_t e) {
-    int64_t width = panel_for(rows[e].size());
-    return (hidden_size + width - 1) / width;
+  auto width_of = [&](size_t e) {
+    const int64_t width = panel_for(rows[e].size());
+    return std::max(kDownSegment, width / kDownSegment * kDownSegment);
   };
   int64_t num_slices = 0, size = 0;
   for (size_t e = 0; e < experts.size(); ++e) {
     if (!is_few(e)) continue;
-    int64_t parts = parts_for(rows[e].size());
-    num_slices += slices_of(e);
-    size +=
-        rows[e].size() * (depth + (2 * parts + 1) * hidden_size + slices_of(e) * parts * depth);
+    num_slices += (hidden_size + width_of(e) - 1) / width_of(e);
+    size += rows[e].size() * (depth + (2 * num_up + 1) * hidden_size + num_down * depth);
   }
   if (num_slices == 0) return;
   static thread_local Scratch scratch;
   float* memory = scratch.floats(size);
   auto take = [&](int64_t count) { return std::exchange(memory, memory + count); };
   std::vector<Slice<Matrix>> slices(num_slices);
-  std::vector<std::pair<Slice<Matrix>*, int64_t>> units;  // and which part of the slice
+  std::vector<Result> results;
+  using Units = std::vector<std::pair<Slice<Matrix>*, int64_t>>;  // and which segment of the slice
+  Units up, down;
   auto slice = slices.begin();
   for (size_t e = 0; e < experts.size(); ++e) {
     if (!is_few(e)) continue;
-    int64_t num_rows = rows[e].size(), parts = parts_for(num_rows);
+    const int64_t num_rows = rows[e].size();
     float* packed = take(num_rows * depth);
     auto row = [&](int64_t m) { return x + rows[e][m].token * depth; };
     pack_rows(row, num_rows, depth, packed);
-    for (int64_t begin = 0; begin < hidden_size; begin += panel_for(num_rows), ++slice) {
+    float* segments = take(num_down * num_rows * depth);
+    results.push_back({&rows[e], segments, num_down, depth});
+    for (int64_t begin = 0; begin < hidden_size; begin += width_of(e), ++slice) {
       slice->expert = &experts[e];
-      slice->rows = &rows[e];
+      slice->num_rows = num_rows;
       slice->packed = packed;
       slice->begin = begin;
-      slice->width = std::min(panel_for(num_rows), hidden_size - begin);
-      slice->gate = take(parts * num_rows * slice->width);
-      slice->up = take(parts * num_rows * slice->width);
+      slice->width = std::min(width_of(e), hidden_size - begin);
+      slice->gate = take(num_up * num_rows * slice->width);
+      slice->up = take(num_up * num_rows * slice->width);
       slice->hidden = take(num_rows * slice->width);
-      slice->out = take(parts * num_rows * depth);
-      for (int64_t part = 0; part < parts; ++part) units.emplace_back(&*slice, part);
+      slice->out = segments + begin / kDownSegment * num_rows * depth;
+      for (int64_t number = 0; number < num_up; ++number) up.emplace_back(&*slice, number);
+      const int64_t of_slice = down_segments(slice->width);
+      for (int64_t number = 0; number < of_slice; ++number) down.emplace_back(&*slice, number);
     }
   }
   // Experts of many rows are bound by arithmetic, those of few by memory: threads that take one and
   // the other have more of both.
-  std::stable_sort(units.begin(), units.end(), [](const auto& one, const auto& other) {
-    return one.first->num_rows() > other.first->num_rows();
-  });
-  int64_t num_units = units.size();
-  run_units(pool, 2 * num_units, [&](int64_t unit) {
-    int64_t place = unit % num_units;
-    auto [of_unit, part] = units[place % 2 == 0 ? place / 2 : num_units - 1 - place / 2];
-    unit < num_units ? of_unit->run_up(part) : of_unit->run_down(part);
+  auto by_turns = [](Units& units) {
+    std::stable_sort(units.begin(), units.end(), [](const auto& one, const auto& other) {
+      return one.first->num_rows > other.first->num_rows;
+    });
+    Units sorted;
+    for (size_t place = 0; place < units.size(); ++place) {
+      sorted.push_back(units[place % 2 == 0 ? place / 2 : units.size() - 1 - place / 2]);
+    }
+    units = std::move(sorted);
+  };
+  by_turns(up);
+  by_turns(down);
+  const int64_t all_up = up.size(), all_down = down.size();
+  run_units(pool, all_up + all_down, [&](int64_t unit) {
+    if (unit < all_up) return up[unit].first->run_up(up[unit].second);
+    auto [of_slice, number] = down[unit - all_up];
+    of_slice->run_down(number, num_up);
   }, {experts[0].gate.stream().begin});
   run_units(pool, (depth + kSumColumns - 1) / kSumColumns, [&](int64_t unit) {
-    int64_t first = unit * kSumColumns;
-    for (const Slice<Matrix>& done : slices) done.add_to(out, first, std::min(first + kSumColumns, depth));
+    for (const Result& result : results) result.add_to(out, unit * kSumColumns);
   });
 }
 
@@ -186,10 +220,12 @@ void run_many(xla::ffi::ThreadPool& pool, const Expert<Matrix>& expert,
       static thread_local Scratch sums;
       int64_t column = unit * kManyColumns;
       int64_t width = std::min(kManyColumns, hidden_size - column);
-      float* gate = sums.floats(2 * num_rows * width);
-      float* up = gate + num_rows * width;
-      multiply(expert.gate, 0, depth, column, width, packed, depth, num_rows, false, gate, width);
-      multiply(expert.up, 0, depth, column, width, packed, depth, num_rows, false, up, width);
+      float* gate = sums.floats(3 * num_rows * width);
+      float *up = gate + num_rows * width, *segment = up + num_rows * width;
+      const Packed rows_of_pass = {packed, num_rows, depth};
+      const int64_t up_segment = segment_depth(depth, kUpSegments);
+      multiply(expert.gate, up_segment, column, width, rows_of_pass, segment, gate, width);
+      multiply(expert.up, up_segment, column, width, rows_of_pass, segment, up, width);
       for (int64_t block = 0; block < num_blocks(num_rows); ++block) {
         int64_t start = block * kMaxRows, rows = rows_of_block(num_rows, block);
         activate(gate + start * width, up + start * width, rows, width,
@@ -199,13 +235,12 @@ void run_many(xla::ffi::ThreadPool& pool, const Expert<Matrix>& expert,
     run_units(pool, num_units(depth), [&](int64_t unit) {
       static thread_local Scratch sums;
       int64_t column = unit * kManyColumns, width = std::min(kManyColumns, depth - column);
-      float* result = sums.floats(num_rows * width);
-      multiply(expert.down, 0, hidden_size, column, width, hidden, hidden_size, num_rows, false,
-               result, width);
+      float* result = sums.floats(2 * num_rows * width);
+      multiply(expert.down, kDownSegment, column, width, Packed{hidden, num_rows, hidden_size},
+               result + num_rows * width, result, width);
       for (int64_t m = 0; m < num_rows; ++m) {
         const Dispatched& to = dispatched[first + m];
-        float* out_row = out + to.token * depth + column;
-        for (int64_t c = 0; c < width; ++c) out_row[c] += to.weight * result[m * width + c];
+        add_weighted(to.weight, result + m * width, width, out + to.token * depth + column);
       }
     });
   }

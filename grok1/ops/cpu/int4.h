@@ -117,7 +117,7 @@ constexpr decltype(&multiply_decoded<1>) kMultiplyDecoded[kMaxRows + 1] = {
     multiply_decoded<4>, multiply_decoded<5>, multiply_decoded<6>};
 
 // Input rows as multiply_few and multiply_many get them, in passes of up to kMaxRows.
-struct Packed {
+struct Inputs {
   const float* x;
   int64_t begin;     // the weight row of the first numbers
   int64_t num_rows;
@@ -142,7 +142,7 @@ struct Part {
 };
 
 // The numbers of a pass for all weight rows of a group: those that are not of a part are zero.
-inline Numbers numbers_of(const Packed& packed, int64_t pass, const Part& part, int64_t depth,
+inline Numbers numbers_of(const Inputs& packed, int64_t pass, const Part& part, int64_t depth,
                           float* some) {
   Numbers numbers = packed.numbers(pass, part.group);
   if (part.begin == part.group && part.end == part.group + depth) return numbers;
@@ -156,7 +156,7 @@ inline Numbers numbers_of(const Packed& packed, int64_t pass, const Part& part, 
 
 // out[num_rows, width] += scale * (x @ values). The codes are of as many columns, or of
 // kCodeColumns.
-inline void multiply_group(const Codes& codes, const Part& part, const Packed& packed, float* out,
+inline void multiply_group(const Codes& codes, const Part& part, const Inputs& packed, float* out,
                            int64_t out_stride, Fetcher& fetcher) {
   const int64_t depth = 2 * codes.pairs, passes = packed.num_passes();
   const bool is_direct = packed.num_rows <= kMostDirect, is_edge = part.width < codes.columns;
@@ -190,7 +190,7 @@ inline void multiply_group(const Codes& codes, const Part& part, const Packed& p
 }
 
 // As multiply_group, for fewer than kCodeColumns columns: from a copy of what there is of them.
-inline void multiply_edge(const Codes& codes, const Part& part, const Packed& packed, float* out,
+inline void multiply_edge(const Codes& codes, const Part& part, const Inputs& packed, float* out,
                           int64_t out_stride, Fetcher& fetcher) {
   uint8_t bytes[kMostGroupRows / 2 * kCodeColumns] = {};
   float scale[kCodeColumns] = {};
@@ -202,14 +202,11 @@ inline void multiply_edge(const Codes& codes, const Part& part, const Packed& pa
   multiply_group(copied, part, packed, out, out_stride, fetcher);
 }
 
-// out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
-// columns from `column` on.
+// out[num_rows, width] = x @ weight over weight rows `begin` to `end` and `width` columns from
+// `column` on.
 inline void multiply_packed(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
-                            int64_t width, const Packed& packed, bool add, float* out,
-                            int64_t out_stride) {
-  if (!add) {
-    for (int64_t m = 0; m < packed.num_rows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
-  }
+                            int64_t width, const Inputs& packed, float* out, int64_t out_stride) {
+  for (int64_t m = 0; m < packed.num_rows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
   alignas(kCacheLine) static thread_local float of_block[kCodePanel], scale[kCodePanel];
   const int64_t start = begin / matrix.group * matrix.group;
   for (int64_t first = 0; first < width; first += kCodePanel) {
@@ -240,16 +237,15 @@ constexpr int64_t most_few(const Int4Matrix&) { return kFewRows; }
 
 // As for int8 matrices, in product.h.
 inline void multiply_few(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
-                         int64_t width, const float* x, int64_t num_rows, bool add, float* out,
+                         int64_t width, const float* x, int64_t num_rows, float* out,
                          int64_t out_stride) {
-  multiply_packed(matrix, begin, end, column, width, {x, begin, num_rows, 0}, add, out, out_stride);
+  multiply_packed(matrix, begin, end, column, width, {x, begin, num_rows, 0}, out, out_stride);
 }
 
 // As for int8 matrices, in product.h.
 inline void multiply_many(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
-                          int64_t width, const float* x, int64_t x_depth, int64_t num_rows,
-                          bool add, float* out, int64_t out_stride) {
-  multiply_packed(matrix, begin, end, column, width, {x, 0, num_rows, x_depth}, add, out,
+                          int64_t width, const Packed& x, float* out, int64_t out_stride) {
+  multiply_packed(matrix, begin, end, column, width, {x.blocks, 0, x.num_rows, x.depth}, out,
                   out_stride);
 }
 

@@ -13,11 +13,6 @@
 
 namespace {
 
-ffi::Error no_such_matrix(int64_t number, int64_t count) {
-  return ffi::Error::InvalidArgument("matrix " + std::to_string(number) + " of a stack of " +
-                                     std::to_string(count));
-}
-
 // The arrays of a quantised weight, as they come from XLA and as the kernels take them.
 struct Int8 {
   using Matrix = grok1::Int8Matrix;

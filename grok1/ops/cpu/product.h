@@ -5,6 +5,10 @@
 // Some more: the same from a copy of these rows, see near.h.
 // Many rows: the time is that of arithmetic, so a tile of the weight is converted to float once, in
 // the first-level cache, and multiplied by all rows from there.
+//
+// A row's result has the same bits whatever rows come with it. The depth is cut alike for all: into
+// segments, each added up for itself, and those into runs of weight rows, whose sums begin at zero
+// and are scaled as they are added. Columns may be cut in any way.
 
 #pragma once
 
@@ -31,7 +35,19 @@ constexpr bool is_copied(int64_t num_rows) {
   return num_rows > kMaxRows && kTileColumns < kCacheLine;
 }
 
-constexpr int64_t kTileDepth = 128;  // as float32 32 KiB with 64 columns
+// Most weight rows of a run; as float32 32 KiB with 64 columns.
+constexpr int64_t kTileDepth = 128;
+
+// Columns up to whole cache lines of a weight.
+constexpr int64_t whole_lines(int64_t columns) {
+  return (columns + kCacheLine - 1) / kCacheLine * kCacheLine;
+}
+
+// Weight rows of a segment where `count` of them are wanted: whole runs.
+constexpr int64_t segment_depth(int64_t depth, int64_t count) {
+  const int64_t runs = (depth + kTileDepth - 1) / kTileDepth;
+  return std::max<int64_t>(1, (runs + count - 1) / count) * kTileDepth;
+}
 
 // Columns whose sums stay near while weight rows are walked; the processor fetches past the end of
 // a run of memory, so the longer the runs the better.
@@ -63,6 +79,12 @@ struct Int8Matrix {
   }
 
   const uint16_t* scales_at(int64_t k) const { return scales + k / depth_of_group * columns; }
+
+  // The end of the run of weight row k, all of one scale.
+  int64_t end_of_run(int64_t k, int64_t end) const {
+    return std::min({end, (k / kTileDepth + 1) * kTileDepth,
+                     (k / depth_of_group + 1) * depth_of_group});
+  }
 };
 
 // Most input rows that multiply_few takes.
@@ -164,7 +186,7 @@ inline void multiply_copied(const int8_t* values, int64_t stride, int64_t depth,
   alignas(kCacheLine) static thread_local int8_t near[kNearDepth * kNearColumns];
   copy_near(values, stride, depth, width, near);
   const int64_t passes = num_blocks(num_rows);
-  const int64_t padded = (width + kCacheLine - 1) / kCacheLine * kCacheLine;
+  const int64_t padded = whole_lines(width);
   for (int64_t column = 0; column < width; column += kCacheLine) {
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t m = num_rows * pass / passes, end = num_rows * (pass + 1) / passes;
@@ -174,31 +196,43 @@ inline void multiply_copied(const int8_t* values, int64_t stride, int64_t depth,
   }
 }
 
-// out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
-// columns from `column` on, for at most most_few(matrix) rows. x is [depth, num_rows] from weight
-// row `begin` on.
+// out[width] = (add ? out : 0) + sums * scales
+inline void add_scaled(const float* sums, const uint16_t* scales, int64_t width, bool add,
+                       float* out) {
+  int64_t column = 0;
+  for (; column + kLanes <= width; column += kLanes) {
+    Floats before = add ? load(out + column) : Floats{};
+    store_floats(out + column,
+                 multiply_add(load(sums + column), load_bfloat16(scales + column), before));
+  }
+  for (; column < width; ++column) {
+    Floats before = Floats{} + (add ? out[column] : 0.0f);
+    Floats factor = Floats{} + to_float(scales[column]);
+    out[column] = multiply_add(Floats{} + sums[column], factor, before)[0];
+  }
+}
+
+// out[num_rows, width] = x @ weight over a segment, weight rows `begin` to `end`, and `width` columns
+// from `column` on, for at most most_few(matrix) rows. x is [depth, num_rows] from weight row
+// `begin` on.
 inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, int64_t column,
-                         int64_t width, const float* x, int64_t num_rows, bool add, float* out,
+                         int64_t width, const float* x, int64_t num_rows, float* out,
                          int64_t out_stride) {
   const int64_t panel_columns = panel_for(num_rows), walked = walked_for(num_rows, matrix.columns);
   const int64_t half = num_rows <= kMaxRows ? num_rows : (num_rows + 1) / 2;
-  if (begin == end && !add) {
-    for (int64_t m = 0; m < num_rows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
-  }
+  for (int64_t m = 0; begin == end && m < num_rows; ++m) std::fill_n(out + m * out_stride, width, 0);
   alignas(kCacheLine) float sums[kMostSums];
   for (int64_t first = 0; first < width; first += panel_columns) {
     const int64_t panel = std::min(panel_columns, width - first);
-    const int64_t unit = is_copied(num_rows) ? kCacheLine : 1;
-    const int64_t row_of_sums = (panel + unit - 1) / unit * unit;
+    const int64_t row_of_sums = is_copied(num_rows) ? whole_lines(panel) : panel;
     const int8_t* panel_values = matrix.values + column + first;
-    bool add_panel = add;
-    for (int64_t group_begin = begin, group_end; group_begin < end; group_begin = group_end) {
-      group_end = std::min(end, (group_begin / matrix.depth_of_group + 1) * matrix.depth_of_group);
+    for (int64_t run = begin, run_end; run < end; run = run_end) {
+      run_end = matrix.end_of_run(run, end);
       std::fill_n(sums, num_rows * row_of_sums, 0.0f);
-      for (int64_t k = group_begin; k < group_end; k += walked) {
+      for (int64_t k = run; k < run_end; k += walked) {
         const int8_t* rows = panel_values + k * matrix.columns;
         const float* numbers = x + (k - begin) * num_rows;
-        const int64_t count = std::min(walked, group_end - k);
+        const int64_t count = std::min(walked, run_end - k);
         if (is_copied(num_rows)) {
           // Behind the last rows come the next columns of the first.
           Fetcher next{k + count < end ? rows + count * matrix.columns
@@ -213,45 +247,52 @@ inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, i
                                                   sums + m * row_of_sums);
         }
       }
-      const uint16_t* scales = matrix.scales_at(group_begin) + column + first;
+      const uint16_t* scales = matrix.scales_at(run) + column + first;
       for (int64_t m = 0; m < num_rows; ++m) {
-        float* out_row = out + m * out_stride + first;
-        for (int64_t c = 0; c < panel; ++c) {
-          float scaled = sums[m * row_of_sums + c] * to_float(scales[c]);
-          out_row[c] = add_panel ? out_row[c] + scaled : scaled;
-        }
+        add_scaled(sums + m * row_of_sums, scales, panel, run > begin, out + m * out_stride + first);
       }
-      add_panel = true;
     }
   }
 }
 
-// tile[depth, kTileColumns] = weight rows `begin` to `begin + depth`, all of one scale group, and
-// `width` columns; what is beyond them is zero.
+// tile[depth, kTileColumns] = weight rows `begin` to `begin + depth` and `width` columns, as they
+// are; what is beyond them is zero.
 inline void convert_tile(const Int8Matrix& matrix, int64_t begin, int64_t depth, int64_t column,
                          int64_t width, float* tile) {
   const int8_t* row = matrix.values + begin * matrix.columns + column;
-  const uint16_t* scales = matrix.scales_at(begin) + column;
-  alignas(kCacheLine) float scale[kTileColumns] = {};
-  for (int64_t c = 0; c < width; ++c) scale[c] = to_float(scales[c]);
   for (int64_t k = 0; k < depth; ++k, row += matrix.columns, tile += kTileColumns) {
     if (width == kTileColumns) {
       for (int v = 0; v < kTileVectors; ++v) {
-        store_floats(tile + v * kLanes,
-                     load(row + v * kLanes) * load(scale + v * kLanes));
+        store_floats(tile + v * kLanes, load(row + v * kLanes));
       }
     } else {
-      for (int64_t c = 0; c < kTileColumns; ++c) tile[c] = c < width ? row[c] * scale[c] : 0.0f;
+      for (int64_t c = 0; c < kTileColumns; ++c) tile[c] = c < width ? row[c] : 0.0f;
     }
   }
 }
 
-// out[kRows, kTileColumns] = (add ? out : 0) + x @ tile. x is packed. If there is a `next`, the
-// weight rows there, those of the next tile, are fetched meanwhile.
+// A tile of a weight as float32, [depth, kTileColumns], and the scales of its columns.
+struct Tile {
+  const float* values;
+  const float* scale;
+  int64_t depth;
+};
+
+// Scales of what is not scaled.
+struct Ones {
+  alignas(kCacheLine) float values[kTileColumns] = {};
+  constexpr Ones() {
+    for (float& value : values) value = 1.0f;
+  }
+};
+inline constexpr Ones kOnes;
+
+// out[kRows, kTileColumns] = (add ? out : 0) + scale * (x @ values). x is packed. If there is a
+// `next`, the weight rows there, those of the next tile, are fetched meanwhile.
 template <int kRows>
-void multiply_tile(const float* tile, int64_t depth, const float* x, bool add, float* out,
-                   int64_t out_stride, const int8_t* next, int64_t next_stride) {
-  // From zero: sums of sums lose fewer digits than one long sum.
+void multiply_tile(const Tile& tile, const float* x, bool add, float* out, int64_t out_stride,
+                   const int8_t* next, int64_t next_stride) {
+  const float* values = tile.values;
   Floats sum[kRows][kTileVectors];
 #pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m) {
@@ -262,7 +303,7 @@ void multiply_tile(const float* tile, int64_t depth, const float* x, bool add, f
     Floats weight[kTileVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
-      weight[v] = load(tile + v * kLanes);
+      weight[v] = load(values + v * kLanes);
       hold(weight[v]);
     }
 #pragma GCC unroll 6
@@ -270,90 +311,103 @@ void multiply_tile(const float* tile, int64_t depth, const float* x, bool add, f
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * x[m];
     }
-    tile += kTileColumns;
+    values += kTileColumns;
     x += kRows;
   };
   if (next) {
-    for (int64_t k = 0; k < depth; ++k, next += next_stride) {
+    for (int64_t k = 0; k < tile.depth; ++k, next += next_stride) {
       __builtin_prefetch(next);
       multiply_row();
     }
   } else {
-    for (int64_t k = 0; k < depth; ++k) multiply_row();
+    for (int64_t k = 0; k < tile.depth; ++k) multiply_row();
   }
 #pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       float* to = out + m * out_stride + v * kLanes;
-      store_floats(to, add ? load(to) + sum[m][v] : sum[m][v]);
+      Floats before = add ? load(to) : Floats{};
+      store_floats(to, multiply_add(sum[m][v], load(tile.scale + v * kLanes), before));
     }
   }
 }
 
-using MultiplyTile = void (*)(const float*, int64_t, const float*, bool, float*, int64_t,
-                              const int8_t*, int64_t);
-
-constexpr MultiplyTile kMultiplyTile[kMaxRows + 1] = {
+constexpr decltype(&multiply_tile<1>) kMultiplyTile[kMaxRows + 1] = {
     nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>,
     multiply_tile<4>, multiply_tile<5>, multiply_tile<6>};
 
-// out[num_rows, columns] = (add ? out : 0) + x @ tile, for many rows: x is packed in blocks,
-// `x_depth` deep, and begins at weight row 0, the tile at weight row k. Meanwhile the rows at
-// `next` are fetched.
-inline void multiply_converted(const float* tile, int64_t k, int64_t depth, int64_t columns,
-                               const float* x, int64_t x_depth, int64_t num_rows, bool add,
-                               float* out, int64_t out_stride, const int8_t* next,
+// Many rows, packed in blocks, `depth` deep.
+struct Packed {
+  const float* blocks;
+  int64_t num_rows, depth;
+
+  const float* of_block(int64_t block, int64_t k) const {
+    return blocks + block * kMaxRows * depth + k * rows_of_block(num_rows, block);
+  }
+};
+
+// out[num_rows, columns] = (add ? out : 0) + scale * (x @ values), for a tile that begins at weight
+// row k. Meanwhile the rows at `next` are fetched.
+inline void multiply_converted(const Tile& tile, int64_t k, int64_t columns, const Packed& x,
+                               bool add, float* out, int64_t out_stride, const int8_t* next,
                                int64_t next_stride) {
-  for (int64_t block = 0; block < num_blocks(num_rows); ++block, next = nullptr) {
-    int64_t rows = rows_of_block(num_rows, block);
-    const float* x_block = x + block * kMaxRows * x_depth + k * rows;
+  for (int64_t block = 0; block < num_blocks(x.num_rows); ++block, next = nullptr) {
+    const int64_t rows = rows_of_block(x.num_rows, block);
+    const auto multiply = kMultiplyTile[rows];
+    const float* of_block = x.of_block(block, k);
     float* out_block = out + block * kMaxRows * out_stride;
     if (columns == kTileColumns) {
-      kMultiplyTile[rows](tile, depth, x_block, add, out_block, out_stride, next, next_stride);
+      multiply(tile, of_block, add, out_block, out_stride, next, next_stride);
       continue;
     }
     alignas(kCacheLine) float edge[kMaxRows * kTileColumns];
-    kMultiplyTile[rows](tile, depth, x_block, false, edge, kTileColumns, next, next_stride);
+    for (int64_t m = 0; add && m < rows; ++m) {
+      std::copy_n(out_block + m * out_stride, columns, edge + m * kTileColumns);
+    }
+    multiply(tile, of_block, add, edge, kTileColumns, next, next_stride);
     for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t c = 0; c < columns; ++c) {
-        float& sum = out_block[m * out_stride + c];
-        sum = (add ? sum : 0.0f) + edge[m * kTileColumns + c];
-      }
+      std::copy_n(edge + m * kTileColumns, columns, out_block + m * out_stride);
     }
   }
 }
 
-// As multiply_few, for many rows: x is packed in blocks, `x_depth` deep, and begins at
-// weight row 0.
+// As multiply_few, for many rows, which begin at weight row 0.
 inline void multiply_many(const Int8Matrix& matrix, int64_t begin, int64_t end, int64_t column,
-                          int64_t width, const float* x, int64_t x_depth, int64_t num_rows,
-                          bool add, float* out, int64_t out_stride) {
-  alignas(kCacheLine) static thread_local float tile[kTileDepth * kTileColumns];
-  for (int64_t k = begin, depth; k < end; k += depth) {
-    int64_t group_end = (k / matrix.depth_of_group + 1) * matrix.depth_of_group;
-    depth = std::min({kTileDepth, end - k, group_end - k});
+                          int64_t width, const Packed& x, float* out, int64_t out_stride) {
+  alignas(kCacheLine) static thread_local float values[kTileDepth * kTileColumns];
+  for (int64_t k = begin, run_end; k < end; k = run_end) {
+    run_end = matrix.end_of_run(k, end);
     for (int64_t first = 0; first < width; first += kTileColumns) {
-      int64_t columns = std::min(kTileColumns, width - first);
-      convert_tile(matrix, k, depth, column + first, columns, tile);
+      const int64_t columns = std::min(kTileColumns, width - first);
+      convert_tile(matrix, k, run_end - k, column + first, columns, values);
+      alignas(kCacheLine) float scale[kTileColumns] = {};
+      const uint16_t* scales = matrix.scales_at(k) + column + first;
+      for (int64_t c = 0; c < columns; ++c) scale[c] = to_float(scales[c]);
       const int8_t* next = matrix.values + k * matrix.columns + column + first + kTileColumns;
-      multiply_converted(tile, k, depth, columns, x, x_depth, num_rows, add || k > begin,
-                         out + first, out_stride, next, matrix.columns);
+      multiply_converted({values, scale, run_end - k}, k, columns, x, k > begin, out + first,
+                         out_stride, next, matrix.columns);
     }
   }
 }
 
-// out[num_rows, width] = (add ? out : 0) + x @ weight over weight rows `begin` to `end` and `width`
-// columns from `column` on. x is packed in blocks, `x_depth` deep, and begins at weight row 0.
+// out[num_rows, width] = x @ weight over all weight rows, in segments of `segment`, and `width`
+// columns from `column` on. `sums` is memory for num_rows * width floats.
 template <typename Matrix>
-void multiply(const Matrix& matrix, int64_t begin, int64_t end, int64_t column,
-                     int64_t width, const float* x, int64_t x_depth, int64_t num_rows, bool add,
-                     float* out, int64_t out_stride) {
-  if (num_rows <= kMaxRows) {
-    multiply_few(matrix, begin, end, column, width, x + begin * num_rows, num_rows, add, out,
-                 out_stride);
-  } else {
-    multiply_many(matrix, begin, end, column, width, x, x_depth, num_rows, add, out, out_stride);
+void multiply(const Matrix& matrix, int64_t segment, int64_t column, int64_t width,
+              const Packed& x, float* sums, float* out, int64_t out_stride) {
+  for (int64_t begin = 0; begin == 0 || begin < matrix.depth; begin += segment) {
+    const int64_t end = std::min(matrix.depth, begin + segment);
+    float* to = begin == 0 ? out : sums;
+    const int64_t stride = begin == 0 ? out_stride : width;
+    if (x.num_rows <= kMaxRows) {
+      multiply_few(matrix, begin, end, column, width, x.of_block(0, begin), x.num_rows, to, stride);
+    } else {
+      multiply_many(matrix, begin, end, column, width, x, to, stride);
+    }
+    for (int64_t m = 0; begin > 0 && m < x.num_rows; ++m) {
+      for (int64_t c = 0; c < width; ++c) out[m * out_stride + c] += sums[m * width + c];
+    }
   }
 }
 

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "logits.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -136,11 +137,9 @@ struct ScreenedTable {
     return {number * kUnitRows, std::min((number + 1) * kUnitRows, num_rows)};
   }
 
-  // Of a float32 row: the same whatever else is asked for.
+  // Of a float32 row: the same whatever else is asked for, and the same as that of `logits.h`.
   float product(int64_t row, const float* x) const {
-    float result;
-    dot<1>(PlainRow<float>{rows + row * depth}, x, depth, &result);
-    return result;
+    return table_product(x, rows + row * depth, depth);
   }
 };
 

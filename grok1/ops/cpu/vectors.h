@@ -55,6 +55,8 @@ inline void store_floats(float* to, Floats floats) { std::memcpy(to, &floats, si
 __attribute__((always_inline)) inline void hold([[maybe_unused]] Floats& floats) {
 #if defined(__x86_64__)
   asm("" : "+v"(floats));
+#elif defined(__aarch64__)
+  asm("" : "+w"(floats));
 #endif
 }
 
@@ -71,6 +73,25 @@ inline Floats load(const int8_t* from) {
   std::memcpy(&bytes, from, sizeof(bytes));
   return __builtin_convertvector(bytes, Floats);
 #endif
+}
+
+// x * y + z, rounded once where the processor can, and the same wherever it is called: whether a
+// compiler joins a product and a sum depends on what is around them.
+__attribute__((always_inline)) inline Floats multiply_add(Floats x, Floats y, Floats z) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(x, y, z);
+#elif defined(__FMA__) && defined(__AVX2__)
+  return _mm256_fmadd_ps(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
+
+inline Floats load_bfloat16(const uint16_t* from) {
+  using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return (Floats)(__builtin_convertvector(halves, Ints) << 16);
 }
 
 // Four bits of each byte, from 0 to 15: the low ones, or the high ones where `shift` is 4.

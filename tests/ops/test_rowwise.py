@@ -1,0 +1,154 @@
+"""What a row comes to does not depend on the rows that come with it, to the last bit; on CPUs.
+
+The router must not send a token elsewhere for its neighbours' sake, nor an answer change with the
+load of a server.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grok1.nn import unembedding  # registers the forms of logits  # noqa: F401
+from grok1.ops import forms
+from grok1.ops.cpu import bindings
+from grok1.ops.experts import ExpertWeights, choose_experts, experts
+from grok1.ops.quantized import QuantizedArray
+
+pytestmark = pytest.mark.skipif(
+    not forms.has_kernels(jax.default_backend()), reason="the native kernels are not available here"
+)
+
+NUM_ROWS = 230  # more than a pass of many rows
+# Of each way to multiply, and of the remainders of its blocks.
+SOME_ROWS = (1, 2, 3, 4, 6, 7, 12, 13, 24, 25, 193)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def quantized_weight(seed, *shape, groups=1):
+    random = np.random.default_rng(seed)
+    values = random.integers(-127, 128, shape).astype(np.int8)
+    scales = random.uniform(0.5, 1, (*shape[:-2], groups, shape[-1])).astype(np.float32)
+    return QuantizedArray(jnp.asarray(values), jnp.asarray(scales, jnp.bfloat16))
+
+
+def assert_rows_are_alike(function, *arrays):
+    """`function` maps rows to rows; of the first few alone it must give the first of all."""
+    program = jax.jit(function)
+    everything = jax.tree.leaves(program(*arrays))
+    for count in SOME_ROWS:
+        alone = jax.tree.leaves(program(*(array[:count] for array in arrays)))
+        for whole, part in zip(everything, alone, strict=True):
+            np.testing.assert_array_equal(part, whole[:count], err_msg=f"{count} rows")
+    return everything
+
+
+# Widths that are no multiple of a register or a line, groups of scales that cut a run of weight
+# rows, and a matrix of several segments.
+@pytest.mark.parametrize(
+    ("depth", "width", "groups"), [(300, 70, 1), (192, 130, 2), (1536, 2048, 8), (257, 8250, 1)]
+)
+def test_products_with_a_weight(depth, width, groups):
+    weight = quantized_weight(0, depth, width, groups=groups)
+    assert_rows_are_alike(
+        lambda x: bindings.quantized_matmul(x, weight, (), len(x)), normal(1, NUM_ROWS, depth)
+    )
+
+
+# The second has several segments of the hidden size, and a slice that is no multiple of one.
+@pytest.mark.parametrize(("width", "hidden"), [(136, 200), (256, 2100)])
+@pytest.mark.parametrize("num_experts", [2, 5])
+def test_experts(width, hidden, num_experts):
+    stack = ExpertWeights(
+        quantized_weight(0, num_experts, width, hidden),
+        quantized_weight(1, num_experts, width, hidden, groups=4),
+        quantized_weight(2, num_experts, hidden, width, groups=2),
+    )
+
+    def run(x, logits):
+        routing = choose_experts(logits, 2)
+        return experts(x, stack, (), routing, jnp.ones(len(x), bool), implementation="cpp")
+
+    # Uneven, so that one of a token's experts has few rows and the other many.
+    logits = normal(3, NUM_ROWS, num_experts) + 0.7 * np.arange(num_experts, dtype=np.float32)
+    assert_rows_are_alike(run, normal(4, NUM_ROWS, width), logits)
+
+
+@pytest.mark.parametrize("width", [6, 64, 203])
+def test_norms(width):
+    x, branch = normal(0, NUM_ROWS, width), normal(1, NUM_ROWS, width)
+    scales = jnp.asarray(normal(2, 2, 3, width))
+
+    def run(x, branch):
+        both = scales[0], scales[1]
+        return forms.run("add_norm", x, branch, both, jnp.int32(2), implementation="cpp")
+
+    def exact_norm(x, scale):
+        return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5) * scale
+
+    total, normed = assert_rows_are_alike(run, x, branch)
+    exact = x + exact_norm(branch.astype(np.float64), np.float64(scales[0, 2]))
+    np.testing.assert_allclose(total, exact, rtol=2e-6, atol=1e-6)
+    exact = exact_norm(exact, np.float64(scales[1, 2]))
+    np.testing.assert_allclose(normed, exact, rtol=4e-6, atol=2e-6)
+
+
+def test_phases():
+    query, key = (jnp.asarray(normal(heads, NUM_ROWS, 1, heads, 20)) for heads in (6, 2))
+    positions = jnp.asarray(np.random.default_rng(2).integers(0, 8192, (NUM_ROWS, 1)), jnp.int32)
+
+    def run(*arguments):
+        return forms.run("rotate", *arguments, implementation="cpp")
+
+    found = assert_rows_are_alike(run, query, key, positions)
+    with_xla = forms.run("rotate", query, key, positions, implementation="xla")
+    for one, other in zip(found, with_xla, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_experts", [3, 8, 17])
+def test_the_router(num_experts):
+    x, routers = normal(0, NUM_ROWS, 100), jnp.asarray(normal(1, 2, 100, num_experts))
+
+    def run(x):
+        options = {"num_selected": 2, "softcap": 30.0, "renormalize": True}
+        how = {"implementation": "cpp", **options}
+        return forms.run("route", x, routers, jnp.int32(1), **how)
+
+    logits, probs, indices, weights = assert_rows_are_alike(run, x)
+    exact = 30 * np.tanh(np.float64(x) @ np.float64(routers[1]) / 30)
+    np.testing.assert_allclose(logits, exact, rtol=2e-6, atol=2e-5)
+    exact = np.exp(exact - exact.max(axis=-1, keepdims=True))
+    exact /= exact.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(probs, exact, rtol=1e-4)
+    best = np.argsort(-exact, axis=-1)[:, :2]
+    np.testing.assert_array_equal(indices, best)
+    chosen = np.take_along_axis(exact, best, axis=-1)
+    np.testing.assert_allclose(weights, chosen / chosen.sum(-1, keepdims=True), rtol=1e-4)
+
+
+def test_the_router_takes_the_lower_of_equal_experts_and_survives_what_is_no_number():
+    x = jnp.array([[1.0, 0.0], [0.0, 1.0], [np.nan, 1.0], [0.0, 0.0]])
+    routers = jnp.array([[[0.0, 2.0, 2.0, 1.0], [3.0, 1.0, 3.0, 3.0]]])
+    options = {"num_selected": 3, "softcap": None, "renormalize": False}
+    for form in ("cpp", "xla"):
+        _, routing = forms.run("route", x, routers, jnp.int32(0), implementation=form, **options)
+        indices = np.asarray(routing.expert_indices)
+        np.testing.assert_array_equal(indices[[0, 1, 3]], [[1, 2, 3], [0, 2, 3], [0, 1, 2]])
+        assert np.isnan(routing.expert_weights[2]).all()
+        assert set(indices[2]) <= set(range(4))
+
+
+@pytest.mark.parametrize(("depth", "size"), [(5, 3), (1029, 130)])
+def test_logits(depth, size):
+    x, table = normal(0, NUM_ROWS, depth), normal(1, size, depth)
+
+    def run(x):
+        return forms.run("logits", x, jnp.asarray(table), implementation="cpp")
+
+    (found,) = assert_rows_are_alike(run, x)
+    exact = np.float64(x) @ np.float64(table).T
+    np.testing.assert_allclose(found, exact, rtol=1e-6, atol=4e-5)
