@@ -147,15 +147,15 @@ def cancelled_differences(lowered_text: str) -> list[str]:
         # In order: of a name that two regions use, the last is meant.
         sources: dict[str, str] = {}
         for line in function.splitlines():
-            result = re.match(r"\s*(%\S+) = ", line)
-            if result is None:
+            name, defined, value = line.strip().partition(" = ")
+            if not defined:
                 continue
-            operands = re.findall(r"%[^\s,]+", line.partition("=")[2])
+            operands = re.findall(r"%[^\s,]+", value)
             if re.search(r"stablehlo\.(?:subtract|divide) ", line):
                 one, other = (sources.get(operand, operand) for operand in operands)
                 if one == other:
                     found.append(line.strip())
-            sources.pop(result[1], None)
+            sources.pop(name, None)
             if re.search(r"stablehlo\.convert %\S+ : \(tensor<(?:\S+x)?b?f\d+>", line):
-                sources[result[1]] = sources.get(operands[0], operands[0])
+                sources[name] = sources.get(operands[0], operands[0])
     return found

@@ -119,7 +119,8 @@ def test_the_router(num_experts):
         return forms.run("route", x, routers, jnp.int32(1), **how)
 
     logits, probs, indices, weights = assert_rows_are_alike(run, x)
-    exact = 30 * np.tanh(np.float64(x) @ np.float64(routers[1]) / 30)
+    exact = x.astype(np.float64) @ np.asarray(routers[1], np.float64)
+    exact = 30 * np.tanh(exact / 30)
     np.testing.assert_allclose(logits, exact, rtol=2e-6, atol=2e-5)
     exact = np.exp(exact - exact.max(axis=-1, keepdims=True))
     exact /= exact.sum(axis=-1, keepdims=True)
@@ -150,5 +151,5 @@ def test_logits(depth, size):
         return forms.run("logits", x, jnp.asarray(table), implementation="cpp")
 
     (found,) = assert_rows_are_alike(run, x)
-    exact = np.float64(x) @ np.float64(table).T
+    exact = x.astype(np.float64) @ table.astype(np.float64).T
     np.testing.assert_allclose(found, exact, rtol=1e-6, atol=4e-5)
