@@ -150,7 +150,7 @@ def cancelled_differences(lowered_text: str) -> list[str]:
             name, defined, value = line.strip().partition(" = ")
             if not defined:
                 continue
-            operands = re.findall(r"%[^\s,]+", value)
+            operands: list[str] = re.findall(r"%[^\s,]+", value)
             if re.search(r"stablehlo\.(?:subtract|divide) ", line):
                 one, other = (sources.get(operand, operand) for operand in operands)
                 if one == other:
