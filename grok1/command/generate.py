@@ -19,6 +19,7 @@ from grok1.factory import load
 from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import check_options, prompt_tokens
 from grok1.machine import processes
+from grok1.machine.background import interruptible
 from grok1.machine.startup import start_jax
 from grok1.model import Model
 from grok1.tokenizer import Tokenizer
@@ -62,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     with processes.together():
         job = _job(arguments)
     options = {name: getattr(arguments, name) for name in MODEL_OPTIONS}
-    model = load(job.checkpoint, tokenizer=job.tokenizer, **options)
+    with interruptible():
+        model = load(job.checkpoint, tokenizer=job.tokenizer, **options)
     if arguments.interactive:
         return interactive.Session(model, job.options, arguments.program).run()
     told = _tell_lines(model, job) if job.lines else _tell(model, job, arguments.json)

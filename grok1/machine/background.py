@@ -49,40 +49,49 @@ def in_background(function: Callable[[], Any]) -> Future:
     return future
 
 
+_interruptions: list[int] = []
+
+
+def _note(number, frame) -> None:
+    _interruptions.append(number)
+    raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[Future], Any]]:
-    """Lets no interruption be lost in a block that starts work and waits for it.
+    """Lets no interruption be lost in a block, such as one that starts work and waits for it.
 
     Python raises it wherever the main thread is, and what is raised while garbage is collected, in
     a finaliser or a callback, is only printed.
 
     Yields:
-      Takes what `in_background` returned and waits for its result; an interruption since the block
-      began is raised there, if it was not before.
+      Takes what `in_background` returned and waits for its result; an interruption since the
+      outermost block began is raised there, or at the end of the block, if it was not before.
     """
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or handler is not signal.default_int_handler:
+    if not is_main or handler not in (signal.default_int_handler, _note):
         yield Future.result
         return
-    interruptions = []
+    if handler is not _note:
+        _interruptions.clear()
 
-    def note(number, frame):
-        interruptions.append(number)
-        raise KeyboardInterrupt
+    def raise_lost():
+        if _interruptions:
+            raise KeyboardInterrupt
 
     def wait(future: Future) -> Any:
-        while not interruptions:
+        while not _interruptions:
             with contextlib.suppress(TimeoutError):
                 future.exception(_LOOK_SECONDS)
                 break
-        if interruptions:
-            raise KeyboardInterrupt
+        raise_lost()
         return future.result()
 
     try:
-        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGINT, _note)
         yield wait
+        raise_lost()
     finally:
         signal.signal(signal.SIGINT, handler)
 

@@ -17,7 +17,7 @@ import pytest
 
 from grok1.engine import compilation
 from grok1.engine.compilation import Program, Programs
-from grok1.machine import startup
+from grok1.machine import background, startup
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -65,6 +65,10 @@ def test_an_interruption_that_python_only_prints_is_not_lost(monkeypatch):
 
     settings_of_thread, printed = compilation.settings_of_thread, []
 
+    def without_a_wait(function):
+        with background.interruptible(), background.interruptible():
+            function()
+
     def with_garbage():
         Interrupting()
         return settings_of_thread()
@@ -75,7 +79,10 @@ def test_an_interruption_that_python_only_prints_is_not_lost(monkeypatch):
         patch.setattr(compilation, "settings_of_thread", with_garbage)
         with pytest.raises(KeyboardInterrupt):
             program(np.ones(2, np.float32))
-    assert [found.exc_type for found in printed] == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            without_a_wait(with_garbage)
+    without_a_wait(settings_of_thread)
+    assert [found.exc_type for found in printed] == 2 * [KeyboardInterrupt]
     assert program(np.ones(2, np.float32)).tolist() == [2, 2]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
