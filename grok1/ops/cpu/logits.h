@@ -83,34 +83,58 @@ constexpr decltype(&add_products_of<1>) kAddProducts[kProductRows + 1] = {
     nullptr,            add_products_of<1>, add_products_of<2>, add_products_of<3>,
     add_products_of<4>, add_products_of<5>, add_products_of<6>};
 
+// The depth is cut in four, which are added up each for itself and then in order, so that one product
+// alone need not wait for each of its additions.
+constexpr int kQuarters = 4;
+
+inline int64_t quarter_of(int64_t depth) {
+  return (depth + kQuarters * kLanes - 1) / (kQuarters * kLanes) * kLanes;
+}
+
 // One product of those of `table_products`.
 inline float table_product(const float* x, const float* row, int64_t depth) {
-  Floats sum{};
-  for (int64_t k = 0; k < depth; k += kProductDepth) {
-    add_products<1, 1>(x + k, 0, row + k, 0, std::min(kProductDepth, depth - k), &sum);
+  const int64_t quarter = quarter_of(depth);
+  const int64_t common = std::max<int64_t>(0, depth - (kQuarters - 1) * quarter) / kLanes * kLanes;
+  Floats sums[kQuarters] = {};
+  for (int64_t k = 0; k < common; k += kLanes) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuarters; ++q) {
+      const int64_t at = q * quarter + k;
+      sums[q] = multiply_add(load(x + at), load(row + at), sums[q]);
+    }
   }
-  return sum_of(sum);
+  for (int q = 0; q < kQuarters; ++q) {
+    const int64_t at = q * quarter + common, end = std::min(depth, (q + 1) * quarter);
+    if (at < end) add_products<1, 1>(x + at, 0, row + at, 0, end - at, &sums[q]);
+  }
+  return sum_of(((sums[0] + sums[1]) + sums[2]) + sums[3]);
 }
 
 // out[num_rows, table_size] = x[num_rows, depth] @ table[table_size, depth] transposed
 inline void table_products(xla::ffi::ThreadPool& pool, const float* x, const float* table,
                            int64_t num_rows, int64_t table_size, int64_t depth, float* out) {
+  const int64_t quarter = quarter_of(depth);
   run_units(pool, (table_size + kTableRows - 1) / kTableRows, [&](int64_t unit) {
-    static thread_local std::vector<Floats> sums;
+    static thread_local std::vector<Floats> sums, totals;
     const int64_t first = unit * kTableRows, count = std::min(kTableRows, table_size - first);
     for (int64_t pass = 0; pass < num_rows; pass += kMostProductRows) {
       const int64_t rows = std::min(kMostProductRows, num_rows - pass);
-      sums.assign(rows * kTableRows, Floats{});
-      for (int64_t k = 0; k < depth; k += kProductDepth) {
-        for (int64_t m = 0; m < rows; m += kProductRows) {
-          kAddProducts[std::min<int64_t>(kProductRows, rows - m)](
-              x + (pass + m) * depth + k, depth, table + first * depth + k, depth,
-              std::min(kProductDepth, depth - k), count, sums.data() + m * kTableRows);
+      totals.assign(rows * kTableRows, Floats{});
+      for (int64_t begin = 0; begin < depth; begin += quarter) {
+        const int64_t end = std::min(depth, begin + quarter);
+        sums.assign(rows * kTableRows, Floats{});
+        for (int64_t k = begin; k < end; k += kProductDepth) {
+          for (int64_t m = 0; m < rows; m += kProductRows) {
+            kAddProducts[std::min<int64_t>(kProductRows, rows - m)](
+                x + (pass + m) * depth + k, depth, table + first * depth + k, depth,
+                std::min(kProductDepth, end - k), count, sums.data() + m * kTableRows);
+          }
         }
+        for (size_t i = 0; i < sums.size(); ++i) totals[i] += sums[i];
       }
       for (int64_t m = 0; m < rows; ++m) {
         float* to = out + (pass + m) * table_size + first;
-        for (int64_t v = 0; v < count; ++v) to[v] = sum_of(sums[m * kTableRows + v]);
+        for (int64_t v = 0; v < count; ++v) to[v] = sum_of(totals[m * kTableRows + v]);
       }
     }
   });
