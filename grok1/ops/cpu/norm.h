@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "threads.h"
 #include "vectors.h"
@@ -47,10 +48,18 @@ inline void add_norm(xla::ffi::ThreadPool& pool, const float* x, const float* br
       const float* row = branch + m * width;
       const float root = root_mean_square(row, width, epsilon);
       float* to = out + m * width;
-      if (x == nullptr) {
-        for (int64_t c = 0; c < width; ++c) to[c] = row[c] / root * scale[c];
-      } else {
-        for (int64_t c = 0; c < width; ++c) to[c] = x[m * width + c] + row[c] / root * scale[c];
+      const float* before = x == nullptr ? nullptr : x + m * width;
+      int64_t column = 0;
+      for (; column + kLanes <= width; column += kLanes) {
+        Floats normed = load(row + column) / root * load(scale + column);
+        // Rounded before it is added: where a trace wants the norm, XLA adds it.
+        hold(normed);
+        store_floats(to + column, before == nullptr ? normed : load(before + column) + normed);
+      }
+      for (; column < width; ++column) {
+        Floats normed = Floats{} + row[column] / root * scale[column];
+        hold(normed);
+        to[column] = before == nullptr ? normed[0] : before[column] + normed[0];
       }
     }
   });
