@@ -14,14 +14,18 @@ from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.experts import ExpertWeights, choose_experts, experts
 from grok1.ops.quantized import QuantizedArray
-
-pytestmark = pytest.mark.skipif(
-    not forms.has_kernels(jax.default_backend()), reason="the native kernels are not available here"
-)
+from tests.helpers import SLOW_TESTS, slow
 
 NUM_ROWS = 230  # more than a pass of many rows
 # Of each way to multiply, and of the remainders of its blocks.
-SOME_ROWS = (1, 2, 3, 4, 6, 7, 12, 13, 24, 25, 193)
+SOME_ROWS = (1, 2, 3, 4, 6, 7, 12, 13, 24, 25, 193) if SLOW_TESTS else (1, 3, 4, 7, 13, 193)
+
+
+@pytest.fixture(autouse=True)
+def kernels_here(kernels):
+    # Asked where the module is imported, each process of the tests would build them.
+    if not forms.has_kernels(jax.default_backend()):
+        pytest.skip("the native kernels are not available here")
 
 
 def normal(seed, *shape):
@@ -59,9 +63,16 @@ def test_products_with_a_weight(depth, width, groups):
 
 
 # The second has several segments of the hidden size, and a slice that is no multiple of one.
-@pytest.mark.parametrize(("width", "hidden"), [(136, 200), (256, 2100)])
-@pytest.mark.parametrize("num_experts", [2, 5])
-def test_experts(width, hidden, num_experts):
+@pytest.mark.parametrize(
+    ("num_experts", "width", "hidden"),
+    [
+        (5, 136, 200),
+        (2, 256, 2100),
+        pytest.param(2, 136, 200, marks=slow),
+        pytest.param(5, 256, 2100, marks=slow),
+    ],
+)
+def test_experts(num_experts, width, hidden):
     stack = ExpertWeights(
         quantized_weight(0, num_experts, width, hidden),
         quantized_weight(1, num_experts, width, hidden, groups=4),
@@ -77,7 +88,7 @@ def test_experts(width, hidden, num_experts):
     assert_rows_are_alike(run, normal(4, NUM_ROWS, width), logits)
 
 
-@pytest.mark.parametrize("width", [6, 64, 203])
+@pytest.mark.parametrize("width", [pytest.param(6, marks=slow), 64, 203])
 def test_norms(width):
     x, branch = normal(0, NUM_ROWS, width), normal(1, NUM_ROWS, width)
     scales = jnp.asarray(normal(2, 2, 3, width))
@@ -109,7 +120,7 @@ def test_phases():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("num_experts", [3, 8, 17])
+@pytest.mark.parametrize("num_experts", [pytest.param(3, marks=slow), 8, 17])
 def test_the_router(num_experts):
     x, routers = normal(0, NUM_ROWS, 100), jnp.asarray(normal(1, 2, 100, num_experts))
 
