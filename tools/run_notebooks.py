@@ -1,6 +1,7 @@
 """Runs the notebooks from top to bottom and stores what they print: python -m tools.run_notebooks.
 
-With `--check` nothing is stored: the exit status says whether every cell ran.
+With `--check` nothing is stored: the exit status says whether every cell ran. It needs the extra
+`notebooks`.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import pathlib
 import tempfile
 
 import nbformat
-from nbclient import NotebookClient
+from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
