@@ -187,5 +187,18 @@ def nano(nano_path) -> grok1.Model:
 
 
 @pytest.fixture(scope="session")
+def nano_on_mesh(nano, nano_path):
+    """Nano by the sizes of its mesh and the type of its products, each loaded once."""
+    models = {((1, 1), "float32"): nano}
+
+    def get(mesh, dtype="float32") -> grok1.Model:
+        if (mesh, dtype) not in models:
+            models[mesh, dtype] = grok1.load(nano_path, mesh=mesh, dtype=dtype, progress=False)
+        return models[mesh, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def toy() -> grok1.Model:
     return grok1.load(TOY, mesh=(1, 1), dtype="float32", progress=False)

@@ -43,6 +43,7 @@ def test_the_tokenizer_round_trips_the_corpus(corpus, toy):
         assert toy.tokenizer.decode(toy.tokenizer.encode(document)) == document
 
 
+@slow
 @pytest.mark.parametrize("num_tokens", [3, 200])
 def test_blocked_experts_equal_dense_ones_with_their_gradients(num_tokens):
     keys = jax.random.split(jax.random.key(0), 5)
@@ -64,6 +65,7 @@ def test_blocked_experts_equal_dense_ones_with_their_gradients(num_tokens):
         assert relative_error(leaf, expected) <= 1e-5
 
 
+@slow
 def test_evaluation_counts_every_token_once(toy):
     named = named_params(toy)
     documents = train_toy.encode(["The first argument is a string. " * 40], toy.tokenizer)
@@ -76,6 +78,7 @@ def test_evaluation_counts_every_token_once(toy):
     assert found.expert_shares.sum(axis=1) == pytest.approx(np.ones(TOY_CONFIG.num_layers))
 
 
+@slow
 def test_rounding_leaves_the_layout_of_the_checkpoint(toy):
     floats = {
         module: {name: jnp.ones(leaf.shape) for name, leaf in parameters.items()}

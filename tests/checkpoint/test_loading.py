@@ -270,7 +270,7 @@ def test_progress_on_a_terminal_shows_bytes_rate_and_time(nano_path, monkeypatch
     assert re.search(r"loading: 100%.* 2\.89M/2\.89M \[00:\d\d<00:\d\d, .*B/s\]", last)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=slow), (2, 4)])
 def test_the_embedding_is_halved_if_asked(mesh, nano, nano_path, nano_reference, tmp_path):
     model = grok1.load(
         nano_path, mesh=mesh, dtype="float32", embedding_dtype="bfloat16", progress=False

@@ -28,6 +28,7 @@ from grok1.checkpoint.tensor_file import (
     write_tensor,
 )
 from grok1.nn.manifest import TensorSpec
+from tests.helpers import SLOW_TESTS
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 NANO = sorted((GOLDEN / "nano" / "ckpt-0").iterdir())
@@ -591,7 +592,8 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, arrays):
     # Every opcode in every place, and every bit flipped.
     opcodes = {code[0] for code in symbolic_pickle._OPCODES} | {0x00, 0xFF, ord(".")}
     harmless = set()
-    for i in set(range(len(data))) - payload:
+    places = sorted(set(range(len(data))) - payload)
+    for i in places if SLOW_TESTS else places[::3]:
         for value in ({data[i] ^ 1 << bit for bit in range(8)} | opcodes) - {data[i]}:
             with path.open("r+b") as file:
                 file.seek(i)

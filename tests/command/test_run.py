@@ -49,6 +49,8 @@ def test_experts_on_disk_give_the_same_text_and_say_what_it_cost(toy):
     assert said.endswith(" of 48 experts in memory")
 
 
+# Of tests/command/test_command.py, in a process of its own.
+@slow
 def test_interactive_continues_every_line_and_a_stop_ends_it():
     arguments = ("--interactive", "--max-new-tokens", "40", "--stop", r"\n", "--mesh", "1x1")
     result = run(*arguments, stdin="The first\nA second\n")
@@ -60,7 +62,7 @@ def test_interactive_continues_every_line_and_a_stop_ends_it():
     ("arguments", "message"),
     [
         (("--checkpoint", "absent"), r"absent: there is no such directory"),
-        (("--mesh", "1x99"), "mesh 1x99 needs 99 devices"),
+        pytest.param(("--mesh", "1x99"), "mesh 1x99 needs 99 devices", marks=slow),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -88,7 +90,9 @@ def test_ctrl_c_ends_cleanly():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("module", ["jax", "numpy", "grok1.factory"])
+@pytest.mark.parametrize(
+    "module", ["jax", *(pytest.param(name, marks=slow) for name in ("numpy", "grok1.factory"))]
+)
 def test_ctrl_c_while_it_imports_ends_without_a_traceback(module, tmp_path):
     # A module of that name in front of the real one: the program is interrupted in its midst.
     program = (
@@ -105,7 +109,8 @@ def test_ctrl_c_while_it_imports_ends_without_a_traceback(module, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("closed", ["1", pytest.param("2", marks=slow)])
+@slow
+@pytest.mark.parametrize("closed", ["1", "2"])
 def test_a_stream_that_nobody_reads_or_that_is_closed_ends_nothing(closed):
     short = "--max-new-tokens 2 --mesh 1x1 --temperature 0 --prompt A"
     command = f"exec {sys.executable} {RUN} {short} {closed}>&-"

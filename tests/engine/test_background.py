@@ -18,6 +18,7 @@ import pytest
 from grok1.engine import compilation
 from grok1.engine.compilation import Program, Programs
 from grok1.machine import background, startup
+from tests.helpers import slow as slow_tier
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -243,6 +244,7 @@ def test_ctrl_c_ends_a_script_as_python_does_while_a_program_compiles():
     assert said.rstrip().endswith("KeyboardInterrupt")
 
 
+@slow_tier
 def test_a_script_that_goes_on_is_over_when_the_program_is_compiled():
     program = COMPILING.format(seconds=1) + (
         "try:" + SCRIPT.replace("\n", "\n    ").rstrip() + "\nexcept KeyboardInterrupt: pass\n"
@@ -279,14 +281,20 @@ os.waitpid(child, 0)
 @pytest.mark.parametrize(
     ("before", "start", "call", "expected"),
     [
-        ("", "jax.numpy.ones(2)", "grok1.random_model(grok1.TOY)", "forked from one in which"),
+        pytest.param(
+            "",
+            "jax.numpy.ones(2)",
+            "grok1.random_model(grok1.TOY)",
+            "forked from one in which",
+            marks=slow_tier,
+        ),
         (
             "import grok1",
             "jax.numpy.ones(2)",
             "grok1.load('checkpoints/toy')",
             "forked from one in which",
         ),
-        ("import grok1", "", "assert len(jax.devices())", "no error"),
+        pytest.param("import grok1", "", "assert len(jax.devices())", "no error", marks=slow_tier),
     ],
     ids=["imported in the child", "imported before", "before JAX ran"],
 )
@@ -308,7 +316,11 @@ def test_a_call_in_a_forked_process_is_told(monkeypatch):
 
 @pytest.mark.parametrize(
     ("platforms", "cause"),
-    [("cuda", ""), ("tpu", "libtpu"), ("nonsense", "'nonsense' is not in the list")],
+    [
+        ("cuda", ""),
+        pytest.param("tpu", "libtpu", marks=slow_tier),
+        pytest.param("nonsense", "'nonsense' is not in the list", marks=slow_tier),
+    ],
 )
 def test_a_platform_that_is_not_there_is_one_line(platforms, cause):
     result = subprocess.run(

@@ -260,7 +260,7 @@ def kept_by_kernel(tmp_path_factory):
         }
     """)
     flags = [*build._FLAGS, "-march=native", f"-I{build._SOURCES}", f"-I{jax.ffi.include_dir()}"]
-    flags[flags.index("-O3")] = "-O1"  # compiles in half the time
+    flags[flags.index("-O3")] = "-O0"  # it runs once
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     run = ctypes.CDLL(str(library)).keep
 
@@ -299,7 +299,7 @@ def test_all_forms_keep_and_draw_the_same_in_hundreds_of_cases(kept_by_kernel):
         logits, allowed, state = random_cases(seed, rows=256, vocab_size=531)
         weights = np.asarray(log_weights(logits, state.temperature, allowed))
         expected = np.asarray(keep_by["sorting"](weights, *state[2:0:-1], state.min_p))
-        for form in ("halving", "four bits a pass"):
+        for form in ("halving", "four bits a pass") if SLOW_TESTS else ("halving",):
             found = np.asarray(keep_by[form](weights, *state[2:0:-1], state.min_p))
             np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(kept_by_kernel(logits, allowed, state), expected)
@@ -403,7 +403,7 @@ def test_a_tiny_temperature_takes_the_most_probable_token():
 
 @pytest.mark.optimised
 def test_frequencies_of_many_draws():
-    # Each case has 20,000 draws, over 100 keys at 200 positions.
+    # Each case has so many draws, over 100 keys.
     cases = [
         ({"temperature": 1.0, "top_p": 1.0}, PROBS),
         ({"temperature": 0.5, "top_p": 1.0}, PROBS**2),
@@ -414,7 +414,7 @@ def test_frequencies_of_many_draws():
         # before the filters.
         ({"temperature": 0.5, "top_p": 1.0, "min_p": 0.1}, PROBS**2 * [0, 1, 0, 1, 1]),
     ]
-    draws = 20_000
+    draws = 20_000 if SLOW_TESTS else 4_000
     parts = []
     for params, _ in cases:
         keys = np.stack([np.arange(draws) % 100, np.full(draws, 23)], axis=-1).astype(np.uint32)

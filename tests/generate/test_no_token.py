@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from grok1.engine.engine import Engine
+from tests.helpers import slow
 
 
 def forbid_six(logits, tokens, length):
@@ -30,19 +31,30 @@ def one_infinity(logits, tokens, length):
     return logits.at[:, 3].set(jnp.inf)
 
 
-@pytest.mark.parametrize("temperature", [0, 0.7])
+# With allowed tokens and without, greedily and not: each of these is a program.
 @pytest.mark.parametrize(
-    ("processor", "allowed", "message"),
+    ("processor", "allowed", "temperature", "message"),
     [
-        (forbid_six, [6], "forbid_six has set every logit of allowed_tokens to -infinity"),
-        (keep_one, [5, 6], "keep_one has set every logit of allowed_tokens to -infinity"),
-        (forbid_all, None, "forbid_all has set every logit to -infinity; it has to leave"),
-        (one_nan, None, "one_nan must return numbers, or -infinity for a token"),
-        (one_nan, [5], "one_nan must return numbers, or -infinity for a token"),
-        (one_infinity, None, "one_infinity must return numbers, or -infinity for a token"),
+        (forbid_six, [6], 0.7, "forbid_six has set every logit of allowed_tokens to -infinity"),
+        (forbid_all, None, 0, "forbid_all has set every logit to -infinity; it has to leave"),
+        (one_nan, None, 0.7, "one_nan must return numbers, or -infinity for a token"),
+        (one_infinity, None, 0, "one_infinity must return numbers, or -infinity for a token"),
+        *(
+            pytest.param(*case, marks=slow)
+            for case in [
+                (forbid_six, [6], 0, "forbid_six has set every logit of allowed_tokens to -inf"),
+                (keep_one, [5, 6], 0, "keep_one has set every logit of allowed_tokens to -infin"),
+                (keep_one, [5, 6], 0.7, "keep_one has set every logit of allowed_tokens to -inf"),
+                (forbid_all, None, 0.7, "forbid_all has set every logit to -infinity; it has to"),
+                (one_nan, None, 0, "one_nan must return numbers, or -infinity for a token"),
+                (one_nan, [5], 0, "one_nan must return numbers, or -infinity for a token"),
+                (one_nan, [5], 0.7, "one_nan must return numbers, or -infinity for a token"),
+                (one_infinity, None, 0.7, "one_infinity must return numbers, or -infinity for"),
+            ]
+        ),
     ],
 )
-def test_a_processor_that_leaves_nothing_is_named(nano, processor, allowed, message, temperature):
+def test_a_processor_that_leaves_nothing_is_named(nano, processor, allowed, temperature, message):
     with pytest.raises(ValueError, match=f"no token can be drawn: logits_processor {message}"):
         nano.generate(
             [5, 7],
@@ -54,7 +66,7 @@ def test_a_processor_that_leaves_nothing_is_named(nano, processor, allowed, mess
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"logprobs": 2}])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=slow)])
 def test_logits_that_are_not_finite_end_a_request(nano, options, value):
     params = nano.params._replace(final_norm=nano.params.final_norm.at[3].set(value))
     model = copy.copy(nano)

@@ -155,6 +155,8 @@ def test_a_switch_is_on_or_off(monkeypatch, name):
         grok1.load(TOY)
 
 
+# As any other error that a command ends with.
+@slow
 def test_a_command_says_in_a_line_what_is_wrong_with_a_variable():
     result = subprocess.run(
         [sys.executable, "run.py"],

@@ -111,6 +111,8 @@ def test_a_default_device_is_the_users_own(nano):
     assert np.array_equal(logits, nano.logits(TOKENS))
 
 
+# What is made where the package is imported has types of its own.
+@slow
 def test_64_bits_before_the_import(nano, nano_path):
     program = (
         "import sys, jax, grok1\n"

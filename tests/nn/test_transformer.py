@@ -9,7 +9,7 @@ from grok1.config import ModelConfig
 from grok1.nn.manifest import abstract_params, arrange
 from grok1.nn.transformer import NamedParams, forward, naming
 from grok1.ops.quantized import QuantizedArray
-from tests.helpers import named_params, random_named, readable, relative_error
+from tests.helpers import named_params, random_named, readable, relative_error, slow
 
 TINY = ModelConfig(
     vocab_size=37,
@@ -48,6 +48,8 @@ def test_forward_is_causal(floats):
     assert not np.allclose(before[5:], after[5:])
 
 
+# The training of the toy needs them.
+@slow
 def test_forward_has_gradients_for_every_float_parameter(floats):
     tokens = jnp.arange(12)[None]
 

@@ -67,7 +67,9 @@ def with_room(model, on_host, on_device, monkeypatch):
     return model
 
 
-@pytest.mark.parametrize(("on_host", "on_device"), [(0, 0), (5, 9), (0, 96)])
+@pytest.mark.parametrize(
+    ("on_host", "on_device"), [pytest.param(0, 0, marks=slow), (5, 9), (0, 96)]
+)
 def test_nano_computes_what_the_resident_model_does(
     shared, nano, nano_reference, on_host, on_device, monkeypatch
 ):
@@ -88,6 +90,7 @@ def test_nano_computes_what_the_resident_model_does(
     assert (stats.decode.hit_rate > 0.9) == (on_device == NUM_EXPERTS)
 
 
+@slow
 def test_more_on_the_device_is_never_a_lower_hit_rate(shared, monkeypatch):
     rates = []
     for on_device in (0, 6, 24, 60):
@@ -201,7 +204,7 @@ def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, shared, monke
     assert shared.generate([1, 2, 3], **GREEDY) == before
 
 
-@pytest.mark.parametrize("on_device", [0, NUM_EXPERTS])
+@pytest.mark.parametrize("on_device", [0, pytest.param(NUM_EXPERTS, marks=slow)])
 def test_interrupting_ends_within_a_layer(shared, on_device, monkeypatch):
     model = with_room(shared, 0, on_device, monkeypatch)
     before = model.generate([1, 2, 3], **GREEDY)

@@ -97,6 +97,7 @@ def test_nano_computes_what_the_resident_model_does(nano, nano_reference, offloa
     assert (stats.decode.hit_rate > 0.9) == (num_experts == 96)
 
 
+@slow
 def test_products_in_bfloat16_are_those_of_the_resident_model(nano_path, nano_reference):
     tokens = nano_reference["tokens"]
     found, expected = (
@@ -166,9 +167,9 @@ def test_without_kernels_it_goes_through_xla(copied, nano_reference, monkeypatch
     assert relative_error(offloaded.logits(tokens), nano_reference["logits_f64"]) <= 2e-5
     greedy = offloaded.generate(
         nano_reference["greedy_prompt"].tolist(),
-        **{**GREEDY, "max_new_tokens": len(nano_reference["greedy_tokens"])},
+        **{**GREEDY, "max_new_tokens": 4},
     )
-    assert greedy.tokens == nano_reference["greedy_tokens"].tolist()
+    assert greedy.tokens == nano_reference["greedy_tokens"].tolist()[:4]
     assert offloaded.offload_stats.decode.num_held > 0
     up = copied / "ckpt-0" / file_name(4)
     up.rename(copied / "away")
@@ -178,7 +179,7 @@ def test_without_kernels_it_goes_through_xla(copied, nano_reference, monkeypatch
     assert threads() == []
 
 
-@pytest.mark.parametrize("how", ["transposed", "old system"])
+@pytest.mark.parametrize("how", ["transposed", pytest.param("old system", marks=slow)])
 def test_what_cannot_be_mapped_is_read_into_buffers(nano_path, nano, tmp_path, monkeypatch, how):
     path = nano_path
     if how == "transposed":

@@ -218,7 +218,9 @@ def test_attend_cache_rows_do_not_depend_on_each_other():
     assert not np.allclose(others[1], output[1], atol=0.1)
 
 
-@pytest.mark.parametrize("length", [64, 256, 512, 768])
+@pytest.mark.parametrize(
+    "length", [64, *(pytest.param(length, marks=slow) for length in (256, 512)), 768]
+)
 def test_attend_cache_with_many_queries(length):
     cache, query = random_cache(1100), random_query(length) / 5
     positions = np.arange(length) + np.array([[0], [200], [332]])

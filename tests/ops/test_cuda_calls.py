@@ -13,7 +13,7 @@ import pytest
 from grok1.machine import announcement
 from grok1.ops import forms
 from grok1.ops.cuda import build, calls, check, presence
-from tests.helpers import SLOW_TESTS
+from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
 
 
@@ -22,9 +22,15 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(calls, "call", standin.call)
 
 
-@pytest.mark.parametrize("operation", presence.OPERATIONS)
+# The kernels of all are run by themselves in test_cuda.py.
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(operation, marks=() if operation in ("experts", "norm") else slow)
+        for operation in presence.OPERATIONS
+    ],
+)
 def test_the_check_of_a_device_finds_no_fault(operation, monkeypatch):
-    # The kernels of other sizes are run by themselves in test_cuda.py.
     most = None if SLOW_TESTS else 1
     all_of = check.cases
     monkeypatch.setattr(check, "cases", lambda of: itertools.islice(all_of(of), most))

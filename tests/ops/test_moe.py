@@ -234,7 +234,7 @@ def test_quantised_weights_of_one_layer_of_a_stack(form, dtype, tolerance):
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse", "cpp"])
-@pytest.mark.parametrize("num_tokens", [2, 9, 40])
+@pytest.mark.parametrize("num_tokens", [pytest.param(2, marks=slow), 9, 40])
 def test_what_is_no_number_stays_so(form, num_tokens):
     skip_unless_it_runs_here(form)
     weights = ExpertWeights(*(quantize_compiled(one) for one in random_weights(3)))
@@ -260,7 +260,9 @@ def test_what_is_no_number_stays_so(form, num_tokens):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("num_tokens", [1, pytest.param(3, marks=slow), 9, 500])
+@pytest.mark.parametrize(
+    "num_tokens", [1, *(pytest.param(number, marks=slow) for number in (3, 9)), 500]
+)
 def test_native_experts_of_few_and_of_many_rows(num_tokens):
     skip_unless_it_runs_here("cpp")
     # More hidden columns than a panel, full tiles and not; in 500 tokens, several passes.
@@ -316,7 +318,9 @@ def stack():
     )
 
 
-@pytest.mark.parametrize("num_tokens", [65, 200, 1000])
+@pytest.mark.parametrize(
+    "num_tokens", [200, *(pytest.param(number, marks=slow) for number in (65, 1000))]
+)
 def test_many_tokens_in_groups_against_float64(stack, num_tokens):
     x, routing = random_inputs(num_tokens, 5, 2, 13)
     every = np.ones(num_tokens, bool)

@@ -16,6 +16,7 @@ import pytest
 
 from grok1.machine import announcement, cache_directory
 from grok1.ops.cpu import bindings, build
+from tests.helpers import slow
 
 ask_again = bindings._is_available.__wrapped__
 
@@ -154,6 +155,7 @@ def test_a_damaged_library_is_never_loaded_and_built_anew(monkeypatch, cache, da
     assert len(runs) == 2
 
 
+@slow
 def test_a_library_that_is_cut_short_does_not_end_a_process(monkeypatch, own_library, cache):
     if own_library is None:
         pytest.skip("no native kernels on this machine")

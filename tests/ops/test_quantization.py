@@ -19,7 +19,7 @@ from grok1.ops.quantized import (
     quantize,
     refine_groups,
 )
-from tests.helpers import relative_error
+from tests.helpers import relative_error, slow
 
 M, K, N = 7, 120, 13  # K: 8 groups of 15 rows
 
@@ -168,7 +168,7 @@ def test_every_form_of_the_product_is_the_product(monkeypatch, num_groups, lead,
 
 @pytest.mark.optimised
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("num_groups", [1, 5])
+@pytest.mark.parametrize("num_groups", [pytest.param(1, marks=slow), 5])
 def test_every_number_of_rows_in_every_form(num_groups, implementation):
     skip_unless_it_runs_here(implementation)
     # Several panels and slots of the native kernel, none of them full; groups of 260 rows.

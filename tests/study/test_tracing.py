@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grok1
 from grok1 import AblateExperts, CapLayers
 from grok1.engine import base
 from grok1.engine.engine import Engine
@@ -26,19 +25,6 @@ from tests.helpers import relative_error, slow
 
 ALL = ("router", "residual", "branches", "attention", "logit_lens", "logits")
 TEXT = "The sun rises in the east — and sets in the west."
-
-
-@pytest.fixture(scope="module")
-def nano_on_mesh(nano_path, nano):
-    """Nano by mesh sizes and type of its products, each loaded once."""
-    models = {((1, 1), "float32"): nano}
-
-    def get(mesh, dtype="float32") -> grok1.Model:
-        if (mesh, dtype) not in models:
-            models[mesh, dtype] = grok1.load(nano_path, mesh=mesh, dtype=dtype, progress=False)
-        return models[mesh, dtype]
-
-    return get
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=["1x1", "2x4"])
@@ -79,9 +65,10 @@ def test_arrays_fit_together(nano_on_mesh, nano_reference):
     assert not np.triu(trace.attention_probs, 1).any()
 
 
-def test_attention_maps_by_hand(nano, nano_on_mesh, nano_reference):
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((1, 16), marks=slow)])
+def test_attention_maps_by_hand(mesh, nano, nano_on_mesh, nano_reference):
     config, layer = nano.config, 5
-    trace = nano_on_mesh((1, 16)).trace(
+    trace = nano_on_mesh(mesh).trace(
         nano_reference["tokens"], ("attention", "residual"), attention_layers=(7, layer)
     )
     assert trace.attention_layers == (7, layer)
@@ -330,11 +317,11 @@ def lowered(engine: Engine) -> dict[str, str]:
     }
 
 
-def test_what_is_off_costs_nothing(nano_on_mesh, monkeypatch):
-    model = nano_on_mesh((2, 4))
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((2, 4), marks=slow)])
+def test_what_is_off_costs_nothing(mesh, nano_on_mesh, monkeypatch):
+    model = nano_on_mesh(mesh)
     model.trace([1, 2, 3], ALL)
     with model.intervene(AblateExperts(1), CapLayers(3)) as changed:
-        changed.trace_generation([1, 2, 3], max_new_tokens=2)
         intervened = lowered_prefill(changed.engine)
     after = lowered(model.engine)
     greedily = ["decode greedily"] if bindings.is_available() else []
