@@ -1,7 +1,8 @@
 // Products of float32 rows with a rectangle of an int8 matrix, on one thread.
 //
 // Few rows: the time is that of reading the weight once, so weight rows are walked side by side, in
-// runs long enough for the memory bus, and each cache line is fetched one block ahead of its use.
+// runs long enough for the memory bus, and each cache line is fetched one block ahead of its use, see
+// walk.h.
 // Some more: the same from a copy of these rows, see near.h.
 // Many rows: the time is that of arithmetic, so a tile of the weight is converted to float once, in
 // the first-level cache, and multiplied by all rows from there.
@@ -18,6 +19,7 @@
 #include "forecast.h"
 #include "near.h"
 #include "vectors.h"
+#include "walk.h"
 
 namespace grok1 {
 
@@ -123,55 +125,7 @@ void pack_block(Row row, int64_t num_rows, int64_t block, int64_t depth, float* 
   pack_rows(of_block, rows_of_block(num_rows, block), depth, packed + block * kMaxRows * depth);
 }
 
-// sums[kRows, width] += x @ values over `count` weight rows. x[k * x_stride + m] is row m's number
-// for weight row k. The rows that are `ahead` of these are fetched: in the order of memory, or as
-// they will be walked.
-template <int kRows>
-void walk_rows(const int8_t* values, int64_t stride, int64_t count, int64_t ahead, bool in_order,
-               int64_t width, const float* x, int64_t x_stride, float* sums) {
-  const int8_t* next_row = values + ahead * stride;
-  const int64_t next_step = in_order ? kTileColumns : stride;
-  int64_t next_column = 0, column = 0;
-  for (; column + kTileColumns <= width; column += kTileColumns) {
-    Floats sum[kRows][kTileVectors];
-    for (int m = 0; m < kRows; ++m) {
-      for (int v = 0; v < kTileVectors; ++v) {
-        sum[m][v] = load(sums + m * width + column + v * kLanes);
-      }
-    }
-    const int8_t *row = values + column, *next = next_row + next_column;
-    const float* numbers = x;
-    for (int64_t k = 0; k < count; ++k, row += stride, numbers += x_stride, next += next_step) {
-      // To the second-level cache, which waits for more lines at a time than the first. An address
-      // past the weight's end is harmless: a prefetch does not fault.
-      __builtin_prefetch(next, 0, 2);
-      Floats weight[kTileVectors];
-      for (int v = 0; v < kTileVectors; ++v) weight[v] = load(row + v * kLanes);
-      for (int m = 0; m < kRows; ++m) {
-        for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * numbers[m];
-      }
-    }
-    for (int m = 0; m < kRows; ++m) {
-      for (int v = 0; v < kTileVectors; ++v) {
-        store_floats(sums + m * width + column + v * kLanes, sum[m][v]);
-      }
-    }
-    next_column += in_order ? count * kTileColumns : kTileColumns;
-    for (; next_column >= width; next_column -= width) next_row += stride;
-  }
-  for (int64_t k = 0; k < count && column < width; ++k) {
-    for (int m = 0; m < kRows; ++m) {
-      for (int64_t c = column; c < width; ++c) {
-        sums[m * width + c] += x[k * x_stride + m] * values[k * stride + c];
-      }
-    }
-  }
-}
-
-using WalkRows = void (*)(const int8_t*, int64_t, int64_t, int64_t, bool, int64_t, const float*,
-                          int64_t, float*);
-
-constexpr WalkRows kWalkRows[kMaxRows + 1] = {
+constexpr decltype(&walk_rows<1>) kWalkRows[kMaxRows + 1] = {
     nullptr,      walk_rows<1>, walk_rows<2>, walk_rows<3>,
     walk_rows<4>, walk_rows<5>, walk_rows<6>};
 
@@ -242,8 +196,8 @@ inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, i
           continue;
         }
         for (int64_t m = 0; m < num_rows; m += half) {
-          kWalkRows[std::min(half, num_rows - m)](rows, matrix.columns, count, walked,
-                                                  half == num_rows, panel, numbers + m, num_rows,
+          const Walk walk{rows, matrix.columns, count, walked, half == num_rows};
+          kWalkRows[std::min(half, num_rows - m)](walk, panel, numbers + m, num_rows,
                                                   sums + m * row_of_sums);
         }
       }
