@@ -161,6 +161,7 @@ def test_figures_of_one_day_and_device_are_kept_together(tmp_path):
     assert values(report.write(other, tmp_path)) == {"load": 4.0}
 
 
+@slow
 def test_errors_are_one_line():
     result = run("--gguf", "absent.gguf", "--llama-cpp", "tests")
     assert result.returncode == 1
@@ -308,6 +309,7 @@ def test_dense_reference_draws_the_same_tokens(toy):
     assert found[len(prompt) - 1 :] == expected
 
 
+@slow
 def test_experts_read_are_those_that_the_router_chose(toy):
     sequences = np.asarray(workload.random_prompts(toy.config.vocab_size, 3, 24))
     distinct = 0
@@ -388,6 +390,7 @@ ENTRY %main (w: s8[2,40,24], f: f32[40,24]) -> (bf16[24], bf16[8,10,24]) {
     assert copies_of(program, [(40, 24)]) == ["%fusion.2 = bf16[8,10,24] fusion"]
 
 
+@slow
 def test_checkpoint_is_made_once_and_nothing_else_is_touched(tmp_path, nano_config):
     config = nano_config.first_layers(1)
     model = models.BenchModel("nano", config)

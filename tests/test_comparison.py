@@ -14,6 +14,7 @@ import grok1
 from grok1.__main__ import main
 from grok1.comparison import compare
 from grok1.files import CheckpointError
+from tests.helpers import slow
 
 TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
 TEXT = "The first argument is a string, and the second is the number of bytes to read."
@@ -120,7 +121,22 @@ def test_meshes_and_types_on_the_command_line(capsys):
 def test_tables_for_people(capsys, tmp_path, toy):
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
-    assert main(["compare", str(TOY), str(TOY), "--text", str(file), "--mesh-b", "1x1"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                str(TOY),
+                str(TOY),
+                "--text",
+                str(file),
+                "--mesh-a",
+                "1x1",
+                "--mesh-b",
+                "1x1",
+            ]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"A: {TOY}, Model(6 layers, 8 experts")
     assert f"{len(toy.tokenizer.encode(TEXT))} tokens" in lines
@@ -157,6 +173,7 @@ def test_with_the_experts_of_the_other_the_router_parts_them_no_more(toy):
         compare(__file__.replace(".py", ".npz"), toy, TEXT, force_experts=True)
 
 
+@slow
 def test_other_ports_routers_on_the_command_line(capsys):
     arguments = ["compare", str(TOY), str(TOY), "--prompt", TEXT, "--json"]
     sides = ["--mesh-a", "1x1", "--mesh-b", "1x1", "--router-softcap-a", "30"]

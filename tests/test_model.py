@@ -368,6 +368,7 @@ class TestToy:
         logprob = jax.nn.log_softmax(expected[-1]).max()
         assert out.logprobs[0] == pytest.approx(float(logprob), abs=1e-4)
 
+    @slow
     def test_a_float16_cache_changes_little(self, toy):
         tokens = toy.tokenizer.encode(self.text)
         assert divergence(toy, load_toy(cache_dtype="float16"), tokens) < 1e-4

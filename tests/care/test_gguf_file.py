@@ -24,7 +24,7 @@ from grok1.ops.int4 import dequantize_int4
 from grok1.ops.int4_rounding import round_weight
 from grok1.tokenizer import Tokenizer
 from tests.conftest import TOY
-from tests.helpers import random_named, stack
+from tests.helpers import random_named, slow, stack
 from tools.compare_llama_cpp import compare
 
 gguf = pytest.importorskip("gguf")
@@ -150,7 +150,9 @@ def _llama_cpp_ids(vocabulary, ids, pattern, text) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore:text holds the character U.2581")
 @pytest.mark.parametrize(
-    "model", [TOY / "tokenizer.model", RELEASED_TOKENIZER], ids=["toy", "real"]
+    "model",
+    [TOY / "tokenizer.model", pytest.param(RELEASED_TOKENIZER, marks=slow)],
+    ids=["toy", "real"],
 )
 def test_llama_cpp_is_given_a_vocabulary_that_makes_our_ids(model):
     tokenizer = Tokenizer.load(model)

@@ -20,7 +20,7 @@ from grok1.nn.manifest import with_int4_experts
 from grok1.nn.sharding import abstract_mesh
 from grok1.nn.transformer import forward
 from grok1.planning.memory import abstract_engine, one_layer, released_weights, shard_bytes
-from tests.helpers import relative_error
+from tests.helpers import relative_error, slow
 
 pytest.importorskip("safetensors")
 TOKENS = np.arange(1, 40) * 7 % 128
@@ -86,7 +86,7 @@ def test_the_model_is_that_of_the_weights_that_it_stands_for(int4_path):
     assert relative_error(model.logits(TOKENS), expected[0]) < 1e-5
 
 
-@pytest.mark.parametrize("mesh", [(1, 8), (2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 8), pytest.param((2, 2), marks=slow)])
 def test_meshes(mesh, int4_path, logits):
     found = grok1.load(int4_path, mesh=mesh, progress=False).logits(TOKENS)
     assert relative_error(found, logits) < 1e-4

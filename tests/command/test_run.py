@@ -120,6 +120,8 @@ def test_a_stream_that_nobody_reads_or_that_is_closed_ends_nothing(closed):
     assert "run.py: " not in result.stdout
 
 
+# As it ends `inspect`, in tests/care/test_inspection.py.
+@slow
 def test_a_reader_that_has_enough_ends_it_quietly():
     command = f"{sys.executable} {RUN} --mesh 1x1 --max-new-tokens 40 | head -c 1"
     result = subprocess.run(["bash", "-c", command + "; exit ${PIPESTATUS[0]}"],

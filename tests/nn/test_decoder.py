@@ -178,7 +178,9 @@ def test_int8_equals_its_dequantized_weights(model_size, groups):
         assert relative_error(logits, expected) <= 2e-5
 
 
-@pytest.mark.parametrize(("num_experts", "num_selected"), [(1, 1), (7, 4)], ids=lambda n: str(n))
+@pytest.mark.parametrize(
+    ("num_experts", "num_selected"), [pytest.param(1, 1, marks=slow), (7, 4)], ids=lambda n: str(n)
+)
 def test_any_number_of_experts(num_experts, num_selected):
     config = dataclasses.replace(
         grok1.TOY, num_layers=2, num_experts=num_experts, num_selected_experts=num_selected
@@ -192,7 +194,10 @@ def test_any_number_of_experts(num_experts, num_selected):
 
 @pytest.mark.parametrize(
     ("change", "mesh"),
-    [({"router_softcap": 0.5}, (1, 1)), ({"renormalize_gates": True}, (2, 4))],
+    [
+        ({"router_softcap": 0.5}, (1, 1)),
+        pytest.param({"renormalize_gates": True}, (2, 4), marks=slow),
+    ],
     ids=["router_softcap", "renormalize_gates"],
 )
 def test_other_routers_equal_the_readable_form(change, mesh, nano_path, nano_config):

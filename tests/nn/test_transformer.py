@@ -63,6 +63,7 @@ def test_forward_has_gradients_for_every_float_parameter(floats):
         assert np.any(gradient != 0), name
 
 
+@slow
 def test_random_init_is_neither_zero_nor_exploding():
     one_layer, key = TINY.first_layers(1), jax.random.key(2, impl="unsafe_rbg")
     logits, _ = readable(jax.jit(naming(one_layer).init)(key), one_layer, np.arange(12))

@@ -107,13 +107,18 @@ def test_bfloat16_is_as_close_as_the_resident_model_is(copied, nano_path, nano_r
     assert 1e-4 < error <= 1.5 * relative_error(resident.logits(tokens), expected)
 
 
-def test_sampled_tokens_scores_and_batches_are_the_resident_models(shared, nano, monkeypatch):
+def test_sampled_tokens_and_scores_are_the_resident_models(shared, nano, monkeypatch):
     with_room(shared, 2, 3, monkeypatch)
     drawn = {"max_new_tokens": 8, "temperature": 0.7, "seed": 3, "ignore_eos": True}
     assert shared.generate([5, 6, 7], **drawn).tokens == nano.generate([5, 6, 7], **drawn).tokens
     text = list(range(60))
     found, expected = shared.score(text), nano.score(text)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=2e-5)
+
+
+@slow
+def test_a_batch_is_the_resident_models(shared, nano, monkeypatch):
+    with_room(shared, 2, 3, monkeypatch)
     state = memory.state_bytes(shared.engine, 4, shared.engine.capacity_for(96))
     shared.engine.runner.budget_bytes += state
     prompts = [[5], [40], [9]]

@@ -11,7 +11,7 @@ from grok1.ops.int4 import BOOK, Int4Array
 from grok1.ops.int4_feedback import feedback_factor, round_with_feedback
 from grok1.ops.int4_rounding import round_weight
 from grok1.ops.quantized import matmul
-from tests.helpers import relative_error
+from tests.helpers import relative_error, slow
 
 
 def drawn(rows, columns, lead=(), seed=0):
@@ -119,7 +119,7 @@ def test_searched_scales_against_the_largest_value_and_published_errors(tails, m
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("rows", [512, 24])
+@pytest.mark.parametrize("rows", [pytest.param(512, marks=slow), 24])
 def test_both_forms_of_rounding_find_the_same_bits(rows):
     if not forms.has_kernels("cpu"):
         pytest.skip("no compiler here")

@@ -88,6 +88,7 @@ def test_scores_on_a_mesh_with_several_texts():
         assert_scored(score, of_text, 5)
 
 
+@slow
 def test_more_alternatives_than_a_device_has_tokens(nano_on_mesh):
     model = nano_on_mesh((2, 4))
     tokens = np.arange(20)
@@ -139,6 +140,7 @@ def test_a_window_starts_as_the_whole_text_does(toy, window, stride):
     assert (found.logprobs[window + 1 :] != whole.logprobs[window + 1 :]).any()
 
 
+@slow
 def test_windows_equal_the_whole_bit_for_bit_where_as_many_tokens_run_at_a_time(toy):
     tokens = np.resize(toy.tokenizer.encode(TEXT * 6), 1024)
     whole = toy.score(tokens)
