@@ -232,7 +232,9 @@ def test_interrupting_ends_within_a_layer(shared, on_device, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert max(layers) == 5
-    assert not [one for one in threading.enumerate() if one.name.startswith("grok1-")]
+    # A server of other tests has a thread of its own.
+    names = ("grok1-fetch", "grok1-mapping", "grok1-reader", "grok1-step")
+    assert not [one for one in threading.enumerate() if one.name.startswith(names)]
     assert model.generate([1, 2, 3], **GREEDY) == before
 
 
