@@ -8,6 +8,7 @@ of the ratio within each. The other sides are
   memory; for prefill, the operations that it must do over the rate of a plain matrix product;
 * the dense reference: a decode step that turns every expert to floats for each token, as the
   released code does;
+* the same model with experts in int8, for one in 4 bits (`--only int4`);
 * llama.cpp, on a CPU, where it is given.
 
     __main__   the command line

@@ -220,7 +220,9 @@ def main() -> None:
             peer = llama_cpp
             if peer and not peer.is_model_of(model.num_parameters):
                 peer = None
-            suite = Suite(model, path, arguments.only, effort, arguments.threads, peer, say)
+            suite = Suite(
+                model, path, arguments.only, effort, arguments.threads, peer, say, directory
+            )
             for result in suite.run():
                 if isinstance(result, Failure):
                     say(f"{result.model}: {result.measurement}: failed: {result.reason}")

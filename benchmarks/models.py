@@ -124,3 +124,20 @@ def checkpoint(model: BenchModel, scratch: pathlib.Path) -> pathlib.Path:
     with Worker() as worker:
         worker.call("make", config=model.config.to_json(), path=str(path))
     return path
+
+
+def in_four_bits(path: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
+    """Returns the directory with a model's files in which experts have 4 bits.
+
+    Args:
+      path: The model's files.
+      scratch: An existing directory; what a run of before left there goes on.
+
+    Raises:
+      BenchmarkError: If they cannot be made.
+    """
+    converted = scratch / f"{path.name}-int4"
+    if not (converted / "quantization.json").exists():
+        with Worker() as worker:
+            worker.call("convert", source=str(path), target=str(converted), to="int4")
+    return converted

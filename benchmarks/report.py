@@ -20,6 +20,7 @@ _OTHER_RATIOS = {
     "llama.cpp server": "{:.2f} of llama.cpp's server",
     "max_stall": "{:.2f} of the most that is allowed",
     "first process": "{:.0%} of the first",
+    "int8": "{:.2f} of int8",
 }
 
 
@@ -149,6 +150,8 @@ def _note(result: dict[str, Any]) -> str:
         nucleus, first = details["spread"]["nucleus"], details["spread"]["most probable"]
         ratio = _OTHER_RATIOS["greedy"].format(result["ratios"]["greedy"])
         return f"{ratio}; most probable token {first:.2f}, nucleus of {nucleus:,.0f}"
+    if "int8" in result["ratios"]:
+        return _OTHER_RATIOS["int8"].format(result["ratios"]["int8"])
     if "prompt" in details:
         return f"prompt of {details['prompt']}"
     return "; ".join(

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, serving
+from benchmarks import machine, models, serving
 from benchmarks.machine import BenchmarkError, Worker
 from benchmarks.models import BenchModel
 from benchmarks.peers import LlamaCpp
 
 SECTIONS = ("start", "load", "context", "programs", "profile", "sampler", "decode", "prefill",
-            "serve", "pauses")  # fmt: skip
+            "int4", "serve", "pauses")  # fmt: skip
 CPU_SECTIONS = ("start", "load", "context", "sampler", "decode", "prefill")
 ACCELERATOR_SECTIONS = ("programs", "profile", "decode", "prefill")
 """What is measured unless something else is asked; an accelerator's model then needs no files."""
@@ -29,7 +29,7 @@ OTHER_WAYS = ("sampled", "greedy with 5 logprobs")
 Rounds = dict[str, list[float]]
 """For each contestant its rate in every round."""
 
-_NEEDS_FILES = {"start", "load", "context"}
+_NEEDS_FILES = {"start", "load", "context", "int4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Result:
       value: The figure; a rate is the median of the rounds.
       unit: Its unit.
       threads: CPUs that were used; None on an accelerator.
-      ratios: How many times faster than "roofline", "disk", "dense", "llama.cpp" or "greedy", the
-        median of the ratios within the rounds; or how many times larger than "files".
+      ratios: How many times faster than "roofline", "disk", "dense", "llama.cpp", "int8" or
+        "greedy", the median of the ratios within the rounds; or how many times larger than "files".
       rounds: The rates in every round, those of the others in the same unit.
       details: What else belongs to it.
     """
@@ -123,6 +123,7 @@ class Suite:
         others. None on an accelerator.
       llama_cpp: llama.cpp on the same model, if it is to be compared.
       say: Told what is going on.
+      scratch: Where files are kept that are made of the model's; None if they are not.
     """
 
     model: BenchModel
@@ -132,6 +133,7 @@ class Suite:
     threads: Sequence[int] | None
     llama_cpp: LlamaCpp | None
     say: Callable[[str], None]
+    scratch: pathlib.Path | None = None
 
     @staticmethod
     def needs_files(sections: Sequence[str]) -> bool:
@@ -168,6 +170,8 @@ class Suite:
                     for length in lengths
                 },
             )
+        if "int4" in self.sections:
+            yield from self._attempt("int4", self._int4, threads)
         for section, measure in {"serve": self._serve, "pauses": self._pauses}.items():
             if section in self.sections:
                 yield from self._attempt(section, self._with_model(measure), threads)
@@ -212,12 +216,12 @@ class Suite:
                 del remaining[name]
 
     @contextlib.contextmanager
-    def _worker(self, threads: int | None) -> Iterator[Worker]:
-        """A child process with the model."""
+    def _worker(self, threads: int | None, path: pathlib.Path | None = None) -> Iterator[Worker]:
+        """A child process with the model, or with that of other files."""
         with Worker(threads) as worker:
             self._say("loading" if self.path else "making the model")
             if self.path:
-                worker.call("load", path=str(self.path))
+                worker.call("load", path=str(path or self.path))
             else:
                 worker.call("random", config=self.model.config.to_json())
             yield worker
@@ -410,6 +414,56 @@ class Suite:
                 )
                 details = {"requests": number, "max_stall": MAX_STALL, **started["sizes"]}
                 yield self._rate(worker, name, threads, rounds, details)
+
+    def _int4(self, threads: int | None) -> Iterator[Result]:
+        """Experts in 4 bits against the model as it is, both in memory, in turns."""
+        assert self.path
+        self._say("converting to 4 bits")
+        with tempfile.TemporaryDirectory(prefix="grok1-benchmark-") as directory:
+            path = models.in_four_bits(self.path, self.scratch or pathlib.Path(directory))
+            with self._worker(threads) as int8, self._worker(threads, path) as int4:
+                for batch, prompt in self.effort.prompts.items():
+                    yield self._int4_decode(int4, int8, threads, batch, prompt)
+                length = self.effort.prefills[:2][-1]
+                contestants = {
+                    "grok1": functools.partial(int4.call, "prefill", tokens=length),
+                    "int8": functools.partial(int8.call, "prefill", tokens=length),
+                }
+                yield self._in_turns(int4, f"int4, prefill, {length} tokens", threads, contestants)
+
+    def _int4_decode(
+        self, int4: Worker, int8: Worker, threads: int | None, batch: int, prompt: int
+    ) -> Result:
+        what = {"batch": batch, "prompt": prompt, "steps": self.effort.steps}
+        int4.call("decode", **what)
+        needed = int4.call("decode_bytes", **what)
+        size = sum(needed["bytes"].values())
+        contestants: dict[str, Callable[[], float]] = {
+            "roofline": lambda: batch * int4.call("bandwidth") / size,
+            "grok1": functools.partial(int4.call, "decode", **what),
+            "int8": functools.partial(int8.call, "decode", **what),
+        }
+        peer = self.llama_cpp
+        if peer and threads:
+            contestants["llama.cpp"] = lambda: peer.decode(batch, prompt, what["steps"], threads)
+        name = f"int4, decode, batch {batch}"
+        return self._in_turns(int4, name, threads, contestants, {**what, **needed})
+
+    def _in_turns(
+        self,
+        worker: Worker,
+        name: str,
+        threads: int | None,
+        contestants: Mapping[str, Callable[[], float]],
+        details: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """The rate of the first that is no bound; each has been called once before."""
+        for contestant in contestants.values():
+            contestant()
+        rounds = interleave(
+            contestants, self.effort.repeats, lambda text: self._say(f"{name}: {text}")
+        )
+        return self._rate(worker, name, threads, rounds, dict(details or {}))
 
     def _pauses(self, worker: Worker, threads: int | None) -> Iterator[Result]:
         """A long prompt beside requests that run, and a short one behind three long ones."""

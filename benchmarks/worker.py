@@ -18,6 +18,7 @@ import grok1
 from benchmarks import device, machine, serving, workload
 from benchmarks.machine import BenchmarkError
 from benchmarks.peers import DenseDecoder
+from grok1.care.conversion import convert
 from grok1.ops.cpu import bindings
 
 _FIRST_PROMPT = 128
@@ -56,6 +57,10 @@ class Session:
         """Writes a random model."""
         grok1.save(self._random(config), path)
 
+    def convert(self, source: str, target: str, to: str) -> None:
+        """Writes a model in another format."""
+        convert(source, target, to=to, progress=False)
+
     def build_kernels(self) -> dict[str, Any]:
         """Seconds to build and load the native kernels, where there are any."""
         start = time.perf_counter()
@@ -68,7 +73,8 @@ class Session:
         self._model = grok1.load(path, mesh=(1, 1), progress=False)
         jax.block_until_ready(self._model.params)
         seconds = time.perf_counter() - start
-        files = pathlib.Path(path, "ckpt-0").iterdir()
+        released = pathlib.Path(path, "ckpt-0")
+        files = (released if released.exists() else pathlib.Path(path)).iterdir()
         return {
             "seconds": seconds,
             "file_bytes": sum(file.stat().st_size for file in files),

@@ -49,6 +49,7 @@ FIGURES = {
         for way in ("decode", "sampled", "greedy with 5 logprobs")
     ],
     "prefill": ["prefill, 128 tokens"],
+    "int4": ["int4, decode, batch 1", "int4, decode, batch 8", "int4, prefill, 128 tokens"],
     "serve": ["served, 8 in 16 out, 16 clients"],
     "pauses": ["longest pause, 600 tokens come in", "first token behind three prompts of 600"],
 }
@@ -94,6 +95,10 @@ def test_quick_run_of_the_toy_reports_every_figure(sections, tmp_path, monkeypat
         assert any(
             f" {name} " in row and "of greedy decoding; most probable" in row for row in table
         )
+    if "int4" in sections:
+        assert set(by_name["int4, decode, batch 1"]["ratios"]) == {"roofline", "int8"}
+        assert by_name["int4, decode, batch 8"]["details"]["bytes"]["experts"] > 0
+        assert set(by_name["int4, prefill, 128 tokens"]["ratios"]) == {"int8"}
     assert all(figure["value"] >= 0 for figure in by_name.values())
     loading = by_name["load, files not in memory"]
     assert loading["ratios"]["disk"] == pytest.approx(
