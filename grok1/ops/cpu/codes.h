@@ -93,16 +93,21 @@ __attribute__((always_inline)) inline void add_scaled(const Floats* sum, const f
   store_floats(out + 16, load(out + 16) + second * load(scale + 16));
 }
 
-// Of kLoads * 32 columns the kHalves halves from kFirst on.
+// Of kLoads * 32 columns the kHalves halves from kFirst on; fetches meanwhile if these are all.
 template <int kRows, int kLoads, int kHalves, int kFirst>
 __attribute__((always_inline)) inline void multiply_columns(const Codes& of, int64_t column,
                                                             const Numbers& numbers, float* out,
-                                                            int64_t out_stride) {
+                                                            int64_t out_stride,
+                                                            Fetcher& fetcher) {
+  // A copy: the caller's would be written to memory at every step.
+  Fetcher ahead = fetcher;
   Floats sum[kLoads][kHalves][kRows][2] = {};
   const uint8_t* codes = of.begin + column;
   const float* x = numbers.x;
   const int64_t stride = of.stride, pairs = of.pairs, x_stride = numbers.stride;
   for (int64_t i = 0; i < pairs; ++i, codes += stride, x += 2 * x_stride) {
+    // One line at a time: memory waits for no more than so many at once.
+    if (kHalves == 2 && column % kCodeColumns == 0) ahead.fetch();
 #pragma GCC unroll 2
     for (int row = 0; row < 2; ++row) {
 #pragma GCC unroll 2
@@ -126,6 +131,7 @@ __attribute__((always_inline)) inline void multiply_columns(const Codes& of, int
       }
     }
   }
+  fetcher = ahead;
 #pragma GCC unroll 2
   for (int part = 0; part < kLoads; ++part) {
 #pragma GCC unroll 2
@@ -146,10 +152,10 @@ __attribute__((noinline)) void multiply_codes(const Codes& of, const Numbers& nu
   // As many columns at a time as registers hold the sums of.
   constexpr int kLoads = kRows == 1 ? 2 : 1, kHalves = kRows <= 2 ? 2 : 1;
   for (int64_t column = 0; column < of.columns; column += 32 * kLoads) {
-    if (column % kCodeColumns == 0) fetch_next(of, fetcher);
-    multiply_columns<kRows, kLoads, kHalves, 0>(of, column, numbers, out, out_stride);
+    if (kHalves == 1 && column % kCodeColumns == 0) fetch_next(of, fetcher);
+    multiply_columns<kRows, kLoads, kHalves, 0>(of, column, numbers, out, out_stride, fetcher);
     if constexpr (kHalves == 1) {
-      multiply_columns<kRows, kLoads, 1, 1>(of, column, numbers, out, out_stride);
+      multiply_columns<kRows, kLoads, 1, 1>(of, column, numbers, out, out_stride, fetcher);
     }
   }
 }
