@@ -108,7 +108,7 @@ __attribute__((always_inline)) inline void multiply_columns(const Codes& of, int
   for (int64_t i = 0; i < pairs; ++i, codes += stride, x += 2 * x_stride) {
     // One line at a time: memory waits for no more than so many at once.
     if (kHalves == 2 && column % kCodeColumns == 0) ahead.fetch();
-    // What comes next is in the second-level cache by now: one row is done before it is in the first.
+    // It is in the second-level cache by now, and one row is done before it is in the first.
     if (kRows == 1) __builtin_prefetch(codes + kCodeColumns, 0, 3);
 #pragma GCC unroll 2
     for (int row = 0; row < 2; ++row) {
