@@ -126,7 +126,7 @@ def plan(arguments: argparse.Namespace, device: dict) -> list[models.BenchModel]
         raise BenchmarkError("--llama-cpp needs the model as a file too; give --gguf")
     chosen = [models.model_named(name, arguments.layers) for name in arguments.model]
     for model in chosen:
-        models.check_memory(model, device)
+        models.check_memory(model, device, arguments.only)
     return chosen
 
 
@@ -151,8 +151,9 @@ def cost(
     directory: pathlib.Path,
 ) -> str:
     """Says beforehand what a run takes."""
-    disk = max((m.num_bytes for m in chosen if m.bundled is None), default=0)
-    memory = max(m.num_bytes for m in chosen)
+    needed = {model: model.needed_bytes(arguments.only) for model in chosen}
+    disk = max((needed[model] for model in chosen if model.bundled is None), default=0)
+    memory = max(needed.values())
     parts = [f"{1.3 * memory / 1e9:.2g} GB of memory"]
     if disk and (on_cpu or Suite.needs_files(arguments.only)):
         parts.append(f"{disk / 1e9:.2g} GB of disk in {directory}")

@@ -8,9 +8,11 @@ import dataclasses
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import grok1
 from benchmarks.machine import ROOT, BenchmarkError, Worker
+from grok1.checkpoint.directory import load_config
 from grok1.checkpoint.tensor_file import tensor_file_size
 from grok1.nn.manifest import manifest
 
@@ -50,6 +52,13 @@ class BenchModel:
         """Length of its files, which is what its weights take in memory, bar a few headers."""
         return sum(tensor_file_size(spec) for spec in manifest(self.config))
 
+    def needed_bytes(self, sections: Sequence[str]) -> float:
+        """Bytes that these sections keep, on disk as in memory.
+
+        For "int4" at most 0.61 of `num_bytes` more: the experts in 4.25 bits, and a second copy of the rest.
+        """
+        return self.num_bytes * (1.61 if "int4" in sections else 1)
+
     @property
     def num_parameters(self) -> int:
         """Number of its weights, scales not counted."""
@@ -80,16 +89,22 @@ def model_named(name: str, num_layers: int) -> BenchModel:
     raise BenchmarkError(f"there is no model {name!r}; choose from {', '.join(NAMES)}")
 
 
-def check_memory(model: BenchModel, device: dict) -> None:
+def check_memory(model: BenchModel, device: dict, sections: Sequence[str] = ()) -> None:
     """Checks that the weights fit the device, so that nothing is written in vain.
+
+    Args:
+      model: The model.
+      device: As `worker.Session.describe` says.
+      sections: What is measured.
 
     Raises:
       BenchmarkError: If they do not.
     """
     available = device["memory_bytes"]
-    if available is not None and model.num_bytes > 0.95 * available:
+    needed = model.needed_bytes(sections)
+    if available is not None and needed > 0.95 * available:
         raise BenchmarkError(
-            f"{model.name} takes {model.num_bytes / 1e9:.1f} GB and {device['name']} has "
+            f"{model.name} takes {needed / 1e9:.1f} GB and {device['name']} has "
             f"{available / 1e9:.1f} GB of memory; choose fewer --layers or another --model"
         )
 
@@ -126,18 +141,25 @@ def checkpoint(model: BenchModel, scratch: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def in_four_bits(path: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
-    """Returns the directory with a model's files in which experts have 4 bits.
+def in_four_bits(model: BenchModel, path: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
+    """Returns the directory with the model's files in which experts have 4 bits.
 
     Args:
-      path: The model's files.
-      scratch: An existing directory; what a run of before left there goes on.
+      model: The model.
+      path: Its files.
+      scratch: An existing directory; what an interrupted run left there is gone on with.
 
     Raises:
-      BenchmarkError: If they cannot be made.
+      BenchmarkError: If the directory holds another model, or the files cannot be made.
     """
-    converted = scratch / f"{path.name}-int4"
-    if not (converted / "quantization.json").exists():
-        with Worker() as worker:
-            worker.call("convert", source=str(path), target=str(converted), to="int4")
+    converted = scratch / f"{model.name}-int4"
+    if (converted / "quantization.json").exists():
+        if load_config(converted) != model.config:
+            raise BenchmarkError(
+                f"{converted} holds something else than the model {model.name} in 4 bits; remove "
+                "it, or choose another --scratch"
+            )
+        return converted
+    with Worker() as worker:
+        worker.call("convert", source=str(path), target=str(converted), to="int4")
     return converted

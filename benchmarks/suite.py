@@ -123,7 +123,7 @@ class Suite:
         others. None on an accelerator.
       llama_cpp: llama.cpp on the same model, if it is to be compared.
       say: Told what is going on.
-      scratch: Where files are kept that are made of the model's; None if they are not.
+      scratch: Where files are made of the model's, for "int4".
     """
 
     model: BenchModel
@@ -216,9 +216,14 @@ class Suite:
                 del remaining[name]
 
     @contextlib.contextmanager
-    def _worker(self, threads: int | None, path: pathlib.Path | None = None) -> Iterator[Worker]:
+    def _worker(
+        self,
+        threads: int | None,
+        path: pathlib.Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Iterator[Worker]:
         """A child process with the model, or with that of other files."""
-        with Worker(threads) as worker:
+        with Worker(threads, environment) as worker:
             self._say("loading" if self.path else "making the model")
             if self.path:
                 worker.call("load", path=str(path or self.path))
@@ -418,18 +423,23 @@ class Suite:
     def _int4(self, threads: int | None) -> Iterator[Result]:
         """Experts in 4 bits against the model as it is, both in memory, in turns."""
         assert self.path
-        self._say("converting to 4 bits")
-        with tempfile.TemporaryDirectory(prefix="grok1-benchmark-") as directory:
-            path = models.in_four_bits(self.path, self.scratch or pathlib.Path(directory))
-            with self._worker(threads) as int8, self._worker(threads, path) as int4:
-                for batch, prompt in self.effort.prompts.items():
-                    yield self._int4_decode(int4, int8, threads, batch, prompt)
-                length = self.effort.prefills[:2][-1]
-                contestants = {
-                    "grok1": functools.partial(int4.call, "prefill", tokens=length),
-                    "int8": functools.partial(int8.call, "prefill", tokens=length),
-                }
-                yield self._in_turns(int4, f"int4, prefill, {length} tokens", threads, contestants)
+        assert self.scratch
+        self._say("converting to 4 bits, if that is to be done")
+        path = models.in_four_bits(self.model, self.path, self.scratch)
+        # The first would take most of an accelerator's memory.
+        sharing = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        with (
+            self._worker(threads, self.path, sharing) as int8,
+            self._worker(threads, path, sharing) as int4,
+        ):
+            for batch, prompt in self.effort.prompts.items():
+                yield self._int4_decode(int4, int8, threads, batch, prompt)
+            length = self.effort.prefills[:2][-1]
+            contestants = {
+                "grok1": functools.partial(int4.call, "prefill", tokens=length),
+                "int8": functools.partial(int8.call, "prefill", tokens=length),
+            }
+            yield self._in_turns(int4, f"int4, prefill, {length} tokens", threads, contestants)
 
     def _int4_decode(
         self, int4: Worker, int8: Worker, threads: int | None, batch: int, prompt: int

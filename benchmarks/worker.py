@@ -59,7 +59,7 @@ class Session:
 
     def convert(self, source: str, target: str, to: str) -> None:
         """Writes a model in another format."""
-        convert(source, target, to=to, progress=False)
+        convert(source, target, to=to)
 
     def build_kernels(self) -> dict[str, Any]:
         """Seconds to build and load the native kernels, where there are any."""

@@ -418,6 +418,70 @@ def test_full_disk_is_said_before_anything_is_made(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_in_four_bits_is_made_once_and_no_other_is_taken_for_it(tmp_path, monkeypatch):
+    made = []
+
+    class Worker(contextlib.nullcontext):
+        def call(self, command, source, target, to):
+            made.append((command, source, to))
+            pathlib.Path(target).mkdir()
+            shutil.copy(pathlib.Path(source, "config.json"), target)
+            pathlib.Path(target, "quantization.json").touch()
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(models, "Worker", Worker)
+    toy = models.model_named("toy", 1)
+    path = models.in_four_bits(toy, toy.bundled, tmp_path)
+    assert models.in_four_bits(toy, toy.bundled, tmp_path) == path == tmp_path / "toy-int4"
+    assert made == [("convert", str(toy.bundled), "int4")]
+    other = models.BenchModel("toy", models.BENCH)
+    with pytest.raises(BenchmarkError, match="else than the model toy in 4 bits; remove it, or"):
+        models.in_four_bits(other, toy.bundled, tmp_path)
+
+
+def test_both_models_have_to_fit_where_one_is_measured_beside_the_other():
+    device = {"name": "a GPU", "memory_bytes": 2_500_000_000}
+    bench = models.model_named("bench", 1)
+    models.check_memory(bench, device)
+    with pytest.raises(BenchmarkError, match=r"bench takes 3\.1 GB and a GPU has 2\.5 GB"):
+        models.check_memory(bench, device, ["int4"])
+
+
+def test_four_bits_are_measured_in_turns_with_eight_by_processes_that_share_memory(monkeypatch):
+    rates, environments = {"int8": 10.0, "int4": 15.0}, []
+
+    class Worker:
+        def __init__(self, threads, environment):
+            environments.append(environment)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, command, **arguments):
+            if command == "load":
+                self.model = "int4" if arguments["path"].endswith("-int4") else "int8"
+            if command == "decode_bytes":
+                assert self.model == "int4"
+                return {"bytes": {"experts": 1.0}}
+            return 1000.0 if command == "bandwidth" else rates.get(getattr(self, "model", ""))
+
+    monkeypatch.setattr(suite, "Worker", Worker)
+    monkeypatch.setattr(models, "in_four_bits", lambda *_: pathlib.Path("bench-int4"))
+    effort = dataclasses.replace(suite.FULL, repeats=2, prompts={1: 1})
+    model, here = models.model_named("bench", 1), pathlib.Path("bench")
+    measured = suite.Suite(model, here, ["int4"], effort, [2], None, lambda _: None, here).run()
+    decode, prefill = measured
+    assert (decode.measurement, decode.value) == ("int4, decode, batch 1", 15)
+    assert decode.ratios == {"roofline": 0.015, "int8": 1.5}
+    assert (prefill.measurement, prefill.ratios) == ("int4, prefill, 512 tokens", {"int8": 1.5})
+    assert environments == 2 * [{"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}]
+
+
 def test_number_of_parameters_is_what_llama_cpp_counts():
     assert models.BenchModel("bench", models.BENCH).num_parameters == 1_728_153_600
 
