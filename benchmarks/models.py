@@ -55,7 +55,7 @@ class BenchModel:
     def needed_bytes(self, sections: Sequence[str]) -> float:
         """Bytes that these sections keep, on disk as in memory.
 
-        For "int4" at most 0.61 of `num_bytes` more: the experts in 4.25 bits, and a second copy of the rest.
+        For "int4" at most 0.61 of `num_bytes` more: experts in 4.25 bits, and the rest again.
         """
         return self.num_bytes * (1.61 if "int4" in sections else 1)
 
