@@ -147,6 +147,7 @@ def _parts(config: grok1.ModelConfig) -> dict[str, Callable[[], Iterator[Figure]
         "long context": timed.long_context,
         "prefill": timed.prefill,
         "launches": timed.launches,
+        "launches of a prompt": timed.prompt_launches,
         "share of several": _Timed(share_of_several(config)).alone,
         "load and offload": timed.files,
     }
@@ -179,6 +180,14 @@ def of_step(kernels: device.Kernels, steps: int, layers: int) -> tuple[int, floa
         count += in_step
         seconds += in_step * duration / times
     return count, seconds
+
+
+def longest(kernels: device.Kernels) -> dict[str, str]:
+    """The kernels that take the most time in all: how often each ran, and its mean time."""
+    return {
+        name[:40]: f"{times} x {1e6 * seconds / times:.1f} us"
+        for name, (times, seconds) in [*kernels.items()][:10]
+    }
 
 
 def _is_on_cpu() -> bool:
@@ -342,17 +351,22 @@ class _Timed:
 
     def launches(self) -> Iterator[Figure]:
         steps, model = 8, self.model
-        prompt = workload.random_prompts(model.config.vocab_size, 1, 16)
-        workload.run(model, prompt, steps)
-        wall = workload.run(model, prompt, steps).steps / (steps - 1)
-        kernels = device.profile(lambda: workload.run(model, prompt, steps).sequences)
-        count, busy = of_step(kernels, steps, model.config.num_layers)
-        longest = {
-            name[:40]: f"{1e6 * duration / times:.1f} us"
-            for name, (times, duration) in [*kernels.items()][:8]
-        }
-        yield Figure("kernels of a step", count, "", details=longest)
-        yield Figure("share of a step in which the device works", busy / wall)
+        for batch in (1, 8, 32):
+            prompts = workload.random_prompts(model.config.vocab_size, batch, 16)
+            workload.run(model, prompts, steps)
+            wall = workload.run(model, prompts, steps).steps / (steps - 1)
+            kernels = device.profile(lambda of=prompts: workload.run(model, of, steps).sequences)
+            count, busy = of_step(kernels, steps, model.config.num_layers)
+            yield Figure(f"kernels of a step, {batch} rows", count, "", details=longest(kernels))
+            name = f"share of a step in which the device works, {batch} rows"
+            yield Figure(name, busy / wall)
+
+    def prompt_launches(self) -> Iterator[Figure]:
+        length = min(2048, self._config.sequence_len - 2)
+        workload.prefill(self.model, length)
+        kernels = device.profile(lambda: workload.prefill(self.model, length))
+        busy = sum(seconds for _, seconds in kernels.values())
+        yield Figure(f"kernels of a prompt of {length}", busy, "s", details=longest(kernels))
 
     def files(self) -> Iterator[Figure]:
         config = dataclasses.replace(self._config, num_layers=1)
