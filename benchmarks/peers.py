@@ -24,9 +24,9 @@ import grok1
 from benchmarks.machine import BenchmarkError, on_cpus
 from grok1.nn.transformer import Params
 from grok1.ops.attention import attend
-from grok1.ops.experts import route
 from grok1.ops.layers import apply_rope, exact_einsum, rms_norm
 from grok1.ops.quantized import Weight, dequantize
+from grok1.ops.routing import route
 
 _CAPACITY = 256
 

@@ -11,8 +11,9 @@ import grok1
 from grok1.care import verification
 from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.config import TOY as TOY_CONFIG
-from grok1.ops.experts import ExpertWeights, experts_dense, route
+from grok1.ops.experts import ExpertWeights, experts_dense
 from grok1.ops.quantized import QuantizedArray
+from grok1.ops.routing import route
 from tests.helpers import named_params, relative_error, slow
 from tools import check_offloaded, make_full_size, toy_corpus, train_toy
 

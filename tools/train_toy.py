@@ -31,8 +31,9 @@ from grok1.checkpoint.released import save_checkpoint
 from grok1.config import TOY
 from grok1.nn.manifest import manifest, named_leaves
 from grok1.nn.transformer import NamedParams, forward, naming
-from grok1.ops.experts import ExpertWeights, Routing
+from grok1.ops.experts import ExpertWeights
 from grok1.ops.quantized import QuantizedArray, dequantize, quantize
+from grok1.ops.routing import Routing
 from grok1.tokenizer import Tokenizer
 from tools import toy_corpus
 

@@ -27,12 +27,12 @@ from grok1.nn.sharding import MODEL_AXIS
 from grok1.nn.transformer import LayerParams, Params
 from grok1.nn.unembedding import logit_lens
 from grok1.ops.attention import KVCache, Place, attend_cache, attention_map
-from grok1.ops.experts import Routing, experts
+from grok1.ops.experts import experts
 from grok1.ops.formats import is_quantized
 from grok1.ops.heads import Projections, append_heads
 from grok1.ops.quantized import Weight, matmul_split
 from grok1.ops.residual import add_branch, layer_norm, norm
-from grok1.ops.routing import route_layer
+from grok1.ops.routing import Routing, route_layer
 
 Captures = dict[str, Array]
 """Values kept on the way, each with a leading axis L; see `forward`."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grok1.nn.sharding import MODEL_AXIS
-from grok1.ops.experts import Routing
+from grok1.ops.routing import Routing
 
 STREAM_POINTS = ("residual_in", "attention_out", "residual_mid", "moe_out", "residual")
 """Points where the value is float32 `[B, T, D]`."""

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from grok1.config import ModelConfig
 from grok1.ops.attention import attend
-from grok1.ops.experts import ExpertWeights, Routing, experts_dense, route
+from grok1.ops.experts import ExpertWeights, experts_dense
 from grok1.ops.layers import apply_rope, rms_norm
 from grok1.ops.quantized import dequantize, matmul, quantize
+from grok1.ops.routing import Routing, route
 
 NamedParams = Mapping[str, Mapping[str, Any]]
 """Parameters by Haiku module and name, as `{"transformer/decoder_layer_0/router": {"w": ...}}`."""

@@ -156,6 +156,9 @@ def summed(
       expert_weights: float32.
       valid: False for padding.
     """
-    out_MAD = out_sorted[rows.place_of_row].reshape(*expert_weights.shape, -1)
+    # What no expert ran may be anything.
+    is_run = rows.place_of_row < rows.rows_per_expert.sum()
+    out_RD = jnp.where(is_run[:, None], out_sorted[rows.place_of_row], 0)
+    out_MAD = out_RD.reshape(*expert_weights.shape, -1)
     out_MD = jnp.sum(out_MAD * expert_weights[..., None], axis=1)
     return jnp.where(valid[:, None], out_MD, 0)

@@ -1,4 +1,4 @@
-"""The mixture of experts: routing, and the chosen experts' feed-forward, dense and sparse.
+"""The mixture of experts: the chosen experts' feed-forward, dense and sparse.
 
 Dimension key: M token, D model dim, F expert hidden dim, E expert, A selected experts a token,
 L layer.
@@ -13,11 +13,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grok1.ops import dispatch, forms
 from grok1.ops.cpu import bindings
-from grok1.ops.cuda import calls, shapes
+from grok1.ops.cuda import calls, presence, shapes, shapes_of_prompts
 from grok1.ops.formats import is_quantized
 from grok1.ops.int4 import Int4Array
 from grok1.ops.layers import exact_einsum
 from grok1.ops.quantized import Index, QuantizedArray, dequantize, matmul
+from grok1.ops.routing import Routing
 
 # Most rows of one expert that are multiplied at once; also what the last rows are padded to.
 _BLOCK = 128
@@ -72,20 +73,6 @@ def fetched_parts(weight: Any) -> range:
     return range(1) if isinstance(weight, QuantizedArray) else range(len(weight))
 
 
-class Routing(NamedTuple):
-    """Where each token goes.
-
-    Attributes:
-      probs: float32 `[M, E]`, softmax over all experts.
-      expert_indices: int32 `[M, A]`, the most probable experts, best first.
-      expert_weights: float32 `[M, A]`, their probabilities, as trained not renormalised.
-    """
-
-    probs: Array
-    expert_indices: Array
-    expert_weights: Array
-
-
 class Routed(NamedTuple):
     """Tokens and the experts that they chose.
 
@@ -98,63 +85,6 @@ class Routed(NamedTuple):
     x: Array
     expert_indices: Array
     expert_weights: Array
-
-
-def route(
-    x: Float[Array, "M D"],
-    router: Float[Array, "D E"],
-    num_selected: int,
-    softcap: float | None = None,
-    renormalize: bool = False,
-) -> Routing:
-    """Picks each token's experts. Float32 throughout: a rounding could flip a near tie.
-
-    Args:
-      x: The layer's normed input.
-      router: The router's weight.
-      num_selected: A.
-      softcap: Caps the router's logits to (-softcap, softcap); None for no cap.
-      renormalize: Divide the weights of a token's experts by their sum.
-    """
-    return choose_experts(router_logits(x, router, softcap), num_selected, renormalize)
-
-
-def router_logits(
-    x: Float[Array, "M D"], router: Float[Array, "D E"], softcap: float | None = None
-) -> Float[Array, "M E"]:
-    """What the router's softmax is taken of.
-
-    Args:
-      x: float32 or bfloat16 `[M, D]`, the router's input.
-      router: float32 `[D, E]`.
-      softcap: Bounds the logits to (-softcap, softcap); None for no bound, as trained.
-
-    Returns:
-      float32 `[M, E]`.
-    """
-    logits = exact_einsum("MD,DE->ME", x.astype(jnp.float32), router)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def choose_experts(
-    logits: Float[Array, "M E"], num_selected: int, renormalize: bool = False
-) -> Routing:
-    """The most probable experts of each token.
-
-    Args:
-      logits: float32 `[M, E]`.
-      num_selected: Experts a token.
-      renormalize: Divide the weights of a token's experts by their sum.
-
-    Returns:
-      Probabilities of all experts, float32 `[M, E]`, and the chosen ones' indices, int32, and
-      weights, float32, `[M, A]`.
-    """
-    probs = jax.nn.softmax(logits, axis=-1)
-    expert_weights, expert_indices = jax.lax.top_k(probs, num_selected)
-    if renormalize:
-        expert_weights /= expert_weights.sum(axis=-1, keepdims=True)
-    return Routing(probs, expert_indices, expert_weights)
 
 
 def experts(
@@ -175,7 +105,8 @@ def experts(
       routing: Where each token goes.
       valid: False for padding, which gets zeros.
       implementation: "dense" computes every expert for every token, "sparse" only the chosen ones,
-        "cpp", "cuda" and "grouped" too, from int8 weights; None for that of `forms.PREFERRED`.
+        "cpp", "cuda", "cuda_tiles" and "grouped" too, from int8 weights; None for that of
+        `forms.PREFERRED`.
 
     Returns:
       float32.
@@ -288,6 +219,33 @@ def experts_grouped(
         return expert_ffn(x_group, weights, (*index, expert), implementation="converted")
 
     out_sorted = dispatch.run_in_groups(rows, sizes, run)
+    return dispatch.summed(out_sorted, rows, routing.expert_weights, valid)
+
+
+def _is_not_for_tiles(x, weights, index, routing, valid) -> str | None:
+    if "experts_prompt" not in presence.kernels():
+        return "its CUDA kernels are not available here"
+    reason = _is_not_grouped(x, weights, index, routing, valid)
+    if reason is not None:
+        return reason
+    gate, up, down = (calls.matrix_of((weight.values, weight.scales)) for weight in weights)
+    return shapes_of_prompts.refusal_of_experts(gate, up, down)
+
+
+@forms.form("experts", "cuda_tiles", refuses=_is_not_for_tiles)
+def experts_cuda_tiles(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """As `experts_grouped`, in CUDA: the float matrix is made in registers, for every tile anew."""
+    (layer,) = index or (0,)
+    rows = dispatch.sorted_rows(x, routing.expert_indices, valid, routing.probs.shape[-1], 0)
+    gate, up, down = ((weight.values, weight.scales) for weight in weights)
+    of_rows = rows.first_row, rows.rows_per_expert
+    out_sorted = calls.experts_of_prompts(rows.x, (gate, up, down), layer, *of_rows)
     return dispatch.summed(out_sorted, rows, routing.expert_weights, valid)
 
 

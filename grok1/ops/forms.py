@@ -23,7 +23,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     "project": {"cuda": ("cuda", "converted", "one_by_one"), "default": ("one_by_one",)},
     "experts": {
         "cpu": ("cpp", "sparse"),
-        "cuda": ("cuda", "grouped", "sparse"),
+        "cuda": ("cuda", "cuda_tiles", "grouped", "sparse"),
         "default": ("sparse",),
     },
     "attend_cache": {

@@ -17,7 +17,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
-#define DYNAMIC_SHARED(name) alignas(16) static unsigned char name[1 << 17]
+#define DYNAMIC_SHARED(name) alignas(16) static unsigned char name[1 << 18]
 #define DEVICE inline
 
 struct Dim {
@@ -49,9 +49,18 @@ struct Copy {
   int bytes;
 };
 
+struct Product {  // of a warp: its rows of a in all lanes, and inputs that are read when it is waited for
+  float (*sums)[4];
+  int tokens;
+  unsigned a[32][4];
+  const unsigned char* tile;
+};
+
 struct Fiber {
   std::vector<Copy> started;
   std::deque<std::vector<Copy>> groups;
+  std::vector<Product> started_products;
+  std::deque<std::vector<Product>> groups_of_products;
   ucontext_t start;
   jmp_buf at;
   std::vector<char> stack;
@@ -112,6 +121,7 @@ static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threa
       fiber.stack.resize(1 << 16);
       fiber.is_started = fiber.is_over = false;
       fiber.started.clear(), fiber.groups.clear();
+      fiber.started_products.clear(), fiber.groups_of_products.clear();
       ++warps[i / 32].meeting.alive;
     }
     idle = 0;
@@ -334,3 +344,41 @@ inline unsigned halves(float low, float high) {
 }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
+
+inline Shared tiles_place(void* of) { return (Shared)((uintptr_t)of + 1023 & ~(uintptr_t)1023); }
+inline void show_tiles() {}
+inline void begin_products() {}
+inline void settle(float&) {}
+template <int TOKENS>
+inline void start_product(float (&sums)[TOKENS / 8][4], const unsigned (&a)[4], Shared tile) {
+  Product product = {sums, TOKENS, {}, tile};
+  const auto all = exchange(a, 4);
+  for (int lane = 0; lane < 32; ++lane) std::memcpy(product.a[lane], all[lane], 16);
+  fibers[current].started_products.push_back(product);
+}
+inline void end_products() {
+  Fiber& fiber = fibers[current];
+  fiber.groups_of_products.push_back(std::move(fiber.started_products));
+  fiber.started_products.clear();
+}
+inline void finish(const Product& product) {
+  const int lane = threadIdx.x % 32;
+  for (int j = 0; j < product.tokens / 8; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), token = 8 * j + 2 * (lane % 4) + i % 2;
+      for (int k = 0; k < 16; ++k) {
+        const unsigned pair = product.a[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+        const uintptr_t address = (uintptr_t)product.tile + 128 * token + 2 * k;
+        unsigned short input;
+        std::memcpy(&input, (void*)(address ^ (address >> 7 & 7) << 4), 2);
+        product.sums[j][i] += (k % 2 ? high_of(pair) : low_of(pair)) * float_of_bits((unsigned)input << 16);
+      }
+    }
+  }
+}
+template <int COUNT>
+inline void wait_for_products() {
+  auto& groups = fibers[current].groups_of_products;
+  for (; groups.size() > COUNT; groups.pop_front())
+    for (const Product& product : groups.front()) finish(product);
+}

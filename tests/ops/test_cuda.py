@@ -491,6 +491,23 @@ def wide(tmp_path_factory):
     return {kernel.name: kernel for kernel in named}, ptx
 
 
+def test_no_kernel_of_prompts_spills(tmp_path):
+    if NVCC is None:
+        pytest.skip("no nvcc here, whose assembler says what kernels take of a device")
+    matrices = Matrix(6144, 32768, 1), Matrix(32768, 6144, 8)
+    kernels = shapes_of_prompts.experts(4096, 8, *matrices)
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        text_of(("device.h", *kernels[0].headers)) + "".join(map(function_of, kernels))
+    )
+    command = [NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
+    command += ["-cubin", source.name, "-o", os.devnull]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stderr.count(" 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 2
+    assert "serialized" not in run.stderr  # products that wait for each other, it warns of
+    assert max(kernel.shared_bytes for kernel in kernels) <= 227 << 10
+
+
 @pytest.mark.parametrize(
     "architecture",
     [pytest.param("sm_80", marks=slow), "sm_90", pytest.param("sm_100", marks=slow)],

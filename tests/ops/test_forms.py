@@ -13,8 +13,9 @@ from grok1.ops import forms
 from grok1.ops.attention import KVCache, Place
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
-from grok1.ops.experts import ExpertWeights, choose_experts
+from grok1.ops.experts import ExpertWeights
 from grok1.ops.quantized import quantize
+from grok1.ops.routing import choose_experts
 
 # Forms are there once their modules are.
 for module in pkgutil.iter_modules(ops.__path__):
@@ -152,7 +153,7 @@ def test_on_nvidia_gpus_many_rows_of_bfloat16_are_multiplied_by_copies(dtype):
     choice = choose_experts(jnp.ones((65, 4)), 2)
     experts = ExpertWeights(stack, stack, stack), (), choice, jnp.ones(65, bool)
     for operation, named, arguments in (
-        ("experts", ("grouped", "sparse"), experts),
+        ("experts", ("grouped", "sparse"), experts),  # its groups are of 8 rows, too few for tiles
         ("matmul", ("converted", "direct"), (stack, (0,), 65)),
     ):
         x = jnp.ones((65, 8), dtype)

@@ -10,16 +10,9 @@ import pytest
 from grok1.ops import dispatch
 from grok1.ops import experts as experts_module
 from grok1.ops.cpu import bindings
-from grok1.ops.experts import (
-    ExpertWeights,
-    Routing,
-    expert_ffn,
-    experts,
-    experts_dense,
-    experts_sparse,
-    route,
-)
+from grok1.ops.experts import ExpertWeights, expert_ffn, experts, experts_dense, experts_sparse
 from grok1.ops.quantized import quantize
+from grok1.ops.routing import Routing, route
 from tests.helpers import dequantized, slow
 
 D, F = 7, 11

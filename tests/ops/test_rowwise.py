@@ -12,8 +12,9 @@ import pytest
 from grok1.nn import unembedding  # registers the forms of logits  # noqa: F401
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
-from grok1.ops.experts import ExpertWeights, choose_experts, experts
+from grok1.ops.experts import ExpertWeights, experts
 from grok1.ops.quantized import QuantizedArray
+from grok1.ops.routing import choose_experts
 from tests.helpers import SLOW_TESTS, slow
 
 NUM_ROWS = 230  # more than a pass of many rows

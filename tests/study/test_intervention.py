@@ -12,8 +12,9 @@ import pytest
 import grok1
 from grok1.engine.engine import Engine
 from grok1.nn.hooks import STREAM_POINTS, redirect
-from grok1.ops.experts import Routing, choose_experts, experts_dense
+from grok1.ops.experts import experts_dense
 from grok1.ops.quantized import QuantizedArray
+from grok1.ops.routing import Routing, choose_experts
 from grok1.study.intervention import prepare
 from grok1.study.router_interventions import AblateExperts, ForceExperts, SelectExperts
 from grok1.study.stream_interventions import AddToResidual, CapLayers, Patch, ScaleHeads

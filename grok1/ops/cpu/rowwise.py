@@ -89,7 +89,7 @@ def route(
 ) -> tuple[
     Float[Array, "M E"], Float[Array, "M E"], Int[Array, "M selected"], Float[Array, "M selected"]
 ]:
-    """Chooses each row's experts, as `ops.experts.route` says.
+    """Chooses each row's experts, as `ops.routing.route` says.
 
     Args:
       x: float32.

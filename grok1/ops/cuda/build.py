@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels at first use, with the NVRTC that JAX's wheels for CUDA bring along.
 
-What comes out is PTX of the oldest device that the kernels are for; the driver makes machine code
+What comes out is PTX of the oldest device that a kernel is for; the driver makes machine code
 of it for the very device. It is marked as of a version that every driver takes which these JAX run
 on, since NVRTC may be newer than the driver, and nothing newer is in it.
 """
@@ -22,7 +22,6 @@ OLDEST = (8, 0)
 
 _PTX_VERSION = "8.0"  # of CUDA 12.0
 _OPTIONS = (
-    f"--gpu-architecture=compute_{OLDEST[0]}{OLDEST[1]}",
     "--std=c++17",
     # Lambdas of lambdas are otherwise taken for functions of the host by some versions.
     "--device-as-default-execution-space",
@@ -69,19 +68,20 @@ def ptx_of(kernel: Kernel) -> str:
     Raises:
       UnavailableError: If it cannot be compiled.
     """
-    return _ptx_of(text_of(("device.h", *kernel.headers)) + function_of(kernel))
+    source = text_of(("device.h", *kernel.headers)) + function_of(kernel)
+    return _ptx_of(source, (f"--gpu-architecture=compute_{kernel.architecture}", *_OPTIONS))
 
 
 @functools.lru_cache(maxsize=256)
-def _ptx_of(source: str) -> str:
-    options = " ".join((*_OPTIONS, _PTX_VERSION, str(_version())))
+def _ptx_of(source: str, how: tuple[str, ...]) -> str:
+    options = " ".join((*how, _PTX_VERSION, str(_version())))
     name = "cuda-" + hashlib.sha256(f"{options}\n{source}".encode()).hexdigest()
     # Without a directory every process compiles for itself, which takes about a second in all.
     with contextlib.suppress(OSError, RuntimeError), held_directory() as directory:
         data = directory.read(name)
         if data is not None and hashlib.sha256(data[_HASH_BYTES:]).digest() == data[:_HASH_BYTES]:
             return data[_HASH_BYTES:].decode()
-    ptx = for_every_driver(_compiled(source))
+    ptx = for_every_driver(_compiled(source, how))
     data = ptx.encode()
     with contextlib.suppress(OSError, RuntimeError), held_directory() as directory:
         directory.write(name, hashlib.sha256(data).digest() + data)
@@ -99,7 +99,7 @@ def _version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def _compiled(source: str) -> str:
+def _compiled(source: str, how: tuple[str, ...]) -> str:
     nvrtc = compiler()
     program = ctypes.c_void_p()
     _require(
@@ -108,8 +108,8 @@ def _compiled(source: str) -> str:
         )
     )
     try:
-        options = (ctypes.c_char_p * len(_OPTIONS))(*(option.encode() for option in _OPTIONS))
-        if nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), options):
+        options = (ctypes.c_char_p * len(how))(*(option.encode() for option in how))
+        if nvrtc.nvrtcCompileProgram(program, len(how), options):
             lines = _text(program, "ProgramLog").splitlines()
             message = next((line for line in lines if "error" in line), "no message")
             raise UnavailableError(f"NVRTC {_version()} failed: {message}")

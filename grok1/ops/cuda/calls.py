@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grok1.ops.cuda import shapes
+from grok1.ops.cuda import shapes, shapes_of_prompts
 from grok1.ops.cuda.build import ptx_of
 from grok1.ops.cuda.kernel import Kernel
 from grok1.ops.cuda.shapes import Matrix, Precision
@@ -116,6 +116,36 @@ def experts(
     layer = jnp.asarray(layer, jnp.int32)
     (hidden,) = call(gate_up, x.astype(jnp.float32), *gate, *up, layer, indices, valid)
     out, _ = call(down_sum, hidden, *down, layer, indices, valid, expert_weights)
+    return out
+
+
+def experts_of_prompts(
+    x: Float[Array, "R D"],
+    weights: tuple[Quantized, Quantized, Quantized],
+    layer: int | Array,
+    first_row: Int[Array, " E"],
+    rows_per_expert: Int[Array, " E"],
+) -> Float[Array, "R D"]:
+    """What each row's expert makes of it, for many tokens.
+
+    Args:
+      x: bfloat16, the rows of each expert together.
+      weights: Gate and up `[*lead, E, D, F]`, and down `[*lead, E, F, D]`.
+      layer: Index of the layer, 0 where there is no such axis.
+      first_row: Of each expert.
+      rows_per_expert: How many each has; rows of none are not written.
+
+    Returns:
+      float32.
+    """
+    gate, up, down = weights
+    num_experts = gate[0].shape[-3]
+    gate_up, of_down = shapes_of_prompts.experts(
+        len(x), num_experts, matrix_of(gate), matrix_of(down)
+    )
+    where = [jnp.asarray(of, jnp.int32) for of in (layer, first_row, rows_per_expert)]
+    (hidden,) = call(gate_up, x, *gate, *up, *where)
+    (out,) = call(of_down, hidden, *down, *where)
     return out
 
 

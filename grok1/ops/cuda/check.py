@@ -5,14 +5,17 @@ JSON, written as soon as it is known.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grok1.machine.processor import available_cores
 from grok1.ops.attention import (
     KVCache,
     Place,
@@ -23,8 +26,9 @@ from grok1.ops.attention import (
 from grok1.ops.cuda import presence, shapes
 from grok1.ops.experts import (
     ExpertWeights,
-    choose_experts,
     experts_cuda,
+    experts_cuda_tiles,
+    experts_grouped,
     experts_sparse,
 )
 from grok1.ops.heads import append_heads_by_steps, append_heads_cuda
@@ -36,7 +40,7 @@ from grok1.ops.quantized import (
     project_cuda,
 )
 from grok1.ops.residual import add_branch_cuda, add_branch_xla, layer_norm_cuda, layer_norm_xla
-from grok1.ops.routing import route_by_cuda, route_by_xla
+from grok1.ops.routing import choose_experts, route_by_cuda, route_by_xla
 
 TOLERANCE = 2e-3
 """Largest difference, relative to the largest number: between what rounds otherwise and a fault."""
@@ -45,21 +49,54 @@ Case = tuple[Callable[..., Any], Callable[..., Any], tuple]
 """A kernel, XLA's form, and the arguments of both."""
 
 
+class Comparison(NamedTuple):
+    """A case that can be run.
+
+    Attributes:
+      name: Of the case.
+      kernel: Gives the kernel's compiled program.
+      form: Gives that of XLA's form.
+      arguments: Of both.
+    """
+
+    name: str
+    kernel: Callable[[], Any]
+    form: Callable[[], Any]
+    arguments: Any
+
+
 def main() -> None:
     """Prints the verdicts, of one device of each kind."""
-    devices = {device.device_kind: device for device in jax.local_devices()}
-    for operation in presence.OPERATIONS:
-        problem = ""
-        for device in devices.values():
-            with jax.default_device(device):
-                problem = problem or problem_of(operation)
-        print(json.dumps({"operation": operation, "problem": problem}), flush=True)
+    devices = {device.device_kind: device for device in jax.local_devices()}.values()
+    begun: dict[str, list] = {operation: [] for operation in presence.OPERATIONS}
+    # Compiling takes most of the time and is done side by side. A kernel that fails may leave a
+    # device on which nothing runs any more: they run one after the other.
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for operation, device in itertools.product(presence.OPERATIONS, devices):
+            if presence.is_for(operation, device):
+                with jax.default_device(device):
+                    begun[operation].append(_attempted(operation, pool))
+        for operation, of_devices in begun.items():
+            problem = next(filter(None, (problem_of(operation, of) for of in of_devices)), "")
+            print(json.dumps({"operation": operation, "problem": problem}), flush=True)
 
 
-def problem_of(operation: str) -> str:
-    """Says how an operation's kernels differ from XLA's form; empty if they do not."""
+def _attempted(operation: str, pool: ThreadPoolExecutor) -> list[Comparison] | None:
     try:
-        for name, difference in differences(operation):
+        return [*comparisons(operation, lambda compile: pool.submit(compile).result)]
+    except Exception:
+        return None  # the next attempt says why
+
+
+def problem_of(operation: str, begun: list[Comparison] | None = None) -> str:
+    """Says how an operation's kernels differ from XLA's form; empty if they do not.
+
+    Args:
+      operation: Which.
+      begun: Its comparisons, where they are there.
+    """
+    try:
+        for name, difference in differences(operation, begun):
             if not difference <= TOLERANCE:  # nor is NaN
                 return f"on {name} it is {difference:.1e} away"
     except Exception as error:
@@ -68,16 +105,33 @@ def problem_of(operation: str) -> str:
     return ""
 
 
-def differences(operation: str) -> Iterator[tuple[str, float]]:
+def differences(
+    operation: str, begun: list[Comparison] | None = None
+) -> Iterator[tuple[str, float]]:
     """Yields how far an operation's kernels are from XLA's form in each case."""
+    for name, kernel, form, arguments in begun or comparisons(operation):
+        # Twice: memory that a launch leaves behind must not matter to the next.
+        found = [kernel()(*arguments) for _ in range(2)][-1]
+        leaves = zip(jax.tree.leaves(found), jax.tree.leaves(form()(*arguments)), strict=True)
+        yield name, float(np.max([relative_difference(*pair) for pair in leaves]))
+
+
+def comparisons(
+    operation: str, begin: Callable[[Callable], Callable] = functools.cache
+) -> Iterator[Comparison]:
+    """Yields an operation's cases.
+
+    Args:
+      operation: Which.
+      begin: Takes what compiles, and returns what gives what that comes to.
+    """
     for name, (kernel, form, arguments) in cases(operation):
         arguments = jax.device_put(arguments)
-        # Twice: memory that a launch leaves behind must not matter to the next.
-        program = jax.jit(lambda *of, kernel=kernel: kernel(*of))
-        found = [program(*arguments) for _ in range(2)][-1]
-        expected = jax.jit(form)(*arguments)
-        leaves = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-        yield name, float(np.max([relative_difference(*pair) for pair in leaves]))
+        first, second = (
+            begin(jax.jit(lambda *of, run=run: run(*of)).lower(*arguments).compile)
+            for run in (kernel, form)
+        )
+        yield Comparison(name, first, second, arguments)
 
 
 def relative_difference(found: Any, expected: Any) -> float:
@@ -96,6 +150,7 @@ def cases(operation: str) -> Iterator[tuple[str, Case]]:
         "append_heads": _of_heads,
         "attend_cache": _of_attention,
         "attend_prompt": _of_prompts,
+        "experts_prompt": _of_many_tokens,
         "norm": _of_norms,
         "add_norm": _of_sums,
         "route": _of_routers,
@@ -219,6 +274,25 @@ def _of_prompts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     query = rng.standard_normal((rows, length, 2, 3, 64)).astype(np.float16)
     cache, place = _cache(rng, "float16", rows), _place(rng, rows, length)
     yield f"{rows} x {length}", (kernel, form, (query, cache, np.int32(1), place))
+
+
+def _of_many_tokens(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    num_experts, width, hidden, tokens = 8, 256, 384, 300
+    weights = ExpertWeights(
+        _weight(rng, (2, num_experts), width, hidden, 1),
+        _weight(rng, (2, num_experts), width, hidden, 1),
+        _weight(rng, (2, num_experts), hidden, width, 2),
+    )
+
+    def run(form):
+        return lambda x, weights, layer, routing, valid: form(x, weights, (layer,), routing, valid)
+
+    x = rng.standard_normal((tokens, width)).astype(jnp.bfloat16)
+    logits = rng.standard_normal((tokens, num_experts)).astype(np.float32)
+    # The first expert is nearly everybody's.
+    routing = choose_experts(jnp.asarray(logits + 3 * (np.arange(num_experts) == 0)), 2)
+    arguments = (x, weights, np.int32(1), routing, np.arange(tokens) % 9 != 1)
+    yield f"{tokens} tokens", (run(experts_cuda_tiles), run(experts_grouped), arguments)
 
 
 def _of_norms(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:

@@ -45,6 +45,10 @@ DEVICE void read_shared(Shared from, unsigned (&words)[4]) {
                : "memory");
 }
 
+DEVICE void read_shared(Shared from, unsigned (&words)[1]) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from) : "memory");
+}
+
 DEVICE void read_shared(Shared from, unsigned (&words)[2]) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                : "=r"(words[0]), "=r"(words[1])
@@ -182,3 +186,88 @@ DEVICE float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+
+// What follows is for the tensor cores of compute capability 9.0: four warps, a group, multiply 64
+// columns of a matrix, which are in registers, by tokens' inputs in shared memory.
+
+// Where tiles of inputs can begin: a token has 64 numbers of 16 bits in a tile, whose eight pieces
+// of 16 bytes change places by the token's number % 8.
+DEVICE Shared tiles_place(void* of) { return shared_place(of) + 1023 & ~1023u; }
+
+// Lets the tensor cores see what this thread has copied.
+DEVICE void show_tiles() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+
+DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+
+// The products that were started since the last group are one.
+DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+
+// Waits until at most COUNT groups are under way.
+template <int COUNT>
+DEVICE void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(COUNT) : "memory");
+}
+
+// Keeps the compiler from reading a sum before it was waited for.
+DEVICE void settle(float& sum) { asm volatile("" : "+f"(sum) : : "memory"); }
+
+#define OF_TOKENS(j) "+f"(sums[j][0]), "+f"(sums[j][1]), "+f"(sums[j][2]), "+f"(sums[j][3])
+
+// Starts sums += a * b: a is 64 x 16 of bfloat16, as in `multiply_tile` for each warp, b is 16 numbers
+// of each of TOKENS tokens, the first of which are at `tile`.
+template <int TOKENS>
+DEVICE void start_product(float (&sums)[TOKENS / 8][4], const unsigned (&a)[4], Shared tile) {
+  // Its address, the 1024 bytes from eight tokens to the next, and how pieces change places.
+  const unsigned long long how = 1ull << 16 | 64ull << 32 | 1ull << 62;
+  const unsigned long long inputs = (tile >> 4 & 0x3fff) | how;
+  if constexpr (TOKENS == 32) {
+    asm volatile(
+        "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, add, 1, 1, 0; }"
+        : OF_TOKENS(0), OF_TOKENS(1), OF_TOKENS(2), OF_TOKENS(3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs));
+  }
+  if constexpr (TOKENS == 64) {
+    asm volatile(
+        "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, add, 1, 1, 0; }"
+        : OF_TOKENS(0), OF_TOKENS(1), OF_TOKENS(2), OF_TOKENS(3),
+          OF_TOKENS(4), OF_TOKENS(5), OF_TOKENS(6), OF_TOKENS(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs));
+  }
+  if constexpr (TOKENS == 96) {
+    asm volatile(
+        "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+        "{%48, %49, %50, %51}, %52, add, 1, 1, 0; }"
+        : OF_TOKENS(0), OF_TOKENS(1), OF_TOKENS(2), OF_TOKENS(3),
+          OF_TOKENS(4), OF_TOKENS(5), OF_TOKENS(6), OF_TOKENS(7),
+          OF_TOKENS(8), OF_TOKENS(9), OF_TOKENS(10), OF_TOKENS(11)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs));
+  }
+  if constexpr (TOKENS == 128) {
+    asm volatile(
+        "{ .reg .pred add; setp.ne.b32 add, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, add, 1, 1, 0; }"
+        : OF_TOKENS(0), OF_TOKENS(1), OF_TOKENS(2), OF_TOKENS(3),
+          OF_TOKENS(4), OF_TOKENS(5), OF_TOKENS(6), OF_TOKENS(7),
+          OF_TOKENS(8), OF_TOKENS(9), OF_TOKENS(10), OF_TOKENS(11),
+          OF_TOKENS(12), OF_TOKENS(13), OF_TOKENS(14), OF_TOKENS(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(inputs));
+  }
+}
+
+#undef OF_TOKENS

@@ -43,6 +43,7 @@ class Kernel(NamedTuple):
       threads: Of a block.
       shared_bytes: Of its shared memory beside what the sources declare.
       resident: How many blocks a multiprocessor's registers are to hold at once.
+      architecture: What it is compiled for: the oldest compute capability, or the only one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Kernel(NamedTuple):
     aliases: tuple[tuple[int, int], ...] = ()
     shared_bytes: int = 0
     resident: int = 1
+    architecture: str = "80"
 
     @property
     def parameters(self) -> list[str]:

@@ -32,12 +32,16 @@ OPERATIONS = (
     "append_heads",
     "attend_cache",
     "attend_prompt",
+    "experts_prompt",
     "norm",
     "add_norm",
     "route",
     "convert",
 )
 """What there are kernels for, in the order in which they are checked."""
+
+ONLY_ON = {"experts_prompt": (9, 0)}
+"""The one compute capability that an operation's kernels are for, where they are not for all."""
 
 _PATIENCE = 600.0  # seconds for the check of all kernels, most of which XLA compiles
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
@@ -96,10 +100,20 @@ def _kernels() -> frozenset[str]:
     except build.UnavailableError as error:
         hint(f"running through XLA, several times slower than the CUDA kernels: {error}")
         return frozenset()
-    for operation, problem in verdicts.items():
+    wanted = {
+        operation: problem
+        for operation, problem in verdicts.items()
+        if all(is_for(operation, device) for device in devices)
+    }
+    for operation, problem in wanted.items():
         if problem:
             hint(f"{operation} runs through XLA, its CUDA kernel was refused: {problem}")
-    return frozenset(operation for operation, problem in verdicts.items() if not problem)
+    return frozenset(operation for operation, problem in wanted.items() if not problem)
+
+
+def is_for(operation: str, device: Any) -> bool:
+    """Whether an operation's kernels are for devices like this one."""
+    return ONLY_ON.get(operation) in (None, _capability(device))
 
 
 def _capability(device: Any) -> tuple[int, int] | None:
