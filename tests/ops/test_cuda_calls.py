@@ -57,6 +57,35 @@ def test_the_check_of_a_device_names_a_fault(monkeypatch):
     assert check.problem_of("route") == "RuntimeError: CUDA_ERROR_INVALID_PTX"
 
 
+def test_the_check_of_a_device_says_each_verdict(monkeypatch, capsys):
+    compute = calls.call
+
+    def fails(kernel, *inputs):
+        if kernel.name == "grok1_route":
+            raise RuntimeError("CUDA_ERROR_INVALID_PTX")
+        return compute(kernel, *inputs)
+
+    monkeypatch.setattr(presence, "OPERATIONS", ("route", "experts_prompt", "norm"))
+    monkeypatch.setattr(calls, "call", fails)
+    check.main()
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    found = {line["operation"]: line["problem"] for line in lines}
+    # The second is for devices of another kind.
+    assert found == {
+        "route": "RuntimeError: CUDA_ERROR_INVALID_PTX",
+        "experts_prompt": "",
+        "norm": "",
+    }
+
+
+def test_what_is_for_another_device_is_left_out_without_a_word(gpus, monkeypatch, tmp_path, capfd):
+    child(monkeypatch, f"print({verdicts('experts_prompt')!r}, end='')", tmp_path)
+    assert gpus("8.0") == frozenset(presence.OPERATIONS) - {"experts_prompt"}
+    assert "experts_prompt" not in capfd.readouterr().err
+    assert gpus("9.0") == frozenset(presence.OPERATIONS) - {"experts_prompt"}
+    assert "experts_prompt runs through XLA, its CUDA kernel was refused" in capfd.readouterr().err
+
+
 @pytest.fixture
 def gpus(monkeypatch):
     """Makes JAX say that it has these devices; returns what then runs."""
