@@ -3,7 +3,7 @@
 The first is XLA's own account, the second what JAX's profiler saw. The question on an accelerator
 is whether XLA fuses the conversion of int8 weights into the products, and reads a layer's matrix
 where it lies in the stack. Where it does not, the optimised program has an instruction, outside any
-fusion, whose result is an array as large as a weight matrix, of floats or of int8; such
+fusion, whose result is an array as large as a weight matrix, of floats or of bytes; such
 instructions are listed.
 """
 
@@ -19,7 +19,7 @@ import jax
 
 import grok1
 from grok1.engine.shapes import CHUNK_LENGTHS
-from grok1.ops.quantized import QuantizedArray
+from grok1.ops.formats import is_quantized
 
 Kernels = dict[str, tuple[int, float]]
 """For each kernel how often it ran and its seconds in all, the longest first."""
@@ -28,7 +28,7 @@ _MOST = 15  # kernels to name; the rest are one
 _FUSED = re.compile(r"\bfusion\(.*\bcalls=%?([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%?[\w.\-]+) = (.+?) ([\w\-]+)\(")
-_ARRAY = re.compile(r"\b(?:bf16|f16|f32|s8)\[([\d,]+)\]")
+_ARRAY = re.compile(r"\b(?:bf16|f16|f32|s8|u8)\[([\d,]+)\]")
 # These only pass on what another instruction has made.
 _NO_WORK = frozenset(
     {"bitcast", "call", "conditional", "get-tuple-element", "parameter", "tuple", "while"}
@@ -56,28 +56,30 @@ def prefill_report(model: grok1.Model, capacity: int) -> dict[str, Any]:
 
 def _report(model: grok1.Model, compiled: Any) -> dict[str, Any]:
     memory = compiled.memory_analysis()
-    weights = {
-        leaf.values.sharding.shard_shape(leaf.values.shape)[-2:]
-        for leaf in jax.tree.leaves(
-            model.params.layers, is_leaf=lambda node: isinstance(node, QuantizedArray)
-        )
-        if isinstance(leaf, QuantizedArray)
-    }
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "copies_of_weights": copies_of(compiled.as_text(), weights),
+        "copies_of_weights": copies_of(compiled.as_text(), shapes_of_weights(model.params.layers)),
+    }
+
+
+def shapes_of_weights(tree: Any) -> set[tuple[int, int]]:
+    """Returns the shapes of the values of one matrix of each quantised weight, on one device."""
+    return {
+        leaf.values.sharding.shard_shape(leaf.values.shape)[-2:]
+        for leaf in jax.tree.leaves(tree, is_leaf=is_quantized)
+        if is_quantized(leaf)
     }
 
 
 def copies_of(program: str, weights: Iterable[tuple[int, int]]) -> list[str]:
-    """Lists the instructions whose result is an array of a weight's shape, floats or int8.
+    """Lists the instructions whose result is an array of a weight's shape, floats or bytes.
 
     Args:
       program: Text of an optimised XLA program.
-      weights: Shapes `(K, N)` of the int8 matrices; an array of shape `[..., N]` whose other axes
-        hold a multiple of K is taken for a copy of one or more of them, grouped or not. So is an
-        activation of a model that is as narrow as its chunks are long, the toy.
+      weights: Shapes `(K, N)` of the matrices' values; an array of shape `[..., N]` whose other
+        axes hold a multiple of K is taken for a copy of one or more of them, grouped or not. So is
+        an activation of a model that is as narrow as its chunks are long, the toy.
 
     Returns:
       For each, its name, type, shape and operation.

@@ -126,6 +126,37 @@ def test_a_step_of_grok_1_is_one_graph_that_copies_no_weight(h200, count):
     assert len(found.layer) - len(kernels) == (0 if count == 1 else 2)
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_step_with_4_bit_experts_is_one_graph_that_copies_no_weight(h200, count):
+    mesh = h200[count]
+    with presence.assumed():
+        program, engine = gpu_programs.lowered(GROK_1, mesh, "decode", 1, 8192, experts="int4")
+    found = gpu_programs.report(program, mesh.devices.flatten().tolist(), engine.weights)
+    assert not found.unknown_loops
+    assert not found.copies
+    assert not found.vanished
+    if count == 1:
+        assert (found.graphs, found.outside) == (1, 0)
+    kernels = [name for name in found.layer if name.startswith("grok1_")]
+    assert len(kernels) <= 12, found.layer
+    assert [name for name in kernels if "int4" in name or "digits" in name] == [
+        "grok1_digits",
+        "grok1_gate_up_int4",
+        "grok1_down_int4",
+    ]
+
+
+def test_a_chunk_with_4_bit_experts_converts_them_too(h200):
+    with presence.assumed():
+        program, engine = gpu_programs.lowered(GROK_1, h200[1], "256", 1, 8192, experts="int4")
+    found = gpu_programs.report(program, h200[1].devices.flatten().tolist(), engine.weights)
+    assert (found.graphs, found.outside) == (1, 0)
+    assert not found.vanished
+    assert not found.unknown_loops
+    assert all(" = bf16[" in copy for copy in found.copies), found.copies
+    assert found.layer.count("grok1_convert_int4") == 6
+
+
 @pytest.mark.parametrize(("missing", "copies"), [((), 1), (("experts_prompt",), 7)])
 def test_a_chunk_of_grok_1_is_one_graph_that_copies_no_weight_twice(missing, copies, h200):
     with presence.assumed(frozenset(presence.OPERATIONS).difference(missing)):

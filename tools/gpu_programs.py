@@ -28,14 +28,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from benchmarks.device import copies_of
+from benchmarks.device import copies_of, shapes_of_weights
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine import graphs
+from grok1.nn.manifest import with_int4_experts
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
-from grok1.ops.quantized import QuantizedArray
-from grok1.planning.memory import abstract_engine, released_weights
+from grok1.planning.memory import abstract_engine, one_layer, released_weights
 
 DEVICES = pathlib.Path(__file__).parent / "devices"
 
@@ -90,13 +90,16 @@ def lowered(config: ModelConfig, mesh: Mesh, step: str, rows: int, capacity: int
       step: "decode", or the length of a chunk of a prompt.
       rows: Of the batch.
       capacity: Of the cache.
-      **types: `dtype`, by default bfloat16, and `cache_dtype`.
+      **types: `dtype`, by default bfloat16, `cache_dtype`, and "int4" for the `experts`.
 
     Returns:
       The lowered program, and the engine.
     """
     dtype = types.pop("dtype", jnp.bfloat16)
-    engine = abstract_engine(released_weights(config), config, mesh, dtype, **types)
+    tensors = one_layer(config)
+    if types.pop("experts", "int8") == "int4":
+        tensors = with_int4_experts(tensors)
+    engine = abstract_engine(released_weights(config, tensors), config, mesh, dtype, **types)
     state = engine.abstract_state(rows, capacity)
     if step == "decode":
         arguments = engine.abstract_decode_arguments(rows)
@@ -116,14 +119,9 @@ def report(program: Any, devices: list[Any], weights: Any = ()) -> Report:
         sequence = thunks.read_text()
     text = compiled.as_text()
     loops = [line for line in text.splitlines() if re.search(r"\bwhile\(", line)]
-    shapes = {
-        leaf.values.sharding.shard_shape(leaf.values.shape)[-2:]
-        for leaf in jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, QuantizedArray))
-        if isinstance(leaf, QuantizedArray)
-    }
     return Report(
         [line.split("=")[0].strip() for line in loops if "known_trip_count" not in line],
-        copies_of(text, shapes),
+        copies_of(text, shapes_of_weights(weights)),
         *launches(sequence),
         [match[0] for match in _SAME.finditer(text)],
     )
@@ -171,6 +169,7 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", default=["decode"], help='"decode" or a length')
     parser.add_argument("--capacity", type=int, default=8192)
     parser.add_argument("--cache-dtype", default="float16")
+    parser.add_argument("--experts", default="int8", choices=("int8", "int4"))
     parser.add_argument("--names", action="store_true", help="name the kernels of a layer")
     options = parser.parse_args()
     bindings.turn_off()
@@ -190,6 +189,7 @@ def main() -> int:
                             rows,
                             options.capacity,
                             cache_dtype=options.cache_dtype,
+                            experts=options.experts,
                         )
                     found = report(program, mesh.devices.flatten().tolist(), engine.weights)
                     name = f"{count} x {device} {step} {rows}"

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grok1.ops import dispatch, forms
 from grok1.ops.cpu import bindings
-from grok1.ops.cuda import calls, presence, shapes, shapes_of_prompts
+from grok1.ops.cuda import calls, presence, shapes, shapes_int4, shapes_of_prompts
 from grok1.ops.formats import is_quantized
 from grok1.ops.int4 import Int4Array
 from grok1.ops.layers import exact_einsum
@@ -105,8 +105,8 @@ def experts(
       routing: Where each token goes.
       valid: False for padding, which gets zeros.
       implementation: "dense" computes every expert for every token, "sparse" only the chosen ones,
-        "cpp", "cuda", "cuda_tiles" and "grouped" too, from int8 weights; None for that of
-        `forms.PREFERRED`.
+        "cpp" and "grouped" too, from quantised weights, "cuda" and "cuda_tiles" from int8 ones,
+        "cuda_int4" from 4-bit ones; None for that of `forms.PREFERRED`.
 
     Returns:
       float32.
@@ -189,8 +189,8 @@ def experts_sparse(
 
 
 def _is_not_grouped(x, weights, index, routing, valid) -> str | None:
-    if not all(isinstance(weight, QuantizedArray) for weight in weights):
-        return "it reads int8 weights"
+    if not all(map(is_quantized, weights)):
+        return "it reads quantised weights"
     if x.dtype != jnp.bfloat16:
         return f"its products are of bfloat16, not {x.dtype}"
     if len(x) <= shapes.MOST_ROWS:
@@ -225,6 +225,8 @@ def experts_grouped(
 def _is_not_for_tiles(x, weights, index, routing, valid) -> str | None:
     if "experts_prompt" not in presence.kernels():
         return "its CUDA kernels are not available here"
+    if not all(isinstance(weight, QuantizedArray) for weight in weights):
+        return "it reads int8 weights"
     reason = _is_not_grouped(x, weights, index, routing, valid)
     if reason is not None:
         return reason
@@ -296,6 +298,31 @@ def experts_cuda(
     gate, up, down = ((weight.values, weight.scales) for weight in weights)
     choice = routing.expert_indices, routing.expert_weights
     return calls.experts(x, (gate, up, down), layer, choice, valid)
+
+
+def _is_not_for_cuda_int4(x, weights, index, routing, valid) -> str | None:
+    if "experts_int4" not in presence.kernels():
+        return "its CUDA kernels are not available here"
+    if not all(isinstance(weight, Int4Array) for weight in weights):
+        return "it reads 4-bit weights"
+    if len(x) > shapes.MOST_ROWS:
+        return f"it runs up to {shapes.MOST_ROWS} tokens, not {len(x)}"
+    num_experts = routing.probs.shape[-1]
+    return shapes_int4.refusal_of_experts(num_experts, *map(calls.int4_matrix_of, weights))
+
+
+@forms.form("experts", "cuda_int4", refuses=_is_not_for_cuda_int4)
+def experts_cuda_int4(
+    x: Float[Array, "M D"],
+    weights: ExpertWeights,
+    index: Index,
+    routing: Routing,
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """As `experts_cuda`, of 4-bit weights; of more than a few bfloat16 tokens 15 bits count."""
+    (layer,) = index or (0,)
+    choice = routing.expert_indices, routing.expert_weights
+    return calls.experts_int4(x, tuple(weights), layer, choice, valid)
 
 
 def experts_fetched(

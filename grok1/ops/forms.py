@@ -18,12 +18,16 @@ from grok1.ops.cuda import presence
 
 PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     "matmul": {"cpu": ("cpp", "tiled"), "cuda": ("converted", "direct"), "default": ("direct",)},
-    "matmul_int4": {"cpu": ("cpp", "blocked"), "default": ("blocked",)},
+    "matmul_int4": {
+        "cpu": ("cpp", "blocked"),
+        "cuda": ("converted", "blocked"),
+        "default": ("blocked",),
+    },
     "round_int4": {"cpu": ("cpp", "xla"), "default": ("xla",)},
     "project": {"cuda": ("cuda", "converted", "one_by_one"), "default": ("one_by_one",)},
     "experts": {
         "cpu": ("cpp", "sparse"),
-        "cuda": ("cuda", "cuda_tiles", "grouped", "sparse"),
+        "cuda": ("cuda", "cuda_int4", "cuda_tiles", "grouped", "sparse"),
         "default": ("sparse",),
     },
     "attend_cache": {
@@ -42,6 +46,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
         "default": ("direct",),
     },
     "convert": {"cuda": ("cuda", "xla"), "default": ("xla",)},
+    "convert_int4": {"cuda": ("cuda", "xla"), "default": ("xla",)},
 }
 """The forms of each operation that are asked in turn, by JAX's name of the platform."""
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
+from grok1.ops.cuda import calls, shapes
 from grok1.ops.layers import exact_einsum
 
 BOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
@@ -209,6 +210,44 @@ def matmul_blocked(
 
     zeros = jnp.zeros((len(x), columns), jnp.float32)
     return jax.lax.fori_loop(0, depth // block, add_block, zeros)
+
+
+def _is_not_to_be_converted(x, weight, index, num_valid) -> str | None:
+    if x.dtype != jnp.bfloat16:
+        return f"its products are of bfloat16, not {x.dtype}"
+    if len(x) <= shapes.MOST_ROWS:
+        return f"it is for more than {shapes.MOST_ROWS} rows, not {len(x)}"
+    return None
+
+
+@forms.form("matmul_int4", "converted", refuses=_is_not_to_be_converted)
+def matmul_int4_converted(
+    x: Float[Array, "M K"],
+    weight: Int4Array,
+    index: tuple[int | Array, ...],
+    num_valid: int | Array,
+):
+    """One product with a bfloat16 copy of the matrix, which is rounded with its scales."""
+    # XLA would make the copy anew for each block of the result.
+    copy = jax.lax.optimization_barrier(forms.run("convert_int4", weight, index))
+    return exact_einsum("MK,KN->MN", x, copy)
+
+
+@forms.form("convert_int4", "xla")
+def convert_int4_xla(weight: Int4Array, index: tuple[int | Array, ...]) -> Float[Array, "K N"]:
+    """One matrix as bfloat16, times its scales."""
+    one = Int4Array(*(part[index] for part in weight))
+    return dequantize_int4(one).astype(jnp.bfloat16)
+
+
+def _is_not_to_be_copied(weight, index) -> str | None:
+    return shapes.refusal_of_copy(calls.int4_matrix_of(tuple(weight)))
+
+
+@forms.form("convert_int4", "cuda", refuses=_is_not_to_be_copied)
+def convert_int4_cuda(weight: Int4Array, index: tuple[int | Array, ...]) -> Float[Array, "K N"]:
+    """As `convert_int4_xla`, in CUDA: XLA writes a float copy, and reads it again."""
+    return calls.convert_int4(tuple(weight), index)
 
 
 @forms.form("matmul_int4", "cpp")

@@ -128,8 +128,8 @@ def matmul(
       index: One index, a number or a traced scalar, for each leading axis of `weight`.
       num_valid: How many of the M rows matter, from the first on, a number or a traced scalar; None
         for all. What comes out for the others is finite, and costs nothing where that is possible.
-      implementation: Which form multiplies a quantised weight: an int8 one "direct", "tiled",
-        "converted" or "cpp", a 4-bit one "blocked" or "cpp"; None for that of `forms.PREFERRED`.
+      implementation: Which form multiplies a quantised weight: "converted" or "cpp", an int8 one
+        also "direct" or "tiled", a 4-bit one "blocked"; None for that of `forms.PREFERRED`.
 
     Returns:
       float32 `[*M, N]`.

@@ -214,6 +214,22 @@ inline unsigned pick_bytes(unsigned x, unsigned y, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
+inline unsigned pick_signed(unsigned x, unsigned y, unsigned selector) {
+  unsigned result = pick_bytes(x, y, selector);
+  for (int i = 0; i < 4; ++i)
+    if (selector >> 4 * i & 8) result = result & ~(255u << 8 * i) | (result >> 8 * i & 128 ? 255u : 0) << 8 * i;
+  return result;
+}
+inline unsigned upper_half(unsigned word, unsigned zeros) {
+  const unsigned exponent = word >> 26 & 31;
+  if (exponent == 31 || zeros != 0x80008000u) {
+    std::fprintf(stderr, "no sum of float16 is its first summand\n");
+    std::abort();
+  }
+  return word >> 16 | word & 0xffff0000u;
+}
+inline int nearest(float value) { return (int)std::lrint(value); }
+inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 template <int N>
 inline void load_once(const void* from, unsigned (&words)[N]) {
   if ((uintptr_t)from % (4 * N) != 0) {
@@ -251,6 +267,12 @@ inline void read_shared(Shared from, unsigned (&words)[N]) {
   std::memcpy(words, from, 4 * N);
 }
 
+inline unsigned short read_short(Shared from) {
+  unsigned short bits;
+  std::memcpy(&bits, from, 2);
+  return bits;
+}
+
 // As the documentation of mma.sync.m16n8k16 says which lane has what.
 inline void multiply_tile(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   const unsigned mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
@@ -262,6 +284,21 @@ inline void multiply_tile(float (&sum)[4], const unsigned (&a)[4], const unsigne
       const unsigned a_pair = all[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
       const unsigned b_pair = all[column * 4 + k % 8 / 2][4 + k / 8];
       sum[i] += k % 2 ? high_of(a_pair) * high_of(b_pair) : low_of(a_pair) * low_of(b_pair);
+    }
+  }
+}
+
+// As the documentation of mma.sync.m16n8k32 says which lane has what.
+inline void multiply_tile_of_bytes(int (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  const unsigned mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const auto all = exchange(mine, 6);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      const unsigned of_a = all[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)];
+      const unsigned of_b = all[column * 4 + k % 16 / 4][4 + k / 16];
+      sum[i] += (signed char)(of_a >> 8 * (k % 4)) * (signed char)(of_b >> 8 * (k % 4));
     }
   }
 }

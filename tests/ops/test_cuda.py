@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops.cuda import build, shapes, shapes_of_prompts, shapes_of_rows
+from grok1.ops.cuda import build, shapes, shapes_int4, shapes_of_prompts, shapes_of_rows
 from grok1.ops.cuda.kernel import function_of, text_of
 from grok1.ops.cuda.shapes import Matrix
 from grok1.ops.cuda.shapes_of_rows import Heads
@@ -440,6 +440,7 @@ def of_grok_1(shards, tokens):
     """Every kernel of a step of Grok-1 on one of some devices."""
     queries, keys, size = GROK_1_HEADS
     exact = Matrix(WIDTH, HIDDEN // shards, 1), Matrix(HIDDEN // shards, WIDTH, 8 // shards)
+    short = Matrix(WIDTH, HIDDEN // shards, 24), Matrix(HIDDEN // shards, WIDTH, 128 // shards)
     heads = Heads(tokens, 1, keys // shards, 6, size, tokens, 8192, "float16", "float16")
     columns = [count * size // shards for count in (queries, keys, keys)]
     stacks = tuple(Matrix(WIDTH, count, 1) for count in columns)
@@ -457,6 +458,8 @@ def of_grok_1(shards, tokens):
         shapes_of_rows.route(tokens, WIDTH, 8, 2, None, False),
         shapes.convert(exact[0], False),
         shapes.convert(exact[1], True),
+        *shapes_int4.experts(tokens, 2, 8, *short, "bfloat16"),
+        shapes_int4.convert(short[0]),
     ]
 
 
@@ -478,12 +481,11 @@ def wide(tmp_path_factory):
         kernels = [kernel for case in ((1, 1), (1, 8), (8, 32)) for kernel in of_grok_1(*case)]
     else:
         # Of one token products are others, and the rest of a step is the same.
-        kernels = [*of_grok_1(8, 32), *of_grok_1(1, 1)[:4]]
+        kernels = [*of_grok_1(8, 32), *of_grok_1(1, 1)[:4], *of_grok_1(1, 1)[-3:-1]]
     named = [k._replace(name=f"{k.name}_{i}") for i, k in enumerate(dict.fromkeys(kernels))]
-    names = ["product", "experts", "project", "rows", "attention", "prompt_attention", "convert"]
-    headers = ["device", *names]
+    headers = ["device.h", *dict.fromkeys(header for kernel in named for header in kernel.headers)]
     source = tmp_path_factory.mktemp("cuda") / "kernels.cu"
-    source.write_text(text_of([f"{name}.h" for name in headers]) + "".join(map(function_of, named)))
+    source.write_text(text_of(headers) + "".join(map(function_of, named)))
     command = [NVCC, "-std=c++17", "-arch=compute_80", "-ptx", source.name]
     subprocess.run(command, cwd=source.parent, capture_output=True, check=True)
     ptx = source.with_suffix(".ptx")

@@ -14,6 +14,7 @@ from grok1.ops.attention import KVCache, Place
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
 from grok1.ops.experts import ExpertWeights
+from grok1.ops.int4 import Int4Array
 from grok1.ops.quantized import quantize
 from grok1.ops.routing import choose_experts
 
@@ -49,6 +50,8 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
     weight = weight if quantized_weights else jnp.ones((16, 16))
     if operation == "convert":
         return weight, ()
+    if operation == "convert_int4":
+        return int4_weight((), 16, 16), ()
     if operation == "project":
         return jnp.ones((3, 16)), (weight,), ((),)
     scales = jnp.ones((2, 8))
@@ -69,6 +72,14 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         projections = ((weight,) * 3, ((),) * 3)
         return jnp.ones((1, 1, 16)), projections, cache, jnp.int32(0), place
     return jnp.ones((1, 1, 1, 1, 8)), cache, jnp.int32(0), place
+
+
+def int4_weight(lead, rows, columns):
+    return Int4Array(
+        jnp.zeros((*lead, rows // 2, columns), jnp.uint8),
+        jnp.zeros((*lead, 6, columns), jnp.uint8),
+        jnp.ones((*lead, 1, columns), jnp.float16),
+    )
 
 
 @pytest.mark.parametrize("operation", list(forms.PREFERRED))
@@ -107,6 +118,26 @@ def test_on_nvidia_gpus_the_kernels_that_are_there_are_chosen(operation):
     assert forms.prepare("gpu") == forms.prepare("tpu") == ""
     with pytest.raises(NotImplementedError, match=NO_CUDA):
         forms.run(operation, *arguments, implementation="cuda")
+
+
+def test_on_nvidia_gpus_experts_in_4_bits_have_kernels_of_their_own():
+    def chosen(tokens=3, width=32, platform="cuda", dtype=jnp.float32):
+        stack = int4_weight((4,), width, width)
+        weights = ExpertWeights(stack, stack, stack)
+        choice = choose_experts(jnp.ones((tokens, 4)), 2)
+        x = jnp.ones((tokens, width), dtype)
+        return forms.chosen("experts", platform, x, weights, (), choice, jnp.ones(tokens, bool))
+
+    assert chosen() == "sparse"
+    with presence.assumed():
+        assert chosen() == chosen(tokens=64) == "cuda_int4"
+        assert chosen(tokens=65) == chosen(width=16) == chosen(platform="tpu") == "sparse"
+        assert chosen(tokens=65, dtype=jnp.bfloat16) == "grouped"
+    # Those of int8 may be refused, and these be there.
+    with presence.assumed(frozenset({"experts_int4"})):
+        assert chosen() == "cuda_int4"
+    with presence.assumed(frozenset(presence.OPERATIONS) - {"experts_int4"}):
+        assert chosen() == "sparse"
 
 
 def test_on_nvidia_gpus_attention_of_many_queries_has_a_kernel_of_its_own():
@@ -155,6 +186,7 @@ def test_on_nvidia_gpus_many_rows_of_bfloat16_are_multiplied_by_copies(dtype):
     for operation, named, arguments in (
         ("experts", ("grouped", "sparse"), experts),  # its groups are of 8 rows, too few for tiles
         ("matmul", ("converted", "direct"), (stack, (0,), 65)),
+        ("matmul_int4", ("converted", "blocked"), (int4_weight((4,), 8, 8), (0,), 65)),
     ):
         x = jnp.ones((65, 8), dtype)
         expected = named[0] if dtype == jnp.bfloat16 else named[1]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grok1.ops.cuda import shapes, shapes_of_prompts
+from grok1.ops.cuda import shapes, shapes_int4, shapes_of_prompts
 from grok1.ops.cuda.build import ptx_of
 from grok1.ops.cuda.kernel import Kernel
 from grok1.ops.cuda.shapes import Matrix, Precision
@@ -21,6 +21,10 @@ _TYPED_CONFIG = 2  # version of XLA's custom calls whose configuration is a text
 
 Quantized = tuple[Array, Array]
 """int8 values `[*lead, K, N]` and bfloat16 scales `[*lead, G, N]`."""
+
+
+Int4 = tuple[Array, Array, Array]
+"""4-bit values `[*lead, K/2, N]`, subscales and float16 scales `[*lead, B, N]`: an `Int4Array`."""
 
 
 def call(kernel: Kernel, *inputs: Array) -> list[Array]:
@@ -73,6 +77,13 @@ def matrix_of(weight: Quantized) -> Matrix:
     values, scales = weight
     rows, columns = values.shape[-2:]
     return Matrix(rows, columns, scales.shape[-2])
+
+
+def int4_matrix_of(weight: Int4) -> Matrix:
+    """The sizes of one matrix of a 4-bit stack; its groups are the blocks."""
+    values, _, scales = weight
+    pairs, columns = values.shape[-2:]
+    return Matrix(2 * pairs, columns, scales.shape[-2])
 
 
 def precision_of(dtype: Any, product_dtype: Any) -> Precision:
@@ -149,6 +160,33 @@ def experts_of_prompts(
     return out
 
 
+def experts_int4(
+    x: Float[Array, "M D"],
+    weights: tuple[Int4, Int4, Int4],
+    layer: int | Array,
+    choice: tuple[Int[Array, "M A"], Float[Array, "M A"]],
+    valid: Bool[Array, " M"],
+) -> Float[Array, "M D"]:
+    """As `experts`, of 4-bit weights."""
+    gate, up, down = weights
+    expert_indices, expert_weights = choice
+    tokens, selected = expert_indices.shape
+    digits_of, gate_up, down_sum = shapes_int4.experts(
+        tokens,
+        selected,
+        gate[0].shape[-3],
+        int4_matrix_of(gate),
+        int4_matrix_of(down),
+        "bfloat16" if x.dtype == jnp.bfloat16 else "float32",
+    )
+    indices = expert_indices.astype(jnp.int32)
+    layer = jnp.asarray(layer, jnp.int32)
+    digits = call(digits_of, x.astype(jnp.float32))
+    hidden = call(gate_up, *digits, *gate, *up, layer, indices, valid)
+    out, _ = call(down_sum, *hidden, *down, layer, indices, valid, expert_weights)
+    return out
+
+
 def project(
     x: Float[Array, "M K"],
     weights: list[tuple[Quantized, tuple[int | Array, ...]]],
@@ -218,3 +256,9 @@ def convert(weight: Quantized, index: tuple[int | Array, ...], is_scaled: bool) 
     values, scales = weight
     kernel = shapes.convert(matrix_of(weight), is_scaled)
     return call(kernel, values, scales, _number(values.shape[:-2], index))[0]
+
+
+def convert_int4(weight: Int4, index: tuple[int | Array, ...]) -> Array:
+    """One matrix of a 4-bit stack as bfloat16 `[K, N]`, times its scales."""
+    kernel = shapes_int4.convert(int4_matrix_of(weight))
+    return call(kernel, *weight, _number(weight[0].shape[:-2], index))[0]

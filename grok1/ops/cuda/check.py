@@ -27,11 +27,21 @@ from grok1.ops.cuda import presence, shapes
 from grok1.ops.experts import (
     ExpertWeights,
     experts_cuda,
+    experts_cuda_int4,
     experts_cuda_tiles,
     experts_grouped,
     experts_sparse,
 )
 from grok1.ops.heads import append_heads_by_steps, append_heads_cuda
+from grok1.ops.int4 import (
+    Int4Array,
+    convert_int4_cuda,
+    convert_int4_xla,
+    group_rows,
+    num_blocks,
+    pack,
+    pack_subscales,
+)
 from grok1.ops.quantized import (
     QuantizedArray,
     convert_cuda,
@@ -44,6 +54,8 @@ from grok1.ops.routing import choose_experts, route_by_cuda, route_by_xla
 
 TOLERANCE = 2e-3
 """Largest difference, relative to the largest number: between what rounds otherwise and a fault."""
+
+_LAYERS, _EXPERTS = 2, 8
 
 Case = tuple[Callable[..., Any], Callable[..., Any], tuple]
 """A kernel, XLA's form, and the arguments of both."""
@@ -155,6 +167,8 @@ def cases(operation: str) -> Iterator[tuple[str, Case]]:
         "add_norm": _of_sums,
         "route": _of_routers,
         "convert": _of_copies,
+        "experts_int4": _of_int4_experts,
+        "convert_int4": _of_int4_copies,
     }[operation]
     return make(np.random.default_rng(0))
 
@@ -165,26 +179,48 @@ def _weight(rng: np.random.Generator, lead: tuple[int, ...], rows: int, columns:
     return QuantizedArray(values, scales)
 
 
-def _of_experts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
-    layers, num_experts, width, hidden = 2, 8, 256, 384
-    weights = ExpertWeights(
-        _weight(rng, (layers, num_experts), width, hidden, 1),
-        _weight(rng, (layers, num_experts), width, hidden, 1),
-        _weight(rng, (layers, num_experts), hidden, width, 8),
-    )
+def _int4_weight(rng: np.random.Generator, lead: tuple[int, ...], rows: int, columns: int):
+    blocks = num_blocks(rows)
+    groups = rows // blocks // group_rows(rows // blocks)
+    codes = rng.integers(16, size=(*lead, rows, columns))
+    subscales = rng.integers(-32, 32, (*lead, blocks, groups, columns))
+    scales = (2e-4 + 4e-4 * rng.random((*lead, blocks, columns))).astype(np.float16)
+    return Int4Array(pack(codes), pack_subscales(subscales), scales)
 
+
+def _of_experts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    width, hidden = 256, 384
+    weights = ExpertWeights(
+        _weight(rng, (_LAYERS, _EXPERTS), width, hidden, 1),
+        _weight(rng, (_LAYERS, _EXPERTS), width, hidden, 1),
+        _weight(rng, (_LAYERS, _EXPERTS), hidden, width, 8),
+    )
+    return _of_tokens(rng, experts_cuda, shapes.MOST_EXACT, weights)
+
+
+def _of_int4_experts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    width, hidden = 256, 384
+    lead = (_LAYERS, _EXPERTS)
+    sizes = (width, hidden), (width, hidden), (hidden, width)
+    weights = ExpertWeights(*(_int4_weight(rng, lead, *size) for size in sizes))
+    return _of_tokens(rng, experts_cuda_int4, shapes.MOST_ROWS, weights)
+
+
+def _of_tokens(
+    rng: np.random.Generator, run: Callable[..., Any], most_exact: int, weights: ExpertWeights
+) -> Iterator[tuple[str, Case]]:
     def kernel(x, weights, layer, routing, valid):
-        return experts_cuda(x, weights, (layer,), routing, valid)
+        return run(x, weights, (layer,), routing, valid)
 
     def form(x, weights, layer, routing, valid):
         # Of many tokens both round the hidden numbers.
-        x = x.astype(jnp.float32) if len(x) <= shapes.MOST_EXACT else x
+        x = x.astype(jnp.float32) if len(x) <= most_exact else x
         return experts_sparse(x, weights, (layer,), routing, valid)
 
     sizes = (1, "bfloat16"), (4, "float32"), (33, "bfloat16")
     for tokens, dtype in sizes:
-        x = rng.standard_normal((tokens, width)).astype(dtype)
-        logits = rng.standard_normal((tokens, num_experts)).astype(np.float32)
+        x = rng.standard_normal((tokens, weights.gate.shape[-2])).astype(dtype)
+        logits = rng.standard_normal((tokens, _EXPERTS)).astype(np.float32)
         routing = choose_experts(jnp.asarray(logits), 2)
         valid = np.arange(tokens) != 1
         arguments = (x, weights, np.int32(1), routing, valid)
@@ -326,3 +362,12 @@ def _of_copies(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     for groups in (1, 8):
         arguments = (_weight(rng, (2, 3), 320, 384, groups), np.int32(1))
         yield f"{groups} groups", (run(convert_cuda), run(convert_xla), arguments)
+
+
+def _of_int4_copies(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    def run(form):
+        return lambda weight, layer: form(weight, (layer, 1))
+
+    for rows in (512, 336):
+        arguments = (_int4_weight(rng, (2, 3), rows, 384), np.int32(1))
+        yield f"{rows} rows", (run(convert_int4_cuda), run(convert_int4_xla), arguments)

@@ -1,4 +1,4 @@
-// One int8 matrix of a stack as bfloat16, for products of many rows.
+// One quantised matrix of a stack as bfloat16, for products of many rows.
 #pragma once
 
 struct alignas(16) EightBfloats {

@@ -49,6 +49,12 @@ DEVICE void read_shared(Shared from, unsigned (&words)[1]) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(from) : "memory");
 }
 
+DEVICE unsigned short read_short(Shared from) {
+  unsigned short bits;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(from) : "memory");
+  return bits;
+}
+
 DEVICE void read_shared(Shared from, unsigned (&words)[2]) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                : "=r"(words[0]), "=r"(words[1])
@@ -75,6 +81,11 @@ DEVICE unsigned short half_of_float(float value) {
   return bits;
 }
 
+DEVICE int nearest(float value) { return __float2int_rn(value); }
+
+// The larger of two, or what of them is no number.
+DEVICE float larger(float x, float y) { return x > y || x != x ? x : y; }
+
 // Two floats, rounded to bfloat16: the first in the lower half.
 DEVICE unsigned bfloats(float low, float high) {
   unsigned pair;
@@ -94,11 +105,38 @@ DEVICE unsigned pick_bytes(unsigned x, unsigned y, unsigned selector) {
   return __byte_perm(x, y, selector);
 }
 
+// As `pick_bytes`; where a nibble's highest bit is set, all of a byte is the sign of what it picks.
+// The compiler does not clear that bit first, as it does for `pick_bytes`.
+DEVICE unsigned pick_signed(unsigned x, unsigned y, unsigned selector) {
+  unsigned picked;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(x), "r"(y), "r"(selector));
+  return picked;
+}
+
+// The upper half of a word in both halves, by an addition of float16: no half may have five ones for
+// an exponent. `zeros` are two of -0, which the assembler must not know.
+DEVICE unsigned upper_half(unsigned word, unsigned zeros) {
+  unsigned halves;
+  asm("{.reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; "
+      "add.rn.f16x2 %0, both, %2;}"
+      : "=r"(halves)
+      : "r"(word), "r"(zeros));
+  return halves;
+}
+
 // sum += a * b of a warp: a is 16 x 16, b 16 x 8, of bfloat16 (mma.sync.m16n8k16).
 DEVICE void multiply_tile(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
       "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same of signed bytes: a is 16 x 32, b 32 x 8 (mma.sync.m16n8k32).
+DEVICE void multiply_tile_of_bytes(int (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, "
+      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

@@ -50,12 +50,24 @@ DEVICE float gelu(float x) {  // in its tanh form, as trained
   return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
+// Where hidden numbers go: to memory, at once.
+struct Floats {
+  float* hidden;
+
+  template <class Of>
+  DEVICE void put(float value, long long row, int at, float*) const {
+    hidden[row * Of::N + at] = value;
+  }
+
+  template <class Of, int INPUTS>
+  DEVICE void finish(const float*, int, const int*, int) const {}
+};
+
 // hidden[row] = gelu(x gate) * (x up). Grid: tiles of columns, experts; half of the teams each for
 // gate and up.
-template <class S>
-DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
-                    const signed char* up, const unsigned short* up_scales, const int* layer,
-                    const int* indices, const unsigned char* valid, float* hidden) {
+template <class S, class Weight, class X, class Hidden>
+DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* layer,
+                       const int* indices, const unsigned char* valid, const Hidden& hidden) {
   using Of = typename S::Hidden;
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count;
   static_assert(4 * INPUTS <= 32 * Of::STAGES * Of::TEAMS, "no room for what up has come to");
@@ -69,33 +81,34 @@ DEVICE void gate_up(const float* x, const signed char* gate, const unsigned shor
   const bool is_up = in_all >= Of::TEAMS;
   const int column = blockIdx.x * Widths<Of>::OF_TEAM;
   const long long expert = (long long)layer[0] * S::E + chosen.expert;
-  const signed char* matrix = (is_up ? up : gate) + expert * Of::K * Of::N;
-  const unsigned short* scales = (is_up ? up_scales : gate_scales) + expert * Of::G * Of::N;
+  const Weight matrix = (is_up ? up : gate).template of<Of>(expert);
   for (int first = 0; first < chosen.count; first += INPUTS) {
     const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
     if (threadIdx.x < count) tokens[threadIdx.x] = chosen.rows[first + threadIdx.x] / S::A;
     barrier();
     with_tiles<Of>(count, [&](auto tiles) {
       constexpr int TILES = decltype(tiles)::count;
-      Sums<Of::BYTES, TILES> sums;
-      const Rows inputs = {x, tokens, count};
-      multiply<Of, TILES>(sums, matrix, scales, column, inputs, team,
-                          ring + in_all * Widths<Of>::RING);
-      add_up<Of, TILES>(
-          sums, team, reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
+      typename Weight::template Total<Of, TILES> sums;
+      const Rows<X> inputs = {x, tokens, count};
+      matrix.template multiply_by<Of, TILES>(sums, column, inputs, team,
+                                             ring + in_all * Widths<Of>::RING);
+      add_up<Of>(sums, team,
+                 reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
       float* ups = reinterpret_cast<float*>(ring);
       if (is_up && team == 0) {
-        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
           ups[(at - column) * INPUTS + input] = value;
         });
       }
       barrier();
       if (!is_up && team == 0) {
-        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
           const long long row = chosen.rows[first + input];
-          hidden[row * Of::N + at] = gelu(value) * ups[(at - column) * INPUTS + input];
+          float* place = ups + (at - column) * INPUTS + input;
+          hidden.template put<Of>(gelu(value) * *place, row, at, place);
         });
       }
+      hidden.template finish<Of, INPUTS>(ups, column, chosen.rows + first, count);
       barrier();
     });
   }
@@ -103,10 +116,9 @@ DEVICE void gate_up(const float* x, const signed char* gate, const unsigned shor
 
 // out[token] = the sum of weight * (hidden[row] down) over the token's rows, of which blocks write
 // parts: by a part of the matrix's rows, for each row. Grid: tiles of columns, parts of each expert.
-template <class S>
-DEVICE void down(const float* hidden, const signed char* down, const unsigned short* down_scales,
-                 const int* layer, const int* indices, const unsigned char* valid,
-                 const float* weights, float* out, float* parts) {
+template <class S, class Weight, class X>
+DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* indices,
+                    const unsigned char* valid, const float* weights, float* out, float* parts) {
   using Of = typename S::Out;
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, PARTS = Of::SHARES / Of::TEAMS;
   constexpr int WIDTH = Widths<Of>::OF_TEAM;
@@ -124,14 +136,13 @@ DEVICE void down(const float* hidden, const signed char* down, const unsigned sh
     const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
     with_tiles<Of>(count, [&](auto tiles) {
       constexpr int TILES = decltype(tiles)::count;
-      Sums<Of::BYTES, TILES> sums;
-      const Rows inputs = {hidden, chosen.rows + first, count};
-      multiply<Of, TILES>(sums, down + expert * Of::K * Of::N, down_scales + expert * Of::G * Of::N,
-                          column, inputs, part * Of::TEAMS + team,
-                          ring + team * Widths<Of>::RING);
-      add_up<Of, TILES>(sums, team, reinterpret_cast<float*>(ring));
+      typename Weight::template Total<Of, TILES> sums;
+      const Rows<X> inputs = {hidden, chosen.rows + first, count};
+      down.template of<Of>(expert).template multiply_by<Of, TILES>(
+          sums, column, inputs, part * Of::TEAMS + team, ring + team * Widths<Of>::RING);
+      add_up<Of>(sums, team, reinterpret_cast<float*>(ring));
       if (team == 0) {
-        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
           const int row = chosen.rows[first + input];
           part_of(part, row)[at] = weights[row] * value;
         });
@@ -150,4 +161,19 @@ DEVICE void down(const float* hidden, const signed char* down, const unsigned sh
     }
     out[(long long)token * Of::N + at] = sum;
   }
+}
+
+template <class S>
+DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
+                    const signed char* up, const unsigned short* up_scales, const int* layer,
+                    const int* indices, const unsigned char* valid, float* hidden) {
+  gate_up_of<S, Int8Matrix>(x, {gate, gate_scales}, {up, up_scales}, layer, indices, valid,
+                            Floats{hidden});
+}
+
+template <class S>
+DEVICE void down(const float* hidden, const signed char* down, const unsigned short* down_scales,
+                 const int* layer, const int* indices, const unsigned char* valid,
+                 const float* weights, float* out, float* parts) {
+  down_of<S, Int8Matrix>(hidden, {down, down_scales}, layer, indices, valid, weights, out, parts);
 }

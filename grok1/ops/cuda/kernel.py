@@ -15,6 +15,7 @@ TYPES = {
     "float16": "unsigned short",
     "bfloat16": "unsigned short",
     "int8": "signed char",
+    "uint8": "unsigned char",
     "int32": "int",
     "bool": "unsigned char",
 }

@@ -37,6 +37,8 @@ OPERATIONS = (
     "add_norm",
     "route",
     "convert",
+    "experts_int4",
+    "convert_int4",
 )
 """What there are kernels for, in the order in which they are checked."""
 

@@ -114,8 +114,9 @@ DEVICE void add_scaled(Sums<S::BYTES, TILES>& total, const Sums<S::BYTES, TILES>
 }
 
 // Where the inputs of a block are: input i is row `rows[i]` of x, 0 <= i < count.
+template <class X>
 struct Rows {
-  const float* x;
+  X x;
   const int* rows;
   int count;
 };
@@ -127,7 +128,7 @@ struct Rows {
 // team calls it.
 template <class S, int TILES>
 DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
-                     const unsigned short* scales, int column, const Rows& inputs, int share,
+                     const unsigned short* scales, int column, const Rows<const float*>& inputs, int share,
                      unsigned char* ring) {
   constexpr int GROUP = S::K / S::G, IN_GROUP = (GROUP + 15) / 16, WORDS = S::BYTES / 4;
   constexpr int TILES_OF_K = IN_GROUP * S::G, IN_ROW = Widths<S>::OF_TEAM / S::BYTES;
@@ -232,10 +233,11 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
 
 // Adds up the sums of the teams in the first of `S::TEAMS`, always in the same order. Every thread of
 // the block calls it; `shared` has half of the teams' sums, and may be what weights were copied to.
-template <class S, int TILES>
-DEVICE void add_up(Sums<S::BYTES, TILES>& sums, int team, float* shared) {
-  constexpr int EACH = S::BYTES / 2 * TILES * 4, THREADS = Widths<S>::THREADS;
-  static_assert(TILES <= S::STAGES, "the sums take more room than there is");
+template <class S, int COUNT, int TILES>
+DEVICE void add_up(float (&sums)[COUNT][TILES][4], int team, float* shared) {
+  constexpr int EACH = COUNT * TILES * 4, THREADS = Widths<S>::THREADS;
+  static_assert(S::TEAMS / 2 * EACH * 4 * THREADS <= S::TEAMS * Widths<S>::RING,
+                "the sums take more room than there is");
   const int thread = threadIdx.x % THREADS;
   barrier();
 #pragma unroll
@@ -288,6 +290,31 @@ DEVICE void visit_sums(const Sums<S::BYTES, TILES>& sums, int column, int count,
     }
   }
 }
+
+// One matrix of a stack of int8 ones, or the stack.
+struct Int8Matrix {
+  const signed char* values;
+  const unsigned short* scales;
+
+  template <class S, int TILES>
+  using Total = Sums<S::BYTES, TILES>;
+
+  template <class S>
+  DEVICE Int8Matrix of(long long number) const {
+    return {values + number * S::K * S::N, scales + number * S::G * S::N};
+  }
+
+  template <class S, int TILES>
+  DEVICE void multiply_by(Sums<S::BYTES, TILES>& total, int column, const Rows<const float*>& inputs,
+                          int share, unsigned char* ring) const {
+    multiply<S, TILES>(total, values, scales, column, inputs, share, ring);
+  }
+
+  template <class S, int TILES, class Visit>
+  static DEVICE void visit(const Sums<S::BYTES, TILES>& sums, int column, int count, Visit visit) {
+    visit_sums<S, TILES>(sums, column, count, visit);
+  }
+};
 
 // Blocks that have written their part of a tile of columns; the last adds all parts up.
 template <class S>

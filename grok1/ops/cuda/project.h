@@ -17,10 +17,10 @@ DEVICE void project_one(const float* x, const signed char* values, const unsigne
     with_tiles<Of>(count, [&](auto tiles) {
       constexpr int TILES = decltype(tiles)::count;
       Sums<Of::BYTES, TILES> sums;
-      const Rows inputs = {x, rows, count};
+      const Rows<const float*> inputs = {x, rows, count};
       multiply<Of, TILES>(sums, values + matrix * Of::K * Of::N, scales + matrix * Of::G * Of::N, column,
                           inputs, blockIdx.y * Of::TEAMS + team, ring + team * Widths<Of>::RING);
-      add_up<Of, TILES>(sums, team, reinterpret_cast<float*>(ring));
+      add_up<Of>(sums, team, reinterpret_cast<float*>(ring));
       if (team == 0) {
         visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
           out[((long long)blockIdx.y * S::M + first + input) * S::N + begin_column + at] = value;

@@ -1,0 +1,245 @@
+// A few rows of digits times one 4-bit matrix, which is read once, in place, by the warps of a block.
+//
+// Turning a code into a float takes more instructions than a multiprocessor has while the next one
+// comes from memory. So products are of integers: a code picks one of 16 bytes, an input is the sum
+// of DIGITS signed bytes, and a group of 32 rows, whose scale is an integer too, adds up exactly.
+// What a block of groups has come to is scaled in float32.
+//
+// A word of codes is two rows of four columns. Half of it picks, in this order, two rows of a column
+// and two of the next, and so stands in the instruction: 16 such pairs of columns are the rows of its
+// first operand, with 16 rows of the matrix. The inputs are columns of the second: four digits with
+// zeros in the places of the other column, and the same four for that column.
+//
+// Teams and copies under way are those of product.h. S has BLOCK, the rows of a block, UNIT, which
+// divides it, those of a factor of the inputs, TERMS, the columns of the instruction that an input
+// takes, twice its digits, and STAGES, one of which holds the scales of two blocks.
+#pragma once
+
+// Digits of inputs: `digits[row][digit][k]`, the highest first, and for each unit of k what they are
+// multiplied by, `factors[row][unit]`.
+struct Digits {
+  const signed char* digits;
+  const float* factors;
+};
+
+// The scales of a group, of the two in each word of columns that a lane has sums of, times 4.
+//
+// `rows` has the six rows of bytes of a block for the lane's columns, `apart` bytes from each other;
+// `is_next` says whether the sums are of the second column of a pair.
+template <int WORDS>
+DEVICE void scales_of_group(int (&scales)[2 * WORDS], Shared rows, int apart, int group, bool is_next) {
+  unsigned low[WORDS], high[WORDS];
+  read_shared(rows + group / 2 * apart, low);
+  read_shared(rows + (4 + group / 4) * apart, high);
+  const unsigned mine = is_next ? 0x7531u : 0x6420u;
+#pragma unroll
+  for (int i = 0; i < WORDS; i += 2) {
+    const unsigned of_low = pick_signed(low[i], low[i + 1], mine);
+    const unsigned of_high = pick_signed(high[i], high[i + 1], mine);
+    // Six bits, 32 more than the scale, are its two's complement but for the first; times 4 they are
+    // that of a byte.
+    const unsigned four = (group % 2 ? of_low >> 2 : of_low << 2) & 0x3c3c3c3cu;
+    const unsigned all = (four | 0x80808080u) ^ (of_high << (6 - group % 4 * 2) & 0xc0c0c0c0u);
+    scales[2 * i] = pick_signed(all, all, 0x8880u);
+    scales[2 * i + 1] = pick_signed(all, all, 0x9991u);
+    scales[2 * i + 2] = pick_signed(all, all, 0xaaa2u);
+    scales[2 * i + 3] = pick_signed(all, all, 0xbbb3u);
+  }
+}
+
+// One matrix of a stack of 4-bit ones, or the stack.
+struct Int4Matrix {
+  const unsigned char* values;
+  const unsigned char* subscales;
+  const unsigned short* scales;
+
+  // [columns of a word][tile of inputs][first pair of columns, second; for each two of sums].
+  template <class S, int TILES>
+  using Total = float[S::BYTES / 8][TILES][4];
+
+  template <class S>
+  DEVICE Int4Matrix of(long long number) const {
+    constexpr int BLOCKS = S::K / S::BLOCK;
+    return {values + number * (S::K / 2) * S::N, subscales + number * (6 * BLOCKS) * S::N,
+            scales + number * BLOCKS * S::N};
+  }
+
+  // The products of a share of the rows, as `multiply`.
+  template <class S, int TILES>
+  DEVICE void multiply_by(float (&total)[S::BYTES / 8][TILES][4], int column,
+                          const Rows<Digits>& inputs, int share, unsigned char* ring) const;
+
+  template <class S, int TILES, class Visit>
+  static DEVICE void visit(const float (&sums)[S::BYTES / 8][TILES][4], int column, int count,
+                           Visit visit);
+};
+
+template <class S, int TILES>
+DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int column,
+                                    const Rows<Digits>& inputs, int share,
+                                    unsigned char* ring) const {
+  constexpr int GROUPS = S::BLOCK / 32, TILES_OF_K = S::K / 32, IN_UNIT = S::UNIT / 32;
+  constexpr int WORDS = S::BYTES / 4, OF_TEAM = Widths<S>::OF_TEAM, IN_ROW = OF_TEAM / S::BYTES;
+  constexpr int STAGES = S::STAGES - 1, OF_STAGE = 16 * OF_TEAM, DIGITS = S::TERMS / 2;
+  static_assert(STAGES <= GROUPS + 1, "scales are copied in the place of others that are read");
+  const int begin = (int)((long long)share * TILES_OF_K / S::SHARES);
+  const int end = (int)((long long)(share + 1) * TILES_OF_K / S::SHARES);
+  const Place<S> place;
+  const Book book;
+  const int g = place.lane / 4, t = place.lane % 4;
+  const int own = place.member * Widths<S>::OF_WARP + g * S::BYTES;
+  const bool is_next = t >= 2;
+  // A thread copies four pieces of a tile, each BYTES of one of every fourth row.
+  const int thread = threadIdx.x % Widths<S>::THREADS, piece = thread % IN_ROW;
+  const int first_row = thread / IN_ROW, wanted = column + piece * S::BYTES;
+  // Outside, the last columns are read again and their sums dropped.
+  const int from = wanted < S::N ? wanted : S::N - S::BYTES;
+  // Pieces change places within a row, so that rows that a warp reads at once are in different banks.
+  Shared to[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    to[i] = shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES;
+  const Shared read_from =
+      shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES;
+  const Shared of_blocks = shared_place(ring) + STAGES * OF_STAGE;
+  const signed char* x[TILES];
+  const float* factors[TILES];
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    const int slot = 4 * n + g % 4, input = slot / DIGITS, summed = (4 * n + 2 * (t % 2)) / DIGITS;
+    x[n] = nullptr, factors[n] = nullptr;
+    if (input < inputs.count)
+      x[n] = inputs.x.digits + ((long long)inputs.rows[input] * DIGITS + slot % DIGITS) * S::K + 8 * t;
+    if (summed < inputs.count)
+      factors[n] = inputs.x.factors + (long long)inputs.rows[summed] * (S::K / S::UNIT);
+  }
+  // Digits of two rows, with zeros for the other column of a pair.
+  const unsigned first_pair = g < 4 ? 0x4410u : 0x1044u, second_pair = g < 4 ? 0x4432u : 0x3244u;
+  const auto start = [&](int tile, int stage) {
+    if (tile < end) {
+      const unsigned char* rows = values + (long long)(16 * tile + first_row) * S::N + from;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        start_copy<S::BYTES>(to[i] + stage * OF_STAGE, rows + (long long)(4 * i) * S::N);
+      if (tile % GROUPS == 0 || tile == begin) {
+        // Six rows of groups' scales, and two that hold the block's, of two bytes.
+        const int block = tile / GROUPS;
+        const Shared place = of_blocks + block % 2 * (OF_STAGE / 2) + thread * S::BYTES;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = first_row + 4 * i;
+          const unsigned char* bytes = subscales + (long long)(6 * block + row) * S::N + from;
+          if (row >= 6) {
+            const int of_half = column + ((row - 6) * IN_ROW + piece) * (S::BYTES / 2);
+            const int at = of_half < S::N ? of_half : S::N - S::BYTES / 2;
+            bytes = reinterpret_cast<const unsigned char*>(scales + (long long)block * S::N + at);
+          }
+          start_copy<S::BYTES>(place + 4 * i * OF_TEAM, bytes);
+        }
+      }
+    }
+    end_group();
+  };
+#pragma unroll
+  for (int p = 0; p < WORDS / 2; ++p)
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[p][n][i] = 0;
+  int of_block[WORDS][TILES][4] = {};
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) start(begin + stage, stage);
+  int stage = 0, free = STAGES - 1;
+  for (int tile = begin; tile < end; ++tile) {
+    const int block = tile / GROUPS, group = tile % GROUPS;
+    unsigned four[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      four[n][0] = four[n][1] = 0;
+      if (x[n] == nullptr) continue;
+      const uint2 loaded = *reinterpret_cast<const uint2*>(x[n] + 32 * tile);
+      four[n][0] = loaded.x, four[n][1] = loaded.y;
+    }
+    wait_for_all_but<STAGES - 2>();
+    // What the others have copied is there, and nobody reads the tile before any more.
+    team_barrier<Widths<S>::THREADS>(place.team);
+    const Shared rows = read_from + stage * OF_STAGE;
+    const Shared rows_of_scales = of_blocks + block % 2 * (OF_STAGE / 2);
+    int scale[2 * WORDS];
+    scales_of_group<WORDS>(scale, rows_of_scales + own, OF_TEAM, group, is_next);
+    start(tile + STAGES - 1, free);
+    free = stage;
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    unsigned words[4][2], b[TILES][2][2];
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        b[n][i][0] = pick_signed(four[n][i], 0, first_pair);
+        b[n][i][1] = pick_signed(four[n][i], 0, second_pair);
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < WORDS; ++p) {
+      if (p % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) read_shared(rows + i * OF_TEAM + 4 * p, words[i]);
+      }
+      unsigned a[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) book.read(words[i][p % 2], a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) {
+        int sum[4] = {0, 0, 0, 0};
+        multiply_tile_of_bytes(sum, a[0], b[n][0]);
+        multiply_tile_of_bytes(sum, a[1], b[n][1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) of_block[p][n][i] += sum[i] * scale[2 * p + i / 2];
+      }
+    }
+    if ((tile + 1) % IN_UNIT == 0 || tile + 1 == end) {
+      float factor[TILES];
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) factor[n] = factors[n] == nullptr ? 0 : factors[n][tile / IN_UNIT];
+#pragma unroll
+      for (int p = 0; p < WORDS; ++p) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = own + 4 * p + 2 * half + is_next;
+          const float scale = float_of_half(read_short(rows_of_scales + 6 * OF_TEAM + 2 * at));
+#pragma unroll
+          for (int n = 0; n < TILES; ++n) {
+            // Of two digits the first counts 256 times.
+            const float both =
+                (float)of_block[p][n][2 * half] * 256 + (float)of_block[p][n][2 * half + 1];
+            total[p / 2][n][p % 2 * 2 + half] += both * (scale * factor[n]);
+            of_block[p][n][2 * half] = of_block[p][n][2 * half + 1] = 0;
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class S, int TILES, class Visit>
+DEVICE void Int4Matrix::visit(const float (&sums)[S::BYTES / 8][TILES][4], int column, int count,
+                              Visit visit) {
+  const Place<S> place;
+  const int g = place.lane / 4, t = place.lane % 4;
+  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES + t / 2;
+#pragma unroll
+  for (int pair = 0; pair < S::BYTES / 2; ++pair) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      const int at = mine + 2 * pair;
+      float value = sums[pair / 4][n][pair % 4];
+      int input = 2 * n + t % 2;
+      if constexpr (S::TERMS == 8) {
+        // The other lane has the lower two digits.
+        value = value * 65536 + shuffle_xor(value, 1);
+        input = t % 2 == 0 ? n : count;
+      }
+      if (at < S::N && input < count) visit(at, input, value);
+    }
+  }
+}

@@ -1,0 +1,253 @@
+"""Kernels of 4-bit matrices for given shapes; see `shapes`.
+
+Here a multiprocessor needs its warps to turn codes into bytes: 16 of them keep up with the memory.
+"""
+
+import math
+from typing import NamedTuple
+
+from grok1.ops.cuda import shapes
+from grok1.ops.cuda.kernel import Array, Kernel, struct
+from grok1.ops.cuda.shapes import Matrix, Precision
+
+MOST_EXACT = 8
+"""Tokens of bfloat16 whose inputs are exact; of more 15 bits below a block's largest count."""
+
+WEIGHTS = ("uint8", "uint8", "float16")
+"""The types of the parts of a 4-bit matrix."""
+
+_GROUP = 32  # rows of the products of integers
+_WIDE, _NARROW = 16, 8  # bytes of a row of codes that a lane takes
+_BUSY = 96  # blocks that keep the memory busy
+_LEAST_TILES = 4  # of 32 rows, for each team
+_WARPS = 4  # of a block that makes digits
+
+_HEADERS = (
+    "product.h",
+    "codes.h",
+    "product_int4.h",
+    "experts.h",
+    "digits.h",
+    "experts_int4.h",
+)
+
+
+def block_rows(matrix: Matrix) -> int:
+    """Rows of a block; the groups of a 4-bit `Matrix` are its blocks."""
+    return matrix.rows // matrix.groups
+
+
+def refusal_of(matrix: Matrix) -> str | None:
+    """Why a matrix cannot be multiplied; None if it can."""
+    if matrix.columns % _WIDE:
+        return f"its rows must be a multiple of {_WIDE} wide, not {matrix.columns}"
+    if block_rows(matrix) % _GROUP:
+        return f"its blocks must be a multiple of {_GROUP} rows, not {block_rows(matrix)}"
+    return None
+
+
+def refusal_of_experts(num_experts: int, gate: Matrix, up: Matrix, down: Matrix) -> str | None:
+    """Why experts of these matrices cannot be run; None if they can."""
+    if num_experts > shapes.MOST_EXPERTS:
+        return f"it runs up to {shapes.MOST_EXPERTS} experts, not {num_experts}"
+    if gate != up:
+        return "gate and up are in different blocks"
+    return refusal_of(gate) or refusal_of(down)
+
+
+class Cut(NamedTuple):
+    """How a matrix is cut.
+
+    Attributes:
+      across: Warps of a team, side by side.
+      teams: Of a block, that share the rows.
+      parts: Blocks that share the rows, where there are enough.
+      stages: Tiles of a team that are under way, and the one that is multiplied.
+      resident: Blocks that a multiprocessor holds at once.
+    """
+
+    across: int
+    teams: int
+    parts: int
+    stages: int
+    resident: int
+
+
+def cuts(tiles: int) -> tuple[Cut, Cut]:
+    """How gate and up are cut, and how down is, for so many tiles of inputs."""
+    if tiles <= 2:
+        return Cut(2, 2, 1, 3, 2), Cut(4, 1, 16, 3, 4)
+    # What a multiprocessor's registers hold: more tiles leave them to fewer warps.
+    resident = 2 if tiles <= 4 else 1
+    return Cut(4, 1, 1, 4, resident), Cut(4, 1, 8, 3, 2 * resident)
+
+
+def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> dict:
+    """How a block multiplies.
+
+    Args:
+      matrix: What.
+      tiles: Of inputs.
+      digits: Of an input.
+      cut: Of the matrix.
+      others: How many blocks there are for each tile of columns.
+    """
+    size = _WIDE if tiles <= 2 and matrix.columns >= 8 * _WIDE else _NARROW
+    across = max(1, min(cut.across, matrix.columns // (8 * size)))
+    across = 1 << across.bit_length() - 1
+    teams = cut.teams if across > 1 else 2 * cut.teams
+    # Narrow matrices make few blocks, whose warps then share rows and not columns.
+    while matrix.columns // (8 * size * across) * others < _BUSY and across > 1:
+        across, teams = across // 2, teams * 2
+    if matrix.columns // (8 * size) * others < _BUSY:
+        size = _NARROW
+    parts = max(1, min(cut.parts, matrix.rows // (_GROUP * _LEAST_TILES * teams)))
+    return {
+        "K": matrix.rows,
+        "N": matrix.columns,
+        "BLOCK": block_rows(matrix),
+        "UNIT": block_rows(matrix),
+        "BYTES": size,
+        "TILES": tiles,
+        "TERMS": 2 * digits,
+        # One more holds scales; those of a block are copied while those of another are read.
+        "STAGES": min(cut.stages, block_rows(matrix) // _GROUP + 1) + 1,
+        "ACROSS": across,
+        "TEAMS": teams,
+        "SHARES": parts * teams,
+        "COLUMN_TILES": -(-matrix.columns // (8 * size * across)),
+    }
+
+
+def experts(
+    tokens: int,
+    selected: int,
+    num_experts: int,
+    gate: Matrix,
+    down: Matrix,
+    precision: Precision,
+) -> tuple[Kernel, Kernel, Kernel]:
+    """The chosen experts of up to `shapes.MOST_ROWS` tokens.
+
+    The kernels make digits of the inputs; gate, up and GELU, and digits of that; down and the sum.
+    The last writes the sum, and what it adds up.
+
+    Args:
+      tokens: M.
+      selected: A.
+      num_experts: E.
+      gate: The gate's matrix; up is like it.
+      down: The matrix that leads back.
+      precision: Of x; all of float32 counts, but where x is of bfloat16 and the tokens are many.
+    """
+    chosen, rows = min(num_experts, tokens * selected), tokens * selected
+    # A few experts have more rows than the mean.
+    inputs = math.ceil(min(tokens, 1.5 * tokens * selected / num_experts))
+    digits = 2 if precision == "bfloat16" and tokens > MOST_EXACT else 4
+    tiles = min(8, -(-inputs * digits // 4))
+    first, second = cuts(tiles)
+    hidden = _product(gate, tiles, digits, first, chosen)
+    out = _product(down, tiles, digits, second, _BUSY)
+    # Digits are made of the columns that a block has.
+    out["UNIT"] = math.gcd(out["BLOCK"], 8 * hidden["BYTES"] * hidden["ACROSS"])
+    structs = (
+        ("H", struct(hidden)),
+        ("O", struct(out)),
+        (
+            "S",
+            struct(
+                {
+                    "M": tokens,
+                    "A": selected,
+                    "E": num_experts,
+                    "CHOSEN": chosen,
+                    "Hidden": "H",
+                    "Out": "O",
+                }
+            ),
+        ),
+    )
+    parts = out["SHARES"] // out["TEAMS"]
+    choice = ("int32", "int32", "bool")
+    return (
+        digits_of(tokens, gate, digits),
+        Kernel(
+            "grok1_gate_up_int4",
+            _HEADERS,
+            structs,
+            "gate_up_int4<S>",
+            ("int8", "float32", *WEIGHTS, *WEIGHTS, *choice),
+            _arrays_of_digits(rows, down.rows, digits, out["UNIT"]),
+            (hidden["COLUMN_TILES"], chosen),
+            2 * _threads(hidden),
+            shared_bytes=2 * _shared_bytes(hidden),
+            resident=first.resident,
+        ),
+        Kernel(
+            "grok1_down_int4",
+            _HEADERS,
+            structs,
+            "down_int4<S>",
+            ("int8", "float32", *WEIGHTS, *choice, "float32"),
+            (
+                Array((tokens, down.columns), "float32"),
+                Array((parts, rows, down.columns), "float32"),
+            ),
+            (out["COLUMN_TILES"], chosen * parts),
+            _threads(out),
+            shared_bytes=_shared_bytes(out),
+            resident=second.resident,
+        ),
+    )
+
+
+def _threads(product: dict) -> int:
+    return 32 * product["ACROSS"] * product["TEAMS"]
+
+
+def _shared_bytes(product: dict) -> int:
+    return product["STAGES"] * 16 * 8 * product["BYTES"] * product["ACROSS"] * product["TEAMS"]
+
+
+def digits_of(rows: int, matrix: Matrix, digits: int) -> Kernel:
+    """Digits of rows that a matrix is multiplied with, and a factor for those of each block."""
+    unit = block_rows(matrix)
+    sizes = {"K": matrix.rows, "UNIT": unit, "DIGITS": digits, "WARPS": _WARPS}
+    return Kernel(
+        "grok1_digits",
+        ("digits.h",),
+        (("S", struct(sizes)),),
+        "digits_of<S>",
+        ("float32",),
+        _arrays_of_digits(rows, matrix.rows, digits, unit),
+        (rows, -(-matrix.groups // _WARPS)),
+        32 * _WARPS,
+    )
+
+
+def _arrays_of_digits(rows: int, width: int, digits: int, unit: int) -> tuple[Array, Array]:
+    return Array((rows, digits, width), "int8"), Array((rows, width // unit), "float32")
+
+
+def convert(matrix: Matrix) -> Kernel:
+    """A matrix, times its scales, as bfloat16."""
+    group = math.gcd(_GROUP, block_rows(matrix))
+    rows, warps = math.gcd(8, group // 2), 8
+    sizes = {
+        "K": matrix.rows,
+        "N": matrix.columns,
+        "BLOCK": block_rows(matrix),
+        "GROUP": group,
+        "ROWS": rows,
+        "WARPS": warps,
+    }
+    return Kernel(
+        "grok1_convert_int4",
+        ("codes.h", "convert.h", "convert_int4.h"),
+        (("S", struct(sizes)),),
+        "convert_int4<S>",
+        (*WEIGHTS, "int32"),
+        (Array((matrix.rows, matrix.columns), "bfloat16"),),
+        (-(-matrix.columns // (32 * _NARROW)), -(-matrix.rows // (2 * warps * rows))),
+        32 * warps,
+    )
