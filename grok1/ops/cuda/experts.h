@@ -63,25 +63,32 @@ struct Floats {
   DEVICE void finish(const float*, int, const int*, int) const {}
 };
 
-// hidden[row] = gelu(x gate) * (x up). Grid: tiles of columns, experts; half of the teams each for
-// gate and up.
+// hidden[row] = gelu(x gate) * (x up). Half of the teams each for gate and up. Of the parts that share
+// the rows of the matrices the last one adds up what all have written to `parts`, of gate, then of up,
+// for each row. Grid: tiles of columns, parts of each expert.
 template <class S, class Weight, class X, class Hidden>
 DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* layer,
-                       const int* indices, const unsigned char* valid, const Hidden& hidden) {
+                       const int* indices, const unsigned char* valid, const Hidden& hidden,
+                       float* parts) {
   using Of = typename S::Hidden;
-  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count;
+  constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, PARTS = Of::SHARES / Of::TEAMS;
+  constexpr int WIDTH = Widths<Of>::OF_TEAM;
   static_assert(4 * INPUTS <= 32 * Of::STAGES * Of::TEAMS, "no room for what up has come to");
   __shared__ Chosen<S> chosen;
   __shared__ int tokens[INPUTS];
   DYNAMIC_SHARED(ring);
   read_indices<S>(chosen, indices, valid);
-  find_expert<S>(chosen, blockIdx.y);
+  find_expert<S>(chosen, blockIdx.y / PARTS);
   if (chosen.count == 0) return;
   const int in_all = threadIdx.x / Widths<Of>::THREADS, team = in_all % Of::TEAMS;
   const bool is_up = in_all >= Of::TEAMS;
-  const int column = blockIdx.x * Widths<Of>::OF_TEAM;
+  const int part = blockIdx.y % PARTS, column = blockIdx.x * WIDTH;
   const long long expert = (long long)layer[0] * S::E + chosen.expert;
   const Weight matrix = (is_up ? up : gate).template of<Of>(expert);
+  float* ups = reinterpret_cast<float*>(ring);
+  const auto part_of = [&](bool of_up, int of, int row) {
+    return parts + ((long long)(of_up * PARTS + of) * Chosen<S>::ROWS + row) * Of::N;
+  };
   for (int first = 0; first < chosen.count; first += INPUTS) {
     const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
     if (threadIdx.x < count) tokens[threadIdx.x] = chosen.rows[first + threadIdx.x] / S::A;
@@ -90,27 +97,54 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
       constexpr int TILES = decltype(tiles)::count;
       typename Weight::template Total<Of, TILES> sums;
       const Rows<X> inputs = {x, tokens, count};
-      matrix.template multiply_by<Of, TILES>(sums, column, inputs, team,
+      matrix.template multiply_by<Of, TILES>(sums, column, inputs, part * Of::TEAMS + team,
                                              ring + in_all * Widths<Of>::RING);
       add_up<Of>(sums, team,
                  reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
-      float* ups = reinterpret_cast<float*>(ring);
-      if (is_up && team == 0) {
+      if constexpr (PARTS > 1) {
+        if (team > 0) return;
         Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-          ups[(at - column) * INPUTS + input] = value;
+          part_of(is_up, part, chosen.rows[first + input])[at] = value;
         });
+      } else {
+        if (is_up && team == 0) {
+          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+            ups[(at - column) * INPUTS + input] = value;
+          });
+        }
+        barrier();
+        if (!is_up && team == 0) {
+          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+            const long long row = chosen.rows[first + input];
+            float* place = ups + (at - column) * INPUTS + input;
+            hidden.template put<Of>(gelu(value) * *place, row, at, place);
+          });
+        }
+        hidden.template finish<Of, INPUTS>(ups, column, chosen.rows + first, count);
+        barrier();
       }
-      barrier();
-      if (!is_up && team == 0) {
-        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-          const long long row = chosen.rows[first + input];
-          float* place = ups + (at - column) * INPUTS + input;
-          hidden.template put<Of>(gelu(value) * *place, row, at, place);
-        });
+    });
+  }
+  if constexpr (PARTS > 1) {
+    constexpr int TILES = S::CHOSEN * Of::COLUMN_TILES;
+    if (!is_last_of<Of, TILES>(blockIdx.y / PARTS * Of::COLUMN_TILES + blockIdx.x, PARTS)) return;
+    for (int first = 0; first < chosen.count; first += INPUTS) {
+      const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
+      for (int i = threadIdx.x; i < count * WIDTH; i += blockDim.x) {
+        const int input = i / WIDTH, at = column + i % WIDTH, row = chosen.rows[first + input];
+        if (at >= Of::N) continue;
+        float of_gate = 0, of_up = 0;
+#pragma unroll
+        for (int of = 0; of < PARTS; ++of) {
+          of_gate += read_published(part_of(false, of, row) + at);
+          of_up += read_published(part_of(true, of, row) + at);
+        }
+        float* place = ups + (at - column) * INPUTS + input;
+        hidden.template put<Of>(gelu(of_gate) * of_up, row, at, place);
       }
       hidden.template finish<Of, INPUTS>(ups, column, chosen.rows + first, count);
       barrier();
-    });
+    }
   }
 }
 
@@ -166,9 +200,10 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
 template <class S>
 DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
                     const signed char* up, const unsigned short* up_scales, const int* layer,
-                    const int* indices, const unsigned char* valid, float* hidden) {
+                    const int* indices, const unsigned char* valid, float* hidden,
+                    float* parts = nullptr) {
   gate_up_of<S, Int8Matrix>(x, {gate, gate_scales}, {up, up_scales}, layer, indices, valid,
-                            Floats{hidden});
+                            Floats{hidden}, parts);
 }
 
 template <class S>

@@ -317,16 +317,16 @@ struct Int8Matrix {
 };
 
 // Blocks that have written their part of a tile of columns; the last adds all parts up.
-template <class S>
-LASTING unsigned arrivals[S::COLUMN_TILES];
+template <class S, int TILES>
+LASTING unsigned arrivals[TILES];
 
-// Whether this is the last block of a tile of columns; every thread calls it.
-template <class S>
+// Whether this is the last block of one of some tiles of columns; every thread calls it.
+template <class S, int TILES = S::COLUMN_TILES>
 DEVICE bool is_last_of(int tile, int count) {
   __shared__ bool is_last;
   publish();
   barrier();
-  if (threadIdx.x == 0) is_last = arrive_last(arrivals<S> + tile, count);
+  if (threadIdx.x == 0) is_last = arrive_last(arrivals<S, TILES> + tile, count);
   barrier();
   publish();
   return is_last;

@@ -23,6 +23,8 @@ Precision = Literal["bfloat16", "split", "float32"]
 
 _WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
 _BUSY = 96  # blocks that keep the memory busy
+_ONE_EACH = 132  # a block for each multiprocessor, of the largest devices
+_MANY = 2048  # blocks of which the last ones are a small part
 _ACROSS = 4  # warps of a team, side by side
 _LEAST_TILES = 6  # of 16 rows, for each team
 
@@ -120,6 +122,14 @@ def _product(
     }
 
 
+def _parts_of_hidden(gate: Matrix, chosen: int) -> int:
+    """How many blocks share the rows of gate and up: with all there are a wave of them, or many."""
+    blocks = chosen * max(1, gate.columns // (8 * _WIDE * _ACROSS))
+    if _BUSY <= blocks <= _ONE_EACH:
+        return 1
+    return -(-(_ONE_EACH - 4 if blocks < _BUSY else _MANY) // blocks)
+
+
 def _column_tiles(product: dict) -> int:
     return -(-product["N"] // (8 * product["BYTES"] * product["ACROSS"]))
 
@@ -158,7 +168,8 @@ def experts(
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
     tiles = _tiles_of(precision, inputs)
     cut = _Cut(2, 1, 3) if tiles == 1 else _Cut(1, 1, 4)
-    hidden = _product(gate, inputs, precision, tiles, cut, chosen)
+    parts = _parts_of_hidden(gate, chosen)
+    hidden = _product(gate, inputs, precision, tiles, cut._replace(parts=parts), chosen * parts)
     of_hidden: Precision = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
@@ -180,8 +191,12 @@ def experts(
             structs,
             "gate_up<S>",
             ("float32", *weights, *weights, "int32", "int32", "bool"),
-            (Array((rows, gate.columns), "float32"),),
-            (_column_tiles(hidden), chosen),
+            (
+                Array((rows, gate.columns), "float32"),
+                *(Array((2 * _parts(hidden), rows, gate.columns), "float32"),)
+                * (_parts(hidden) > 1),
+            ),
+            (_column_tiles(hidden), chosen * _parts(hidden)),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
             resident=2 if hidden["TEAMS"] == 1 else 1,
