@@ -1,25 +1,30 @@
 """Arrays on disk to the memory of accelerators, piece by piece, reading and transfer side by side.
 
-A piece is read into one of several slots of pinned memory, each by a thread of `reading`; out of it
-the device copies the piece by itself, and puts it into its place in an array that is there already.
-Several pieces are read while one is in transfer, so that neither waits for the other.
+Where CUDA's driver can be asked, the threads that read send each piece to its place in an array
+that is there already (`DirectCarrier`). Elsewhere (`Carrier`) a piece is read into one of several
+slots of pinned memory, each by a thread of `reading`; out of it the device copies the piece by
+itself, and a program puts it into its place. Several pieces are read while one is in transfer, so
+that neither waits for the other.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from grok1.checkpoint.blocks import Bounds, Check, Target
 from grok1.checkpoint.pinned import has_pinned_memory, pinned, sent
-from grok1.checkpoint.reading import Bounds, Reader, Target
+from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray
+from grok1.machine.cuda_driver import Copier, place_of
+from grok1.machine.jax_settings import own_settings
 from grok1.machine.processor import available_cores
 
 _STAGING_BYTES = 3 << 27  # of all slots, for all devices
@@ -51,6 +56,11 @@ class Stack:
         lead = [layer] if len(self.shape) > len(self.layer_shape) else []
         return np.array([*lead, *(start for start, _ in part.bounds)], np.int32)
 
+    def index(self, layer: int, part: "Part") -> tuple[int | slice, ...]:
+        """Where in the array a part of a layer is."""
+        lead = [layer] if len(self.shape) > len(self.layer_shape) else []
+        return (*lead, *(slice(*pair) for pair in part.bounds))
+
 
 class Part(NamedTuple):
     """Bounds within a layer of stacks of one shape."""
@@ -80,45 +90,181 @@ class _Piece(NamedTuple):
     place: np.ndarray
 
 
-class Carrier:
-    """Fills stacks of some devices; a context, at whose end nothing is being compiled."""
+class Programs:
+    """What is compiled while something is read; a context, at whose end nothing is being compiled.
 
-    def __init__(self, reader: Reader, devices: Sequence[Any], largest: int):
-        """Takes no memory yet.
+    What was compiled once serves the next load of the process.
+    """
 
-        Args:
-          reader: What reads.
-          devices: Each gets a part of every array.
-          largest: Bytes of the largest layer of a stack.
-        """
-        self._reader, self._devices = reader, devices
-        self._slot_bytes = min(largest, _STAGING_BYTES // (_NUM_SLOTS * len(devices)))
+    _compiled: ClassVar[dict[tuple, Any]] = {}
+
+    def __init__(self) -> None:
+        """Starts no thread yet."""
         self._pool = ThreadPoolExecutor(min(_MOST_COMPILED, available_cores()), "grok1-compiler")
-        self._programs: dict[tuple, Future] = {}
-        self._free: list[_Slot] = []
-        self._num_slots = 0
-        self._reading: collections.deque[_Piece] = collections.deque()
-        self._sent: collections.deque[tuple[_Slot, list[jax.Array]]] = collections.deque()
+        self._futures: dict[tuple, Future] = {}
 
-    def __enter__(self) -> "Carrier":
+    def __enter__(self) -> "Programs":
         return self
 
     def __exit__(self, *exception) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def empty(self, stack: Stack) -> Future:
+        """Begins to compile what makes a stack's array, unless that has begun."""
+        return self.get(_compiled_empty, stack.shape, stack.dtype, stack.device)
+
+    def get(self, compiled: Callable, *arguments: Any) -> Future:
+        """Begins to compile a program, unless that has begun."""
+        key = compiled, *arguments
+        if key not in self._futures:
+            self._futures[key] = self._pool.submit(self._get, key)
+        return self._futures[key]
+
+    def _get(self, key: tuple) -> Any:
+        if key not in self._compiled:
+            compiled, *arguments = key
+            with own_settings():
+                self._compiled[key] = compiled(*arguments)
+        return self._compiled[key]
+
+
+class AnyCarrier(Protocol):
+    """What fills stacks of some devices."""
+
     def stacks(
         self, shape: tuple[int, ...], layer_shape: tuple[int, ...], dtype: np.dtype
     ) -> list[Stack]:
-        """Returns one for each device; begins to compile what fills them.
+        """Returns one for each device; begins to compile what it needs.
 
         Args:
           shape: Of each.
           layer_shape: The same, or without the first axis, if that is for the layers.
           dtype: Of its elements.
         """
+        ...
+
+    def parts(self, stack: Stack) -> Iterator[Part]:
+        """Yields the parts of a layer that are filled one by one, in order."""
+        ...
+
+    def carry(
+        self,
+        array: StoredArray,
+        stacks: Sequence[Stack],
+        place: tuple[int, Part],
+        bounds: Sequence[tuple[Bounds, ...]],
+        check: Check | None,
+    ) -> None:
+        """Has a part of each stack's layer filled; waits while too much is under way.
+
+        Args:
+          array: The layer on disk.
+          stacks: Of one call of `stacks`.
+          place: Where in the stacks it goes: the layer, and one of `parts`.
+          bounds: Of the part in the array, for each stack.
+          check: As for `Reader.submit`.
+
+        Raises:
+          CheckpointError: If something asked for earlier could not be read; what `check` raises.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Waits until all is in its place.
+
+        Raises:
+          CheckpointError: As `carry`.
+        """
+        ...
+
+
+class DirectCarrier:
+    """An `AnyCarrier` whose threads that read send what they read."""
+
+    def __init__(self, reader: Reader, copiers: Mapping[Any, Copier], programs: Programs):
+        """Takes no memory yet.
+
+        Args:
+          reader: What reads.
+          copiers: What copies to each device; each gets a part of every array.
+          programs: Has compiled what makes the arrays.
+        """
+        self._reader, self._copiers, self._programs = reader, copiers, programs
+        self._places: dict[Stack, np.ndarray] = {}
+
+    def stacks(
+        self, shape: tuple[int, ...], layer_shape: tuple[int, ...], dtype: np.dtype
+    ) -> list[Stack]:
+        """As `AnyCarrier.stacks`."""
+        stacks = [Stack(shape, layer_shape, dtype, device) for device in self._copiers]
+        for stack in stacks:
+            self._programs.empty(stack)
+        return stacks
+
+    def parts(self, stack: Stack) -> Iterator[Part]:
+        """Yields a layer as a whole: the reader divides it."""
+        yield Part(tuple((0, size) for size in stack.layer_shape))
+
+    def carry(
+        self,
+        array: StoredArray,
+        stacks: Sequence[Stack],
+        place: tuple[int, Part],
+        bounds: Sequence[tuple[Bounds, ...]],
+        check: Check | None,
+    ) -> None:
+        """As `AnyCarrier.carry`."""
+        layer, part = place
+        self._make(stacks)
+        targets = [
+            Target(
+                of,
+                self._places[stack][stack.index(layer, part)],
+                self._copiers[stack.device],
+            )
+            for of, stack in zip(bounds, stacks, strict=True)
+        ]
+        self._reader.submit(array, targets, check)
+
+    def finish(self) -> None:
+        """As `AnyCarrier.finish`."""
+        self._reader.wait()
+
+    def _make(self, stacks: Sequence[Stack]) -> None:
+        new = [stack for stack in stacks if stack.array is None]
+        for stack in new:
+            stack.array = self._programs.empty(stack).result()()
+        # The device fills them with zeros, and must not do so later than they are written to.
+        for stack in new:
+            self._places[stack] = place_of(jax.block_until_ready(stack.array))
+
+
+class Carrier:
+    """An `AnyCarrier` by JAX's own means, for every accelerator."""
+
+    def __init__(self, reader: Reader, devices: Sequence[Any], largest: int, programs: Programs):
+        """Takes no memory yet.
+
+        Args:
+          reader: What reads.
+          devices: Each gets a part of every array.
+          largest: Bytes of the largest layer of a stack.
+          programs: Has compiled what fills the arrays.
+        """
+        self._reader, self._devices, self._programs = reader, devices, programs
+        self._slot_bytes = min(largest, _STAGING_BYTES // (_NUM_SLOTS * len(devices)))
+        self._free: list[_Slot] = []
+        self._num_slots = 0
+        self._reading: collections.deque[_Piece] = collections.deque()
+        self._sent: collections.deque[tuple[_Slot, list[jax.Array]]] = collections.deque()
+
+    def stacks(
+        self, shape: tuple[int, ...], layer_shape: tuple[int, ...], dtype: np.dtype
+    ) -> list[Stack]:
+        """As `AnyCarrier.stacks`."""
         stacks = [Stack(shape, layer_shape, dtype, device) for device in self._devices]
         for stack in stacks:
-            self._empty(stack)
+            self._programs.empty(stack)
             for size in {part.shape for part in self.parts(stack)}:
                 self._put(stack, size)
         return stacks
@@ -139,24 +285,12 @@ class Carrier:
         self,
         array: StoredArray,
         stacks: Sequence[Stack],
-        layer: int,
-        part: Part,
+        place: tuple[int, Part],
         bounds: Sequence[tuple[Bounds, ...]],
-        check: Callable[[list[np.ndarray]], None],
+        check: Check | None,
     ) -> None:
-        """Has a part of each stack's layer filled; waits while too much is under way.
-
-        Args:
-          array: The layer on disk.
-          stacks: Of one call of `stacks`.
-          layer: Where in the stacks it goes.
-          part: Of `parts`.
-          bounds: Of the part in the array, for each stack.
-          check: Called with what was read for each stack, in a thread of the reader's.
-
-        Raises:
-          CheckpointError: If something asked for earlier could not be read; what `check` raises.
-        """
+        """As `AnyCarrier.carry`."""
+        layer, part = place
         slot = self._slot()
         num_bytes = math.prod(part.shape) * stacks[0].dtype.itemsize
         parts = [
@@ -164,16 +298,12 @@ class Carrier:
             for view, stack in zip(slot.views, stacks, strict=True)
         ]
         targets = [Target(of, out) for of, out in zip(bounds, parts, strict=True)]
-        number = self._reader.submit(array, targets, lambda: check(parts))
-        place = stacks[0].place(layer, part)
-        self._reading.append(_Piece(number, slot, stacks, parts, place))
+        number = self._reader.submit(array, targets, check)
+        begin = stacks[0].place(layer, part)
+        self._reading.append(_Piece(number, slot, stacks, parts, begin))
 
     def finish(self) -> None:
-        """Waits until all is in its place.
-
-        Raises:
-          CheckpointError: As `carry`.
-        """
+        """As `AnyCarrier.finish`."""
         while self._reading:
             self._send()
         while self._sent:
@@ -208,7 +338,7 @@ class Carrier:
             source = piece.slot.arrays[i] if whole else piece.slot.views[i][: part.nbytes]
             raw = sent(source, stack.device)
             if stack.array is None:
-                stack.array = self._empty(stack).result()()
+                stack.array = self._programs.empty(stack).result()()
             put = self._put(stack, part.shape).result()
             stack.array = put(stack.array, raw, piece.place)
             arrays.append(raw)
@@ -223,19 +353,12 @@ class Carrier:
         """Whether a piece goes by its slot; a copy of a small one is less to do."""
         return 2 * num_bytes > self._slot_bytes
 
-    def _empty(self, stack: Stack) -> Future:
-        return self._program(_compiled_empty, stack.shape, stack.dtype, stack.device)
-
     def _put(self, stack: Stack, size: tuple[int, ...]) -> Future:
         num_bytes = math.prod(size) * stack.dtype.itemsize
         length = self._slot_bytes if self._is_sent_whole(num_bytes) else num_bytes
-        return self._program(_compiled_put, stack.shape, stack.dtype, stack.device, size, length)
-
-    def _program(self, compiled: Callable, *arguments: Any) -> Future:
-        key = compiled, *arguments
-        if key not in self._programs:
-            self._programs[key] = self._pool.submit(compiled, *arguments)
-        return self._programs[key]
+        return self._programs.get(
+            _compiled_put, stack.shape, stack.dtype, stack.device, size, length
+        )
 
 
 def _even_step(size: int, most: int) -> int:

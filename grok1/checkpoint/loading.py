@@ -18,12 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from grok1.checkpoint.carrying import Carrier, Stack
+from grok1.checkpoint.blocks import Bounds, Check, Target
+from grok1.checkpoint.carrying import AnyCarrier, Carrier, DirectCarrier, Programs, Stack
 from grok1.checkpoint.elements import check_finite, check_scales
-from grok1.checkpoint.reading import Bounds, Reader, Target
+from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray, StoredModel
 from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
+from grok1.machine.cuda_driver import copier_of
 from grok1.machine.processes import together
 from grok1.machine.progress import progress_bar
 from grok1.nn.manifest import arrange
@@ -58,6 +60,13 @@ class _Leaf(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
+
+    @property
+    def check(self) -> Check | None:
+        """What looks at its elements."""
+        if not self.name:
+            return None
+        return functools.partial(check_finite, self.array.parts[0][0], self.name)
 
 
 class _Shard(NamedTuple):
@@ -142,9 +151,10 @@ def _load_params(
 
         # Other processes of this host may want the pages that this one has read.
         with (
+            Programs() as programs,
             Reader(advance, keep_pages=jax.process_count() > 1) as reader,
-            _carrier(files, shards, reader) as carrier,
         ):
+            carrier = _carrier(files, shards, reader, programs)
             # Programs are compiled while the first pieces are read.
             stacks = [
                 carrier.stacks(
@@ -174,10 +184,6 @@ def _load_params(
             else:
                 if stored[0].part is not None:
                     filled = _refine(leaf, stored, local, filled, bar)
-                else:
-                    bounds = [shard.bounds for shard in local]
-                    for layer, of_layer in enumerate(stored):
-                        _check(of_layer, bounds, [buffer[layer] for buffer in filled])
                 shape = leaf.sharding.shard_shape(leaf.shape)
                 placed = [
                     jax.device_put(buffer.reshape(shape), shard.device)
@@ -243,6 +249,7 @@ def _fill_host(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> lis
                 Target(shard.bounds, buffer[i])
                 for shard, buffer in zip(shards, buffers, strict=True)
             ],
+            leaf.check,
         )
     return buffers
 
@@ -258,24 +265,29 @@ def _adopts_memory(device: Any) -> bool:
     return device.platform == "cpu"
 
 
-def _carrier(files: list[list[_Leaf]], shards: list[list[_Shard]], reader: Reader) -> Carrier:
+def _carrier(
+    files: list[list[_Leaf]], shards: list[list[_Shard]], reader: Reader, programs: Programs
+) -> AnyCarrier:
+    devices = [shard.device for shard in shards[0]]
+    copiers = {device: copier for device in devices if (copier := copier_of(device)) is not None}
+    if len(copiers) == len(devices):
+        return DirectCarrier(reader, copiers, programs)
     largest = max(
         stored[0].dtype.itemsize * math.prod(local[0].shape[1:])
         for stored, local in zip(files, shards, strict=True)
     )
-    return Carrier(reader, [shard.device for shard in shards[0]], largest)
+    return Carrier(reader, devices, largest, programs)
 
 
 def _fill_devices(
-    stored: list[_Leaf], shards: list[_Shard], stacks: list[Stack], carrier: Carrier
+    stored: list[_Leaf], shards: list[_Shard], stacks: list[Stack], carrier: AnyCarrier
 ) -> None:
     """On an accelerator the shard is built there, in pieces; returns before it is filled."""
     parts = list(carrier.parts(stacks[0]))
     for layer, leaf in enumerate(stored):
         for part in parts:
             bounds = [_within(shard.bounds, part.bounds) for shard in shards]
-            check = functools.partial(_check, leaf, bounds)
-            carrier.carry(leaf.array, stacks, layer, part, bounds, check)
+            carrier.carry(leaf.array, stacks, (layer, part), bounds, leaf.check)
 
 
 def _within(bounds: tuple[Bounds, ...], part: tuple[Bounds, ...]) -> tuple[Bounds, ...]:
@@ -284,14 +296,6 @@ def _within(bounds: tuple[Bounds, ...], part: tuple[Bounds, ...]) -> tuple[Bound
         (first + start, first + stop)
         for (first, _), (start, stop) in zip(bounds, part, strict=True)
     )
-
-
-def _check(leaf: _Leaf, bounds: list[tuple[Bounds, ...]], parts: list[np.ndarray]) -> None:
-    """Checks the elements of small tensors and the embedding; devices may hold the same part."""
-    if leaf.name:
-        for part, values in dict(zip(bounds, parts, strict=True)).items():
-            origin = [start for start, _ in part]
-            check_finite(leaf.array.parts[0][0], leaf.name, values, origin)
 
 
 def _read_scales(

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grok1.checkpoint import mapping
+from grok1.checkpoint.blocks import Target
 from grok1.checkpoint.mapping import Window
-from grok1.checkpoint.reading import Reader, Target
+from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray
 from grok1.checkpoint.tensor_file import DTYPES
 from grok1.offload.expert_cache import ExpertCache, Key

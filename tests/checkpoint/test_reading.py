@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.checkpoint import reading
-from grok1.checkpoint.reading import Reader, Target
+from grok1.checkpoint import blocks, reading
+from grok1.checkpoint.blocks import Target
+from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray
 from grok1.checkpoint.tensor_file import ArraySpan, CheckpointError, TensorHeader
 
@@ -39,8 +40,8 @@ def values() -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(reading, "_BLOCK_BYTES", 64)  # three rows, or five of a part's
-    monkeypatch.setattr(reading, "_DIRECT_BYTES", 64)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)  # three rows, or five of a part's
+    monkeypatch.setattr(blocks, "_DIRECT_BYTES", 64)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
@@ -68,9 +69,9 @@ def test_every_slice_is_the_arrays_and_is_read_once(slices, transposed, values, 
         assert reader.bytes_read == sum(
             np.prod([stop - start for start, stop in bounds]) for bounds in set(slices)
         )
-    for bounds, out in targets:
+    for bounds, out, _ in targets:
         np.testing.assert_array_equal(out, values[tuple(slice(*pair) for pair in bounds)])
-    assert sum(placed) == sum(out.nbytes for _, out in targets)
+    assert sum(placed) == sum(out.nbytes for _, out, _ in targets)
 
 
 def test_vectors_and_conversions(tmp_path):
@@ -128,7 +129,7 @@ def test_an_interrupt_stops_what_is_queued(values, tmp_path, monkeypatch):
         started.append(arguments)
         released.wait(10)
 
-    monkeypatch.setattr(reading, "read_at", wait)
+    monkeypatch.setattr(blocks, "read_at", wait)
 
     def interrupted():
         with Reader(lambda _: None) as reader:
@@ -148,7 +149,7 @@ def test_large_files_leave_the_page_cache_unless_others_want_them(values, tmp_pa
     size = array.parts[0][0].file_size
     dropped = []
     monkeypatch.setattr(reading, "_LARGE_FILE", 100)
-    monkeypatch.setattr(reading, "_DIRECT_BYTES", SHAPE[-1])  # a row
+    monkeypatch.setattr(blocks, "_DIRECT_BYTES", SHAPE[-1])  # a row
     monkeypatch.setattr(
         reading.os, "posix_fadvise", lambda _, *range: dropped.append(range[:2]), raising=False
     )
