@@ -111,7 +111,7 @@ class Programs:
 
     def empty(self, stack: Stack) -> Future:
         """Begins to compile what makes a stack's array, unless that has begun."""
-        return self.get(_compiled_empty, stack.shape, stack.dtype, stack.device)
+        return self.get(compiled_empty, stack.shape, stack.dtype, stack.device)
 
     def get(self, compiled: Callable, *arguments: Any) -> Future:
         """Begins to compile a program, unless that has begun."""
@@ -367,7 +367,8 @@ def _even_step(size: int, most: int) -> int:
     return next((step for step in range(most, most // 2, -1) if size % step == 0), most)
 
 
-def _compiled_empty(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Any:
+def compiled_empty(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> Any:
+    """Compiles what returns a new array on a device, of zeros."""
     there = SingleDeviceSharding(device)
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=there).lower().compile()
 

@@ -60,6 +60,10 @@ class Reader:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drops what is not yet read, and waits for what is being read or copied."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         # Until then the devices' arrays are written to.
         self._sender.wait()

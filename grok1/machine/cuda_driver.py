@@ -25,6 +25,7 @@ _PORTABLE = 1  # of cuMemHostAlloc: pinned for all devices
 _NON_BLOCKING = 1  # of cuStreamCreate: without a thought to the default stream
 
 _LOCK = threading.Lock()
+_THREAD = threading.local()
 _CHECKED = 3, 8, 16  # shape of the array of the check
 
 
@@ -97,7 +98,7 @@ class Copier:
 
     def pinned(self, num_bytes: int) -> np.ndarray:
         """Returns pinned memory, uint8, which stays until the process ends."""
-        self._call("cuCtxSetCurrent", self._context)
+        self._enter()
         address = ctypes.c_void_p()
         self._call("cuMemHostAlloc", ctypes.byref(address), num_bytes, _PORTABLE)
         assert address.value is not None  # it was not refused
@@ -105,7 +106,7 @@ class Copier:
 
     def stream(self) -> ctypes.c_void_p:
         """Returns a stream of its own, which stays until the process ends."""
-        self._call("cuCtxSetCurrent", self._context)
+        self._enter()
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return stream
@@ -121,7 +122,7 @@ class Copier:
         Raises:
           DriverError: If the driver refuses.
         """
-        self._call("cuCtxSetCurrent", self._context)
+        self._enter()
         height, width = source.shape[0], source.shape[1] * source.itemsize
         pitch, out_pitch = source.strides[0], out.strides[0]
         if height == 1 or pitch == out_pitch == width:
@@ -147,8 +148,14 @@ class Copier:
         Raises:
           DriverError: If one has failed.
         """
-        self._call("cuCtxSetCurrent", self._context)
+        self._enter()
         self._call("cuStreamSynchronize", stream)
+
+    def _enter(self) -> None:
+        """Has this thread work in the device's context, which it may be doing already."""
+        if getattr(_THREAD, "copier", None) is not self:
+            self._call("cuCtxSetCurrent", self._context)
+            _THREAD.copier = self
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)

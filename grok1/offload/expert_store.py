@@ -21,6 +21,7 @@ from grok1.checkpoint.mapping import Window
 from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray
 from grok1.checkpoint.tensor_file import DTYPES
+from grok1.machine.cuda_driver import Copier
 from grok1.offload.expert_cache import ExpertCache, Key
 from grok1.ops.cpu import bindings
 
@@ -62,10 +63,13 @@ class Buffer(NamedTuple):
     Attributes:
       matrices: What is fetched of gate, up and down, `[1, rows, N]` each, to be written to.
       arrays: The same memory, as `jax.device_put` takes it.
+      copier: What copies to `matrices`, if they are in the memory of the device: then `arrays` are
+        what programs take, and the memory is not to be written to again.
     """
 
     matrices: Sequence[np.ndarray]
     arrays: Sequence[Any]
+    copier: Copier | None = None
 
 
 class PartOfExpert(NamedTuple):
@@ -118,6 +122,7 @@ class ExpertStore:
         layers: list[list[StoredArray]],
         allow_mapping: bool = True,
         new_buffer: Callable[[Sequence[PartOfExpert]], Buffer] = pageable_buffer,
+        new_passing: Callable[[Sequence[PartOfExpert]], Buffer] | None = None,
     ):
         """Reads nothing yet.
 
@@ -125,11 +130,14 @@ class ExpertStore:
           layers: For each layer what is fetched of gate, up and down of all experts.
           allow_mapping: Whether files may be mapped.
           new_buffer: Allocates the memory that experts are read into.
+          new_passing: The same on the device, for each expert that is not to be held here; None
+            for two of the host's in turn.
         """
         self._layers = layers
         arrays = layers[0]
         parts = [PartOfExpert(array.shape[-2:], DTYPES[array.dtype]) for array in arrays]
         self._new_buffer = functools.partial(new_buffer, parts)
+        self._new_passing = functools.partial(new_passing, parts) if new_passing else None
         self._num_experts = arrays[0].num_matrices
         self.num_bytes = sum(array.nbytes for array in arrays) // self._num_experts
         in_place = not any(array.transposed for array in arrays)
@@ -146,6 +154,7 @@ class ExpertStore:
         self._current: _Fetched | None = None
         self._upcoming: tuple[Key, Future[_Fetched]] | None = None
         self._pools: list[ThreadPoolExecutor] = []
+        self._reader: Reader | None = None
 
     @property
     def num_all(self) -> int:
@@ -182,6 +191,8 @@ class ExpertStore:
             ThreadPoolExecutor(1, "grok1-fetch"),
             ThreadPoolExecutor(_NUM_THREADS, "grok1-mapping"),
         ]
+        # The pages may be those of another expert's file, or serve another process.
+        self._reader = Reader(lambda _: self._check_cancelled(), keep_pages=True)
 
     def cancel(self) -> None:
         """Has the running program fail at the next expert."""
@@ -193,6 +204,9 @@ class ExpertStore:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools = []
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
         if self._upcoming is not None:
             _, future = self._upcoming
             if not future.cancelled() and future.exception() is None:
@@ -227,11 +241,14 @@ class ExpertStore:
         Raises:
           CancelledError: After `cancel`.
         """
-        if self._cancelled.is_set():
-            raise CancelledError
+        self._check_cancelled()
         self._say_layer(layer)
         self._traffic.num_used += 1
         self._traffic.num_held += 1
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError
 
     def _fetch(self, layer: int, expert: int, following: int | None) -> list[int] | None:
         """The addresses of an expert; called by programs."""
@@ -264,8 +281,7 @@ class ExpertStore:
             self._on_layer(layer)
 
     def _prepare(self, key: Key, in_use: Sequence[Key]) -> _Fetched:
-        if self._cancelled.is_set():
-            raise CancelledError
+        self._check_cancelled()
         self._traffic.num_used += 1
         held = self._cache.use(key)
         if held is not None:
@@ -280,6 +296,10 @@ class ExpertStore:
             return _Fetched(buffer)
         if self.is_mapped:
             return self._map(key)
+        if self._new_passing is not None:
+            buffer = self._new_passing()
+            self._read(key, buffer)
+            return _Fetched(buffer)
         buffer = self._spare.pop() if self._spare else self._new_buffer()
         self._read(key, buffer)
         return _Fetched(buffer, is_spare=True)
@@ -312,17 +332,12 @@ class ExpertStore:
 
     def _read(self, key: Key, buffer: Buffer) -> None:
         layer, expert = key
-
-        def check(_: int) -> None:
-            if self._cancelled.is_set():
-                raise CancelledError
-
-        # The pages may be those of another expert's file, or serve another process.
-        with Reader(check, keep_pages=True) as reader:
-            for array, matrix in zip(self._layers[layer], buffer.matrices, strict=True):
-                bounds = ((expert, expert + 1), *((0, size) for size in matrix.shape[1:]))
-                reader.submit(array, [Target(bounds, matrix)])
-            reader.wait()
+        reader, number = self._reader, 0
+        assert reader is not None  # between `begin` and `end` there is one
+        for array, matrix in zip(self._layers[layer], buffer.matrices, strict=True):
+            bounds = ((expert, expert + 1), *((0, size) for size in matrix.shape[1:]))
+            number = reader.submit(array, [Target(bounds, matrix, buffer.copier)])
+        reader.wait(number)
 
     def _map(self, key: Key) -> _Fetched:
         layer, expert = key
@@ -346,7 +361,6 @@ class ExpertStore:
         return _Fetched(None, windows)
 
     def _populate(self, block: tuple[Window, int]) -> None:
-        if self._cancelled.is_set():
-            raise CancelledError
+        self._check_cancelled()
         window, place = block
         window.populate(place)

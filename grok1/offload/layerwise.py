@@ -120,6 +120,7 @@ class LayerwiseStep:
                 number, chosen[chosen < self._config.num_experts].tolist()
             ):
                 out = self._add_expert(weights, layer, np.int32(expert), values, out, *routed)
+                del values  # whose memory the one after the next takes
             x, more = self._finish(weights, layer, rows, cache, out, x)
             for name, value in (of_layer | more).items():
                 if name != "attention_probs" or number in self._capture.attention_layers:

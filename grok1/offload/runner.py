@@ -30,10 +30,11 @@ from grok1.engine.engine import Engine
 from grok1.engine.programs import Programs, StepSpec
 from grok1.machine import announcement
 from grok1.machine.announcement import hint
+from grok1.machine.cuda_driver import copier_of
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.progress import progress_bar
-from grok1.offload.device_experts import DeviceExperts, pinned_buffer
+from grok1.offload.device_experts import DeviceExperts, device_buffer, pinned_buffer
 from grok1.offload.expert_store import ExpertStore, Traffic, pageable_buffer
 from grok1.offload.layerwise import LayerwiseStep
 from grok1.ops import forms
@@ -320,10 +321,12 @@ def load_offloaded(
     device = mesh.devices.flat[0]
     by_layer = runs_by_layer(device)
     pinned = by_layer and has_pinned_memory(device)
+    copier = copier_of(device) if by_layer else None
     store = ExpertStore(
         expert_arrays(stored, config),
         allow_mapping=not by_layer,
         new_buffer=functools.partial(pinned_buffer, device) if pinned else pageable_buffer,
+        new_passing=functools.partial(device_buffer, device, copier) if copier else None,
     )
     resident = Engine(without_experts(whole.params), config, mesh, whole.dtype, whole.cache_dtype)
     require_memory(resident)

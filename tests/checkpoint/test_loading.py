@@ -64,7 +64,7 @@ def test_building_the_shard_on_the_device_gives_the_same(is_pinned, nano_path, n
 def test_arrays_are_filled_where_they_were_first_made(nano_path, monkeypatch):
     # Else a device needs room for two of an array, for a while: on eight devices the embedding is
     # by far the largest.
-    made, compiled = set(), carrying._compiled_empty
+    made, compiled = set(), carrying.compiled_empty
 
     def watched(*arguments):
         program = compiled(*arguments)
@@ -76,7 +76,7 @@ def test_arrays_are_filled_where_they_were_first_made(nano_path, monkeypatch):
 
         return empty
 
-    monkeypatch.setattr(carrying, "_compiled_empty", watched)
+    monkeypatch.setattr(carrying, "compiled_empty", watched)
     monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
     monkeypatch.setattr(loading, "_MOST_IN_HOST", 1 << 12)
     model = grok1.load(nano_path, mesh=(1, 2), progress=False)

@@ -1,8 +1,10 @@
 """Experts brought to a device layer by layer, as on an accelerator; here the device is a CPU."""
 
+import collections
 import os
 import signal
 import threading
+import weakref
 
 import jax
 import numpy as np
@@ -10,11 +12,13 @@ import pytest
 
 import grok1
 from grok1 import AblateExperts, AddToResidual
-from grok1.checkpoint import pinned
+from grok1.checkpoint import blocks, pinned, sending
+from grok1.machine.cuda_driver import Copier
 from grok1.nn.manifest import file_name
 from grok1.offload import device_experts, expert_store, runner
 from grok1.offload.expert_store import PartOfExpert, pageable_buffer
 from grok1.planning import budget, memory
+from tests.checkpoint import standin_driver
 from tests.helpers import relative_error, slow
 
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -88,6 +92,59 @@ def test_nano_computes_what_the_resident_model_does(
     assert stats.decode.bytes_read == read * model.engine.runner.store.num_bytes
     assert (stats.decode.hit_rate == 0) == (on_host + on_device == 0)
     assert (stats.decode.hit_rate > 0.9) == (on_device == NUM_EXPERTS)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A driver, by which the threads that read send what they read."""
+    library = standin_driver.library()
+    monkeypatch.setattr(runner, "copier_of", lambda device: Copier(library, device))
+    monkeypatch.setattr(sending, "_FREE", collections.deque())
+    monkeypatch.setattr(sending, "_SLOT_BYTES", 1 << 11)
+    monkeypatch.setattr(blocks, "_SENT_BYTES", 1 << 13)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("on_host", "on_device"), [(0, 0), (5, 9), pytest.param(0, 96, marks=slow)]
+)
+def test_experts_that_come_as_they_are_read_are_the_same(
+    library, copied, nano, nano_reference, on_host, on_device, monkeypatch
+):
+    made, alive = [], []
+
+    def noting(*arguments):
+        alive.append(sum(array() is not None for array in made) / 3)
+        buffer = device_experts.device_buffer(*arguments)
+        made.extend(weakref.ref(array) for array in buffer.arrays)
+        return buffer
+
+    monkeypatch.setattr(runner, "device_buffer", noting)
+    model = with_room(load(copied), on_host, on_device, monkeypatch)
+    tokens = nano_reference["tokens"]
+    assert relative_error(model.logits(tokens), nano.logits(tokens)) <= ROUNDING
+    prompt = tokens[:40].tolist()
+    assert model.generate(prompt, **GREEDY) == nano.generate(prompt, **GREEDY)
+    stats = model.offload_stats
+    assert (stats.num_held, stats.num_on_device) == (on_host, on_device)
+    assert made
+    # The one that is computed with, and those that are kept.
+    assert max(alive) <= 1 + on_device
+    assert not any(library.waiting.values())
+
+
+def test_a_file_that_vanishes_is_one_error_where_experts_come_as_they_are_read(
+    library, copied, monkeypatch
+):
+    test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, load(copied), monkeypatch)
+    assert not any(library.waiting.values())
+
+
+def test_interrupting_ends_within_a_layer_where_experts_come_as_they_are_read(
+    library, copied, monkeypatch
+):
+    test_interrupting_ends_within_a_layer(load(copied), 0, monkeypatch)
+    assert not any(library.waiting.values())
 
 
 @slow
