@@ -166,10 +166,11 @@ class Copier:
 def place_of(array: jax.Array) -> np.ndarray:
     """Returns where an array of a single device is, as an array to be divided into parts.
 
-    Addresses are all that is to be taken from it: its elements are not in the host's memory. It is
-    good as long as the array is held.
+    Addresses are all that is to be taken from it: its elements are not in the host's memory. It
+    holds the array, so that a thread which still copies to a part has where to.
     """
-    return _at(array.unsafe_buffer_pointer(), array.nbytes).view(array.dtype).reshape(array.shape)
+    place = _at(array.unsafe_buffer_pointer(), array.nbytes, array)
+    return place.view(array.dtype).reshape(array.shape)
 
 
 @functools.cache
@@ -220,5 +221,7 @@ def _is_nvidia(device: Any) -> bool:
     return device.platform != "cpu" and major.isdecimal() and minor.isdecimal()
 
 
-def _at(address: int, num_bytes: int) -> np.ndarray:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
+def _at(address: int, num_bytes: int, held: Any = None) -> np.ndarray:
+    memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+    vars(memory)["held"] = held
+    return np.ctypeslib.as_array(memory)

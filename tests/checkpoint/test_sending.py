@@ -4,6 +4,7 @@ import collections
 import ctypes
 import shutil
 import threading
+import weakref
 
 import jax
 import ml_dtypes
@@ -148,6 +149,16 @@ def test_the_embedding_is_halved_on_its_way(direct, nano_path, nano):
     model = grok1.load(nano_path, mesh=(1, 2), embedding_dtype="bfloat16", progress=False)
     expected = np.asarray(nano.params.embedding).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(np.asarray(model.params.embedding), expected)
+
+
+def test_a_part_of_a_place_holds_the_array():
+    array = on_device(np.zeros((4, 5), np.int8))
+    held, part = weakref.ref(array), place_of(array)[1:, 2:]
+    del array
+    assert held() is not None
+    assert part.shape == (3, 3)
+    del part
+    assert held() is None
 
 
 def test_a_load_has_no_other_arrays_than_it_returns(direct, nano_path, monkeypatch):
