@@ -174,6 +174,9 @@ inline unsigned (*exchange(const unsigned* deposit, int count))[8] {
 }
 
 inline unsigned in_register(unsigned number) { return number; }
+inline unsigned kept(unsigned number) { return number; }
+template <class T>
+inline T* kept(T* place) { return place; }
 inline float float_of_bits(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, 4);

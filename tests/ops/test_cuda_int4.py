@@ -32,7 +32,7 @@ EXPERTS = [
 COPIES = [(512, 264), (96, 8), (144, 520), (40, 16)]
 DIGITS = [(3, 512, 4), (2, 96, 4), (5, 256, 2)]
 
-SOME_EXPERTS = EXPERTS if SLOW_TESTS else [EXPERTS[i] for i in (0, 2, 3, 6)]
+SOME_EXPERTS = EXPERTS if SLOW_TESTS else [EXPERTS[i] for i in (0, 2, 3, 6, 8)]
 
 
 def matrix(rows, columns):
@@ -101,7 +101,7 @@ def test_experts(library, rng, case, how):
         options = {"backward": backward}
         digits = standin.run(library, digits_of_x, x, **options)
         of_choice = LAYER, indices, valid
-        hidden = standin.run(library, gate_up, *digits, *gate, *up, *of_choice, **options)
+        hidden = standin.run(library, gate_up, *digits, *gate, *up, *of_choice, **options)[:2]
         out, parts = standin.run(library, down_sum, *hidden, *down, *of_choice, weights, **options)
         assert np.isnan(parts[:, ~is_run]).all()  # padding costs nothing
         found.append(out)
@@ -191,7 +191,7 @@ def test_every_share_of_grok_1_keeps_the_memory_busy(shards, tokens):
     (first, second), kernels = of_grok_1(shards, tokens)
     assert shapes_int4.refusal_of_experts(8, first, first, second) is None
     for kernel in kernels[1:]:
-        assert kernel.grid[0] * kernel.grid[1] >= (96 if shards <= 8 else 64)
+        assert kernel.grid[0] * kernel.grid[1] >= 96
         # What the smallest multiprocessor with tensor cores for bfloat16 gives a block.
         assert kernel.shared_bytes <= 96 << 10
         assert kernel.threads * kernel.resident <= 1024

@@ -182,7 +182,7 @@ def experts_int4(
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     digits = call(digits_of, x.astype(jnp.float32))
-    hidden = call(gate_up, *digits, *gate, *up, layer, indices, valid)
+    hidden = call(gate_up, *digits, *gate, *up, layer, indices, valid)[:2]
     out, _ = call(down_sum, *hidden, *down, layer, indices, valid, expert_weights)
     return out
 

@@ -66,6 +66,10 @@ DEVICE void read_shared(Shared from, unsigned (&words)[2]) {
 // needed then where one does with a register.
 DEVICE unsigned in_register(unsigned number) { return number + (blockDim.z - 1); }
 
+// A number that the assembler does not know how to make again: it would do so in every turn of a loop.
+// All lanes of a warp call it.
+DEVICE unsigned kept(unsigned number) { return __shfl_sync(~0u, number, threadIdx.x % 32); }
+
 DEVICE float float_of_bits(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of_float(float value) { return __float_as_uint(value); }
 

@@ -25,13 +25,12 @@ struct Digits {
 // The scales of a group, of the two in each word of columns that a lane has sums of, times 4.
 //
 // `rows` has the six rows of bytes of a block for the lane's columns, `apart` bytes from each other;
-// `is_next` says whether the sums are of the second column of a pair.
+// `mine` picks those of two words that the sums are of, the first or second of each pair.
 template <int WORDS>
-DEVICE void scales_of_group(int (&scales)[2 * WORDS], Shared rows, int apart, int group, bool is_next) {
+DEVICE void scales_of_group(int (&scales)[2 * WORDS], Shared rows, unsigned apart, unsigned group, unsigned mine) {
   unsigned low[WORDS], high[WORDS];
   read_shared(rows + group / 2 * apart, low);
   read_shared(rows + (4 + group / 4) * apart, high);
-  const unsigned mine = is_next ? 0x7531u : 0x6420u;
 #pragma unroll
   for (int i = 0; i < WORDS; i += 2) {
     const unsigned of_low = pick_signed(low[i], low[i + 1], mine);
@@ -82,13 +81,13 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
   constexpr int WORDS = S::BYTES / 4, OF_TEAM = Widths<S>::OF_TEAM, IN_ROW = OF_TEAM / S::BYTES;
   constexpr int STAGES = S::STAGES - 1, OF_STAGE = 16 * OF_TEAM, DIGITS = S::TERMS / 2;
   static_assert(STAGES <= GROUPS + 1, "scales are copied in the place of others that are read");
-  const int begin = (int)((long long)share * TILES_OF_K / S::SHARES);
-  const int end = (int)((long long)(share + 1) * TILES_OF_K / S::SHARES);
+  // Without a sign, since a part of a number with one takes more instructions.
+  const unsigned begin = (unsigned)((long long)share * TILES_OF_K / S::SHARES);
+  const unsigned end = (unsigned)((long long)(share + 1) * TILES_OF_K / S::SHARES);
   const Place<S> place;
   const Book book;
   const int g = place.lane / 4, t = place.lane % 4;
   const int own = place.member * Widths<S>::OF_WARP + g * S::BYTES;
-  const bool is_next = t >= 2;
   // A thread copies four pieces of a tile, each BYTES of one of every fourth row.
   const int thread = threadIdx.x % Widths<S>::THREADS, piece = thread % IN_ROW;
   const int first_row = thread / IN_ROW, wanted = column + piece * S::BYTES;
@@ -98,10 +97,12 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
   Shared to[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    to[i] = shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES;
-  const Shared read_from =
-      shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES;
+    to[i] = kept(shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES);
+  const Shared read_from = kept(
+      shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
   const Shared of_blocks = shared_place(ring) + STAGES * OF_STAGE;
+  const Shared of_own = kept(of_blocks + own), of_mine = kept(of_blocks + 6 * OF_TEAM + 2 * (own + t / 2));
+
   const signed char* x[TILES];
   const float* factors[TILES];
 #pragma unroll
@@ -114,8 +115,9 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
       factors[n] = inputs.x.factors + (long long)inputs.rows[summed] * (S::K / S::UNIT);
   }
   // Digits of two rows, with zeros for the other column of a pair.
-  const unsigned first_pair = g < 4 ? 0x4410u : 0x1044u, second_pair = g < 4 ? 0x4432u : 0x3244u;
-  const auto start = [&](int tile, int stage) {
+  const unsigned first_pair = kept(g < 4 ? 0x4410u : 0x1044u);
+  const unsigned second_pair = kept(g < 4 ? 0x4432u : 0x3244u), mine = kept(t >= 2 ? 0x7531u : 0x6420u);
+  const auto start = [&](unsigned tile, int stage) {
     if (tile < end) {
       const unsigned char* rows = values + (long long)(16 * tile + first_row) * S::N + from;
 #pragma unroll
@@ -123,7 +125,7 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
         start_copy<S::BYTES>(to[i] + stage * OF_STAGE, rows + (long long)(4 * i) * S::N);
       if (tile % GROUPS == 0 || tile == begin) {
         // Six rows of groups' scales, and two that hold the block's, of two bytes.
-        const int block = tile / GROUPS;
+        const unsigned block = tile / GROUPS;
         const Shared place = of_blocks + block % 2 * (OF_STAGE / 2) + thread * S::BYTES;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -150,8 +152,8 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) start(begin + stage, stage);
   int stage = 0, free = STAGES - 1;
-  for (int tile = begin; tile < end; ++tile) {
-    const int block = tile / GROUPS, group = tile % GROUPS;
+  for (unsigned tile = begin; tile < end; ++tile) {
+    const unsigned block = tile / GROUPS, group = tile % GROUPS;
     unsigned four[TILES][2];
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
@@ -163,14 +165,16 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
     wait_for_all_but<STAGES - 2>();
     // What the others have copied is there, and nobody reads the tile before any more.
     team_barrier<Widths<S>::THREADS>(place.team);
-    const Shared rows = read_from + stage * OF_STAGE;
-    const Shared rows_of_scales = of_blocks + block % 2 * (OF_STAGE / 2);
+    unsigned words[4][WORDS];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) read_shared(read_from + stage * OF_STAGE + i * OF_TEAM, words[i]);
+    const Shared rows_of_scales = of_own + block % 2 * (OF_STAGE / 2);
     int scale[2 * WORDS];
-    scales_of_group<WORDS>(scale, rows_of_scales + own, OF_TEAM, group, is_next);
+    scales_of_group<WORDS>(scale, rows_of_scales, OF_TEAM, group, mine);
     start(tile + STAGES - 1, free);
     free = stage;
     stage = stage + 1 == STAGES ? 0 : stage + 1;
-    unsigned words[4][2], b[TILES][2][2];
+    unsigned b[TILES][2][2];
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
 #pragma unroll
@@ -181,13 +185,9 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
     }
 #pragma unroll
     for (int p = 0; p < WORDS; ++p) {
-      if (p % 2 == 0) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) read_shared(rows + i * OF_TEAM + 4 * p, words[i]);
-      }
       unsigned a[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) book.read(words[i][p % 2], a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; ++i) book.read(words[i][p], a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]);
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
         int sum[4] = {0, 0, 0, 0};
@@ -205,8 +205,8 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
       for (int p = 0; p < WORDS; ++p) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int at = own + 4 * p + 2 * half + is_next;
-          const float scale = float_of_half(read_short(rows_of_scales + 6 * OF_TEAM + 2 * at));
+          const Shared place = of_mine + block % 2 * (OF_STAGE / 2) + 8 * p + 4 * half;
+          const float scale = float_of_half(read_short(place));
 #pragma unroll
           for (int n = 0; n < TILES; ++n) {
             // Of two digits the first counts 256 times.

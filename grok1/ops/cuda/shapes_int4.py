@@ -19,6 +19,7 @@ WEIGHTS = ("uint8", "uint8", "float16")
 _GROUP = 32  # rows of the products of integers
 _WIDE, _NARROW = 16, 8  # bytes of a row of codes that a lane takes
 _BUSY = 96  # blocks that keep the memory busy
+_BUSY_FOR_HIDDEN = 256  # the same, of gate and up; few more leave some to a second wave
 _LEAST_TILES = 4  # of 32 rows, for each team
 _WARPS = 4  # of a block that makes digits
 
@@ -79,7 +80,7 @@ def cuts(tiles: int) -> tuple[Cut, Cut]:
         return Cut(2, 2, 1, 3, 2), Cut(4, 1, 16, 3, 4)
     # What a multiprocessor's registers hold: more tiles leave them to fewer warps.
     resident = 2 if tiles <= 4 else 1
-    return Cut(4, 1, 1, 4, resident), Cut(4, 1, 8, 3, 2 * resident)
+    return Cut(4, 1, 1, 4, resident), Cut(4, 1, 8, 3, resident + 1)
 
 
 def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> dict:
@@ -146,7 +147,10 @@ def experts(
     digits = 2 if precision == "bfloat16" and tokens > MOST_EXACT else 4
     tiles = min(8, -(-inputs * digits // 4))
     first, second = cuts(tiles)
-    hidden = _product(gate, tiles, digits, first, chosen)
+    # Of a narrow matrix blocks share the rows too, so that each still reads long pieces of them.
+    blocks = chosen * max(1, gate.columns // (8 * _WIDE * first.across))
+    shared = max(first.parts, _BUSY_FOR_HIDDEN // blocks)
+    hidden = _product(gate, tiles, digits, first._replace(parts=shared), chosen * shared)
     out = _product(down, tiles, digits, second, _BUSY)
     # Digits are made of the columns that a block has.
     out["UNIT"] = math.gcd(out["BLOCK"], 8 * hidden["BYTES"] * hidden["ACROSS"])
@@ -167,7 +171,7 @@ def experts(
             ),
         ),
     )
-    parts = out["SHARES"] // out["TEAMS"]
+    parts, of_hidden = (of["SHARES"] // of["TEAMS"] for of in (out, hidden))
     choice = ("int32", "int32", "bool")
     return (
         digits_of(tokens, gate, digits),
@@ -177,8 +181,11 @@ def experts(
             structs,
             "gate_up_int4<S>",
             ("int8", "float32", *WEIGHTS, *WEIGHTS, *choice),
-            _arrays_of_digits(rows, down.rows, digits, out["UNIT"]),
-            (hidden["COLUMN_TILES"], chosen),
+            (
+                *_arrays_of_digits(rows, down.rows, digits, out["UNIT"]),
+                *(Array((2 * of_hidden, rows, gate.columns), "float32"),) * (of_hidden > 1),
+            ),
+            (hidden["COLUMN_TILES"], chosen * of_hidden),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
             resident=first.resident,
