@@ -1,4 +1,7 @@
-"""Strict settings for every test, sixteen virtual CPU devices, and the shared models."""
+"""Strict settings for every test, sixteen virtual CPU devices, and the shared models.
+
+`tests.one_device` says what else they may run on.
+"""
 
 import fcntl
 import gc
@@ -10,15 +13,10 @@ import subprocess
 import sys
 import types
 
-# Before JAX starts: the number of devices is fixed from then on.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-# A test runs a program once or twice: to compile it costs more than all that it computes.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# The user's cache is left alone; the native kernels are built once for all runs.
-os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(__file__).parent.parent / ".pytest_cache")
+from tests import one_device
+
+# Before JAX starts: the devices are fixed from then on.
+os.environ.update(one_device.environment())
 
 import jax
 import numpy as np
@@ -27,11 +25,16 @@ from jax._src import compiler
 
 import grok1
 from grok1.config import ModelConfig
+from grok1.ops.cuda import presence
 from tests.helpers import SLOW_TESTS
+
+ON_GPU = one_device.PLATFORM == "cuda"
 
 # A run in the background of a shell ignores Ctrl-C, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+for name, value in one_device.settings().items():
+    jax.config.update(name, value)
 jax.devices()  # Its flags are read once and for all.
 # What is imported stays, and tracing makes many objects and little garbage.
 gc.freeze()
@@ -41,33 +44,48 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
 CACHE = pathlib.Path(os.environ["XDG_CACHE_HOME"])
 BUILD_KERNELS = "from grok1.ops.cpu import bindings; bindings.is_available()"
+CHECK_KERNELS = "from grok1.ops.cuda import presence; presence.kernels()"
 
 
 def pytest_configure(config):
     """Builds the kernels where there are none, while the processes that test start and collect."""
+    if one_device.IS_CHOSEN:
+        config.pluginmanager.register(one_device)
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         return
-    if any(CACHE.glob("*/native-*")):
+    if not ON_GPU and any(CACHE.glob("*/native-*")):
         return
     CACHE.mkdir(exist_ok=True)
     with (CACHE / "kernels.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # It has the lock as long as it runs.
         build = subprocess.Popen(
-            [sys.executable, "-c", BUILD_KERNELS],
+            [sys.executable, "-c", CHECK_KERNELS if ON_GPU else BUILD_KERNELS],
             cwd=pathlib.Path(__file__).parent.parent,
             pass_fds=[lock.fileno()],
-            stderr=subprocess.DEVNULL,
+            stderr=None if ON_GPU else subprocess.DEVNULL,
         )
     config.add_cleanup(build.wait)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def kernels():
+def wait_for_kernels():
     """Waits for those that are being built, instead of building them too."""
     CACHE.mkdir(exist_ok=True)
     with (CACHE / "kernels.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def pytest_collection_finish():
+    """Waits before a test has begun: it may look for the verdict in a directory of its own."""
+    if ON_GPU:
+        wait_for_kernels()
+        presence.kernels()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels():
+    """Lets nothing run before they are there."""
+    wait_for_kernels()
 
 
 COMPILED = ("grok1.engine", "grok1.nn", "grok1.ops", "jax")
@@ -108,12 +126,17 @@ def lighter_options(*arguments, **more):
     return options
 
 
-if LIGHT:
+if LIGHT and not ON_GPU:
     compiler.get_compile_options = lighter_options
 
 
 def optimise(is_on: bool) -> None:
-    """Has XLA optimise what is compiled from here on, in this process and in those it starts."""
+    """Has XLA optimise what is compiled from here on, in this process and in those it starts.
+
+    What is compiled for a GPU always is: without, XLA records no graphs.
+    """
+    if ON_GPU:
+        return
     # XLA has read the flags of this process: these are for others.
     os.environ["XLA_FLAGS"] = FLAGS if is_on else LIGHT_FLAGS
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not is_on))

@@ -16,11 +16,18 @@ from grok1.nn.manifest import abstract_params, arrange
 from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import NamedParams, Params, forward
 from grok1.ops.quantized import QuantizedArray, refine_groups
+from tests import one_device
 
 SLOW_TESTS = "GROK1_SLOW_TESTS" in os.environ
 
 slow = pytest.mark.skipif(not SLOW_TESTS, reason="slow; set GROK1_SLOW_TESTS=1")
 """Marks what a fast test covers but for its size."""
+
+
+covered_by_a_mesh = pytest.mark.skipif(
+    not SLOW_TESTS and not one_device.IS_CHOSEN, reason="slow; set GROK1_SLOW_TESTS=1"
+)
+"""Marks what is one device's where a test beside it has several."""
 
 
 def flags_with_devices(number: int) -> str:

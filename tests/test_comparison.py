@@ -105,6 +105,7 @@ def test_a_text_of_any_length_modulo_the_block_of_rows(num_tokens, tmp_path, mon
         assert found.perplexity_b == pytest.approx(np.exp(-chosen.mean()))
 
 
+@pytest.mark.devices(4)
 def test_meshes_and_types_on_the_command_line(capsys):
     arguments = ["compare", str(TOY), str(TOY), "--prompt", TEXT, "--json"]
     sides = ["--mesh-a", "1x1", "--mesh-b", "2x2", "--dtype-a", "float32", "--dtype-b", "bfloat16"]
@@ -174,6 +175,7 @@ def test_with_the_experts_of_the_other_the_router_parts_them_no_more(toy):
 
 
 @slow
+@pytest.mark.not_on_gpu("it reads what a model on a CPU is called")
 def test_other_ports_routers_on_the_command_line(capsys):
     arguments = ["compare", str(TOY), str(TOY), "--prompt", TEXT, "--json"]
     sides = ["--mesh-a", "1x1", "--mesh-b", "1x1", "--router-softcap-a", "30"]

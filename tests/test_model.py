@@ -298,6 +298,7 @@ def test_the_type_of_the_cache(dtype, cache_dtype, cache):
     assert (state.cache.k_scales is not None) == (cache == "int8")
 
 
+@pytest.mark.devices(8)
 def test_random_models_are_the_same_on_every_mesh():
     config = dataclasses.replace(grok1.TOY, num_layers=2, vocab_size=64)
     one, other = (
@@ -375,6 +376,7 @@ class TestToy:
 
     # Rows on two groups of devices, each of which has more devices than there are cached heads.
     @slow
+    @pytest.mark.devices(16)
     def test_an_int8_cache_changes_little(self, toy):
         model = load_toy(mesh=(2, 8), cache_dtype="int8")
         # All of it in chunks of 64.

@@ -18,7 +18,8 @@ import grok1
 from grok1.checkpoint import carrying, loading
 from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
 from grok1.nn.manifest import file_name, manifest
-from tests.helpers import dequantized, named_params, relative_error, slow
+from tests.helpers import covered_by_a_mesh, dequantized, named_params, relative_error, slow
+from tests.one_device import within
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_the_loaded_model_holds_exactly_the_files(mesh, nano_path, nano_config):
             np.testing.assert_array_equal(leaf.scales, read_span(header, header.scales))
 
 
+@pytest.mark.devices(8)
 def test_each_device_holds_its_shard_only(nano_path):
     model = grok1.load(nano_path, mesh=(1, 8), progress=False)
     gate = model.params.layers.experts.gate.values
@@ -54,7 +56,7 @@ def test_building_the_shard_on_the_device_gives_the_same(is_pinned, nano_path, n
     monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
     monkeypatch.setattr(loading, "_MOST_IN_HOST", 1 << 12)  # norms alone
     monkeypatch.setattr(carrying, "_STAGING_BYTES", 1 << 17)  # several pieces a layer
-    built = grok1.load(nano_path, mesh=(1, 2), progress=False)
+    built = grok1.load(nano_path, mesh=within((1, 2)), progress=False)
     for found, expected in zip(
         jax.tree.leaves(named_params(built)), jax.tree.leaves(named_params(nano)), strict=True
     ):
@@ -79,7 +81,7 @@ def test_arrays_are_filled_where_they_were_first_made(nano_path, monkeypatch):
     monkeypatch.setattr(carrying, "compiled_empty", watched)
     monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
     monkeypatch.setattr(loading, "_MOST_IN_HOST", 1 << 12)
-    model = grok1.load(nano_path, mesh=(1, 2), progress=False)
+    model = grok1.load(nano_path, mesh=within((1, 2)), progress=False)
     leaves = [leaf for leaf in jax.tree.leaves(model.params) if leaf.nbytes > 1 << 13]
     carried = [leaf for leaf in leaves if leaf.dtype in (np.int8, np.float32)]
     assert any(leaf is model.params.embedding for leaf in carried)
@@ -89,7 +91,7 @@ def test_arrays_are_filled_where_they_were_first_made(nano_path, monkeypatch):
 
 
 def test_some_layers_are_the_first_ones(nano, nano_path):
-    model = grok1.load(nano_path, mesh=(1, 2), progress=False, layers=11)
+    model = grok1.load(nano_path, mesh=within((1, 2)), progress=False, layers=11)
     assert model.config.num_layers == 11
     found, expected = named_params(model), named_params(nano)
     # By name: as text, layer 10 comes before layer 2.
@@ -114,7 +116,7 @@ def test_a_file_that_vanishes_while_loading_is_an_error(nano_path, tmp_path, mon
 
     monkeypatch.setattr(loading, "_fill_host", remove_and_fill)
     with pytest.raises(grok1.CheckpointError, match="tensor00050_000: cannot be read: No such"):
-        grok1.load(tmp_path / "nano", mesh=(1, 2), progress=False)
+        grok1.load(tmp_path / "nano", mesh=within((1, 2)), progress=False)
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -134,7 +136,7 @@ def test_a_load_that_fails_leaves_no_buffers_to_its_traceback(error, nano_path, 
     monkeypatch.setattr(loading, "_aligned", watched)
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises((grok1.CheckpointError, KeyboardInterrupt)) as caught:
-        grok1.load(nano_path, mesh=(1, 2), progress=False)
+        grok1.load(nano_path, mesh=within((1, 2)), progress=False)
     gc.collect()
     assert caught.tb is not None
     assert held
@@ -143,7 +145,7 @@ def test_a_load_that_fails_leaves_no_buffers_to_its_traceback(error, nano_path, 
 
 def test_saving_returns_every_file_byte_for_byte(nano_path, nano_config, tmp_path):
     # 16 devices: the scale groups in memory are finer than the file's.
-    model = grok1.load(nano_path, mesh=(1, 16), progress=False)
+    model = grok1.load(nano_path, mesh=within((1, 16)), progress=False)
     grok1.save(model, tmp_path / "copy")
     for index in range(len(manifest(nano_config))):
         copied = tmp_path / "copy" / "ckpt-0" / file_name(index)
@@ -159,7 +161,7 @@ def test_float_weights_load_and_run(nano, nano_path, nano_reference, tmp_path):
         module, _, parameter = spec.name.rpartition("/")
         values = dequantized(named[module][parameter])
         write_tensor(tmp_path / "ckpt-0" / file_name(index), values)
-    model = grok1.load(tmp_path, mesh=(1, 2), dtype="float32", progress=False)
+    model = grok1.load(tmp_path, mesh=within((1, 2)), dtype="float32", progress=False)
     logits = model.logits(nano_reference["tokens"])
     assert relative_error(logits, nano_reference["logits_f64"]) <= 2e-5
 
@@ -214,7 +216,8 @@ def spoil(nano_path, tmp_path, name, value) -> pathlib.Path:
     ],
 )
 @pytest.mark.parametrize(
-    "options", [pytest.param({}, marks=slow), {"mesh": (2, 4), "embedding_dtype": "bfloat16"}]
+    "options",
+    [pytest.param({}, marks=slow), {"mesh": within((2, 4)), "embedding_dtype": "bfloat16"}],
 )
 def test_weights_that_are_not_finite_are_named(name, value, message, options, nano_path, tmp_path):
     path = spoil(nano_path, tmp_path, name, value)
@@ -231,7 +234,7 @@ def test_what_is_not_finite_in_a_piece_is_named_by_its_place_in_the_tensor(
     monkeypatch.setattr(carrying, "_STAGING_BYTES", 1 << 16)
     path = spoil(nano_path, tmp_path, "embeddings", "nan")
     with pytest.raises(grok1.CheckpointError, match=rf"^{path}: .* nan at \[127, 63\]"):
-        grok1.load(tmp_path, progress=False, mesh=(1, 2))
+        grok1.load(tmp_path, progress=False, mesh=within((1, 2)))
 
 
 @pytest.mark.parametrize("name", ["layer_3/rms_norm_2/scale", "layer_7/router/w", "embeddings"])
@@ -270,7 +273,7 @@ def test_progress_on_a_terminal_shows_bytes_rate_and_time(nano_path, monkeypatch
     assert re.search(r"loading: 100%.* 2\.89M/2\.89M \[00:\d\d<00:\d\d, .*B/s\]", last)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=slow), (2, 4)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=covered_by_a_mesh), (2, 4)])
 def test_the_embedding_is_halved_if_asked(mesh, nano, nano_path, nano_reference, tmp_path):
     model = grok1.load(
         nano_path, mesh=mesh, dtype="float32", embedding_dtype="bfloat16", progress=False

@@ -224,6 +224,7 @@ def interrupted(program: str) -> tuple[int, float, str]:
     return process.returncode, time.perf_counter() - start, output + said
 
 
+@pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
 def test_ctrl_c_ends_the_command_at_once_while_a_program_compiles():
     program = COMPILING.format(seconds=60) + COMMAND.format(
         repository=str(REPOSITORY), run=str(REPOSITORY / "run.py")
@@ -236,6 +237,7 @@ def test_ctrl_c_ends_the_command_at_once_while_a_program_compiles():
     assert "Traceback" not in said
 
 
+@pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
 def test_ctrl_c_ends_a_script_as_python_does_while_a_program_compiles():
     status, seconds, said = interrupted(COMPILING.format(seconds=60) + SCRIPT)
     assert status == -signal.SIGINT
@@ -245,6 +247,7 @@ def test_ctrl_c_ends_a_script_as_python_does_while_a_program_compiles():
 
 
 @slow_tier
+@pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
 def test_a_script_that_goes_on_is_over_when_the_program_is_compiled():
     program = COMPILING.format(seconds=1) + (
         "try:" + SCRIPT.replace("\n", "\n    ").rstrip() + "\nexcept KeyboardInterrupt: pass\n"
@@ -278,6 +281,7 @@ os.waitpid(child, 0)
 """
 
 
+@pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
 @pytest.mark.parametrize(
     ("before", "start", "call", "expected"),
     [
@@ -314,6 +318,7 @@ def test_a_call_in_a_forked_process_is_told(monkeypatch):
     assert traced == []
 
 
+@pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
 @pytest.mark.parametrize(
     ("platforms", "cause"),
     [

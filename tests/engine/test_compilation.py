@@ -104,6 +104,7 @@ print(json.dumps([tokens, total]))
 """
 
 
+@pytest.mark.devices(2)
 def test_a_later_process_neither_traces_nor_compiles(tests_own_cache, cache, nano_path):
     cache.mkdir(mode=0o700)
     for kernels in tests_own_cache.glob("native-*"):
@@ -148,6 +149,7 @@ def test_every_shape_and_type_is_a_program_of_its_own(cache):
     assert len(program.executables) == len(stored(cache)) == 3
 
 
+@pytest.mark.devices(2)
 def test_what_the_machine_code_depends_on_is_told_apart(cache, monkeypatch):
     x = np.zeros(2, np.float32)
     twice()(x)

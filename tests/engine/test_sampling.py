@@ -294,6 +294,7 @@ def random_cases(seed, rows, vocab_size):
     return logits.astype(np.float32), allowed, state
 
 
+@pytest.mark.not_on_gpu("it is of the CPU's form in C++")
 def test_all_forms_keep_and_draw_the_same_in_hundreds_of_cases(kept_by_kernel):
     for seed in range(8 if SLOW_TESTS else 1):
         logits, allowed, state = random_cases(seed, rows=256, vocab_size=531)

@@ -102,6 +102,7 @@ def model(request, nano, nano_path) -> grok1.Model:
     return grok1.load(nano_path, mesh=(2, 4), dtype="float32", progress=False)
 
 
+@pytest.mark.not_on_gpu("several steps a call are of CPUs")
 @pytest.mark.parametrize("options", [{}, {"logprobs": 0}], ids=["table", "logits"])
 def test_collected_steps_draw_what_the_logits_say(model, calls, options):
     if options and model.mesh.size > 1:
@@ -119,6 +120,7 @@ def test_collected_steps_draw_what_the_logits_say(model, calls, options):
         )
 
 
+@pytest.mark.not_on_gpu("several steps a call are of CPUs")
 def test_a_token_that_ends_a_row_is_the_last_that_it_runs(model, calls):
     options = {"max_new_tokens": 32, "temperature": 1.5, "top_p": 1, "ignore_eos": True}
     seeds = [4, 5, 6, 29]
@@ -143,12 +145,14 @@ def test_a_token_that_ends_a_row_is_the_last_that_it_runs(model, calls):
     assert 10 < len(found[-1].tokens) < 32
 
 
+@pytest.mark.not_on_gpu("several steps a call are of CPUs")
 def test_what_a_token_cannot_tell_is_asked_after_every_step(toy, calls):
     found = toy.generate("The first", max_new_tokens=24, temperature=0, stop=["~~~~"])
     assert len(found.tokens) == 24
     assert [int(steps.max()) for steps, _ in calls] == [1] * 24
 
 
+@pytest.mark.not_on_gpu("several steps a call are of CPUs")
 def test_slow_tokens_are_not_collected(nano, calls, monkeypatch):
     monkeypatch.setattr(pace, "_DELIVERY", 1e-9)
     nano.generate(PROMPTS[0], max_new_tokens=12, ignore_eos=True)
@@ -178,7 +182,7 @@ def test_more_steps_than_a_call_runs_are_refused(nano, greedily, capture):
     if capture:
         engine = engine.observed(as_capture(capture), 256, lambda *_: None)
     most = engine.most_steps
-    assert most == (1 if capture else 8)
+    assert most == (1 if capture or jax.default_backend() != "cpu" else 8)
     state = engine.new_state(np.ones((1, 256), np.int32))
     everything = jnp.ones(nano.config.vocab_size, bool)
     ends = Ends(np.full((1, NUM_ENDS), -1), np.array([1]))

@@ -11,6 +11,7 @@ from grok1.generate.prefix import PrefixStore
 from grok1.generate.request import Request
 from grok1.generate.scheduler import Scheduler
 from tests.helpers import SLOW_TESTS, slow
+from tests.one_device import within
 
 CHUNK = 16
 
@@ -18,7 +19,8 @@ CHUNK = 16
 @pytest.fixture(scope="module")
 def engines(nano, nano_path) -> dict[str, Engine]:
     """By the type of their caches."""
-    int8 = grok1.load(nano_path, mesh=(2, 2), dtype="float32", cache_dtype="int8", progress=False)
+    options = {"dtype": "float32", "cache_dtype": "int8", "progress": False}
+    int8 = grok1.load(nano_path, mesh=within((2, 2)), **options)
     return {"float32": nano.engine, "int8": int8.engine}
 
 

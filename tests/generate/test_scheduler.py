@@ -10,7 +10,7 @@ from grok1.engine.slots import Slots
 from grok1.generate import pace
 from grok1.generate.request import Request
 from grok1.generate.scheduler import Scheduler
-from tests.helpers import SLOW_TESTS, slow
+from tests.helpers import SLOW_TESTS, covered_by_a_mesh
 
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=1.2, top_p=0.9)
@@ -20,7 +20,9 @@ NUM_REQUESTS = 24 if SLOW_TESTS else 12
 
 # tests/server/test_core.py lets requests come and go on one device.
 @pytest.fixture(
-    scope="module", params=[pytest.param((1, 1), marks=slow), (2, 2)], ids=["1x1", "2x2"]
+    scope="module",
+    params=[pytest.param((1, 1), marks=covered_by_a_mesh), (2, 2)],
+    ids=["1x1", "2x2"],
 )
 def engine(request, nano_path) -> Engine:
     return grok1.load(nano_path, mesh=request.param, dtype="float32", progress=False).engine

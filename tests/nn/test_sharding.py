@@ -13,6 +13,8 @@ from grok1.config import GROK_1
 from grok1.nn.sharding import abstract_cache, abstract_stack, make_mesh
 from grok1.planning.memory import released_weights
 
+pytestmark = pytest.mark.devices(16)
+
 
 @functools.cache
 def stacked(sizes):

@@ -1,4 +1,4 @@
-"""Experts brought to a device layer by layer, as on an accelerator; here the device is a CPU."""
+"""Experts brought to a device layer by layer, as on an accelerator; a CPU can stand for one."""
 
 import collections
 import os
@@ -24,8 +24,10 @@ from tests.helpers import relative_error, slow
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
 NUM_EXPERTS = 12 * 8
 
-ROUNDING = 1e-5
-"""Between programs that round in other places; both are 7e-6 from the float64 evaluation."""
+ON_CPU = jax.default_backend() == "cpu"
+ROUNDING = 1e-5 if ON_CPU else 2e-5
+"""Between programs that round in other places; both are 7e-6 from the float64 evaluation, on GPUs
+8e-6."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def with_room(model, on_host, on_device, monkeypatch):
     state = memory.state_bytes(engine, 1, engine.capacity_for(96))
     num_bytes = engine.runner.store.num_bytes
     engine.runner.budget_bytes = (
-        runner.fixed_bytes(engine, engine.runner.store) + state + on_host * num_bytes
+        runner.fixed_bytes(engine, engine.runner.store) + ON_CPU * state + on_host * num_bytes
     )
     engine.runner.store.resize(0)
     engine.runner.device_experts.cache.shrink(0)
@@ -170,14 +172,14 @@ def test_sampled_tokens_and_scores_are_the_resident_models(shared, nano, monkeyp
     assert shared.generate([5, 6, 7], **drawn).tokens == nano.generate([5, 6, 7], **drawn).tokens
     text = list(range(60))
     found, expected = shared.score(text), nano.score(text)
-    np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=0, atol=2 * ROUNDING)
 
 
 @slow
 def test_a_batch_is_the_resident_models(shared, nano, monkeypatch):
     with_room(shared, 2, 3, monkeypatch)
     state = memory.state_bytes(shared.engine, 4, shared.engine.capacity_for(96))
-    shared.engine.runner.budget_bytes += state
+    shared.engine.runner.budget_bytes += ON_CPU * state
     prompts = [[5], [40], [9]]
     assert shared.generate(prompts, **GREEDY) == nano.generate(prompts, **GREEDY)
 
@@ -197,7 +199,7 @@ def test_captures_and_interventions_are_those_of_the_resident_model(shared, nano
         if array.dtype == np.int32:
             np.testing.assert_array_equal(found[name], array)
         else:
-            assert relative_error(found[name], array) <= 1e-5, name
+            assert relative_error(found[name], array) <= ROUNDING, name
 
 
 def test_pinned_memory_is_written_in_place_and_is_no_alias_of_what_was_sent():

@@ -17,6 +17,8 @@ from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
 
+pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
+
 EXACT = 2e-6  # float32 inputs in three terms, or of bfloat16
 TWO_TERMS = 1e-5
 BFLOAT16 = 4e-3  # hidden numbers of many tokens

@@ -16,6 +16,8 @@ from grok1.ops.cuda import build, calls, check, presence
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
 
+pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
+
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):

@@ -9,6 +9,8 @@ from grok1.ops.cuda.shapes import Matrix
 from tests.helpers import slow
 from tests.ops import standin
 
+pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
+
 LAYER = np.array([1], np.int32)
 NEAR = 2e-3  # weights with scales of groups, and hidden numbers, are rounded to bfloat16
 

@@ -8,6 +8,8 @@ from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import slow
 from tests.ops import standin
 
+pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
+
 LAYER = np.array([1], np.int32)
 HALF = 2**-10  # weights and values have 11 bits
 

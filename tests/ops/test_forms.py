@@ -22,6 +22,14 @@ from grok1.ops.routing import choose_experts
 for module in pkgutil.iter_modules(ops.__path__):
     importlib.import_module(f"grok1.ops.{module.name}")
 
+
+@pytest.fixture(autouse=True)
+def without_a_device():
+    """Has no CUDA kernels, on a GPU neither, but where a test assumes some."""
+    with presence.assumed(frozenset()):
+        yield
+
+
 NO_KERNELS = "the native kernels are not available here"
 NO_CUDA = "its CUDA kernels are not available here"
 

@@ -18,6 +18,8 @@ from grok1.machine import announcement, cache_directory
 from grok1.ops.cpu import bindings, build
 from tests.helpers import slow
 
+pytestmark = pytest.mark.not_on_gpu("it is of the CPU's form in C++")
+
 ask_again = bindings._is_available.__wrapped__
 
 

@@ -241,6 +241,7 @@ def test_what_is_no_number_stays_so(num_rows, implementation):
         np.testing.assert_array_equal(~np.isfinite(output).any(axis=0), np.arange(N) == 7)
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_product_on_each_of_several_devices_in_a_loop_over_the_stack(implementation):
     skip_unless_it_runs_here(implementation)

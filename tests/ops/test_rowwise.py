@@ -17,6 +17,8 @@ from grok1.ops.quantized import QuantizedArray
 from grok1.ops.routing import choose_experts
 from tests.helpers import SLOW_TESTS, slow
 
+pytestmark = pytest.mark.not_on_gpu("a row has the same bits in any batch in the CPU's form alone")
+
 NUM_ROWS = 230  # more than a pass of many rows
 # Of each way to multiply, and of the remainders of its blocks.
 SOME_ROWS = (1, 2, 3, 4, 6, 7, 12, 13, 24, 25, 193) if SLOW_TESTS else (1, 3, 4, 7, 13, 193)

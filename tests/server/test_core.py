@@ -329,6 +329,7 @@ def test_a_chunk_is_as_long_as_the_pause_allows(
     assert set(filled) == {4096}, "not where it takes longest"
 
 
+@pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
 def test_what_needs_more_packages_says_which(toy):
     program = (
         "import sys\n"

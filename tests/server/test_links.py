@@ -19,6 +19,8 @@ from grok1.server.links import Connection, _packed, _unpacked
 from tests.conftest import TOY
 from tests.helpers import flags_with_devices, slow
 
+pytestmark = pytest.mark.not_on_gpu("it starts processes with CPU devices of their own")
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

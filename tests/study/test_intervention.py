@@ -19,6 +19,7 @@ from grok1.study.intervention import prepare
 from grok1.study.router_interventions import AblateExperts, ForceExperts, SelectExperts
 from grok1.study.stream_interventions import AddToResidual, CapLayers, Patch, ScaleHeads
 from tests.helpers import named_params, readable, relative_error, slow
+from tests.one_device import within
 
 ALL = ("router", "residual", "branches")
 
@@ -61,7 +62,7 @@ def neutral(trace) -> dict:
 
 def test_what_changes_nothing_in_any_layer(nano_on_mesh, tokens):
     # Rows, heads and experts are shared out.
-    model = nano_on_mesh((2, 4))
+    model = nano_on_mesh(within((2, 4)))
     before = model.trace(tokens, (*ALL, "logits"))
     # Each in a layer of its own, so that none repairs what another breaks.
     interventions = [

@@ -14,9 +14,14 @@ from grok1.nn.sharding import make_mesh
 from grok1.nn.unembedding import _LOGITS_BYTES
 from grok1.planning.memory import abstract_engine, released_weights
 from grok1.study.scoring import Window, encode_pair, score_windows, window_bounds
+from tests import one_device
 from tests.helpers import SLOW_TESTS, flags_with_devices, slow
+from tests.one_device import within
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+ROUNDING = 1e-4 if one_device.PLATFORM == "cuda" else 2e-5
+"""Of log-probabilities where another number of tokens runs at a time, on a GPU in other kernels."""
+
 TEXT = (
     "The first argument is a string. If the file cannot be opened, an OSError is raised.\n\n"
     "def is_prime(n: int) -> bool:\n    return n > 1 and all(n % i for i in range(2, n))\n\n"
@@ -59,7 +64,8 @@ def test_scores_are_those_of_a_float64_softmax(toy):
 
 
 def test_scores_on_a_mesh_with_several_texts():
-    model = grok1.load(ROOT / "checkpoints/toy", mesh=(2, 4), dtype="float32", progress=False)
+    options = {"dtype": "float32", "progress": False}
+    model = grok1.load(ROOT / "checkpoints/toy", mesh=within((2, 4)), **options)
     # Of 5 alternatives a device with few rows of the vocabulary could hold any number.
     texts = [TEXT, TEXT[:40], "Return the number of bytes."]
     engine, steps = model.engine, []
@@ -89,6 +95,7 @@ def test_scores_on_a_mesh_with_several_texts():
 
 
 @slow
+@pytest.mark.devices(8)
 def test_more_alternatives_than_a_device_has_tokens(nano_on_mesh):
     model = nano_on_mesh((2, 4))
     tokens = np.arange(20)
@@ -133,8 +140,10 @@ def test_a_window_starts_as_the_whole_text_does(toy, window, stride):
     # Tokens 1 to `window` have the same context in both. Roundings depend on how many tokens run
     # at a time; they may move a rank, or a place among alternatives, only where there is a tie.
     first = slice(1, window + 1)
-    np.testing.assert_allclose(found.logprobs[first], whole.logprobs[first], rtol=0, atol=2e-5)
-    np.testing.assert_allclose(found.entropies[first], whole.entropies[first], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found.logprobs[first], whole.logprobs[first], rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        found.entropies[first], whole.entropies[first], rtol=0, atol=ROUNDING
+    )
     np.testing.assert_array_equal(found.ranks[first], whole.ranks[first])
     # The rest has less context.
     assert (found.logprobs[window + 1 :] != whole.logprobs[window + 1 :]).any()
@@ -156,7 +165,7 @@ def test_each_window_is_the_text_it_holds(toy):
     for start, begin, end in window_bounds(len(tokens), 64, 24):
         alone = toy.score(tokens[start:end])
         np.testing.assert_allclose(
-            found.logprobs[begin:end], alone.logprobs[begin - start :], rtol=0, atol=2e-5
+            found.logprobs[begin:end], alone.logprobs[begin - start :], rtol=0, atol=ROUNDING
         )
 
 
@@ -185,7 +194,9 @@ def test_windows_come_back_under_their_own_index(toy):
     for index, window in enumerate(windows):
         assert len(found[index].logprobs) == len(window.tokens) - window.first
         (_, alone) = next(iter(score_windows(toy.engine, [window], 0)))
-        np.testing.assert_allclose(found[index].logprobs, alone.logprobs, rtol=0, atol=3e-5)
+        np.testing.assert_allclose(
+            found[index].logprobs, alone.logprobs, rtol=0, atol=1.5 * ROUNDING
+        )
 
 
 def test_perplexity_and_bits_per_byte(toy):

@@ -21,7 +21,9 @@ from grok1.ops.cpu import bindings
 from grok1.ops.layers import apply_rope, rms_norm
 from grok1.ops.quantized import QuantizedArray, dequantize
 from grok1.study import tracing
+from tests import one_device
 from tests.helpers import SLOW_TESTS, relative_error, slow
+from tests.one_device import within
 
 ALL = ("router", "residual", "branches", "attention", "logit_lens", "logits")
 TEXT = "The sun rises in the east — and sets in the west."
@@ -45,7 +47,7 @@ def test_golden_numbers(mesh, nano_on_mesh, nano_reference):
 
 
 def test_arrays_fit_together(nano_on_mesh, nano_reference):
-    model = nano_on_mesh((2, 4))
+    model = nano_on_mesh(within((2, 4)))
     trace = model.trace(nano_reference["tokens"], ALL)
     np.testing.assert_array_equal(trace.residual_in[1:], trace.residual[:-1])
     # To the last bit but one: the compiler may fuse a sum with the product before it.
@@ -118,7 +120,13 @@ def test_generation_is_traced_as_it_goes(mesh, options, nano_on_mesh, nano_refer
     prompt = nano_reference["greedy_prompt"]
     options = options | {"max_new_tokens": 9, "ignore_eos": True}
     completion, trace = model.trace_generation(prompt, ALL[:-1], **options)
-    assert completion == model.generate(prompt, **options)
+    expected = model.generate(prompt, **options)
+    if one_device.PLATFORM == "cuda":
+        # What is captured is fused with what it is made of, and rounded otherwise.
+        assert completion.tokens == expected.tokens
+        assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+    else:
+        assert completion == expected
     assert trace.num_prompt_tokens == len(prompt)
     np.testing.assert_array_equal(trace.tokens, [*prompt, *completion.tokens[:-1]])
     again = model.trace(trace.tokens, ALL)
@@ -144,7 +152,7 @@ def test_a_generation_that_stops_is_traced_up_to_there(nano, nano_reference):
 
 @slow
 def test_bfloat16(nano_on_mesh, nano_reference):
-    model = nano_on_mesh((2, 4), "bfloat16")
+    model = nano_on_mesh(within((2, 4)), "bfloat16")
     tokens = nano_reference["tokens"]
     trace = model.trace(tokens, ALL)
     np.testing.assert_array_equal(trace.logits, model.logits(tokens))
