@@ -52,6 +52,7 @@ def test_each_device_holds_its_shard_only(nano_path):
 
 @pytest.mark.parametrize("is_pinned", [True, False])
 def test_building_the_shard_on_the_device_gives_the_same(is_pinned, nano_path, nano, monkeypatch):
+    monkeypatch.setattr(loading, "copier_of", lambda device: None)
     monkeypatch.setattr(carrying, "has_pinned_memory", lambda device: is_pinned)
     monkeypatch.setattr(loading, "_adopts_memory", lambda device: False)
     monkeypatch.setattr(loading, "_MOST_IN_HOST", 1 << 12)  # norms alone

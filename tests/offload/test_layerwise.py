@@ -107,6 +107,7 @@ def library(monkeypatch):
     return library
 
 
+@pytest.mark.not_on_gpu("a CPU stands for a device and its driver there")
 @pytest.mark.parametrize(
     ("on_host", "on_device"), [(0, 0), (5, 9), pytest.param(0, 96, marks=slow)]
 )
@@ -135,6 +136,7 @@ def test_experts_that_come_as_they_are_read_are_the_same(
     assert not any(library.waiting.values())
 
 
+@pytest.mark.not_on_gpu("a CPU stands for a device and its driver there")
 def test_a_file_that_vanishes_is_one_error_where_experts_come_as_they_are_read(
     library, copied, monkeypatch
 ):
@@ -142,6 +144,7 @@ def test_a_file_that_vanishes_is_one_error_where_experts_come_as_they_are_read(
     assert not any(library.waiting.values())
 
 
+@pytest.mark.not_on_gpu("a CPU stands for a device and its driver there")
 def test_interrupting_ends_within_a_layer_where_experts_come_as_they_are_read(
     library, copied, monkeypatch
 ):

@@ -11,6 +11,8 @@ from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
 from tests.ops.test_cuda import LAYER, assert_close, choices, gelu, inputs
 
+pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
+
 EXACT = 2e-6  # inputs in four digits
 TWO_DIGITS = 3e-4  # of blocks of a few rows; bfloat16 leaves as much of each number
 
