@@ -223,14 +223,6 @@ inline unsigned pick_signed(unsigned x, unsigned y, unsigned selector) {
     if (selector >> 4 * i & 8) result = result & ~(255u << 8 * i) | (result >> 8 * i & 128 ? 255u : 0) << 8 * i;
   return result;
 }
-inline unsigned upper_half(unsigned word, unsigned zeros) {
-  const unsigned exponent = word >> 26 & 31;
-  if (exponent == 31 || zeros != 0x80008000u) {
-    std::fprintf(stderr, "no sum of float16 is its first summand\n");
-    std::abort();
-  }
-  return word >> 16 | word & 0xffff0000u;
-}
 inline int nearest(float value) { return (int)std::lrint(value); }
 inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 template <int N>

@@ -42,14 +42,20 @@ DEVICE void convert_int4(const unsigned char* stack, const unsigned char* subsca
     EightBfloats rows[2];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      // Two rows of two columns.
-      unsigned halves[2];
-      book.read(words[i][j / 2], halves[0], halves[1]);
-      const unsigned four = halves[j % 2];
+      unsigned lower[2], upper[2];
+      book.read(words[i][j / 2], lower, upper);
 #pragma unroll
-      for (int row = 0; row < 2; ++row)
-        rows[row].pairs[j] = bfloats((float)(signed char)(four >> 8 * row & 255) * factors[2 * j],
-                                     (float)(signed char)(four >> 8 * row + 16 & 255) * factors[2 * j + 1]);
+      for (int row = 0; row < 2; ++row) {
+        float values[2];
+#pragma unroll
+        for (int next = 0; next < 2; ++next) {
+          const int at = 8 * row + 16 * next;
+          const unsigned first = (j % 2 ? upper[0] : lower[0]) >> at & 255;
+          const unsigned second = (j % 2 ? upper[1] : lower[1]) >> at & 255;
+          values[next] = (float)(signed char)(first + second) * factors[2 * j + next];
+        }
+        rows[row].pairs[j] = bfloats(values[0], values[1]);
+      }
     }
     *(EightBfloats*)(copy + (long long)(2 * (pair + i)) * S::N + column) = rows[0];
     *(EightBfloats*)(copy + (long long)(2 * (pair + i) + 1) * S::N + column) = rows[1];

@@ -117,17 +117,6 @@ DEVICE unsigned pick_signed(unsigned x, unsigned y, unsigned selector) {
   return picked;
 }
 
-// The upper half of a word in both halves, by an addition of float16: no half may have five ones for
-// an exponent. `zeros` are two of -0, which the assembler must not know.
-DEVICE unsigned upper_half(unsigned word, unsigned zeros) {
-  unsigned halves;
-  asm("{.reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; "
-      "add.rn.f16x2 %0, both, %2;}"
-      : "=r"(halves)
-      : "r"(word), "r"(zeros));
-  return halves;
-}
-
 // sum += a * b of a warp: a is 16 x 16, b 16 x 8, of bfloat16 (mma.sync.m16n8k16).
 DEVICE void multiply_tile(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "

@@ -185,14 +185,22 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
     }
 #pragma unroll
     for (int p = 0; p < WORDS; ++p) {
-      unsigned a[2][4];
+      unsigned a[2][2][4];  // [rows][pick][of the instruction]
 #pragma unroll
-      for (int i = 0; i < 4; ++i) book.read(words[i][p], a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; ++i) {
+        unsigned lower[2], upper[2];
+        book.read(words[i][p], lower, upper);
+#pragma unroll
+        for (int pick = 0; pick < 2; ++pick) {
+          a[i / 2][pick][i % 2 * 2] = lower[pick];
+          a[i / 2][pick][i % 2 * 2 + 1] = upper[pick];
+        }
+      }
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
         int sum[4] = {0, 0, 0, 0};
-        multiply_tile_of_bytes(sum, a[0], b[n][0]);
-        multiply_tile_of_bytes(sum, a[1], b[n][1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) multiply_tile_of_bytes(sum, a[i / 2][i % 2], b[n][i / 2]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) of_block[p][n][i] += sum[i] * scale[2 * p + i / 2];
       }
