@@ -4,7 +4,7 @@
 // Picks bytes by codes. Three bits of a code pick in a half of the book; where the fourth is set, the
 // instruction gives the sign of what they pick. That is -1 in the first half, all of which is negative,
 // and 0 in the second, which is positive with 1 added and picked by codes whose fourth bit is turned.
-// So the sum of both picks is what a code stands for, and products add it up.
+// So the sum of both picks is what a code stands for.
 class Book {
  public:
   DEVICE Book() {
@@ -23,6 +23,11 @@ class Book {
     lower[1] = pick_signed(second_[0], second_[1], turned);
     upper[0] = pick_signed(first_[0], first_[1], word >> 16);
     upper[1] = pick_signed(second_[0], second_[1], turned >> 16);
+  }
+
+  // What four codes stand for: the sum of both picks, byte by byte.
+  static DEVICE unsigned together(const unsigned (&picks)[2]) {
+    return ((picks[0] & 0x7f7f7f7fu) + picks[1]) ^ (picks[0] & 0x80808080u);
   }
 
  private:

@@ -44,16 +44,14 @@ DEVICE void convert_int4(const unsigned char* stack, const unsigned char* subsca
     for (int j = 0; j < 4; ++j) {
       unsigned lower[2], upper[2];
       book.read(words[i][j / 2], lower, upper);
+      const unsigned four = Book::together(j % 2 ? upper : lower);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         float values[2];
 #pragma unroll
-        for (int next = 0; next < 2; ++next) {
-          const int at = 8 * row + 16 * next;
-          const unsigned first = (j % 2 ? upper[0] : lower[0]) >> at & 255;
-          const unsigned second = (j % 2 ? upper[1] : lower[1]) >> at & 255;
-          values[next] = (float)(signed char)(first + second) * factors[2 * j + next];
-        }
+        for (int next = 0; next < 2; ++next)
+          values[next] =
+              (float)(signed char)(four >> (8 * row + 16 * next) & 255) * factors[2 * j + next];
         rows[row].pairs[j] = bfloats(values[0], values[1]);
       }
     }

@@ -80,6 +80,8 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
   constexpr int GROUPS = S::BLOCK / 32, TILES_OF_K = S::K / 32, IN_UNIT = S::UNIT / 32;
   constexpr int WORDS = S::BYTES / 4, OF_TEAM = Widths<S>::OF_TEAM, IN_ROW = OF_TEAM / S::BYTES;
   constexpr int STAGES = S::STAGES - 1, OF_STAGE = 16 * OF_TEAM, DIGITS = S::TERMS / 2;
+  // Few products add up both picks of a code more quickly than bytes are added.
+  constexpr int PICKS = TILES <= 4 ? 2 : 1;
   static_assert(STAGES <= GROUPS + 1, "scales are copied in the place of others that are read");
   // Without a sign, since a part of a number with one takes more instructions.
   const unsigned begin = (unsigned)((long long)share * TILES_OF_K / S::SHARES);
@@ -185,22 +187,23 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
     }
 #pragma unroll
     for (int p = 0; p < WORDS; ++p) {
-      unsigned a[2][2][4];  // [rows][pick][of the instruction]
+      unsigned a[2][PICKS][4];  // [rows][pick][of the instruction]
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         unsigned lower[2], upper[2];
         book.read(words[i][p], lower, upper);
 #pragma unroll
-        for (int pick = 0; pick < 2; ++pick) {
-          a[i / 2][pick][i % 2 * 2] = lower[pick];
-          a[i / 2][pick][i % 2 * 2 + 1] = upper[pick];
+        for (int pick = 0; pick < PICKS; ++pick) {
+          a[i / 2][pick][i % 2 * 2] = PICKS == 2 ? lower[pick] : Book::together(lower);
+          a[i / 2][pick][i % 2 * 2 + 1] = PICKS == 2 ? upper[pick] : Book::together(upper);
         }
       }
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
         int sum[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) multiply_tile_of_bytes(sum, a[i / 2][i % 2], b[n][i / 2]);
+        for (int i = 0; i < 2 * PICKS; ++i)
+          multiply_tile_of_bytes(sum, a[i / PICKS][i % PICKS], b[n][i / PICKS]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) of_block[p][n][i] += sum[i] * scale[2 * p + i / 2];
       }
