@@ -167,7 +167,7 @@ def test_experts(library, rng, case, how):
     found = []
     for backward in (False, True):
         options = {"backward": backward}
-        before = x.astype(gate_up.inputs[0]), *gate[:2], *up[:2], LAYER, indices, valid
+        before = x, *gate[:2], *up[:2], LAYER, indices, valid
         mixed, *_ = standin.run(library, gate_up, *before, **options)
         after = mixed, *down[:2], LAYER, indices, valid, weights
         out, parts = standin.run(library, of_down, *after, **options)

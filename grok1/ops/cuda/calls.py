@@ -125,7 +125,7 @@ def experts(
     )
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
-    hidden, *_ = call(gate_up, x.astype(gate_up.inputs[0]), *gate, *up, layer, indices, valid)
+    hidden, *_ = call(gate_up, x.astype(jnp.float32), *gate, *up, layer, indices, valid)
     out, _ = call(down_sum, hidden, *down, layer, indices, valid, expert_weights)
     return out
 

@@ -50,17 +50,13 @@ DEVICE float gelu(float x) {  // in its tanh form, as trained
   return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
-DEVICE void write_number(float* to, float value) { *to = value; }
-DEVICE void write_number(unsigned short* to, float value) { *to = bfloats(value, 0); }
-
-// Where hidden numbers go: to memory, at once; float32 or bfloat16.
-template <class X>
-struct Numbers {
-  X* hidden;
+// Where hidden numbers go: to memory, at once.
+struct Floats {
+  float* hidden;
 
   template <class Of>
   DEVICE void put(float value, long long row, int at, float*) const {
-    write_number(hidden + row * Of::N + at, value);
+    hidden[row * Of::N + at] = value;
   }
 
   template <class Of, int INPUTS>
@@ -201,18 +197,17 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
   }
 }
 
-// x and hidden numbers are float32 or bfloat16.
-template <class S, class X, class Y>
-DEVICE void gate_up(const X* x, const signed char* gate, const unsigned short* gate_scales,
+template <class S>
+DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
                     const signed char* up, const unsigned short* up_scales, const int* layer,
-                    const int* indices, const unsigned char* valid, Y* hidden,
+                    const int* indices, const unsigned char* valid, float* hidden,
                     float* parts = nullptr) {
   gate_up_of<S, Int8Matrix>(x, {gate, gate_scales}, {up, up_scales}, layer, indices, valid,
-                            Numbers<Y>{hidden}, parts);
+                            Floats{hidden}, parts);
 }
 
-template <class S, class Y>
-DEVICE void down(const Y* hidden, const signed char* down, const unsigned short* down_scales,
+template <class S>
+DEVICE void down(const float* hidden, const signed char* down, const unsigned short* down_scales,
                  const int* layer, const int* indices, const unsigned char* valid,
                  const float* weights, float* out, float* parts) {
   down_of<S, Int8Matrix>(hidden, {down, down_scales}, layer, indices, valid, weights, out, parts);

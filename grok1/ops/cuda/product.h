@@ -63,43 +63,6 @@ DEVICE void term_of(const float (&x)[4], int term, unsigned (&pair)[2]) {
   pair[1] = bfloats(left[2], left[3]);
 }
 
-// Four numbers of an input, and their terms.
-template <class X>
-struct Four;
-
-template <>
-struct Four<float> {
-  float numbers[4];
-
-  DEVICE void clear() { numbers[0] = numbers[1] = numbers[2] = numbers[3] = 0; }
-  DEVICE void set(int i, float number) { numbers[i] = number; }
-  DEVICE void read(const float* from) {
-    const float4 four = *reinterpret_cast<const float4*>(from);
-    numbers[0] = four.x, numbers[1] = four.y, numbers[2] = four.z, numbers[3] = four.w;
-  }
-  template <int TERMS>
-  DEVICE void term(int number, unsigned (&pair)[2]) const {
-    term_of<TERMS>(numbers, number, pair);
-  }
-};
-
-template <>
-struct Four<unsigned short> {  // of bfloat16, which is its own only term
-  unsigned pairs[2];
-
-  DEVICE void clear() { pairs[0] = pairs[1] = 0; }
-  DEVICE void set(int i, unsigned short bits) { pairs[i / 2] |= (unsigned)bits << 16 * (i % 2); }
-  DEVICE void read(const unsigned short* from) {
-    const uint2 both = *reinterpret_cast<const uint2*>(from);
-    pairs[0] = both.x, pairs[1] = both.y;
-  }
-  template <int TERMS>
-  DEVICE void term(int, unsigned (&pair)[2]) const {
-    static_assert(TERMS == 1, "bfloat16 has one term");
-    pair[0] = pairs[0], pair[1] = pairs[1];
-  }
-};
-
 // Turns int8 into bfloat16: |v| + 128, or v + 256 where the sign is set, less 128 or 256.
 struct Converter {
   unsigned plus, minus;
@@ -163,9 +126,9 @@ struct Rows {
 // S has K, N, G, BYTES, TERMS, STAGES, ACROSS, TEAMS and SHARES, of which `share` is one. `column` is
 // the team's first. Rows are walked by tiles of 16, which do not cross groups. Every thread of the
 // team calls it.
-template <class S, int TILES, class X>
+template <class S, int TILES>
 DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
-                     const unsigned short* scales, int column, const Rows<const X*>& inputs, int share,
+                     const unsigned short* scales, int column, const Rows<const float*>& inputs, int share,
                      unsigned char* ring) {
   constexpr int GROUP = S::K / S::G, IN_GROUP = (GROUP + 15) / 16, WORDS = S::BYTES / 4;
   constexpr int TILES_OF_K = IN_GROUP * S::G, IN_ROW = Widths<S>::OF_TEAM / S::BYTES;
@@ -189,7 +152,7 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
     to[i] = shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES;
   const Shared read_from =
       shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES;
-  const X* x[TILES];
+  const float* x[TILES];
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
     const int input = (8 * n + g) / S::TERMS;
@@ -210,18 +173,19 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
     }
     end_group();
   };
-  const auto read_inputs = [&](int tile, Four<X> (&four)[TILES]) {
+  const auto read_inputs = [&](int tile, float (&four)[TILES][4]) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
-      four[n].clear();
+      four[n][0] = four[n][1] = four[n][2] = four[n][3] = 0;
       if (x[n] == nullptr) continue;
       if constexpr (IS_WHOLE) {
-        four[n].read(x[n] + 16 * tile + 4 * t);
+        const float4 loaded = *reinterpret_cast<const float4*>(x[n] + 16 * tile + 4 * t);
+        four[n][0] = loaded.x, four[n][1] = loaded.y, four[n][2] = loaded.z, four[n][3] = loaded.w;
       } else {
         const int first = tile % IN_GROUP * 16 + 4 * t;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (first + i < GROUP) four[n].set(i, x[n][tile / IN_GROUP * GROUP + first + i]);
+          if (first + i < GROUP) four[n][i] = x[n][tile / IN_GROUP * GROUP + first + i];
       }
     }
   };
@@ -232,7 +196,7 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   for (int stage = 0; stage < S::STAGES - 1; ++stage) start(begin + stage, stage);
   int stage = 0, free = S::STAGES - 1;
   for (int tile = begin; tile < end; ++tile) {
-    Four<X> four[TILES];
+    float four[TILES][4];
     read_inputs(tile, four);
     wait_for_all_but<S::STAGES - 2>();
     // What the others have copied is there, and nobody reads the tile before any more.
@@ -246,7 +210,7 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
     unsigned b[TILES][2];
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) four[n].template term<S::TERMS>((8 * n + g) % S::TERMS, b[n]);
+    for (int n = 0; n < TILES; ++n) term_of<S::TERMS>(four[n], (8 * n + g) % S::TERMS, b[n]);
 #pragma unroll
     for (int j = 0; j < S::BYTES / 2; ++j) {
       const int word = j / 2, byte = 2 * j % 4;
@@ -340,8 +304,8 @@ struct Int8Matrix {
     return {values + number * S::K * S::N, scales + number * S::G * S::N};
   }
 
-  template <class S, int TILES, class X>
-  DEVICE void multiply_by(Sums<S::BYTES, TILES>& total, int column, const Rows<const X*>& inputs,
+  template <class S, int TILES>
+  DEVICE void multiply_by(Sums<S::BYTES, TILES>& total, int column, const Rows<const float*>& inputs,
                           int share, unsigned char* ring) const {
     multiply<S, TILES>(total, values, scales, column, inputs, share, ring);
   }

@@ -182,8 +182,6 @@ def experts(
         ("S", struct({**sizes, "Hidden": "H", "Out": "O"})),
     )
     headers = ("product.h", "experts.h")
-    of_x = "bfloat16" if precision == "bfloat16" else "float32"
-    between = "bfloat16" if of_hidden == "bfloat16" else "float32"
     weights = ("int8", "bfloat16")
     rows = tokens * selected
     return (
@@ -192,9 +190,9 @@ def experts(
             headers,
             structs,
             "gate_up<S>",
-            (of_x, *weights, *weights, "int32", "int32", "bool"),
+            ("float32", *weights, *weights, "int32", "int32", "bool"),
             (
-                Array((rows, gate.columns), between),
+                Array((rows, gate.columns), "float32"),
                 *(Array((2 * _parts(hidden), rows, gate.columns), "float32"),)
                 * (_parts(hidden) > 1),
             ),
@@ -208,7 +206,7 @@ def experts(
             headers,
             structs,
             "down<S>",
-            (between, *weights, "int32", "int32", "bool", "float32"),
+            ("float32", *weights, "int32", "int32", "bool", "float32"),
             (
                 Array((tokens, down.columns), "float32"),
                 Array((_parts(out), rows, down.columns), "float32"),
