@@ -86,9 +86,9 @@ def test_experts_of_prompts(library, case):
 BREAKS = [
     ("thread / 32 ^ t", "thread / 32"),
     ("piece ^ token % 8", "piece"),
-    ("free = S::STAGES - 2;", "free = S::STAGES - 1;"),
-    ("wait_for_products<1>();\n    }", "}"),
-    ("wait_for_all_but<S::STAGES - 3>();", ""),
+    ("start(tile + S::STAGES - 1, free);", "start(tile + S::STAGES - 1, stage);"),
+    ("wait_for_products<1>();", ""),
+    ("meet(Count<S::STAGES - 3>());", "barrier();"),
     ("tile % TILES_OF_GROUP == 0", "tile == 0"),
     ("tile.first = first_rows[expert] + before;", "tile.first = first_rows[expert];"),
     ("is_up ? j + HALF : j", "j"),

@@ -39,6 +39,11 @@ DEVICE bool find_tile(PromptTile& tile, const int* first_rows, const int* counts
   return false;
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // [product][8 tokens][of the instruction].
 template <int TOKENS>
 using PromptSums = float[2][TOKENS / 8][4];
@@ -101,8 +106,14 @@ DEVICE void multiply_slab(PromptSums<TOKENS>& sums, const signed char* matrix,
 #pragma unroll
       for (int k = 0; k < 4; ++k) sums[i][j][k] = 0;
 #pragma unroll
-  for (int stage = 0; stage < S::STAGES - 2; ++stage) start(stage, stage);
-  int stage = 0, free = S::STAGES - 2;
+  for (int stage = 0; stage < S::STAGES - 1; ++stage) start(stage, stage);
+  const auto meet = [&](auto under_way) {
+    wait_for_all_but<decltype(under_way)::value>();
+    show_tiles();
+    barrier();
+  };
+  meet(Count<S::STAGES - 2>());
+  int stage = 0, free = S::STAGES - 1;
   unsigned a[2][2][4];
   for (int tile = 0; tile < TILES; ++tile) {
     if (S::G > 1 && tile % TILES_OF_GROUP == 0) {
@@ -110,11 +121,6 @@ DEVICE void multiply_slab(PromptSums<TOKENS>& sums, const signed char* matrix,
 #pragma unroll
       for (int i = 0; i < 4; ++i) factors[i] = mine + i < S::N ? of[i] * 0x10001u : 0;
     }
-    wait_for_all_but<S::STAGES - 3>();
-    show_tiles();
-    // What all have copied is there, and nobody multiplies the tile before the last any more.
-    barrier();
-    start(tile + S::STAGES - 2, free);
     const Shared words = words_from + stage * STAGE_BYTES;
     const Shared inputs = ring + stage * STAGE_BYTES + 2 * SLAB_BYTES;
 #pragma unroll
@@ -125,6 +131,12 @@ DEVICE void multiply_slab(PromptSums<TOKENS>& sums, const signed char* matrix,
       for (int i = 0; i < 2; ++i) start_product<TOKENS>(sums[i], a[step % 2][i], inputs + step * 32);
       end_products();
       wait_for_products<1>();
+      if (step == 1) {
+        // While products are under way: what all have copied of the next tile is there, and nobody
+        // multiplies the one before any more, whose place another takes.
+        meet(Count<S::STAGES - 3>());
+        start(tile + S::STAGES - 1, free);
+      }
     }
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
     free = free + 1 == S::STAGES ? 0 : free + 1;
@@ -150,11 +162,6 @@ DEVICE void multiply_slab(PromptSums<TOKENS>& sums, const signed char* matrix,
 }
 
 // Calls run(Count<n>()) for the fewest tokens that a product can have.
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
 template <class Run>
 DEVICE void with_tokens(int count, Run run) {
   if (count <= 32) {

@@ -19,7 +19,7 @@ WEIGHTS = ("uint8", "uint8", "float16")
 _GROUP = 32  # rows of the products of integers
 _WIDE, _NARROW = 16, 8  # bytes of a row of codes that a lane takes
 _BUSY = 96  # blocks that keep the memory busy
-_BUSY_FOR_HIDDEN = 256  # the same, of gate and up; few more leave some to a second wave
+_BLOCKS_OF_HIDDEN = 128  # for each that is resident, of gate and up
 _LEAST_TILES = 4  # of 32 rows, for each team
 _WARPS = 4  # of a block that makes digits
 
@@ -76,8 +76,10 @@ class Cut(NamedTuple):
 
 def cuts(tiles: int) -> tuple[Cut, Cut]:
     """How gate and up are cut, and how down is, for so many tiles of inputs."""
-    if tiles <= 2:
-        return Cut(2, 2, 1, 3, 2), Cut(4, 1, 16, 3, 4)
+    if tiles == 1:
+        return Cut(4, 2, 1, 3, 1), Cut(2, 2, 16, 3, 4)
+    if tiles == 2:
+        return Cut(2, 2, 1, 3, 2), Cut(2, 2, 16, 3, 4)
     # What a multiprocessor's registers hold: more tiles leave them to fewer warps.
     resident = 2 if tiles <= 4 else 1
     return Cut(4, 1, 1, 4, resident), Cut(4, 1, 8, 3, resident + 1)
@@ -148,10 +150,12 @@ def experts(
     tiles = min(8, -(-inputs * digits // 4))
     first, second = cuts(tiles)
     # Of a narrow matrix blocks share the rows too, so that each still reads long pieces of them.
-    blocks = chosen * max(1, gate.columns // (8 * _WIDE * first.across))
-    shared = max(first.parts, _BUSY_FOR_HIDDEN // blocks)
-    hidden = _product(gate, tiles, digits, first._replace(parts=shared), chosen * shared)
+    blocks = min(chosen, 2) * max(1, gate.columns // (8 * _WIDE * first.across))
+    shared = max(first.parts, _BLOCKS_OF_HIDDEN * first.resident // blocks)
+    hidden = _product(gate, tiles, digits, first._replace(parts=shared), min(chosen, 2) * shared)
     out = _product(down, tiles, digits, second, _BUSY)
+    hidden["AT_ONCE"] = shapes.at_once(hidden, chosen, first.resident)
+    out["AT_ONCE"] = max(min(chosen, 2), shapes.at_once(out, chosen, second.resident))
     # Digits are made of the columns that a block has.
     out["UNIT"] = math.gcd(out["BLOCK"], 8 * hidden["BYTES"] * hidden["ACROSS"])
     structs = (
@@ -185,7 +189,7 @@ def experts(
                 *_arrays_of_digits(rows, down.rows, digits, out["UNIT"]),
                 *(Array((2 * of_hidden, rows, gate.columns), "float32"),) * (of_hidden > 1),
             ),
-            (hidden["COLUMN_TILES"], chosen * of_hidden),
+            (hidden["COLUMN_TILES"], hidden["AT_ONCE"] * of_hidden),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
             resident=first.resident,
@@ -200,7 +204,7 @@ def experts(
                 Array((tokens, down.columns), "float32"),
                 Array((parts, rows, down.columns), "float32"),
             ),
-            (out["COLUMN_TILES"], chosen * parts),
+            (out["COLUMN_TILES"], out["AT_ONCE"] * parts),
             _threads(out),
             shared_bytes=_shared_bytes(out),
             resident=second.resident,
