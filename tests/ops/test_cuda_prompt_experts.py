@@ -86,7 +86,7 @@ def test_experts_of_prompts(library, case):
 BREAKS = [
     ("thread / 32 ^ t", "thread / 32"),
     ("piece ^ token % 8", "piece"),
-    ("start(tile + S::STAGES - 1, free);", "start(tile + S::STAGES - 1, stage);"),
+    ("        start(tile + S::STAGES - 1, free)", "start(tile + S::STAGES - 1, stage)"),
     ("wait_for_products<1>();", ""),
     ("meet(Count<S::STAGES - 3>());", "barrier();"),
     ("tile % TILES_OF_GROUP == 0", "tile == 0"),
