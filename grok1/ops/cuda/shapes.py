@@ -24,6 +24,7 @@ Precision = Literal["bfloat16", "split", "float32"]
 _WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
 _BUSY = 96  # blocks that keep the memory busy
 _MULTIPROCESSORS = 132
+_IN_TURNS = (1, 2)  # tiles of inputs with which experts are read a few at a time
 _ACROSS = 4  # warps of a team, side by side
 _LEAST_TILES = 6  # of 16 rows, for each team
 
@@ -135,6 +136,8 @@ def at_once(product: dict, chosen: int, resident: int) -> int:
       chosen: How many experts there are.
       resident: Blocks that a multiprocessor holds at once.
     """
+    if product["TILES"] not in _IN_TURNS:
+        return chosen
     blocks = product["COLUMN_TILES"] * (product["SHARES"] // product["TEAMS"])
     return min(chosen, max(1, round(_MULTIPROCESSORS * resident / blocks)))
 
