@@ -12,10 +12,10 @@ CHUNK_LENGTHS = (16, 64, 256, 1024)
 CHUNK_TOKENS = 4096
 """Most tokens, over all rows, that one chunk computes at a time."""
 
-LONG_CHUNK_LENGTHS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)
+LONG_CHUNK_LENGTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Those of prompts of which nothing but the cache is wanted, on GPUs.
 
-There an expert's matrix is converted for a chunk, which pays for hundreds of rows an expert.
+There a chunk of hundreds of tokens takes little longer than one of 64, for both read every expert.
 """
 
 LONG_CHUNK_TOKENS = 8192

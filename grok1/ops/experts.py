@@ -191,11 +191,13 @@ def experts_sparse(
 def _is_not_grouped(x, weights, index, routing, valid) -> str | None:
     if not all(map(is_quantized, weights)):
         return "it reads quantised weights"
+    return _is_not_of_many(x, shapes.MOST_ROWS)
+
+
+def _is_not_of_many(x, few: int) -> str | None:
     if x.dtype != jnp.bfloat16:
         return f"its products are of bfloat16, not {x.dtype}"
-    if len(x) <= shapes.MOST_ROWS:
-        return f"it is for more than {shapes.MOST_ROWS} tokens, not {len(x)}"
-    return None
+    return None if len(x) > few else f"it is for more than {few} tokens, not {len(x)}"
 
 
 @forms.form("experts", "grouped", refuses=_is_not_grouped)
@@ -227,7 +229,7 @@ def _is_not_for_tiles(x, weights, index, routing, valid) -> str | None:
         return "its CUDA kernels are not available here"
     if not all(isinstance(weight, QuantizedArray) for weight in weights):
         return "it reads int8 weights"
-    reason = _is_not_grouped(x, weights, index, routing, valid)
+    reason = _is_not_of_many(x, shapes_of_prompts.MOST_FEW)
     if reason is not None:
         return reason
     gate, up, down = (calls.matrix_of((weight.values, weight.scales)) for weight in weights)

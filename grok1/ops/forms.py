@@ -27,7 +27,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     "project": {"cuda": ("cuda", "converted", "one_by_one"), "default": ("one_by_one",)},
     "experts": {
         "cpu": ("cpp", "sparse"),
-        "cuda": ("cuda", "cuda_int4", "cuda_tiles", "grouped", "sparse"),
+        "cuda": ("cuda_tiles", "cuda", "cuda_int4", "grouped", "sparse"),
         "default": ("sparse",),
     },
     "attend_cache": {

@@ -186,6 +186,27 @@ def test_on_nvidia_gpus_logits_of_several_rows_come_from_tensor_cores():
         assert reason == "it takes an NVIDIA device of compute capability 8.0, on which kernels run"
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype", "expected"),
+    [
+        (32, jnp.bfloat16, "cuda"),
+        (33, jnp.bfloat16, "cuda_tiles"),
+        (2048, jnp.bfloat16, "cuda_tiles"),
+        (64, jnp.float32, "cuda"),
+        (65, jnp.float32, "sparse"),
+    ],
+)
+def test_experts_of_many_tokens_run_by_tiles_where_there_are_kernels(num_tokens, dtype, expected):
+    stack = quantize(jnp.ones((4, 64, 64)))
+    x, valid = jnp.ones((num_tokens, 64), dtype), jnp.ones(num_tokens, bool)
+    choice = choose_experts(jnp.ones((num_tokens, 4)), 2)
+    arguments = x, ExpertWeights(stack, stack, stack), (), choice, valid
+    with presence.assumed():
+        assert forms.chosen("experts", "cuda", *arguments) == expected
+    with presence.assumed(frozenset(presence.OPERATIONS) - {"experts_prompt"}):
+        assert forms.chosen("experts", "cuda", *arguments) != "cuda_tiles"
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_on_nvidia_gpus_many_rows_of_bfloat16_are_multiplied_by_copies(dtype):
     stack = quantize(jnp.ones((4, 8, 8)))

@@ -11,7 +11,6 @@ struct Chosen {
   static constexpr int ROWS = S::M * S::A;
   int indices[ROWS];
   int rows[ROWS];
-  int number;
   int expert;
   int count;
 };
@@ -42,7 +41,7 @@ DEVICE void find_expert(Chosen<S>& chosen, int number) {
       if (is_mine) chosen.rows[count + count_bits(all & ((1u << lane) - 1))] = i;
       count += count_bits(all);
     }
-    if (lane == 0) chosen.number = number, chosen.expert = expert, chosen.count = count;
+    if (lane == 0) chosen.expert = expert, chosen.count = count;
   }
   barrier();
 }
@@ -66,8 +65,7 @@ struct Floats {
 
 // hidden[row] = gelu(x gate) * (x up). Half of the teams each for gate and up. Of the parts that share
 // the rows of the matrices the last one adds up what all have written to `parts`, of gate, then of up,
-// for each row. Blocks take AT_ONCE experts after the other: memory is at its best where blocks that run
-// together read the same rows. Grid: tiles of columns, parts of each of AT_ONCE experts.
+// for each row. Grid: tiles of columns, parts of each expert.
 template <class S, class Weight, class X, class Hidden>
 DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* layer,
                        const int* indices, const unsigned char* valid, const Hidden& hidden,
@@ -80,81 +78,78 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
   __shared__ int tokens[INPUTS];
   DYNAMIC_SHARED(ring);
   read_indices<S>(chosen, indices, valid);
+  find_expert<S>(chosen, blockIdx.y / PARTS);
+  if (chosen.count == 0) return;
   const int in_all = threadIdx.x / Widths<Of>::THREADS, team = in_all % Of::TEAMS;
   const bool is_up = in_all >= Of::TEAMS;
   const int part = blockIdx.y % PARTS, column = blockIdx.x * WIDTH;
+  const long long expert = (long long)layer[0] * S::E + chosen.expert;
+  const Weight matrix = (is_up ? up : gate).template of<Of>(expert);
   float* ups = reinterpret_cast<float*>(ring);
   const auto part_of = [&](bool of_up, int of, int row) {
     return parts + ((long long)(of_up * PARTS + of) * Chosen<S>::ROWS + row) * Of::N;
   };
-  find_expert<S>(chosen, blockIdx.y / PARTS);
-  for (; chosen.count > 0; find_expert<S>(chosen, chosen.number + Of::AT_ONCE)) {
-    const long long expert = (long long)layer[0] * S::E + chosen.expert;
-    const Weight matrix = (is_up ? up : gate).template of<Of>(expert);
-    for (int first = 0; first < chosen.count; first += INPUTS) {
-      const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
-      if (threadIdx.x < count) tokens[threadIdx.x] = chosen.rows[first + threadIdx.x] / S::A;
-      barrier();
-      with_tiles<Of>(count, [&](auto tiles) {
-        constexpr int TILES = decltype(tiles)::count;
-        typename Weight::template Total<Of, TILES> sums;
-        const Rows<X> inputs = {x, tokens, count};
-        matrix.template multiply_by<Of, TILES>(sums, column, inputs, part * Of::TEAMS + team,
-                                               ring + in_all * Widths<Of>::RING);
-        add_up<Of>(sums, team,
-                   reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
-        if constexpr (PARTS > 1) {
-          if (team > 0) return;
+  for (int first = 0; first < chosen.count; first += INPUTS) {
+    const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
+    if (threadIdx.x < count) tokens[threadIdx.x] = chosen.rows[first + threadIdx.x] / S::A;
+    barrier();
+    with_tiles<Of>(count, [&](auto tiles) {
+      constexpr int TILES = decltype(tiles)::count;
+      typename Weight::template Total<Of, TILES> sums;
+      const Rows<X> inputs = {x, tokens, count};
+      matrix.template multiply_by<Of, TILES>(sums, column, inputs, part * Of::TEAMS + team,
+                                             ring + in_all * Widths<Of>::RING);
+      add_up<Of>(sums, team,
+                 reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
+      if constexpr (PARTS > 1) {
+        if (team > 0) return;
+        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+          part_of(is_up, part, chosen.rows[first + input])[at] = value;
+        });
+      } else {
+        if (is_up && team == 0) {
           Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-            part_of(is_up, part, chosen.rows[first + input])[at] = value;
+            ups[(at - column) * INPUTS + input] = value;
           });
-        } else {
-          if (is_up && team == 0) {
-            Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-              ups[(at - column) * INPUTS + input] = value;
-            });
-          }
-          barrier();
-          if (!is_up && team == 0) {
-            Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-              const long long row = chosen.rows[first + input];
-              float* place = ups + (at - column) * INPUTS + input;
-              hidden.template put<Of>(gelu(value) * *place, row, at, place);
-            });
-          }
-          hidden.template finish<Of, INPUTS>(ups, column, chosen.rows + first, count);
-          barrier();
         }
-      });
-    }
-    if constexpr (PARTS > 1) {
-      constexpr int TILES = S::CHOSEN * Of::COLUMN_TILES;
-      if (!is_last_of<Of, TILES>(chosen.number * Of::COLUMN_TILES + blockIdx.x, PARTS)) continue;
-      for (int first = 0; first < chosen.count; first += INPUTS) {
-        const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
-        for (int i = threadIdx.x; i < count * WIDTH; i += blockDim.x) {
-          const int input = i / WIDTH, at = column + i % WIDTH, row = chosen.rows[first + input];
-          if (at >= Of::N) continue;
-          float of_gate = 0, of_up = 0;
-#pragma unroll
-          for (int of = 0; of < PARTS; ++of) {
-            of_gate += read_published(part_of(false, of, row) + at);
-            of_up += read_published(part_of(true, of, row) + at);
-          }
-          float* place = ups + (at - column) * INPUTS + input;
-          hidden.template put<Of>(gelu(of_gate) * of_up, row, at, place);
+        barrier();
+        if (!is_up && team == 0) {
+          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+            const long long row = chosen.rows[first + input];
+            float* place = ups + (at - column) * INPUTS + input;
+            hidden.template put<Of>(gelu(value) * *place, row, at, place);
+          });
         }
         hidden.template finish<Of, INPUTS>(ups, column, chosen.rows + first, count);
         barrier();
       }
+    });
+  }
+  if constexpr (PARTS > 1) {
+    constexpr int TILES = S::CHOSEN * Of::COLUMN_TILES;
+    if (!is_last_of<Of, TILES>(blockIdx.y / PARTS * Of::COLUMN_TILES + blockIdx.x, PARTS)) return;
+    for (int first = 0; first < chosen.count; first += INPUTS) {
+      const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
+      for (int i = threadIdx.x; i < count * WIDTH; i += blockDim.x) {
+        const int input = i / WIDTH, at = column + i % WIDTH, row = chosen.rows[first + input];
+        if (at >= Of::N) continue;
+        float of_gate = 0, of_up = 0;
+#pragma unroll
+        for (int of = 0; of < PARTS; ++of) {
+          of_gate += read_published(part_of(false, of, row) + at);
+          of_up += read_published(part_of(true, of, row) + at);
+        }
+        float* place = ups + (at - column) * INPUTS + input;
+        hidden.template put<Of>(gelu(of_gate) * of_up, row, at, place);
+      }
+      hidden.template finish<Of, INPUTS>(ups, column, chosen.rows + first, count);
+      barrier();
     }
-    if constexpr (Of::AT_ONCE >= S::CHOSEN) break;
-    barrier();
   }
 }
 
 // out[token] = the sum of weight * (hidden[row] down) over the token's rows, of which blocks write
-// parts: by a part of the matrix's rows, for each row. Grid: as of gate_up.
+// parts: by a part of the matrix's rows, for each row. Grid: tiles of columns, parts of each expert.
 template <class S, class Weight, class X>
 DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* indices,
                     const unsigned char* valid, const float* weights, float* out, float* parts) {
@@ -164,35 +159,31 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
   __shared__ Chosen<S> chosen;
   DYNAMIC_SHARED(ring);
   read_indices<S>(chosen, indices, valid);
+  find_expert<S>(chosen, blockIdx.y / PARTS);
   const int team = threadIdx.x / Widths<Of>::THREADS, part = blockIdx.y % PARTS;
   const int column = blockIdx.x * WIDTH;
+  const long long expert = (long long)layer[0] * S::E + chosen.expert;
   const auto part_of = [&](int of, int row) {
     return parts + ((long long)of * Chosen<S>::ROWS + row) * Of::N;
   };
-  find_expert<S>(chosen, blockIdx.y / PARTS);
-  for (; chosen.count > 0; find_expert<S>(chosen, chosen.number + Of::AT_ONCE)) {
-    const long long expert = (long long)layer[0] * S::E + chosen.expert;
-    for (int first = 0; first < chosen.count; first += INPUTS) {
-      const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
-      with_tiles<Of>(count, [&](auto tiles) {
-        constexpr int TILES = decltype(tiles)::count;
-        typename Weight::template Total<Of, TILES> sums;
-        const Rows<X> inputs = {hidden, chosen.rows + first, count};
-        down.template of<Of>(expert).template multiply_by<Of, TILES>(
-            sums, column, inputs, part * Of::TEAMS + team, ring + team * Widths<Of>::RING);
-        add_up<Of>(sums, team, reinterpret_cast<float*>(ring));
-        if (team == 0) {
-          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-            const int row = chosen.rows[first + input];
-            part_of(part, row)[at] = weights[row] * value;
-          });
-        }
-      });
-    }
-    if constexpr (Of::AT_ONCE >= S::CHOSEN) break;
-    barrier();
+  for (int first = 0; first < chosen.count; first += INPUTS) {
+    const int count = chosen.count - first < INPUTS ? chosen.count - first : INPUTS;
+    with_tiles<Of>(count, [&](auto tiles) {
+      constexpr int TILES = decltype(tiles)::count;
+      typename Weight::template Total<Of, TILES> sums;
+      const Rows<X> inputs = {hidden, chosen.rows + first, count};
+      down.template of<Of>(expert).template multiply_by<Of, TILES>(
+          sums, column, inputs, part * Of::TEAMS + team, ring + team * Widths<Of>::RING);
+      add_up<Of>(sums, team, reinterpret_cast<float*>(ring));
+      if (team == 0) {
+        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+          const int row = chosen.rows[first + input];
+          part_of(part, row)[at] = weights[row] * value;
+        });
+      }
+    });
   }
-  if (!is_last_of<Of>(blockIdx.x, Of::AT_ONCE * PARTS)) return;
+  if (!is_last_of<Of>(blockIdx.x, S::CHOSEN * PARTS)) return;
   for (int i = threadIdx.x; i < S::M * WIDTH; i += blockDim.x) {
     const int token = i / WIDTH, at = column + i % WIDTH;
     if (at >= Of::N) continue;

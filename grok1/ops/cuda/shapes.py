@@ -23,8 +23,7 @@ Precision = Literal["bfloat16", "split", "float32"]
 
 _WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
 _BUSY = 96  # blocks that keep the memory busy
-_MULTIPROCESSORS = 132
-_IN_TURNS = (1, 2)  # tiles of inputs with which experts are read a few at a time
+_FULL = 128  # blocks, about one for each multiprocessor
 _ACROSS = 4  # warps of a team, side by side
 _LEAST_TILES = 6  # of 16 rows, for each team
 
@@ -122,24 +121,10 @@ def _product(
     }
 
 
-def _parts_of_hidden(gate: Matrix) -> int:
+def _parts_of_hidden(gate: Matrix, chosen: int) -> int:
     """How many blocks share the rows of gate and up: one, where columns make enough blocks."""
-    blocks = 2 * max(1, gate.columns // (8 * _WIDE * _ACROSS))  # of two experts
-    return 1 if blocks >= _BUSY else -(-_BUSY // blocks)
-
-
-def at_once(product: dict, chosen: int, resident: int) -> int:
-    """How many experts are read at the same time: as many as blocks of which run together.
-
-    Args:
-      product: How a block multiplies.
-      chosen: How many experts there are.
-      resident: Blocks that a multiprocessor holds at once.
-    """
-    if product["TILES"] not in _IN_TURNS:
-        return chosen
-    blocks = product["COLUMN_TILES"] * (product["SHARES"] // product["TEAMS"])
-    return min(chosen, max(1, round(_MULTIPROCESSORS * resident / blocks)))
+    blocks = chosen * max(1, gate.columns // (8 * _WIDE * _ACROSS))
+    return 1 if blocks >= _BUSY else -(-_FULL // blocks)
 
 
 def _column_tiles(product: dict) -> int:
@@ -180,16 +165,14 @@ def experts(
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
     tiles = _tiles_of(precision, inputs)
     cut = _Cut(2, 1, 3) if tiles == 1 else _Cut(1, 1, 4)
-    parts = _parts_of_hidden(gate)
-    hidden = _product(gate, inputs, precision, tiles, cut._replace(parts=parts), 2 * parts)
-    hidden["AT_ONCE"] = at_once(hidden, chosen, 1 if tiles == 1 else 2)
+    parts = _parts_of_hidden(gate, chosen)
+    hidden = _product(gate, inputs, precision, tiles, cut._replace(parts=parts), chosen * parts)
     of_hidden: Precision = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
     tiles = _tiles_of(of_hidden, inputs)
     cut = _Cut(1, 16, 4) if tiles == 1 else _Cut(1, 8, 6)
     out = _product(down, inputs, of_hidden, tiles, cut)
-    out["AT_ONCE"] = at_once(out, chosen, 3)
     sizes = {"M": tokens, "A": selected, "E": num_experts, "CHOSEN": chosen}
     structs = (
         ("H", struct(hidden)),
@@ -211,7 +194,7 @@ def experts(
                 *(Array((2 * _parts(hidden), rows, gate.columns), "float32"),)
                 * (_parts(hidden) > 1),
             ),
-            (_column_tiles(hidden), hidden["AT_ONCE"] * _parts(hidden)),
+            (_column_tiles(hidden), chosen * _parts(hidden)),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
             resident=2 if hidden["TEAMS"] == 1 else 1,
@@ -226,10 +209,9 @@ def experts(
                 Array((tokens, down.columns), "float32"),
                 Array((_parts(out), rows, down.columns), "float32"),
             ),
-            (_column_tiles(out), out["AT_ONCE"] * _parts(out)),
+            (_column_tiles(out), chosen * _parts(out)),
             _threads(out),
             shared_bytes=_shared_bytes(out),
-            resident=1 if tiles == 1 else 3,
         ),
     )
 

@@ -150,12 +150,10 @@ def experts(
     tiles = min(8, -(-inputs * digits // 4))
     first, second = cuts(tiles)
     # Of a narrow matrix blocks share the rows too, so that each still reads long pieces of them.
-    blocks = min(chosen, 2) * max(1, gate.columns // (8 * _WIDE * first.across))
+    blocks = chosen * max(1, gate.columns // (8 * _WIDE * first.across))
     shared = max(first.parts, _BLOCKS_OF_HIDDEN * first.resident // blocks)
-    hidden = _product(gate, tiles, digits, first._replace(parts=shared), min(chosen, 2) * shared)
+    hidden = _product(gate, tiles, digits, first._replace(parts=shared), chosen * shared)
     out = _product(down, tiles, digits, second, _BUSY)
-    hidden["AT_ONCE"] = shapes.at_once(hidden, chosen, first.resident)
-    out["AT_ONCE"] = max(min(chosen, 2), shapes.at_once(out, chosen, second.resident))
     # Digits are made of the columns that a block has.
     out["UNIT"] = math.gcd(out["BLOCK"], 8 * hidden["BYTES"] * hidden["ACROSS"])
     structs = (
@@ -189,7 +187,7 @@ def experts(
                 *_arrays_of_digits(rows, down.rows, digits, out["UNIT"]),
                 *(Array((2 * of_hidden, rows, gate.columns), "float32"),) * (of_hidden > 1),
             ),
-            (hidden["COLUMN_TILES"], hidden["AT_ONCE"] * of_hidden),
+            (hidden["COLUMN_TILES"], chosen * of_hidden),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
             resident=first.resident,
@@ -204,7 +202,7 @@ def experts(
                 Array((tokens, down.columns), "float32"),
                 Array((parts, rows, down.columns), "float32"),
             ),
-            (out["COLUMN_TILES"], out["AT_ONCE"] * parts),
+            (out["COLUMN_TILES"], chosen * parts),
             _threads(out),
             shared_bytes=_shared_bytes(out),
             resident=second.resident,

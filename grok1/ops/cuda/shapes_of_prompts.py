@@ -4,6 +4,9 @@ from grok1.ops.cuda.kernel import Array, Kernel, struct
 from grok1.ops.cuda.shapes import Matrix
 from grok1.ops.cuda.shapes_of_rows import Heads
 
+MOST_FEW = 32
+"""Tokens whose experts are not run by tiles, of which they would fill next to nothing."""
+
 _SIZES = (64, 128)  # of a head: rows of a tile are whole lines of the banks
 _KEYS = 64  # of a tile; two of keys and two of values are in shared memory
 _WARPS = 4  # each with 16 rows; the quickest of those that were measured on an H200
