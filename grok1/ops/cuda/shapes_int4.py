@@ -77,7 +77,7 @@ class Cut(NamedTuple):
 def cuts(tiles: int) -> tuple[Cut, Cut]:
     """How gate and up are cut, and how down is, for so many tiles of inputs."""
     if tiles == 1:
-        return Cut(4, 2, 1, 3, 1), Cut(2, 2, 16, 3, 4)
+        return Cut(2, 2, 1, 4, 2), Cut(2, 2, 16, 3, 4)
     if tiles == 2:
         return Cut(2, 2, 1, 3, 2), Cut(2, 2, 16, 3, 4)
     # What a multiprocessor's registers hold: more tiles leave them to fewer warps.
