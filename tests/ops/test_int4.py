@@ -95,6 +95,54 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it():
         np.testing.assert_array_equal(rows, together[:num_rows])
 
 
+@pytest.mark.parametrize("num_rows", [2, 19])
+def test_rows_of_any_size_and_with_a_few_large_numbers(num_rows):
+    if not forms.has_kernels("cpu"):
+        pytest.skip("no compiler here")
+    weight, expected = drawn(512, 100)
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(num_rows, 512)).astype(np.float32)
+    x[:, rng.integers(0, 512, 9)] *= 1000
+    x *= 10.0 ** np.linspace(-28, 28, num_rows, dtype=np.float32)[:, None]
+    found = matmul(jnp.asarray(x), jax.tree.map(jnp.asarray, weight), implementation="cpp")
+    for row, exact in zip(np.asarray(found), x.astype(float) @ expected, strict=True):
+        assert relative_error(row, exact) <= 2e-6
+
+
+def test_numbers_that_three_digits_hold_give_exact_products():
+    if not forms.has_kernels("cpu"):
+        pytest.skip("no compiler here")
+    weight, expected = drawn(64, 70)
+    weight = weight._replace(scales=np.ones_like(weight.scales))
+    expected = np.round(expected / drawn(64, 70)[0].scales.astype(float))
+    # The largest and the smallest of each digit, and what carries into the next.
+    edges = [0x7F7F7F, -0x7F7F7F, 0x7F7F80, -0x808080, 0x3FFFFF, -0x400000, 128, -129, 0x8080, 1]
+    for edge in edges:
+        x = np.zeros((2, 64), np.float32)
+        x[0, 7] = x[1, 38] = edge
+        found = matmul(jnp.asarray(x), jax.tree.map(jnp.asarray, weight), implementation="cpp")
+        exact = (x.astype(float) @ expected).astype(np.float32)
+        np.testing.assert_allclose(np.asarray(found), exact, rtol=2e-7)
+
+
+def test_a_row_that_is_no_number_leaves_the_others_as_they_are():
+    if not forms.has_kernels("cpu"):
+        pytest.skip("no compiler here")
+    weight, _ = drawn(512, 40)
+    on_device = jax.tree.map(jnp.asarray, weight)
+    x = np.random.default_rng(7).normal(size=(14, 512)).astype(np.float32)
+    spoilt = x.copy()
+    spoilt[3, 100], spoilt[8, 511], spoilt[12] = np.nan, -np.inf, 0
+    before, after = (
+        np.asarray(matmul(jnp.asarray(rows), on_device, implementation="cpp"))
+        for rows in (x, spoilt)
+    )
+    assert not np.isfinite(after[[3, 8]]).any()
+    assert not after[12].any()
+    others = np.delete(np.arange(14), [3, 8, 12])
+    np.testing.assert_array_equal(after[others], before[others])
+
+
 def test_bfloat16_inputs_meet_values_that_are_exact():
     weight, expected = drawn(512, 64)
     x = np.random.default_rng(5).normal(size=(4, 512)).astype(jnp.bfloat16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grok1.nn import unembedding  # registers the forms of logits  # noqa: F401
-from grok1.ops import forms
+from grok1.ops import forms, int4
 from grok1.ops.cpu import bindings
 from grok1.ops.experts import ExpertWeights, experts
 from grok1.ops.quantized import QuantizedArray
@@ -88,6 +88,28 @@ def test_experts(num_experts, width, hidden):
 
     # Uneven, so that one of a token's experts has few rows and the other many.
     logits = normal(3, NUM_ROWS, num_experts) + 0.7 * np.arange(num_experts, dtype=np.float32)
+    assert_rows_are_alike(run, normal(4, NUM_ROWS, width), logits)
+
+
+# Groups of 32 rows and, in blocks of 136 and 200, of 8.
+@pytest.mark.parametrize(("width", "hidden"), [(256, 2112), (136, 200)])
+def test_experts_in_four_bits(width, hidden):
+    random = np.random.default_rng(0)
+
+    def drawn(rows, columns):
+        blocks = int4.num_blocks(rows)
+        codes = random.integers(0, 256, (2, rows // 2, columns)).astype(np.uint8)
+        subscales = random.integers(0, 256, (2, int4.CODE_ROWS * blocks, columns)).astype(np.uint8)
+        scales = random.uniform(0.5, 1, (2, blocks, columns)).astype(np.float16) / rows
+        return int4.Int4Array(*map(jnp.asarray, (codes, subscales, scales)))
+
+    stack = ExpertWeights(drawn(width, hidden), drawn(width, hidden), drawn(hidden, width))
+
+    def run(x, logits):
+        routing = choose_experts(logits, 1)
+        return experts(x, stack, (), routing, jnp.ones(len(x), bool), implementation="cpp")
+
+    logits = normal(3, NUM_ROWS, 2) + 0.7 * np.arange(2, dtype=np.float32)
     assert_rows_are_alike(run, normal(4, NUM_ROWS, width), logits)
 
 

@@ -86,6 +86,7 @@ struct Slice {
       }
     }
     activate(gate, up, num_rows, width, hidden);
+    prepare(expert->down, hidden, num_rows, width);
     num_done.fetch_add(1, std::memory_order_release);
   }
 
@@ -155,6 +156,7 @@ void run_few(xla::ffi::ThreadPool& pool, const std::vector<Expert<Matrix>>& expe
     float* packed = take(num_rows * depth);
     auto row = [&](int64_t m) { return x + rows[e][m].token * depth; };
     pack_rows(row, num_rows, depth, packed);
+    prepare(experts[e].gate, packed, num_rows, depth);
     float* segments = take(num_down * num_rows * depth);
     results.push_back({&rows[e], segments, num_down, depth});
     for (int64_t begin = 0; begin < hidden_size; begin += width_of(e), ++slice) {
@@ -212,8 +214,10 @@ void run_many(xla::ffi::ThreadPool& pool, const Expert<Matrix>& expert,
   for (int64_t pass = 0; pass < num_passes; ++pass) {
     int64_t first = total * pass / num_passes, num_rows = total * (pass + 1) / num_passes - first;
     auto row = [&](int64_t m) { return x + dispatched[first + m].token * depth; };
-    run_units(pool, num_blocks(num_rows),
-              [&](int64_t block) { pack_block(row, num_rows, block, depth, packed); });
+    run_units(pool, num_blocks(num_rows), [&](int64_t block) {
+      pack_block(row, num_rows, block, depth, packed);
+      prepare(expert.gate, packed + block * kMaxRows * depth, rows_of_block(num_rows, block), depth);
+    });
 
     auto num_units = [](int64_t columns) { return (columns + kManyColumns - 1) / kManyColumns; };
     run_units(pool, num_units(hidden_size), [&](int64_t unit) {
@@ -228,8 +232,9 @@ void run_many(xla::ffi::ThreadPool& pool, const Expert<Matrix>& expert,
       multiply(expert.up, up_segment, column, width, rows_of_pass, segment, up, width);
       for (int64_t block = 0; block < num_blocks(num_rows); ++block) {
         int64_t start = block * kMaxRows, rows = rows_of_block(num_rows, block);
-        activate(gate + start * width, up + start * width, rows, width,
-                 hidden + start * hidden_size + column * rows);
+        float* of_block = hidden + start * hidden_size + column * rows;
+        activate(gate + start * width, up + start * width, rows, width, of_block);
+        prepare(expert.down, of_block, rows, width);
       }
     });
     run_units(pool, num_units(depth), [&](int64_t unit) {

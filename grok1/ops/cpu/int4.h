@@ -1,7 +1,8 @@
 // Products of float32 rows with a rectangle of a 4-bit matrix, on one thread.
 //
-// A group of weight rows at a time is multiplied by all input rows, few or many, see codes.h: what
-// a row gives does not depend on how many there are.
+// A group of weight rows at a time is multiplied by all input rows, few or many: by floats, see
+// codes.h, or in integers where the processor sums up products of bytes, see digits.h. What a row
+// gives does not depend on how many there are.
 
 #pragma once
 
@@ -10,6 +11,7 @@
 #include <cstring>
 
 #include "codes.h"
+#include "digits.h"
 #include "product.h"
 
 namespace grok1 {
@@ -154,10 +156,45 @@ inline Numbers numbers_of(const Inputs& packed, int64_t pass, const Part& part, 
   return {some, rows};
 }
 
+#if defined(GROK1_DIGITS)
+// As multiply_group, in digits. Segments begin and end where groups of so many rows do.
+inline void multiply_in_digits(const Codes& codes, const Part& part, const Inputs& packed,
+                               float* out, int64_t out_stride, Fetcher& fetcher) {
+  const int64_t passes = packed.x_depth > 0 ? packed.num_passes() : 1;
+  const bool is_edge = part.width < codes.columns;
+  Fours fours;
+  for (int64_t column = 0; column < codes.columns; column += kCodeColumns) {
+    int64_t m = 0;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const Digits* x = reinterpret_cast<const Digits*>(packed.numbers(pass, part.group).x);
+      const int64_t end = pass + 1 < passes ? packed.first_of(pass + 1) : packed.num_rows;
+      for (; m < end; ++m, ++x) {
+        float sums[kCodeColumns], *of_row = out + m * out_stride + column;
+        float* to = is_edge ? sums : of_row;
+        if (is_edge) std::copy_n(of_row, part.width, sums);
+        if (m > 0) {
+          multiply_fours(fours, *x, codes.scale + column, to);
+        } else if (packed.num_rows > 1) {
+          multiply_first<true>(codes, column, *x, fours, to, fetcher);
+        } else {
+          multiply_first<false>(codes, column, *x, fours, to, fetcher);
+        }
+        if (is_edge) std::copy_n(sums, part.width, of_row);
+      }
+    }
+  }
+}
+#endif
+
 // out[num_rows, width] += scale * (x @ values). The codes are of as many columns, or of
 // kCodeColumns.
 inline void multiply_group(const Codes& codes, const Part& part, const Inputs& packed, float* out,
                            int64_t out_stride, Fetcher& fetcher) {
+#if defined(GROK1_DIGITS)
+  if (2 * codes.pairs == kDigitRows) {
+    return multiply_in_digits(codes, part, packed, out, out_stride, fetcher);
+  }
+#endif
   const int64_t depth = 2 * codes.pairs, passes = packed.num_passes();
   const bool is_direct = packed.num_rows <= kMostDirect, is_edge = part.width < codes.columns;
   const int64_t step = is_direct ? codes.columns : kCodeColumns;
@@ -230,6 +267,14 @@ inline void multiply_packed(const Int4Matrix& matrix, int64_t begin, int64_t end
       multiply_edge(codes, part, packed, out + first + whole, out_stride, fetcher);
     }
   }
+}
+
+// As for int8 matrices, in product.h: groups of as many rows as digits are for take these.
+inline void prepare([[maybe_unused]] const Int4Matrix& matrix, [[maybe_unused]] float* packed,
+                    [[maybe_unused]] int64_t num_rows, [[maybe_unused]] int64_t depth) {
+#if defined(GROK1_DIGITS)
+  if (matrix.group == kDigitRows) replace_by_digits(packed, num_rows, depth);
+#endif
 }
 
 // As for int8 matrices, in product.h.

@@ -38,6 +38,7 @@ void matmul_few(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* x
   float* packed = scratch.floats(num_rows * matrix.depth + (num_segments - 1) * size);
   float* sums = packed + num_rows * matrix.depth;
   pack_rows([&](int64_t m) { return x + m * matrix.depth; }, num_rows, matrix.depth, packed);
+  prepare(matrix, packed, num_rows, matrix.depth);
   auto num_done = std::make_unique<std::atomic<int64_t>[]>(num_panels);
   run_units(pool, num_panels * num_segments, [&](int64_t unit) {
     const int64_t number = unit % num_segments, column = unit / num_segments * panel;
@@ -64,8 +65,11 @@ void matmul_many(xla::ffi::ThreadPool& pool, const Matrix& matrix, const float* 
   for (int64_t first = 0; first < num_rows; first += kRowsOfPass) {
     int64_t rows = std::min(kRowsOfPass, num_rows - first);
     auto row = [&](int64_t m) { return x + (first + m) * matrix.depth; };
-    run_units(pool, num_blocks(rows),
-              [&](int64_t block) { pack_block(row, rows, block, matrix.depth, packed); });
+    run_units(pool, num_blocks(rows), [&](int64_t block) {
+      pack_block(row, rows, block, matrix.depth, packed);
+      prepare(matrix, packed + block * kMaxRows * matrix.depth, rows_of_block(rows, block),
+              matrix.depth);
+    });
     int64_t num_panels = (matrix.columns + kManyColumns - 1) / kManyColumns;
     run_units(pool, num_panels, [&](int64_t unit) {
       static thread_local Scratch sums;

@@ -125,6 +125,11 @@ void pack_block(Row row, int64_t num_rows, int64_t block, int64_t depth, float* 
   pack_rows(of_block, rows_of_block(num_rows, block), depth, packed + block * kMaxRows * depth);
 }
 
+// Makes of packed[depth, num_rows] what products with a matrix take, in the same memory. These are
+// numbers for weight rows that begin and end where groups do.
+inline void prepare(const Int8Matrix&, float* /*packed*/, int64_t /*num_rows*/,
+                    int64_t /*depth*/) {}
+
 constexpr decltype(&walk_rows<1>) kWalkRows[kMaxRows + 1] = {
     nullptr,      walk_rows<1>, walk_rows<2>, walk_rows<3>,
     walk_rows<4>, walk_rows<5>, walk_rows<6>};
