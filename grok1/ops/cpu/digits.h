@@ -160,9 +160,10 @@ struct DigitSums {
   }
 };
 
-// out[kCodeColumns] += scale * (numbers @ values), of codes from a column on; keeps the values for
-// more rows if kKeeps. Looking them up between products takes less time than before them.
-template <bool kKeeps>
+// Looks up the values of codes from a column on. If kMultiplies, out[kCodeColumns] += scale *
+// (numbers @ values): between products that takes less time than before them. If kKeeps, the values
+// are for more rows.
+template <bool kMultiplies, bool kKeeps>
 __attribute__((noinline)) void multiply_first(const Codes& of, int64_t column, const Digits& x,
                                               Fours& fours, float* out, Fetcher& fetcher) {
   // Interleaving bytes, then pairs of them, keeps to lanes of 16: what shall become a vector of
@@ -195,20 +196,29 @@ __attribute__((noinline)) void multiply_first(const Codes& of, int64_t column, c
         if (kKeeps) fours.values[i + place][v] = values[place][v];
       }
     }
+    if (!kMultiplies) continue;
     sums.add(x, i, values[0]);
     sums.add(x, i + 1, values[1]);
   }
-  sums.add_to(x, of.scale + column, out);
+  if (kMultiplies) sums.add_to(x, of.scale + column, out);
   fetcher = ahead;
 }
 
-// As multiply_first, with values that were kept.
-__attribute__((noinline)) inline void multiply_fours(const Fours& fours, const Digits& x,
-                                                     const float* scale, float* out) {
-  DigitSums sums(x);
+// out[kRows, kCodeColumns] += scale * (numbers @ values), with values that were kept. The sums of two
+// rows are more at a time than a product takes cycles, and share the values.
+template <int kRows>
+__attribute__((noinline)) void multiply_fours(const Fours& fours, const Digits* x,
+                                              const float* scale, float* out, int64_t out_stride) {
+  DigitSums first(x[0]), second(x[kRows - 1]);
 #pragma GCC unroll 8
-  for (int i = 0; i < kFours; ++i) sums.add(x, i, fours.values[i]);
-  sums.add_to(x, scale, out);
+  for (int i = 0; i < kFours; ++i) {
+    first.add(x[0], i, fours.values[i]);
+    if (kRows == 2) second.add(x[1], i, fours.values[i]);
+    // Registers hold what four weight rows need, and no more.
+    asm volatile("" ::: "memory");
+  }
+  first.add_to(x[0], scale, out);
+  if (kRows == 2) second.add_to(x[1], scale, out + out_stride);
 }
 
 }  // namespace grok1

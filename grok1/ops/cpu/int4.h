@@ -157,30 +157,45 @@ inline Numbers numbers_of(const Inputs& packed, int64_t pass, const Part& part, 
 }
 
 #if defined(GROK1_DIGITS)
-// As multiply_group, in digits. Segments begin and end where groups of so many rows do.
+// out[num_rows, width] += scale * (x @ values), of up to kCodeColumns columns.
+inline void multiply_kept(const Fours& fours, const Digits* x, int64_t num_rows,
+                          const float* scale, float* out, int64_t out_stride, int64_t width) {
+  for (int64_t m = 0; m < num_rows && width < kCodeColumns; ++m) {
+    float sums[kCodeColumns];
+    std::copy_n(out + m * out_stride, width, sums);
+    multiply_fours<1>(fours, x + m, scale, sums, 0);
+    std::copy_n(sums, width, out + m * out_stride);
+  }
+  if (width < kCodeColumns) return;
+  for (; num_rows >= 2; num_rows -= 2, x += 2, out += 2 * out_stride) {
+    multiply_fours<2>(fours, x, scale, out, out_stride);
+  }
+  if (num_rows == 1) multiply_fours<1>(fours, x, scale, out, 0);
+}
+
+// As multiply_group, in digits: two rows at a time, and of a few that are odd in number one while
+// values are looked up. Segments begin and end where such groups do.
 inline void multiply_in_digits(const Codes& codes, const Part& part, const Inputs& packed,
                                float* out, int64_t out_stride, Fetcher& fetcher) {
   const int64_t passes = packed.x_depth > 0 ? packed.num_passes() : 1;
-  const bool is_edge = part.width < codes.columns;
+  const int64_t width = std::min<int64_t>(part.width, kCodeColumns);
+  const bool is_odd = passes == 1 && packed.num_rows % 2 == 1 && width == kCodeColumns;
   Fours fours;
-  for (int64_t column = 0; column < codes.columns; column += kCodeColumns) {
-    int64_t m = 0;
+  for (int64_t column = 0; column < codes.columns; column += kCodeColumns, out += kCodeColumns) {
     for (int64_t pass = 0; pass < passes; ++pass) {
       const Digits* x = reinterpret_cast<const Digits*>(packed.numbers(pass, part.group).x);
+      int64_t m = pass > 0 ? packed.first_of(pass) : 0;
       const int64_t end = pass + 1 < passes ? packed.first_of(pass + 1) : packed.num_rows;
-      for (; m < end; ++m, ++x) {
-        float sums[kCodeColumns], *of_row = out + m * out_stride + column;
-        float* to = is_edge ? sums : of_row;
-        if (is_edge) std::copy_n(of_row, part.width, sums);
-        if (m > 0) {
-          multiply_fours(fours, *x, codes.scale + column, to);
-        } else if (packed.num_rows > 1) {
-          multiply_first<true>(codes, column, *x, fours, to, fetcher);
-        } else {
-          multiply_first<false>(codes, column, *x, fours, to, fetcher);
-        }
-        if (is_edge) std::copy_n(sums, part.width, of_row);
+      if (pass == 0 && !is_odd) {
+        multiply_first<false, true>(codes, column, *x, fours, out, fetcher);
+      } else if (pass == 0 && end == 1) {
+        multiply_first<true, false>(codes, column, *x, fours, out, fetcher);
+      } else if (pass == 0) {
+        multiply_first<true, true>(codes, column, *x, fours, out, fetcher);
       }
+      if (pass == 0 && is_odd) ++m, ++x;
+      multiply_kept(fours, x, end - m, codes.scale + column, out + m * out_stride, out_stride,
+                    width);
     }
   }
 }
