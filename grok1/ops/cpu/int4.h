@@ -254,12 +254,19 @@ inline void multiply_edge(const Codes& codes, const Part& part, const Inputs& pa
   multiply_group(copied, part, packed, out, out_stride, fetcher);
 }
 
+// Memory of this thread for the scales of two panels. Never inlined: the address would be asked for
+// at every use.
+__attribute__((noinline)) inline float* memory_of_scales() {
+  alignas(kCacheLine) static thread_local float memory[2 * kCodePanel];
+  return memory;
+}
+
 // out[num_rows, width] = x @ weight over weight rows `begin` to `end` and `width` columns from
 // `column` on.
 inline void multiply_packed(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                             int64_t width, const Inputs& packed, float* out, int64_t out_stride) {
   for (int64_t m = 0; m < packed.num_rows; ++m) std::fill_n(out + m * out_stride, width, 0.0f);
-  alignas(kCacheLine) static thread_local float of_block[kCodePanel], scale[kCodePanel];
+  float *of_block = memory_of_scales(), *scale = of_block + kCodePanel;
   const int64_t start = begin / matrix.group * matrix.group;
   for (int64_t first = 0; first < width; first += kCodePanel) {
     const int64_t panel = std::min(kCodePanel, width - first), at = column + first;
