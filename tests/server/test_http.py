@@ -290,7 +290,8 @@ def test_a_stream_is_events_that_every_reader_takes(http, server):
     assert answer.headers["x-accel-buffering"] == "no"
     assert line_end not in text
     assert events_of(text)[0]["choices"][0]["text"].startswith(f"a{line_end}b")
-    body = {"prompt": ["a", "b"], "n": 2, "stream": True, "logprobs": 1, "max_tokens": 5, "ignore_eos": True,
+    body = {"prompt": ["a", "b"], "n": 2, "stream": True, "logprobs": 1, "max_tokens": 5,
+            "ignore_eos": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
     parts = events_of(http.post("/v1/completions", json=body).text)
     ended = [one["index"] for part in parts for one in part["choices"] if one["finish_reason"]]
