@@ -160,7 +160,9 @@ class Copier:
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)
         if status:
-            raise DriverError(f"{name} of CUDA's driver failed with error {status}")
+            raise DriverError(
+                f"{name} of CUDA's driver failed with error {status}; GROK1_NATIVE=0 has JAX copy"
+            )
 
 
 def place_of(array: jax.Array) -> np.ndarray:
