@@ -8,11 +8,15 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from grok1.machine import announcement
 from grok1.ops import forms
 from grok1.ops.cuda import build, calls, check, presence
+from grok1.ops.experts import ExpertWeights, experts
+from grok1.ops.quantized import quantize
+from grok1.ops.routing import choose_experts
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
 
@@ -37,6 +41,25 @@ def test_the_check_of_a_device_finds_no_fault(operation, monkeypatch):
     all_of = check.cases
     monkeypatch.setattr(check, "cases", lambda of: itertools.islice(all_of(of), most))
     assert check.problem_of(operation) == ""
+
+
+def test_experts_by_tiles_give_nothing_to_padding_and_to_no_expert():
+    rng = np.random.default_rng(3)
+    gate, up, down = (
+        quantize(jnp.asarray(rng.standard_normal((3, 64, 64)), jnp.float32)) for _ in range(3)
+    )
+    weights = ExpertWeights(gate, up, down)
+    x = jnp.asarray(rng.standard_normal((40, 64)), jnp.bfloat16)
+    routing = choose_experts(jnp.asarray(rng.standard_normal((40, 3)), jnp.float32), 2)
+    # The number behind the last expert's stands for none.
+    nobody = np.arange(40)[:, None] % 4 == np.array([1, 3])
+    routing = routing._replace(expert_indices=jnp.where(nobody, 3, routing.expert_indices))
+    valid = jnp.arange(40) % 5 != 2
+    with presence.assumed():
+        found = experts(x, weights, (), routing, valid, "cuda_tiles")
+    expected = experts(x, weights, (), routing, valid, "sparse")
+    assert check.relative_difference(found, expected) < check.TOLERANCE
+    np.testing.assert_array_equal(np.asarray(found)[~valid], 0)
 
 
 def test_the_check_of_a_device_names_a_fault(monkeypatch):
