@@ -233,7 +233,7 @@ def _is_not_for_tiles(x, weights, index, routing, valid) -> str | None:
     if reason is not None:
         return reason
     gate, up, down = (calls.matrix_of((weight.values, weight.scales)) for weight in weights)
-    return shapes_of_prompts.refusal_of_experts(gate, up, down)
+    return shapes.refusal_of_expert(gate, up, down, shapes_of_prompts.refusal_of_tiles)
 
 
 @forms.form("experts", "cuda_tiles", refuses=_is_not_for_tiles)
@@ -280,11 +280,8 @@ def _is_not_for_cuda(x, weights, index, routing, valid) -> str | None:
         return "it reads int8 weights"
     if len(x) > shapes.MOST_ROWS:
         return f"it runs up to {shapes.MOST_ROWS} tokens, not {len(x)}"
-    gate, up, down = ((weight.values, weight.scales) for weight in weights)
-    num_experts = routing.probs.shape[-1]
-    return shapes.refusal_of_experts(
-        num_experts, *(calls.matrix_of(weight) for weight in (gate, up, down))
-    )
+    gate, up, down = (calls.matrix_of((weight.values, weight.scales)) for weight in weights)
+    return shapes.refusal_of_experts(routing.probs.shape[-1], gate, up, down)
 
 
 @forms.form("experts", "cuda", refuses=_is_not_for_cuda)
@@ -309,8 +306,9 @@ def _is_not_for_cuda_int4(x, weights, index, routing, valid) -> str | None:
         return "it reads 4-bit weights"
     if len(x) > shapes.MOST_ROWS:
         return f"it runs up to {shapes.MOST_ROWS} tokens, not {len(x)}"
+    gate, up, down = map(calls.int4_matrix_of, weights)
     num_experts = routing.probs.shape[-1]
-    return shapes_int4.refusal_of_experts(num_experts, *map(calls.int4_matrix_of, weights))
+    return shapes.refusal_of_experts(num_experts, gate, up, down, shapes_int4.refusal_of)
 
 
 @forms.form("experts", "cuda_int4", refuses=_is_not_for_cuda_int4)

@@ -1,11 +1,13 @@
 """The CUDA kernels of 4-bit weights against float64, on a CPU in place of a device."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from grok1.ops import int4
-from grok1.ops.cuda import shapes_int4
+from grok1.ops.cuda import shapes, shapes_int4
 from grok1.ops.cuda.shapes import Matrix
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
@@ -191,7 +193,7 @@ def of_grok_1(shards, tokens):
 @pytest.mark.parametrize("tokens", [1, 8, 64])
 def test_every_share_of_grok_1_keeps_the_memory_busy(shards, tokens):
     (first, second), kernels = of_grok_1(shards, tokens)
-    assert shapes_int4.refusal_of_experts(8, first, first, second) is None
+    assert shapes.refusal_of_experts(8, first, first, second, shapes_int4.refusal_of) is None
     for kernel in kernels[1:]:
         assert kernel.grid[0] * kernel.grid[1] >= 96
         # What the smallest multiprocessor with tensor cores for bfloat16 gives a block.
@@ -201,10 +203,12 @@ def test_every_share_of_grok_1_keeps_the_memory_busy(shards, tokens):
 
 def test_what_the_kernels_do_not_take_they_say():
     wide = Matrix(256, 64, 1)
-    refused = shapes_int4.refusal_of_experts
+    refused = functools.partial(shapes.refusal_of_experts, refusal=shapes_int4.refusal_of)
     assert refused(8, wide, wide, wide) is None
     assert refused(64, wide, wide, wide) == "it runs up to 32 experts, not 64"
-    assert refused(8, wide, Matrix(256, 64, 2), wide) == "gate and up are in different blocks"
+    assert (
+        refused(8, wide, Matrix(256, 64, 2), wide) == "gate and up have scales for different groups"
+    )
     narrow = "its rows must be a multiple of 16 wide, not 40"
     assert refused(8, Matrix(256, 40, 1), Matrix(256, 40, 1), wide) == narrow
     short = "its blocks must be a multiple of 32 rows, not 48"

@@ -6,6 +6,7 @@ much of what that takes was measured on an H200.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from grok1.ops.cuda.kernel import Array, Kernel, struct
@@ -45,13 +46,34 @@ def refusal_of(matrix: Matrix) -> str | None:
     return None
 
 
-def refusal_of_experts(num_experts: int, gate: Matrix, up: Matrix, down: Matrix) -> str | None:
-    """Why experts of these matrices cannot be run; None if they can."""
+def refusal_of_experts(
+    num_experts: int,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    refusal: Callable[[Matrix], str | None] = refusal_of,
+) -> str | None:
+    """Why experts of these matrices cannot be run; None if they can.
+
+    Args:
+      num_experts: E.
+      gate: The gate's matrix.
+      up: That beside it.
+      down: That which leads back.
+      refusal: Says why a kernel cannot multiply by a matrix.
+    """
     if num_experts > MOST_EXPERTS:
         return f"it runs up to {MOST_EXPERTS} experts, not {num_experts}"
+    return refusal_of_expert(gate, up, down, refusal)
+
+
+def refusal_of_expert(
+    gate: Matrix, up: Matrix, down: Matrix, refusal: Callable[[Matrix], str | None]
+) -> str | None:
+    """As `refusal_of_experts`, however many there are."""
     if gate != up:
         return "gate and up have scales for different groups"
-    return refusal_of(gate) or refusal_of(down)
+    return refusal(gate) or refusal(down)
 
 
 class _Cut(NamedTuple):

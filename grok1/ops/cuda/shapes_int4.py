@@ -6,7 +6,6 @@ Here a multiprocessor needs its warps to turn codes into bytes: 16 of them keep 
 import math
 from typing import NamedTuple
 
-from grok1.ops.cuda import shapes
 from grok1.ops.cuda.kernel import Array, Kernel, struct
 from grok1.ops.cuda.shapes import Matrix, Precision
 
@@ -45,15 +44,6 @@ def refusal_of(matrix: Matrix) -> str | None:
     if block_rows(matrix) % _GROUP:
         return f"its blocks must be a multiple of {_GROUP} rows, not {block_rows(matrix)}"
     return None
-
-
-def refusal_of_experts(num_experts: int, gate: Matrix, up: Matrix, down: Matrix) -> str | None:
-    """Why experts of these matrices cannot be run; None if they can."""
-    if num_experts > shapes.MOST_EXPERTS:
-        return f"it runs up to {shapes.MOST_EXPERTS} experts, not {num_experts}"
-    if gate != up:
-        return "gate and up are in different blocks"
-    return refusal_of(gate) or refusal_of(down)
 
 
 class Cut(NamedTuple):

@@ -57,16 +57,13 @@ def attend(heads: Heads, scale: float, cap: float) -> Kernel:
     )
 
 
-def refusal_of_experts(gate: Matrix, up: Matrix, down: Matrix) -> str | None:
-    """Why experts of these matrices cannot be run for many tokens; None if they can."""
-    if gate != up:
-        return "gate and up have scales for different groups"
-    for matrix in (gate, down):
-        if matrix.columns % 16:
-            return f"its rows must be a multiple of 16 wide, not {matrix.columns}"
-        if matrix.rows % (_DEPTH * matrix.groups):
-            found = f"{matrix.rows / matrix.groups:g}"
-            return f"its groups must be a multiple of {_DEPTH} rows, not {found}"
+def refusal_of_tiles(matrix: Matrix) -> str | None:
+    """Why a matrix cannot be multiplied by tiles; None if it can."""
+    if matrix.columns % 16:
+        return f"its rows must be a multiple of 16 wide, not {matrix.columns}"
+    if matrix.rows % (_DEPTH * matrix.groups):
+        found = f"{matrix.rows / matrix.groups:g}"
+        return f"its groups must be a multiple of {_DEPTH} rows, not {found}"
     return None
 
 
