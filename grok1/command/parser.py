@@ -289,6 +289,11 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         "--prefix-tokens", type=int, metavar="N",
         help="of prompts to keep for others that begin alike; default: half of the slots'",
     )  # fmt: skip
+    scheduling.add_argument(
+        "--host-prefix-tokens", type=int, metavar="N",
+        help="of these to keep in the host's memory behind the devices'; default: as memory "
+        "allows, on a CPU 0",
+    )  # fmt: skip
     _model(parser)
     _hosts(parser)
 

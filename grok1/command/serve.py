@@ -25,7 +25,8 @@ except ImportError as error:
 _HTTP = ("host", "port", "name", "api_key", "api_key_file", "metrics_key", "no_auth",
          "allowed_host", "cors", "chat_template", "add_bos", "ignore_unknown", "request_timeout",
          "drain")  # fmt: skip
-_SERVER = ("max_slots", "capacity", "max_queue", "max_stall", "chunk", "prefix_tokens")
+_SERVER = ("max_slots", "capacity", "max_queue", "max_stall", "chunk", "prefix_tokens",
+           "host_prefix_tokens")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

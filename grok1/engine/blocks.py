@@ -3,6 +3,9 @@
 A block has no owner and no order: what it stands for is for the caller to know. With several groups
 of devices all of them have all blocks, so that a block of one group's slot fits another's.
 
+A block can also lie in the host's memory, alone: each process then has the parts of its own
+devices, which read and write them by themselves while the host and the steps go on.
+
 Dimension key: L layer, P block, C key/value head, T position in a block, H head dim.
 """
 
@@ -33,6 +36,9 @@ class Blocks(NamedTuple):
     v: Any
     k_scales: Any = None
     v_scales: Any = None
+
+
+_HOST_MEMORY = "pinned_host"
 
 
 def of_cache(cache: KVCache) -> Blocks:
@@ -103,6 +109,52 @@ def put(programs: Programs) -> Any:
     specs, of_state = _specs(programs), specs_of(programs.setup.smallest_state)
     per_device = programs.per_device(function, (of_state, specs, P()), of_state)
     return programs.compiled(Key(kind=Kind.PUT_BLOCK), jax.jit(per_device, donate_argnums=0))
+
+
+def take(programs: Programs) -> Any:
+    """Returns the program (blocks, [number]) -> that block, alone."""
+
+    def function(blocks: Blocks, where):
+        def copy(block):
+            sizes = (block.shape[0], 1, *block.shape[2:])
+            return jax.lax.dynamic_slice(block, (0, where[0], 0, 0, 0)[: block.ndim], sizes)
+
+        return jax.tree.map(copy, blocks)
+
+    specs = _specs(programs)
+    per_device = programs.per_device(function, (specs, P()), specs)
+    return programs.compiled(Key(kind=Kind.TAKE_BLOCK), jax.jit(per_device))
+
+
+def place(programs: Programs) -> Any:
+    """Returns the program (blocks, a block alone, [number]) -> blocks."""
+
+    def function(blocks: Blocks, alone: Blocks, where):
+        def copy(block, found):
+            return jax.lax.dynamic_update_slice(block, found, (0, where[0], 0, 0, 0)[: block.ndim])
+
+        return jax.tree.map(copy, blocks, alone)
+
+    specs = _specs(programs)
+    per_device = programs.per_device(function, (specs, specs, P()), specs)
+    return programs.compiled(Key(kind=Kind.PLACE_BLOCK), jax.jit(per_device, donate_argnums=0))
+
+
+def on_host(block: Blocks) -> Blocks:
+    """Begins to copy a block to the host's memory, and does not wait."""
+    return _moved(block, _HOST_MEMORY)
+
+
+def on_devices(block: Blocks) -> Blocks:
+    """Begins to copy a block back, and does not wait."""
+    [device, *_] = block.k.sharding.addressable_devices
+    return _moved(block, device.default_memory().kind)
+
+
+def _moved(block: Blocks, memory: str) -> Blocks:
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(memory)), block
+    )
 
 
 def _slot_here(state: DecodeState, slot: Any) -> tuple[Any, Any]:

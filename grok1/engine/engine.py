@@ -165,6 +165,38 @@ class Engine(EngineBase):
         program = programs.get(Key(kind=Kind.PUT_BLOCK), lambda: blocks.put(programs))
         return program(state, kept, self._everywhere(number, slot, start))
 
+    def take_block(self, kept: Blocks, number: int) -> Blocks:
+        """Returns a copy of block `number`, alone, in the host's memory; does not wait for it.
+
+        Each process has the parts of its own devices.
+
+        Args:
+          kept: Where the block is; it stays.
+          number: Which block.
+        """
+        programs = self._root._programs
+        program = programs.get(Key(kind=Kind.TAKE_BLOCK), lambda: blocks.take(programs))
+        return blocks.on_host(program(kept, self._everywhere(number)))
+
+    def block_on_devices(self, alone: Blocks) -> Blocks:
+        """Returns a copy, on the devices, of what `take_block` returned; does not wait for it.
+
+        It is block 0 of what `put_block` takes.
+        """
+        return blocks.on_devices(alone)
+
+    def place_block(self, kept: Blocks, number: int, alone: Blocks) -> Blocks:
+        """Copies what `block_on_devices` returned into block `number`.
+
+        Args:
+          kept: Consumed: its memory goes to the result.
+          number: Which block.
+          alone: It stays.
+        """
+        programs = self._root._programs
+        program = programs.get(Key(kind=Kind.PLACE_BLOCK), lambda: blocks.place(programs))
+        return program(kept, alone, self._everywhere(number))
+
     def prefill(
         self,
         state: DecodeState,

@@ -69,6 +69,8 @@ class Kind(enum.Enum):
     EMPTY_BLOCKS = "empty blocks"
     KEEP_BLOCK = "keep block"
     PUT_BLOCK = "put block"
+    TAKE_BLOCK = "take block"
+    PLACE_BLOCK = "place block"
 
 
 class Key(NamedTuple):

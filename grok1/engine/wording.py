@@ -24,7 +24,7 @@ def in_words(interventions: Sequence[Any], key: Key, *args: Any) -> str:
         return f"the start of a request for batch {batch}, cache {capacity}"
     if key.kind == Kind.EMPTY_BLOCKS:
         return f"the memory of {key.shape[0]} blocks of {key.shape[1]} positions"
-    if key.kind in (Kind.KEEP_BLOCK, Kind.PUT_BLOCK):
+    if key.kind in (Kind.KEEP_BLOCK, Kind.PUT_BLOCK, Kind.TAKE_BLOCK, Kind.PLACE_BLOCK):
         return "the copy of a block"
     if key.kind == Kind.PIECE:
         words = f"the {key.piece} of a step of {key.length} tokens"

@@ -128,6 +128,7 @@ class Running:
       key: uint32 `[2]`, what its draws are keyed by.
       to_prefill: Tokens of the prompt that are still to be run before it decodes.
       chain: Hashes of the beginnings of its prompt, one a block, as far as `prefix` asked for them.
+      names: What these blocks are found by.
       num_started: Tokens whose steps have been started.
       num_delivered: Tokens that were handed over.
       is_over: Whether the last was.
@@ -138,6 +139,7 @@ class Running:
     key: np.ndarray
     to_prefill: int
     chain: list[bytes] = dataclasses.field(default_factory=list)
+    names: list[bytes] = dataclasses.field(default_factory=list)
     num_started: int = 0
     num_delivered: int = 0
     is_over: bool = False

@@ -56,6 +56,7 @@ class Server:
         max_stall: float = 0.5,
         chunk: int | None = None,
         prefix_tokens: int | None = None,
+        host_prefix_tokens: int | None = None,
         decode_rows: Sequence[int] = (1, 4, 16, 64),
         step_timeout: float = 60.0,
     ):
@@ -72,6 +73,10 @@ class Server:
             as many as `max_stall` leaves time for, measured at the start.
           prefix_tokens: Tokens of prompts whose keys and values are kept for those that begin
             alike; None for half as many as the slots hold, 0 for none.
+          host_prefix_tokens: Tokens that move to the host's memory when those are too many, until
+            they are asked for; fewer if there is not the memory. None for what a quarter of the
+            memory that is free holds, at most 48 GB and four times `prefix_tokens`, and for 0 on
+            CPUs.
           decode_rows: Numbers of requests that steps are compiled for, beside `max_slots`.
           step_timeout: Seconds after which a step that has not ended means that something is wrong.
 
@@ -80,11 +85,16 @@ class Server:
         """
         given = {"max_slots": max_slots, "capacity": capacity, "max_queue": max_queue,
                  "max_stall": max_stall, "chunk": chunk, "prefix_tokens": prefix_tokens,
+                 "host_prefix_tokens": host_prefix_tokens,
                  "step_timeout": step_timeout}  # fmt: skip
         sizing.check(given, model.config.sequence_len)
         self.model = model
         self.sizes = sizing.sizes_for(
-            model.engine, max_slots, capacity, prefix_tokens, tuple(decode_rows)
+            model.engine,
+            max_slots,
+            capacity,
+            (prefix_tokens, host_prefix_tokens),
+            tuple(decode_rows),
         )
         self._max_queue, self._max_stall, self._chunk = max_queue, max_stall, chunk
         self._step_timeout = step_timeout
@@ -304,7 +314,7 @@ class Server:
         """Returns what the server has to do."""
         replica, sizes = self._replica, self.sizes
         if replica is None:
-            return Load(self._state, 0, 0, sizes.num_slots, 0.0, 0, 0)
+            return Load(self._state, 0, 0, sizes.num_slots, 0.0, 0, 0, 0, {})
         scheduler, store = replica.scheduler, replica.store
         return Load(
             self._state,
@@ -314,6 +324,8 @@ class Server:
             self._desk.num_positions / (sizes.num_slots * sizes.capacity),
             store.num_asked if store else 0,
             store.num_found if store else 0,
+            store.length if store else 0,
+            store.tiers if store else {},
         )
 
     def _retry_after(self, load: Load) -> int:

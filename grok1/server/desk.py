@@ -9,9 +9,10 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from grok1.generate.prefix import Tier
 from grok1.generate.request import Request, Sampled
 from grok1.generate.scheduler import Scheduler
 from grok1.server.errors import DeadlineError, ServingError, SlowReaderError
@@ -35,6 +36,8 @@ class Load(NamedTuple):
       filled: Share of the slots' positions that running requests have asked for.
       prefix_asked: Tokens of prompts that could have been found from earlier ones.
       prefix_found: Those that were.
+      prefix_block: Tokens of a block of what is kept of prompts; 0 where nothing is kept.
+      prefix_tiers: The places for such blocks, by name: "device" and "host".
     """
 
     state: str
@@ -44,6 +47,8 @@ class Load(NamedTuple):
     filled: float
     prefix_asked: int
     prefix_found: int
+    prefix_block: int
+    prefix_tiers: Mapping[str, Tier]
 
 
 class Desk:

@@ -118,3 +118,21 @@ class _Load(Collector):
             ("prefix_cache_hits", "Tokens of prompts found", load.prefix_found),
         ):
             yield CounterMetricFamily(f"grok1_{name}", words, value)
+        found = CounterMetricFamily(
+            "grok1_prefix_cache_tier_hits", "Tokens of prompts found, by where", labels=["tier"]
+        )
+        blocks = GaugeMetricFamily(
+            "grok1_prefix_cache_blocks", "Blocks of prompts that are kept", labels=["tier"]
+        )
+        tokens = GaugeMetricFamily(
+            "grok1_prefix_cache_tokens", "Tokens of prompts that are kept", labels=["tier"]
+        )
+        room = GaugeMetricFamily(
+            "grok1_prefix_cache_max_tokens", "Tokens that can be kept at most", labels=["tier"]
+        )
+        for name, tier in load.prefix_tiers.items():
+            found.add_metric([name], tier.num_found)
+            blocks.add_metric([name], tier.num_kept)
+            tokens.add_metric([name], tier.num_kept * load.prefix_block)
+            room.add_metric([name], tier.num_blocks * load.prefix_block)
+        yield from (found, blocks, tokens, room)

@@ -27,7 +27,9 @@ class Sizes:
       row_counts: Numbers of rows that decode steps run, beside `num_slots`.
       chunk: Tokens of a prompt that a turn runs, unless it is at its end.
       turn_tokens: Most tokens of several prompts that a turn runs while others decode.
-      prefix_tokens: Tokens of prompts that are kept.
+      prefix_tokens: Tokens of prompts that are kept on the devices.
+      host_prefix_tokens: Those that are kept in the host's memory behind them; None until it is
+        known how many.
     """
 
     num_slots: int
@@ -36,6 +38,7 @@ class Sizes:
     chunk: int
     prefix_tokens: int
     turn_tokens: int = 0
+    host_prefix_tokens: int | None = None
 
 
 class Plan(NamedTuple):
@@ -60,8 +63,11 @@ class Replica:
 
     def __init__(self, engine: Engine, sizes: Sizes):
         """Takes no memory on the devices before the first turn."""
-        num_blocks = sizes.prefix_tokens // sizes.chunk
-        self.store = PrefixStore(engine, num_blocks, sizes.chunk) if num_blocks else None
+        num_blocks = -(-sizes.prefix_tokens // sizes.chunk)
+        num_on_host = (sizes.host_prefix_tokens or 0) // sizes.chunk
+        self.store = None
+        if num_blocks:
+            self.store = PrefixStore(engine, num_blocks, sizes.chunk, num_on_host)
         self.num_top = min(MOST_TOP, engine.config.vocab_size)
         self.scheduler = Scheduler(
             engine,

@@ -290,6 +290,11 @@ class Running(uvicorn.Server):
             self._say(
                 f"ready: {sizes.num_slots} requests side by side, of {sizes.capacity:,} tokens; "
                 f"prompts in chunks of {sizes.chunk:,}, {sizes.prefix_tokens:,} tokens kept"
+                + (
+                    f", {sizes.host_prefix_tokens:,} on the host"
+                    if sizes.host_prefix_tokens
+                    else ""
+                )
             )
             if not server.model.engine.setup.is_alone:
                 self._end_with(server)

@@ -1,19 +1,29 @@
 """How many slots a server has, and how long they are, where its caller does not say."""
 
+import collections
 import math
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from grok1.checkpoint.pinned import has_pinned_memory
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
+from grok1.machine.agreement import exchange
 from grok1.machine.host_memory import host_bytes_available
 from grok1.nn.sharding import DATA_AXIS
 from grok1.server.replica import Sizes
 
 _MOST_SLOTS = 16  # of each group of devices
 _SHARE = 0.5  # of the memory that is free, for slots and kept prompts
+_HOST_SHARE = 0.25  # of the host's: XLA's allocator may take twice what it is asked for
+_MOST_HOST_BYTES = (
+    48_000_000_000  # a process has 64 GiB of such memory, which transfers take of too
+)
+_MOST_SHARE = 0.8  # of the host's, whatever is asked for
+_TIMES_ON_DEVICES = 4  # as many tokens as there, at most, where nothing is asked for
 
 
 def check(options: Mapping[str, Any], context: int) -> None:
@@ -40,27 +50,38 @@ def check(options: Mapping[str, Any], context: int) -> None:
         raise ValueError(
             f"capacity must be from 2 to the context of {context} tokens, found {capacity}"
         )
-    kept = options.get("prefix_tokens")
+    kept, on_host = options.get("prefix_tokens"), options.get("host_prefix_tokens")
     if kept is not None and kept < 0:
         raise ValueError(f"prefix_tokens must be 0 (keep none) or more, found {kept}")
+    if on_host is not None and on_host < 0:
+        raise ValueError(f"host_prefix_tokens must be 0 (keep none) or more, found {on_host}")
+    if on_host and kept == 0:
+        raise ValueError(
+            f"host_prefix_tokens is {on_host} and prefix_tokens 0, but the host's memory takes "
+            "what the devices have kept; give some of both"
+        )
 
 
 def sizes_for(
     engine: Engine,
     max_slots: int | None,
     capacity: int | None,
-    prefix_tokens: int | None,
+    prefix_tokens: tuple[int | None, int | None],
     row_counts: tuple[int, ...],
 ) -> Sizes:
-    """Returns the sizes of a server, the chunk left open.
+    """Returns the sizes of a server; the chunk is left open, and what is None of the host's memory.
 
     Args:
       engine: The model.
       max_slots: Most requests that run side by side; None for as many as half of the free memory
         holds, at most 16 for each group of devices.
       capacity: Most tokens of a request; None for the context.
-      prefix_tokens: Tokens of prompts to keep; None for half as many as the slots hold.
+      prefix_tokens: Tokens of prompts to keep on the devices, None for half as many as the slots
+        hold; and in the host's memory, None for as many as `host_prefix_tokens` finds.
       row_counts: Numbers of rows that decode steps run.
+
+    Raises:
+      ValueError: If the devices have no memory of the host's that they copy to.
     """
     context, groups = engine.config.sequence_len, engine.mesh.shape[DATA_AXIS]
     capacity = engine.capacity_for(context if capacity is None else capacity)
@@ -72,9 +93,49 @@ def sizes_for(
             num_slots *= 2
     # Experts that are read from disk have been given what memory there is.
     usual = num_slots * capacity // 2 if engine.runs_ahead else 0
-    kept = usual if prefix_tokens is None else prefix_tokens
+    kept, on_host = prefix_tokens
+    kept = usual if kept is None else kept
+    if on_host and not has_pinned_memory(engine.mesh.local_devices[0]):
+        raise ValueError(
+            f"host_prefix_tokens is {on_host}, but these devices have no memory of the host's that "
+            "they copy to by themselves; leave it out"
+        )
     rows = tuple(sorted({n for n in row_counts if 0 < n < num_slots and n % groups == 0}))
-    return Sizes(num_slots, capacity, rows, 0, kept)
+    return Sizes(num_slots, capacity, rows, 0, kept, host_prefix_tokens=on_host)
+
+
+def host_prefix_tokens(engine: Engine, sizes: Sizes) -> int:
+    """Returns how many tokens of prompts are kept in the host's memory; in all processes the same.
+
+    Args:
+      engine: The model.
+      sizes: Of the server; None in them is for a share of the memory that is free, and on CPUs 0.
+    """
+    asked, mesh = sizes.host_prefix_tokens, engine.mesh
+    if asked == 0 or not sizes.prefix_tokens:
+        return 0
+    device = mesh.local_devices[0]
+    is_apart = device.platform != "cpu" and has_pinned_memory(device)
+    if asked is None and not (is_apart and engine.runs_ahead):
+        return 0
+    # Every group of devices has all blocks.
+    of_position = state_bytes(engine, mesh.shape[DATA_AXIS], sizes.capacity) // sizes.capacity
+    own_bytes = of_position * len(mesh.local_devices) // mesh.devices.size
+    free = host_bytes_available()
+    own = {"free": repr(free), "bytes": repr(own_bytes), "machine": socket.gethostname()}
+    said = exchange("memory for prompts", lambda: own, mesh) or {0: own}
+    machines = collections.Counter(words["machine"] for words in said.values())
+    room = math.inf
+    for words in said.values():
+        if words["free"] == "None":
+            room = 0 if asked is None else room
+            continue
+        # What is free on a machine is for all of its processes.
+        each = int(words["free"]) / machines[words["machine"]]
+        most = min(_HOST_SHARE * each, _MOST_HOST_BYTES) if asked is None else _MOST_SHARE * each
+        room = min(room, most // int(words["bytes"]))
+    wanted = _TIMES_ON_DEVICES * sizes.prefix_tokens if asked is None else asked
+    return int(min(wanted, room))
 
 
 def state_bytes(engine: Engine, num_slots: int, capacity: int) -> int:

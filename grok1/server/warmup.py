@@ -18,7 +18,9 @@ from grok1.engine.sampling import SamplingParams
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.generate.request import Request, Wishes
 from grok1.machine.agreement import agree, exchange
+from grok1.machine.announcement import hint
 from grok1.nn.sharding import DATA_AXIS, put
+from grok1.server import sizing
 from grok1.server.replica import Plan, Replica, Sizes
 
 _GREEDY = SamplingParams(temperature=0)
@@ -52,9 +54,33 @@ def prepared(
     found, most = chunks_for(engine, sizes, max_stall) if chunk is None else (chunk, chunk)
     found = min(found, sizes.capacity // 2)
     sizes = dataclasses.replace(sizes, chunk=found, turn_tokens=max(found, most))
-    replica = Replica(engine, sizes)
+    on_host = sizing.host_prefix_tokens(engine, sizes)
+    replica = Replica(engine, dataclasses.replace(sizes, host_prefix_tokens=on_host))
+    on_host = reserve_on_host(engine, replica)
+    if sizes.host_prefix_tokens and on_host + found <= sizes.host_prefix_tokens:
+        hint(
+            f"{on_host:,} tokens of prompts are kept in the host's memory instead of "
+            f"{sizes.host_prefix_tokens:,}: it has no more to give"
+        )
+    sizes = dataclasses.replace(sizes, host_prefix_tokens=on_host)
     compile_all(replica, sizes, goes_on)
     return sizes, replica
+
+
+def reserve_on_host(engine: Engine, replica: Replica) -> int:
+    """Takes the host's memory for what is kept of prompts there, as far as there is any.
+
+    Returns:
+      How many tokens it holds; in all processes the same.
+    """
+    store = replica.store
+    if store is None or not store.tiers["host"].num_blocks:
+        return 0
+    own = repr(store.reserve())
+    said = exchange("blocks of prompts", lambda: {"reserved": own}, engine.mesh)
+    num_blocks = min(int(words["reserved"]) for words in (said or {0: {"reserved": own}}).values())
+    store.limit(num_blocks)
+    return num_blocks * store.length
 
 
 def chunks_for(engine: Engine, sizes: Sizes, max_stall: float) -> tuple[int, int]:
@@ -118,7 +144,7 @@ def compile_all(replica: Replica, sizes: Sizes, goes_on: Callable[[], bool]) -> 
                 raise request.error
     if replica.store is not None:
         replica.store.forget()
-        replica.store.num_asked = replica.store.num_found = 0
+        replica.store.start_counting()
 
 
 def _requests(replica: Replica, sizes: Sizes) -> Iterator[list[Request]]:
@@ -139,8 +165,11 @@ def _requests(replica: Replica, sizes: Sizes) -> Iterator[list[Request]]:
     for length in lengths:
         # Two ends of prompts, that run side by side.
         yield [_prompt(length * 3 // 4, False) for _ in range(min(2, sizes.num_slots))]
-    # Once more, so that what was kept is found.
+    # Once more, so that what was kept is found; and again, where it has gone to the host.
     yield [_prompt(sizes.chunk, False)]
+    if replica.store is not None and replica.store.tiers["host"].num_blocks:
+        replica.store.spill()
+        yield [_prompt(sizes.chunk, False)]
 
 
 def _prompt(length: int, scores: bool) -> Request:

@@ -1,5 +1,6 @@
 """Prompts that begin alike: what is found is what would be computed, and nothing else is found."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,24 +17,41 @@ from tests.one_device import within
 CHUNK = 16
 
 
+MESHES = {"float32": (1, 1), "int8": (2, 2), "float16": (1, 8), "int8 of groups": (2, 4)}
+"""By the types of caches."""
+
+
 @pytest.fixture(scope="module")
-def engines(nano, nano_path) -> dict[str, Engine]:
-    """By the type of their caches."""
-    options = {"dtype": "float32", "cache_dtype": "int8", "progress": False}
-    int8 = grok1.load(nano_path, mesh=within((2, 2)), **options)
-    return {"float32": nano.engine, "int8": int8.engine}
+def engine_of(nano, nano_path):
+    """The engine of a key of `MESHES`."""
+    loaded = {"float32": nano}
+
+    def get(name: str) -> Engine:
+        if name not in loaded:
+            loaded[name] = grok1.load(
+                nano_path,
+                mesh=within(MESHES[name]),
+                dtype="float32",
+                cache_dtype=name.split()[0],
+                progress=False,
+            )
+        return loaded[name].engine
+
+    return get
 
 
 @pytest.fixture(params=["float32", pytest.param("int8", marks=slow)])
-def engine(request, engines) -> Engine:
-    return engines[request.param]
+def engine(request, engine_of) -> Engine:
+    return engine_of(request.param)
 
 
 class Runner:
     """A scheduler that keeps `num_blocks`, and what its requests got."""
 
-    def __init__(self, engine: Engine, num_blocks: int):
-        self.store = PrefixStore(engine, num_blocks, CHUNK) if num_blocks else None
+    def __init__(self, engine: Engine, num_blocks: int, num_on_host: int = 0):
+        self.store = None
+        if num_blocks:
+            self.store = PrefixStore(engine, num_blocks, CHUNK, num_on_host)
         self.scheduler = Scheduler(engine, 4, 96, (), prefill=OnGrid(engine, CHUNK, 5, self.store))
 
     def run(self, *requests: Request) -> list[tuple]:
@@ -48,6 +66,17 @@ class Runner:
             for one in requests
         ]
         return list(zip(drawn.values(), scores, strict=True))
+
+    def reused(self, one: Request) -> int:
+        """Runs a request; returns how many of its tokens were found."""
+        self.run(one)
+        return one.num_reused
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Blocks on the devices and in the host's memory."""
+        tiers = self.store.tiers
+        return tiers["device"].num_kept, tiers["host"].num_kept
 
 
 def request(length: int, *changed: int, scores: bool = False, salt: bytes = b"") -> Request:
@@ -65,16 +94,21 @@ def request(length: int, *changed: int, scores: bool = False, salt: bytes = b"")
 
 
 @pytest.mark.parametrize(
-    ("cache_dtype", "scores"),
+    ("cache_dtype", "scores", "room"),
     [
-        ("float32", False),
-        ("int8", True),
-        pytest.param("float32", True, marks=slow),
-        pytest.param("int8", False, marks=slow),
+        ("float32", False, (32, 0)),
+        ("int8", True, (32, 0)),
+        ("float32", True, (2, 32)),
+        ("int8", False, (1, 32)),
+        pytest.param("float32", True, (32, 0), marks=slow),
+        pytest.param("int8", False, (32, 0), marks=slow),
+        pytest.param("float16", False, (2, 32), marks=slow),
+        pytest.param("float16", True, (1, 32), marks=slow),
+        pytest.param("int8 of groups", True, (3, 32), marks=slow),
     ],
 )
-def test_what_is_found_is_what_would_be_computed(engines, cache_dtype, scores):
-    engine = engines[cache_dtype]
+def test_what_is_found_is_what_would_be_computed(engine_of, cache_dtype, scores, room):
+    engine = engine_of(cache_dtype)
     asked = [
         # Length, changed tokens, tokens that are found.
         ((70,), 0),
@@ -89,7 +123,7 @@ def test_what_is_found_is_what_would_be_computed(engines, cache_dtype, scores):
         ((16,), 0),
     ]
     asked = asked if SLOW_TESTS else [*asked[:4], *asked[-3:]]
-    with_store, without = Runner(engine, 32), Runner(engine, 0)
+    with_store, without = Runner(engine, *room), Runner(engine, 0)
     for (length, *changed), num_found in asked:
         one, other = (request(length, *changed, scores=scores) for _ in range(2))
         assert with_store.run(one) == without.run(other)
@@ -98,6 +132,8 @@ def test_what_is_found_is_what_would_be_computed(engines, cache_dtype, scores):
         one = request(70, **{"scores": scores, **different})
         with_store.run(one)
         assert one.num_reused == 0
+    num_on_host = with_store.kept[1]
+    assert bool(with_store.store.tiers["host"].num_found) == bool(num_on_host) == bool(room[1])
 
 
 def test_prompts_that_run_side_by_side_share_their_beginning(engine):
@@ -113,15 +149,10 @@ def test_prompts_that_run_side_by_side_share_their_beginning(engine):
     assert sum(one.num_reused for one in many) == 3 * 64
 
 
-def test_blocks_that_were_not_used_for_long_make_room(engines):
-    engine = engines["float32"]
+def test_blocks_that_were_not_used_for_long_make_room(engine_of):
+    engine = engine_of("float32")
     runner = Runner(engine, 6)
-    lone = Runner(engine, 0)
-
-    def reused(one):
-        runner.run(one)
-        return one.num_reused
-
+    lone, reused = Runner(engine, 0), runner.reused
     assert reused(request(70)) == 0  # four blocks
     assert reused(request(40, 0)) == 0  # two more
     assert reused(request(70)) == 64
@@ -134,6 +165,91 @@ def test_blocks_that_were_not_used_for_long_make_room(engines):
     runner.scheduler._forget()
     assert reused(request(70)) == 0
     assert runner.store.num_found < runner.store.num_asked
+
+
+def test_what_makes_room_on_the_devices_is_lost_on_the_host_last(engine_of):
+    runner = Runner(engine_of("float32"), 2, 4)
+    lone, reused = Runner(runner.scheduler._engine, 0), runner.reused
+    assert reused(request(40)) == 0
+    assert runner.kept == (2, 0)
+    assert reused(request(40, 0)) == 0
+    assert runner.kept == (2, 2)
+    assert reused(request(40)) == 32  # the two change places
+    assert runner.store.tiers["host"].num_found == 32
+    assert reused(request(40)) == 32
+    assert runner.store.tiers["device"].num_found == 32
+    assert reused(request(40, 1)) == 0
+    assert runner.kept == (2, 4)
+    assert reused(request(40, 2)) == 0  # in place of those of the second
+    assert runner.kept == (2, 4)
+    assert reused(request(40, 0)) == 0
+    assert reused(request(40, 1)) == 32  # after the first was lost
+    assert reused(request(40)) == 0
+    for changed in ((1,), (0,), ()):
+        assert runner.run(request(40, *changed)) == lone.run(request(40, *changed))
+
+
+@pytest.mark.parametrize("room", [(1, 4), (2, 2), (2, 1), (1, 0), (3, 0)])
+def test_a_prompt_longer_than_the_room_keeps_its_beginning(engine_of, room):
+    runner = Runner(engine_of("float32"), *room)
+    [expected] = Runner(runner.scheduler._engine, 0).run(request(70))
+    assert runner.run(request(70)) == [expected]
+    for _ in range(3):
+        again = request(70)
+        assert runner.run(again) == [expected]
+        assert again.num_reused == CHUNK * min(4, sum(room))
+    # Another takes it all, and gives it back.
+    assert runner.reused(request(70, 0)) == 0
+    assert runner.kept == (room[0], min(room[1], 8 - room[0]))
+    assert runner.reused(request(70, 0)) == CHUNK * min(4, sum(room))
+    assert runner.run(request(70)) == [expected]
+
+
+def arrays_on_host() -> int:
+    return sum(array.sharding.memory_kind == "pinned_host" for array in jax.live_arrays())
+
+
+def test_what_a_failed_step_loses_is_lost_in_both_places(engine_of, monkeypatch):
+    engine = engine_of("float32")
+    runner, before = Runner(engine, 1, 8), arrays_on_host()
+    [expected] = runner.run(request(70))
+    assert runner.kept == (1, 3)
+    assert arrays_on_host() == before + 3 * 2  # keys and values
+    with monkeypatch.context() as patch:
+
+        def failing(*_):
+            raise RuntimeError("the device is on fire")
+
+        patch.setattr(engine, "place_block", failing)
+        with pytest.raises(RuntimeError, match="on fire"):
+            runner.run(request(40, 0), request(70))
+    assert runner.kept == (0, 0)
+    assert arrays_on_host() == before
+    runner.scheduler._waiting.clear()
+    assert runner.run(request(70)) == [expected]
+    again = request(70)
+    assert runner.run(again) == [expected]
+    assert again.num_reused == 64
+
+
+def test_memory_of_the_host_is_taken_before_it_is_needed(engine_of, monkeypatch):
+    engine = engine_of("float32")
+    store, take, left = PrefixStore(engine, 2, CHUNK, 8), engine.take_block, [99]
+
+    def taking(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
+        return take(*arguments)
+
+    monkeypatch.setattr(engine, "take_block", taking)
+    before = arrays_on_host()
+    assert store.reserve() == 8
+    assert arrays_on_host() == before
+    left[0] = 5
+    assert store.reserve() == 3  # others want some too
+    store.limit(3)
+    assert store.tiers["host"].num_blocks == 3
 
 
 def test_ends_of_prompts_run_together_as_far_as_those_that_decode_allow(engine, monkeypatch):
