@@ -56,7 +56,6 @@ class PrefixStore:
     Attributes:
       length: Positions of a block.
       num_asked: Tokens of prompts that could have been found.
-      num_found: Those that were.
     """
 
     def __init__(self, engine: Engine, num_blocks: int, length: int, num_on_host: int = 0):
@@ -75,28 +74,34 @@ class PrefixStore:
 
     def start_counting(self) -> None:
         """Counts from nothing."""
-        self.num_asked = self.num_found = self._num_found_on_host = 0
+        self.num_asked = self._num_found_on_devices = self._num_found_on_host = 0
+
+    @property
+    def num_found(self) -> int:
+        """Tokens of prompts that were found."""
+        return self._num_found_on_devices + self._num_found_on_host
 
     @property
     def num_kept(self) -> int:
         """Blocks that are in use."""
-        return len(self._on_devices) + len(self._on_host)
+        return len(self._order)
 
     @property
     def tiers(self) -> dict[str, Tier]:
         """What the devices have, and what the host's memory."""
-        on_host = self._num_found_on_host
+        found = self._num_found_on_devices, self._num_found_on_host
         return {
-            "device": Tier(self._num_blocks, len(self._on_devices), self.num_found - on_host),
-            "host": Tier(self._num_on_host, len(self._on_host), on_host),
+            "device": Tier(self._num_blocks, len(self._on_devices), found[0]),
+            "host": Tier(self._num_on_host, len(self._on_host), found[1]),
         }
 
     def forget(self) -> None:
         """Lets go of all blocks, and of their memory."""
         self._blocks: Blocks | None = None
-        # The one that was used last is the last.
+        # The one that was used last is the last, here and of those on the devices.
+        self._order: OrderedDict[bytes, None] = OrderedDict()
         self._on_devices: OrderedDict[bytes, _OnDevices] = OrderedDict()
-        self._on_host: OrderedDict[bytes, _OnHost] = OrderedDict()
+        self._on_host: dict[bytes, _OnHost] = {}
 
     def reserve(self) -> int:
         """Takes all memory of the host's that blocks can need, for as long as this process runs.
@@ -114,10 +119,9 @@ class PrefixStore:
         return int(len(held) * (1 - _LEFT_FREE))
 
     def limit(self, num_on_host: int) -> None:
-        """Keeps no more blocks than this in the host's memory."""
+        """Lets go of all blocks, and keeps no more than these in the host's memory."""
+        self.forget()
         self._num_on_host = num_on_host
-        while len(self._on_host) > num_on_host:
-            self._on_host.popitem(last=False)
 
     def reuse(self, state: DecodeState, running: Running) -> DecodeState:
         """Puts all blocks into a request's slot that come next in its prompt.
@@ -132,7 +136,7 @@ class PrefixStore:
         names: list[bytes] = []
         while running.to_prefill - len(names) * self.length >= self.length:
             name = self._name(running, first + len(names) * self.length)
-            if name not in self._on_devices and name not in self._on_host:
+            if name not in self._order:
                 break
             names.append(name)
         self._used(names)
@@ -143,6 +147,7 @@ class PrefixStore:
                 assert self._blocks is not None
                 number, scored = self._on_devices[name]
                 state = self._engine.put_block(state, running.slot, start, self._blocks, number)
+                self._num_found_on_devices += self.length
             else:
                 alone, scored = self._on_host[name]
                 block = self._engine.block_on_devices(alone)
@@ -152,9 +157,8 @@ class PrefixStore:
             if scored is not None:
                 request.prompt_scores.append(scored)
             running.to_prefill -= self.length
-        found = running.num_prefilled - first
-        request.num_reused += found
-        self.num_found += found
+        self._used(names)
+        request.num_reused += running.num_prefilled - first
         return state
 
     def keep(
@@ -171,56 +175,56 @@ class PrefixStore:
         name = self._name(running, start)
         if self._blocks is None:
             self._blocks = self._engine.empty_blocks(self._num_blocks, self.length)
-        if name in self._on_devices or name in self._on_host:
+        if name in self._order:
             return
         before = running.names[: start // self.length]
         self._used(before)
-        if self._lost_next() in before:
-            return  # without what it would take the place of it could not be found
+        if self._is_full and next(iter(self._order)) in before:
+            return  # without the one that it would take the place of it could not be found
         number = self._room()
         blocks, self._blocks = self._blocks, None
         self._blocks = self._engine.keep_block(blocks, number, state, running.slot, start)
-        self._on_devices[name] = _OnDevices(number, scored)
+        self._order[name], self._on_devices[name] = None, _OnDevices(number, scored)
         self._used([*before, name])
 
     def spill(self) -> None:
-        """Moves all blocks from the devices to the host's memory, as far as there is room."""
+        """Moves all blocks from the devices to the host's memory, as far as it has room."""
         for name in list(self._on_devices):
-            self._move_out(name)
+            if len(self._on_host) < self._num_on_host:
+                self._move_out(name)
+            else:
+                del self._order[name], self._on_devices[name]
 
     def _used(self, names: Sequence[bytes]) -> None:
         """Notes that the blocks of a prompt were used, given in its order."""
         # The last of a chain is let go of first: without those before it cannot be found.
         for name in reversed(names):
+            if name in self._order:
+                self._order.move_to_end(name)
             if name in self._on_devices:
                 self._on_devices.move_to_end(name)
-            elif name in self._on_host:
-                self._on_host.move_to_end(name)
 
-    def _lost_next(self) -> bytes | None:
-        """Returns the name of what one more block takes the place of; None if there is room."""
-        if len(self._on_devices) < self._num_blocks or len(self._on_host) < self._num_on_host:
-            return None
-        return next(iter(self._on_host or self._on_devices))
+    @property
+    def _is_full(self) -> bool:
+        return len(self._order) == self._num_blocks + self._num_on_host
 
     def _room(self) -> int:
         """Returns the number of a block on the devices that is free, or is now."""
         if len(self._on_devices) < self._num_blocks:
             return len(self._on_devices)
-        name = next(iter(self._on_devices))
-        number = self._on_devices[name].number
-        self._move_out(name)
-        return number
+        if self._is_full:
+            name, _ = self._order.popitem(last=False)
+            if name in self._on_devices:
+                return self._on_devices.pop(name).number
+            del self._on_host[name]
+        return self._move_out(next(iter(self._on_devices)))
 
-    def _move_out(self, name: bytes) -> None:
-        """Moves a block to the host's memory, where that of the oldest is taken if it is full."""
+    def _move_out(self, name: bytes) -> int:
+        """Moves a block to the host's memory; returns the number that it had on the devices."""
         number, scored = self._on_devices.pop(name)
-        if not self._num_on_host:
-            return
-        if len(self._on_host) == self._num_on_host:
-            self._on_host.popitem(last=False)
         assert self._blocks is not None
         self._on_host[name] = _OnHost(self._engine.take_block(self._blocks, number), scored)
+        return number
 
     def _bring(self, name: bytes, block: Blocks, chain: Collection[bytes]) -> None:
         """Moves a block of a chain to the devices, unless others of that have all their room."""

@@ -205,6 +205,17 @@ def test_a_prompt_longer_than_the_room_keeps_its_beginning(engine_of, room):
     assert runner.run(request(70)) == [expected]
 
 
+@pytest.mark.parametrize("room", [(4, 0), (2, 2), (1, 3)])
+def test_the_end_of_a_prompt_makes_room_before_its_beginning(engine_of, room):
+    runner = Runner(engine_of("float32"), *room)
+    assert runner.reused(request(70)) == 0
+    for number in range(3):
+        assert runner.reused(request(17, number)) == 0
+        assert runner.reused(request(70)) == 48
+    assert runner.reused(request(40, 20)) == 16  # three of the prompt's four are left
+    assert runner.reused(request(70)) == 48
+
+
 def arrays_on_host() -> int:
     return sum(array.sharding.memory_kind == "pinned_host" for array in jax.live_arrays())
 

@@ -246,6 +246,10 @@ def test_other_paths(http, complete, toy):
     text = http.get("/metrics").text
     for name in ("generation_tokens_total", "num_requests_running", "prefix_cache_hits_total"):
         assert f"grok1_{name}" in text
+    for name in ("tier_hits_total", "blocks", "tokens", "max_tokens"):
+        for tier in ("device", "host"):
+            assert f'grok1_prefix_cache_{name}{{tier="{tier}"}} ' in text
+    assert 'grok1_prefix_cache_max_tokens{tier="device"} 1024.0' in text
     assert http.head("/health").status_code == 200
 
 

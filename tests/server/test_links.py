@@ -75,6 +75,7 @@ def start(count: int, num_devices: int, port: int) -> list[subprocess.Popen]:
     arguments = [
         "--checkpoint", str(TOY), "--name", "toy", "--port", str(port), "--max-slots", "2",
         "--capacity", "256", "--chunk", "16", "--mesh", f"1x{count * num_devices}",
+        "--prefix-tokens", "32", "--host-prefix-tokens", "128",
         "--coordinator", coordinator, "--num-processes", str(count),
     ]  # fmt: skip
     return [
@@ -114,6 +115,17 @@ def test_processes_answer_as_one_and_end_together(how, toy):
             total = toy.score("The answer is").total_logprob
             assert scored["data"][0]["total_logprob"] == pytest.approx(total, abs=1e-3)
             if how == signal.SIGTERM:
+                prompts = [[number] * 80 for number in (5, 6)]
+                asked = [
+                    client.post("/v1/completions", json={**body, "prompt": prompt}).json()
+                    for prompt in (*prompts, *prompts)
+                ]
+                texts = [one["choices"][0]["text"] for one in asked]
+                assert texts[:2] == texts[2:]
+                cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in asked]
+                assert cached == [0, 0, 64, 64]
+                tier = 'grok1_prefix_cache_tier_hits_total{tier="host"}'
+                assert f"{tier} 0.0" not in client.get("/metrics").text
                 processes[0].send_signal(how)
             else:
                 body = {"prompt": "A", "max_tokens": 200, "ignore_eos": True, "stream": True}
