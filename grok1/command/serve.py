@@ -24,7 +24,7 @@ except ImportError as error:
 
 _HTTP = ("host", "port", "name", "api_key", "api_key_file", "metrics_key", "no_auth",
          "allowed_host", "cors", "chat_template", "add_bos", "ignore_unknown", "request_timeout",
-         "drain")  # fmt: skip
+         "drain", "max_tokens", "max_body")  # fmt: skip
 _SERVER = ("max_slots", "capacity", "max_queue", "max_stall", "chunk", "prefix_tokens",
            "host_prefix_tokens")  # fmt: skip
 
@@ -42,8 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer = None if path is None else Tokenizer.load(path)
         options = HttpOptions(
             **{name: getattr(arguments, name) for name in _HTTP},
-            most_tokens=arguments.max_tokens,
-            most_bytes=arguments.max_body,
             page=not arguments.no_page,
         )
         server_options = {name: getattr(arguments, name) for name in _SERVER}

@@ -28,7 +28,7 @@ def announced(work: str) -> Iterator[None]:
         nonlocal spoken
         with lock:
             if not finished and jax.process_index() == 0:
-                _write(f"grok1: {work} ...", end="")
+                say(f"grok1: {work} ...", end="")
                 spoken = True
 
     timer = threading.Timer(PATIENCE, speak)
@@ -44,7 +44,7 @@ def announced(work: str) -> Iterator[None]:
             finished = True
         if spoken:
             seconds = time.perf_counter() - start
-            _write(f" {outcome} {seconds:.1f} s")
+            say(f" {outcome} {seconds:.1f} s")
 
 
 @functools.cache
@@ -57,11 +57,11 @@ def hint(words: str) -> None:
             client.key_value_set(f"grok1/hint/{words}", "")
         except Exception:
             return
-    _write(f"grok1: {words}")
+    say(f"grok1: {words}")
 
 
-def _write(words: str, end: str = "\n") -> None:
-    """Prints to stderr; a process may have none, or one that nobody reads any more."""
+def say(words: str, end: str = "\n") -> None:
+    """Prints to stderr, if there is one and somebody reads it."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(words, end=end, file=sys.stderr, flush=True)

@@ -16,7 +16,6 @@ import queue
 import secrets
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from jax.sharding import Mesh
 from grok1.engine.sampling import SamplingParams
 from grok1.generate.request import Request, Wishes
 from grok1.machine.agreement import exchange
+from grok1.machine.announcement import say
 from grok1.machine.processes import OtherProcessError
 from grok1.server.replica import Plan
 
@@ -216,7 +216,7 @@ class Follower:
             words = "says nothing any more" if isinstance(error, TimeoutError) else "is gone"
             self._found.put(OtherProcessError(f"process 0 of the server {words}"))
             if not self._is_over.wait(_END_SECONDS):
-                print(f"grok1: process 0 of the server {words}", file=sys.stderr, flush=True)
+                say(f"grok1: process 0 of the server {words}")
                 os._exit(1)
 
     def _beat(self) -> None:

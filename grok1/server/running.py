@@ -7,7 +7,6 @@ import logging
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import jax
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from grok1.machine.announcement import say
 from grok1.machine.background import do_not_wait, in_background
 from grok1.machine.startup import start_jax
 from grok1.server.app import Access, App
@@ -50,8 +50,8 @@ class HttpOptions:
       chat_template: "transcript", or a file in the language of Jinja; None for no chats.
       add_bos: Let `add_special_tokens` begin prompts with [BOS].
       ignore_unknown: Take bodies with fields that are not known.
-      most_tokens: Largest `max_tokens`; None for what fits.
-      most_bytes: Largest body.
+      max_tokens: Largest `max_tokens` of a request; None for what fits.
+      max_body: Largest body, in bytes.
       request_timeout: Seconds that a request has; None for any number.
       drain: Seconds that requests have to end, once the server is told to.
       page: Whether there is a page at `/`.
@@ -69,8 +69,8 @@ class HttpOptions:
     chat_template: str | None = None
     add_bos: bool = False
     ignore_unknown: bool = False
-    most_tokens: int | None = None
-    most_bytes: int = 4 << 20
+    max_tokens: int | None = None
+    max_body: int = 4 << 20
     request_timeout: float | None = 600.0
     drain: float = 30.0
     page: bool = True
@@ -98,8 +98,15 @@ class HttpOptions:
             raise ValueError("api_key must not be empty; leave it out, or give one")
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port must be from 0 to 65535, found {self.port}")
-        if self.most_bytes < 1:
-            raise ValueError(f"most_bytes must be 1 or more, found {self.most_bytes}")
+        for name in ("max_tokens", "max_body"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}")
+        if self.request_timeout is not None and not self.request_timeout > 0:
+            raise ValueError(
+                f"request_timeout must be above 0 seconds, found {self.request_timeout}"
+            )
+        if not self.drain >= 0:
+            raise ValueError(f"drain must be 0 seconds or more, found {self.drain}")
         file = None if self.api_key_file is None else pathlib.Path(self.api_key_file)
         of_clients = Keys(keys, file)
         if not self.is_local() and not of_clients and not self.no_auth:
@@ -112,12 +119,12 @@ class HttpOptions:
             Keys([self.metrics_key] if self.metrics_key else []),
             loopback_hosts([*self.allowed_host, self.host]) if self.is_local() else None,
             self.cors,
-            self.most_bytes,
+            self.max_body,
             self.ignore_unknown,
             self.page,
         )
         limits = Limits(
-            add_bos=self.add_bos, most_tokens=self.most_tokens, timeout=self.request_timeout
+            add_bos=self.add_bos, most_tokens=self.max_tokens, timeout=self.request_timeout
         )
         template = None if self.chat_template is None else load_template(self.chat_template)
         return App(self.name, limits, access, template)
@@ -314,4 +321,4 @@ class Running(uvicorn.Server):
         self.should_exit = True
 
     def _say(self, words: str) -> None:
-        print(f"{self._program}: {words}", file=sys.stderr, flush=True)
+        say(f"{self._program}: {words}")

@@ -1,9 +1,11 @@
 """The protocol over HTTP, by OpenAI's own client and by hand; what clients must not do."""
 
 import concurrent.futures
+import io
 import json
 import os
 import socket
+import sys
 import threading
 import time
 
@@ -365,7 +367,7 @@ def test_a_client_that_does_not_read_is_cancelled(http, server, monkeypatch):
 def test_who_may_come_in(start, server, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# ours\nalpha\nbeta\n")
-    client, _, _ = start(lambda: server, api_key="gamma", api_key_file=keys, most_bytes=1000)
+    client, _, _ = start(lambda: server, api_key="gamma", api_key_file=keys, max_body=1000)
 
     def status(key=None, path="/v1/models", **options):
         headers = {} if key is None else {"authorization": f"Bearer {key}".strip()}
@@ -400,6 +402,10 @@ def test_who_may_come_in(start, server, tmp_path):
         ({"host": "0.0.0.0"}, "is reached by other machines, and there is no key"),
         ({"api_key": [""]}, "api_key must not be empty"),
         ({"port": 70000}, "port must be from 0 to 65535"),
+        ({"max_body": 0}, "max_body must be 1 or more, found 0"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more, found 0"),
+        ({"request_timeout": 0}, "request_timeout must be above 0 seconds"),
+        ({"drain": float("nan")}, "drain must be 0 seconds or more, found nan"),
     ):
         with pytest.raises(ValueError, match=words):
             running.HttpOptions(**options).app()
@@ -447,6 +453,10 @@ def test_states_and_the_end(start, toy, monkeypatch):
         while server.load().num_running < 3:
             time.sleep(0.005)
         assert any(client.get("/health").json()["status"] == "stuck" for _ in range(50))
+        # What read its messages, as tee does, may have ended at the same key.
+        unread = io.StringIO()
+        unread.close()
+        monkeypatch.setattr(sys, "stderr", unread)
         one.handle_exit(15, None)
         answer = client.get("/health")
         assert (answer.status_code, answer.json()["status"]) in [(503, "draining"), (503, "stuck")]
