@@ -187,7 +187,7 @@ def _turns(server: grok1.Server) -> Iterator[list[float]]:
     """Keeps when turns ended that brought tokens."""
     times: list[float] = []
 
-    def note(seconds: float, num_drawn: int, num_prefilled: int) -> None:
+    def note(seconds: float, num_drawn: int, num_of_prompts: int) -> None:
         if num_drawn:
             times.append(time.monotonic())
 

@@ -286,6 +286,10 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=int, choices=[16, 64, 256, 1024], help="of prompts; default: by --max-stall"
     )
     scheduling.add_argument(
+        "--step-timeout", type=float, default=60.0, metavar="S",
+        help="after which a step that has not ended makes /health 503; default: %(default)s",
+    )  # fmt: skip
+    scheduling.add_argument(
         "--prefix-tokens", type=int, metavar="N",
         help="of prompts to keep for others that begin alike; default: half of the slots'",
     )  # fmt: skip

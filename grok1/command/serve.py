@@ -26,7 +26,7 @@ _HTTP = ("host", "port", "name", "api_key", "api_key_file", "metrics_key", "no_a
          "allowed_host", "cors", "chat_template", "add_bos", "ignore_unknown", "request_timeout",
          "drain", "max_tokens", "max_body")  # fmt: skip
 _SERVER = ("max_slots", "capacity", "max_queue", "max_stall", "chunk", "prefix_tokens",
-           "host_prefix_tokens")  # fmt: skip
+           "host_prefix_tokens", "step_timeout")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -57,6 +57,7 @@ class Scheduler:
       num_slots: Most requests that run side by side.
       capacity: Most tokens of a request, its prompt included.
       prefilled: The requests whose prompts ended in the last step.
+      num_prompt_tokens: How many tokens of prompts the last step ran.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Scheduler:
         self._num_top = self._prefill.num_top
         self._waiting: deque[Request] = deque()
         self.prefilled: list[Request] = []
+        self.num_prompt_tokens = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -154,7 +156,7 @@ class Scheduler:
           Exception: Whatever a step of the model raises. All requests that had a slot are lost
             then; those that wait can go on.
         """
-        self.prefilled = []
+        self.prefilled, self.num_prompt_tokens = [], 0
         try:
             self._let_go()
             self._admit()
@@ -220,13 +222,19 @@ class Scheduler:
         if not self._prefilling:
             return False
         assert self._state is not None
+        before = self._num_to_run()
         self._state, ran = self._prefill.run(
             self._state, self._prefilling, self._slots, len(self._decoding)
         )
+        self.num_prompt_tokens = before - self._num_to_run()
         for running in ran:
             self._prefilling.remove(running)
             self._sort(running)
         return True
+
+    def _num_to_run(self) -> int:
+        # What is found need not be run.
+        return sum(one.to_prefill + one.request.num_reused for one in self._prefilling)
 
     def _decode(self, is_timed: bool) -> list[Call]:
         """Starts a step of every request that decodes; those of one processor share a call."""

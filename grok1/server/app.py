@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -130,11 +131,17 @@ class App:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        model, server = self._ready().model, self._ready()
-        engine = model.engine
+        server = self._ready()
+        model, engine, sizes = server.model, server.model.engine, server.sizes
+        params = model.params
         named = f"{__version__} {model.config} {model.dtype} {engine.cache_dtype} {model.mesh}"
-        named += f" {engine.interventions} {server.sizes}"
-        return f"fp_{hashlib.sha256(named.encode()).hexdigest()[:10]}"
+        named += f" {engine.interventions} {jax.tree.structure(params)} {sizes.num_slots}"
+        named += f" {sizes.capacity} {sizes.row_counts} {sizes.chunk}"
+        digest = hashlib.sha256(named.encode())
+        # Of models that were trained or drawn apart these differ, and every device has them.
+        for leaf in (params.final_norm, params.layers.router):
+            digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
+        return f"fp_{digest.hexdigest()[:10]}"
 
     def _ready(self) -> Server:
         if self.server is None or self.server.state != "ready":
@@ -238,11 +245,14 @@ class App:
 
     async def _score(self, request: Request) -> Response:
         body = await self._read(request, bodies.ScoreBody)
+        most, num_top = self._ready().num_top, body.top_logprobs
+        asks.within("top_logprobs", num_top, 0, most, f"from 0 to {most}")
+        num_top = min(5, most) if num_top is None else num_top
         as_completion = bodies.CompletionBody(
             prompt=body.prompt,
             max_tokens=0,
             echo=True,
-            logprobs=5 if body.top_logprobs is None else body.top_logprobs,
+            logprobs=num_top,
             add_special_tokens=body.add_special_tokens,
         )
         ask = await self._asked(asks.completion_ask, as_completion, body.prompt)

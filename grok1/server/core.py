@@ -405,7 +405,7 @@ class Server:
             self._turn_began = None
         self._desk.note(replica.scheduler, drawn, began)
         for tell in self.on_turn:
-            tell(time.monotonic() - began, len(drawn), len(replica.scheduler.prefilled))
+            tell(time.monotonic() - began, len(drawn), replica.scheduler.num_prompt_tokens)
 
     def _fail(self, replica: Replica) -> None:
         reference = secrets.token_hex(4)

@@ -26,7 +26,7 @@ class Metrics:
             return Histogram(f"grok1_{name}", words, buckets=buckets, registry=registry)
 
         self._prompt = Counter(
-            "grok1_prompt_tokens", "Tokens of prompts that were answered", registry=registry
+            "grok1_prompt_tokens", "Tokens of prompts that were run or found", registry=registry
         )
         self._new = Counter(
             "grok1_generation_tokens", "Tokens that were generated", registry=registry
@@ -48,11 +48,13 @@ class Metrics:
         self._prefill = histogram("request_prefill_time_seconds", "From slot to prompt", _LONG)
         self._decode = histogram("request_decode_time_seconds", "From first to last token", _LONG)
         self._turn_tokens = histogram(
-            "iteration_tokens", "Tokens of a turn", (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+            "iteration_tokens_total",
+            "Tokens of a turn, drawn and of prompts",
+            (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
         )
         self._turn = Histogram(
             "grok1_step_seconds",
-            "Time of a turn",
+            "Time of a turn, by whether it ran a part of a prompt",
             ["kind"],
             buckets=_SHORT,
             registry=registry,
@@ -76,11 +78,11 @@ class Metrics:
                 type(handle.error).__name__, "error"
             )
         self._ended.labels(reason).inc()
-        self._prompt.inc(len(request.tokens))
         self._whole.observe(times.last - times.submitted)
         if times.admitted:
             self._queue.observe(max(0.0, times.admitted - times.submitted))
         if times.admitted and times.prefilled:
+            self._prompt.inc(len(request.tokens))
             self._prefill.observe(times.prefilled - times.admitted)
         if times.first:
             count = handle.builder.num_tokens
@@ -90,11 +92,11 @@ class Metrics:
             if count > 1:
                 self._between.observe((times.last - times.first) / (count - 1))
 
-    def _turned(self, seconds: float, num_tokens: int, num_prompts: int) -> None:
-        if not num_tokens and not num_prompts:
+    def _turned(self, seconds: float, num_drawn: int, num_of_prompts: int) -> None:
+        if not num_drawn and not num_of_prompts:
             return
-        self._turn.labels("prefill" if num_prompts else "decode").observe(seconds)
-        self._turn_tokens.observe(num_tokens)
+        self._turn.labels("prefill" if num_of_prompts else "decode").observe(seconds)
+        self._turn_tokens.observe(num_drawn + num_of_prompts)
         self._last.set(time.time())
 
 

@@ -189,6 +189,18 @@ def test_what_makes_room_on_the_devices_is_lost_on_the_host_last(engine_of):
         assert runner.run(request(40, *changed)) == lone.run(request(40, *changed))
 
 
+def test_what_comes_back_makes_room_last_again_from_its_beginning(engine_of):
+    runner = Runner(engine_of("float32"), 3, 8)
+    for changed, num_found in (((), 0), ((0,), 0), ((), 48)):
+        assert runner.reused(request(52, *changed)) == num_found
+    assert runner.reused(request(17, 5)) == 0  # in place of the last of the three
+    before = runner.store.tiers
+    assert runner.reused(request(40)) == 32
+    after = runner.store.tiers
+    assert after["device"].num_found == before["device"].num_found + 32
+    assert after["host"].num_found == before["host"].num_found
+
+
 @pytest.mark.parametrize("room", [(1, 4), (2, 2), (2, 1), (1, 0), (3, 0)])
 def test_a_prompt_longer_than_the_room_keeps_its_beginning(engine_of, room):
     runner = Runner(engine_of("float32"), *room)

@@ -1,6 +1,7 @@
 """The protocol over HTTP, by OpenAI's own client and by hand; what clients must not do."""
 
 import concurrent.futures
+import dataclasses
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import openai
@@ -81,6 +83,8 @@ def test_the_echo_is_scored_as_score_does(complete, toy):
         assert max(best.values()) == pytest.approx(score.top_logprobs[place, 0], abs=1e-4)
     assert told["usage"]["completion_tokens"] == 0
     scored = complete(path="/v1/score", prompt=TEXT)["data"][0]
+    refused = complete(400, path="/v1/score", prompt=TEXT, top_logprobs=21)["error"]
+    assert (refused["param"], refused["message"].split()[0]) == ("top_logprobs",) * 2
     assert scored["total_logprob"] == pytest.approx(score.total_logprob, abs=1e-3)
     assert scored["ranks"][1:] == score.ranks[1:].tolist()
     # With new tokens, and as lm-eval asks.
@@ -252,7 +256,39 @@ def test_other_paths(http, complete, toy):
         for tier in ("device", "host"):
             assert f'grok1_prefix_cache_{name}{{tier="{tier}"}} ' in text
     assert 'grok1_prefix_cache_max_tokens{tier="device"} 1024.0' in text
+
+    def counted(name: str) -> float:
+        [line] = [one for one in http.get("/metrics").text.splitlines() if one.startswith(name)]
+        return float(line.split()[1])
+
+    # A prompt of 65 tokens is run in four turns; its last token is a step's.
+    names = ('grok1_step_seconds_count{kind="prefill"}', "grok1_iteration_tokens_total_sum",
+             "grok1_prompt_tokens_total")  # fmt: skip
+    before = [counted(name) for name in names]
+    complete(prompt=[881] * 65, max_tokens=2)
+    added = [counted(name) - old for name, old in zip(names, before, strict=True)]
+    assert added == [4, 64 + 2, 65]
+    complete(prompt=[881] * 65, max_tokens=2)
+    assert counted(names[0]) == before[0] + 4  # found
     assert http.head("/health").status_code == 200
+
+
+def test_a_fingerprint_is_that_of_the_bits(server, toy):
+    def of(params, **sizes) -> str:
+        model = types.SimpleNamespace(
+            config=toy.config, dtype=toy.dtype, mesh=toy.mesh, engine=toy.engine, params=params
+        )
+        of_sizes = dataclasses.replace(server.sizes, **sizes)
+        app = running.HttpOptions().app()
+        app.server = types.SimpleNamespace(model=model, sizes=of_sizes, state="ready")
+        return app._fingerprint
+
+    params = toy.params
+    other = params._replace(final_norm=params.final_norm + 1)
+    layers = params.layers._replace(router=params.layers.router * 2)
+    found = [of(params), of(other), of(params._replace(layers=layers)), of(params, chunk=64)]
+    assert len(set(found)) == 4
+    assert of(params, prefix_tokens=5, host_prefix_tokens=7) == found[0]
 
 
 def test_a_chat_needs_a_template_and_stops_at_the_next_speaker(client, complete, start, server):
