@@ -7,6 +7,7 @@ spell them by accident: `Tokenizer.encode` reads them as ordinary characters unl
 """
 
 import codecs
+import functools
 import operator
 import os
 import pathlib
@@ -55,10 +56,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_proto: bytes):
-        self._processor = _processor(model_proto)
-        # Only pieces that stand for characters take part in encoding: in this second processor the
-        # `<|...|>` pieces are of the kind of [BOS], which no text becomes.
-        self._plain_processor = _processor(_with_control_spellings_inert(model_proto))
+        self._processor, self._plain_processor = _processors(model_proto)
         self.vocab_size: int = self._processor.vocab_size()
         self.pad_id: int = self._processor.pad_id()
         self.bos_id: int = self._processor.bos_id()
@@ -274,6 +272,19 @@ def _token_id(token: Any, vocab_size: int) -> int:
     return index
 
 
+# A notebook loads one model several ways; of Grok-1's a pair takes a tenth of a second.
+@functools.lru_cache(maxsize=2)
+def _processors(
+    model_proto: bytes,
+) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor]:
+    """Returns what reads `<|...|>` in a text as the pieces that steer the model, and what does not.
+
+    Only pieces that stand for characters take part in encoding: in the second the `<|...|>` pieces
+    are of the kind of [BOS], which no text becomes.
+    """
+    return _processor(model_proto), _processor(_with_control_spellings_inert(model_proto))
+
+
 def _processor(model_proto: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -292,9 +303,13 @@ def _with_control_spellings_inert(model_proto: bytes) -> bytes:
     The type of a piece is one byte, so the edit is in place and needs no protobuf library.
     """
     model = bytearray(model_proto)
+    found = -1
     for number, begin, end in _fields(model_proto, 0, len(model_proto)):
-        # Field 1 is a piece; the search passes over all but a few of them without reading on.
-        if number != 1 or model_proto.find(b"<|", begin, end) < 0:
+        if found < begin:
+            found = model_proto.find(b"<|", begin)
+            found = len(model_proto) if found < 0 else found
+        # Field 1 is a piece; all but a few of them are passed over without reading on.
+        if number != 1 or found >= end:
             continue
         piece = {field: (start, stop) for field, start, stop in _fields(model_proto, begin, end)}
         spelling = model_proto[slice(*piece[1])]
@@ -309,6 +324,12 @@ def _with_control_spellings_inert(model_proto: bytes) -> bytes:
 def _fields(data: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yields each protobuf field of data[begin:end] as its number, value begin and value end."""
     while begin < end:
+        # As all but a few of 131,072 pieces are: bytes, of which kind and number take one each.
+        if data[begin] & 0x87 == 2 and data[begin + 1] < 0x80:
+            value_end = begin + 2 + data[begin + 1]
+            yield data[begin] >> 3, begin + 2, value_end
+            begin = value_end
+            continue
         head = _FIELD_HEAD.match(data, begin)
         assert head, "SentencePiece has read these bytes already"
         key, length = (

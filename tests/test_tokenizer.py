@@ -364,6 +364,20 @@ def test_model_with_a_field_of_no_known_kind():
         Tokenizer(model)
 
 
+@pytest.mark.parametrize("length", [10, 122, 123, 300])
+def test_a_control_spelling_of_any_length_is_plain_text(length):
+    # A piece whose number of bytes takes one byte more, where the others have one.
+    spelling = "<|" + "x" * length + "|>"
+    sizes = [n.to_bytes() if n < 128 else bytes([n & 127 | 128, n >> 7])
+             for n in (len(spelling), len(spelling) + 2 + (len(spelling) > 127) + 7)]  # fmt: skip
+    piece = b"\x0a" + sizes[0] + spelling.encode() + b"\x15\0\0\0\0\x18\x04"
+    tokenizer = Tokenizer(RELEASED_MODEL.read_bytes() + b"\x0a" + sizes[1] + piece)
+    assert tokenizer.vocab_size == 131073
+    assert tokenizer.encode(spelling, allow_control=True)[-1] == 131072
+    assert 131072 not in tokenizer.encode(spelling)
+    assert tokenizer.vocabulary[-1] == (spelling.encode(), 0, 4)
+
+
 def test_bos_asked_of_a_model_without_one():
     # "[BOX]" is no name that the model's settings know as the beginning.
     model = RELEASED_MODEL.read_bytes().replace(b"\x05[BOS]\x15", b"\x05[BOX]\x15")
