@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grok1.checkpoint import native
+from grok1.checkpoint.elements import FiniteCheck
 from grok1.checkpoint.storage import StoredArray
 from grok1.checkpoint.tensor_file import DTYPES, DataFile, read_at
 from grok1.machine.cuda_driver import Copier
@@ -21,7 +23,7 @@ BLOCK_BYTES = 1 << 25
 # faster, of half the size a fifth slower.
 _DIRECT_BYTES = 1 << 27
 # To a device goes what sixteen threads read side by side: they are to end at the same time.
-_SENT_BYTES = 1 << 24
+_SENT_BYTES = 1 << 25
 
 Bounds = tuple[int, int]
 """First index, and the one behind the last."""
@@ -112,6 +114,25 @@ class Block(NamedTuple):
         Raises:
           CheckpointError: As `tensor_file.read_at`; what `check` raises.
         """
+        wanted = self.rows(descriptor, first, count)
+        if wanted is None or not native.read(wanted, raw):
+            return self.read_by_interpreter(descriptor, raw, first, count)
+        return raw.view(self.dtype).reshape(count, -1)
+
+    def rows(self, descriptor: int, first: int, count: int) -> native.Rows | None:
+        """Returns some of its rows as native code reads them; None if it cannot look at them."""
+        finite = ""
+        if self.check is not None:
+            finite = str(self.dtype)
+            if not isinstance(self.check, FiniteCheck) or finite not in native.FLOATS:
+                return None
+        start = self.offset + first * self.row_stride
+        return native.Rows(descriptor, start, count, self.row_bytes, self.row_stride, finite)
+
+    def read_by_interpreter(
+        self, descriptor: int, raw: np.ndarray, first: int, count: int
+    ) -> np.ndarray:
+        """As `read`, without native code."""
         buffer = raw.data
         # Rows that follow one another are one.
         whole = self.row_stride == self.row_bytes

@@ -1,6 +1,7 @@
 """Whether the elements of arrays can be those of a model: found at memory speed, and named."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -61,6 +62,22 @@ def check_finite(
             f"{name}: {_faults(values, np.isfinite(values), origin, 'values', 'finite')}",
             _DAMAGED,
         )
+
+
+class FiniteCheck(NamedTuple):
+    """A `blocks.Check` by `check_finite`, which who reads can do in a way of their own.
+
+    Attributes:
+      file: The file that the elements come from, for the message.
+      name: The tensor, for the message.
+    """
+
+    file: DataFile
+    name: str
+
+    def __call__(self, values: np.ndarray, origin: Sequence[int]) -> None:
+        """As `check_finite`."""
+        check_finite(self.file, self.name, values, origin)
 
 
 def check_scales(file: DataFile, scales: np.ndarray, origin: Sequence[int] | None = None) -> None:

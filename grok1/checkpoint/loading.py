@@ -5,7 +5,6 @@ by the threads of `reading`; on an accelerator in pieces, of which some are read
 transfer (`carrying`). Beyond the model itself the host needs those, the scales and small arrays.
 """
 
-import functools
 import math
 import re
 import traceback
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from grok1.checkpoint.blocks import Bounds, Check, Target
 from grok1.checkpoint.carrying import AnyCarrier, Carrier, DirectCarrier, Programs, Stack
-from grok1.checkpoint.elements import check_finite, check_scales
+from grok1.checkpoint.elements import FiniteCheck, check_scales
 from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray, StoredModel
 from grok1.checkpoint.tensor_file import DTYPES
@@ -64,9 +63,7 @@ class _Leaf(NamedTuple):
     @property
     def check(self) -> Check | None:
         """What looks at its elements."""
-        if not self.name:
-            return None
-        return functools.partial(check_finite, self.array.parts[0][0], self.name)
+        return FiniteCheck(self.array.parts[0][0], self.name) if self.name else None
 
 
 class _Shard(NamedTuple):

@@ -6,10 +6,12 @@ read a moment ago is still in a cache of the processor when the device asks for 
 """
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from grok1.checkpoint import native
 from grok1.checkpoint.blocks import Block
 from grok1.checkpoint.storage import transpose_into
 from grok1.machine.cuda_driver import Copier
@@ -42,6 +44,19 @@ class _Slot:
         if memory is None or len(memory) < num_bytes:
             memory = self._memory[use] = copier.pinned(max(num_bytes, _SLOT_BYTES))
         return memory[:num_bytes]
+
+    def begin(self, copiers: Sequence[Copier]) -> list[Any]:
+        """Returns a stream for each, which may be given copies until the next `wait`.
+
+        Waits for what is being copied to other devices.
+        """
+        for copier in self._busy.difference(copiers):
+            copier.wait(self._streams[copier])
+        self._busy = set(copiers)
+        for copier in copiers:
+            if copier not in self._streams:
+                self._streams[copier] = copier.stream()
+        return [self._streams[copier] for copier in copiers]
 
     def send(self, copier: Copier | None, source: np.ndarray, out: np.ndarray) -> None:
         """Begins to copy out of its memory."""
@@ -79,8 +94,10 @@ class Sender:
           DriverError: If the driver refuses a copy.
         """
         slots = [self._slot() for _ in range(_NUM_SLOTS)]
+        step = min(block.num_rows, max(1, _SLOT_BYTES // block.row_bytes))
         try:
-            step = max(1, _SLOT_BYTES // block.row_bytes)
+            if _is_sent_natively(slots, block, descriptor, step):
+                return
             for turn, first in enumerate(range(0, block.num_rows, step)):
                 slot = slots[turn % _NUM_SLOTS]
                 slot.wait()
@@ -104,6 +121,24 @@ class Sender:
             slot = _Slot()
         self._used.add(slot)
         return slot
+
+
+def _is_sent_natively(slots: Sequence[_Slot], block: Block, descriptor: int, step: int) -> bool:
+    """Sends a block whose elements go as they are; False if there is something to do or to say."""
+    rows = block.rows(descriptor, 0, block.num_rows)
+    is_changed = block.transposed or block.pieces[0].out.dtype != block.dtype
+    if rows is None or is_changed or not native.is_available():
+        return False
+    sent = []
+    for piece in block.pieces:
+        assert piece.copier is not None  # the block is sent
+        sent.append(native.Sent(piece.copier, piece.out, piece.column * block.dtype.itemsize))
+    copiers = [one.copier for one in sent]
+    places = []
+    for slot in slots:
+        memory = slot.memory("reading", step * block.row_bytes, copiers[0])
+        places.append((memory, slot.begin(copiers)))
+    return native.send(rows, sent, places)
 
 
 def _send_rows(slot: _Slot, block: Block, descriptor: int, first: int, count: int) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -71,8 +72,19 @@ class DriverError(RuntimeError):
     """The driver refused something."""
 
 
+def refused(name: str, status: int) -> DriverError:
+    """Says that a function of the driver failed, and what to do."""
+    return DriverError(
+        f"{name} of CUDA's driver failed with error {status}; GROK1_NATIVE=0 has JAX copy"
+    )
+
+
 class Copier:
-    """Copies to one device. Its functions may be called by several threads at once."""
+    """Copies to one device. Its functions may be called by several threads at once.
+
+    Attributes:
+      context: The device's, for functions of the driver's that others call.
+    """
 
     def __init__(self, library: Any, device: Any):
         """Asks the driver for the device's own context, which is XLA's.
@@ -93,12 +105,17 @@ class Copier:
         ordinal, number = ctypes.c_int(-1), ctypes.c_int(-1)
         self._call("cuPointerGetAttribute", ctypes.byref(ordinal), _DEVICE_ORDINAL, address)
         self._call("cuDeviceGet", ctypes.byref(number), ordinal)
-        self._context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number)
+        self.context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), number)
+
+    def functions(self, names: Sequence[str]) -> Any:
+        """Returns the addresses of some of the driver's functions, as an array of C's."""
+        functions = [ctypes.cast(getattr(self._library, n), ctypes.c_void_p) for n in names]
+        return (ctypes.c_void_p * len(names))(*(function.value for function in functions))
 
     def pinned(self, num_bytes: int) -> np.ndarray:
         """Returns pinned memory, uint8, which stays until the process ends."""
-        self._enter()
+        self.enter()
         address = ctypes.c_void_p()
         self._call("cuMemHostAlloc", ctypes.byref(address), num_bytes, _PORTABLE)
         assert address.value is not None  # it was not refused
@@ -106,7 +123,7 @@ class Copier:
 
     def stream(self) -> ctypes.c_void_p:
         """Returns a stream of its own, which stays until the process ends."""
-        self._enter()
+        self.enter()
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return stream
@@ -122,7 +139,7 @@ class Copier:
         Raises:
           DriverError: If the driver refuses.
         """
-        self._enter()
+        self.enter()
         height, width = source.shape[0], source.shape[1] * source.itemsize
         pitch, out_pitch = source.strides[0], out.strides[0]
         if height == 1 or pitch == out_pitch == width:
@@ -148,21 +165,23 @@ class Copier:
         Raises:
           DriverError: If one has failed.
         """
-        self._enter()
+        self.enter()
         self._call("cuStreamSynchronize", stream)
 
-    def _enter(self) -> None:
-        """Has this thread work in the device's context, which it may be doing already."""
+    def enter(self) -> None:
+        """Has this thread work in the device's context, which it may be doing already.
+
+        Raises:
+          DriverError: If the driver refuses.
+        """
         if getattr(_THREAD, "copier", None) is not self:
-            self._call("cuCtxSetCurrent", self._context)
+            self._call("cuCtxSetCurrent", self.context)
             _THREAD.copier = self
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)
         if status:
-            raise DriverError(
-                f"{name} of CUDA's driver failed with error {status}; GROK1_NATIVE=0 has JAX copy"
-            )
+            raise refused(name, status)
 
 
 def place_of(array: jax.Array) -> np.ndarray:

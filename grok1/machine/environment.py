@@ -1,8 +1,8 @@
 """What is set by variables of the environment, each of which has few values that mean something.
 
-GROK1_NATIVE=0 turns the kernels in C++ and CUDA off, and the copies by CUDA's driver.
-GROK1_COMPILATION_CACHE=0 keeps no programs for later processes. GROK1_CUDA_GRAPHS=0 records no
-steps as CUDA graphs. GROK1_NUM_THREADS is the number of threads of a kernel.
+GROK1_NATIVE=0 turns off the kernels in C++ and CUDA, reading files in C++, and copies by CUDA's
+driver. GROK1_COMPILATION_CACHE=0 keeps no programs for later processes. GROK1_CUDA_GRAPHS=0 records
+no steps as CUDA graphs. GROK1_NUM_THREADS is the number of threads of a kernel.
 """
 
 import os

@@ -1,6 +1,7 @@
 """CUDA's driver for a CPU's memory: what is copied moves no sooner than somebody waits for it.
 
-So that memory which is used again too early, or a wait that is missing, shows.
+So that memory which is used again too early, or a wait that is missing, shows. What native code
+calls has an address, as the driver's functions have.
 """
 
 import collections
@@ -8,6 +9,8 @@ import ctypes
 import itertools
 import threading
 from types import SimpleNamespace
+
+from grok1.machine.cuda_driver import _Copy2D
 
 _HOST, _DEVICE = 1, 2
 
@@ -21,6 +24,8 @@ def library(refuse: str = "", damage: bool = False) -> SimpleNamespace:
     """
     numbers = itertools.count(1)
     waiting = collections.defaultdict(list)
+    owners: dict[int, int] = {}  # the context that each stream is of
+    contexts = itertools.count(7)
     held: list[object] = []
     lock = threading.Lock()
     context = threading.local()
@@ -42,7 +47,8 @@ def library(refuse: str = "", damage: bool = False) -> SimpleNamespace:
 
     def new_stream(pointer, flags):
         assert flags == 1
-        pointer._obj.value = next(numbers)
+        pointer._obj.value = number = next(numbers)
+        owners[number] = context.current
         return status("cuStreamCreate")
 
     def attribute(pointer, which, address):
@@ -58,24 +64,24 @@ def library(refuse: str = "", damage: bool = False) -> SimpleNamespace:
 
     def retain(pointer, number):
         assert number.value == 6
-        pointer._obj.value = 7
+        pointer._obj.value = next(contexts)
         return 0
 
     def set_current(given):
-        context.current = given.value
-        return 0
+        context.current = given
+        return status("cuCtxSetCurrent")
 
     def begin(name, stream, *copies):
-        assert context.current == 7  # of this thread
+        assert context.current == owners[stream]  # of this thread
         with lock:
-            waiting[stream.value] += copies
+            waiting[stream] += copies
         return status(name)
 
     def copy(to, of, size, stream):
         return begin("cuMemcpyHtoDAsync_v2", stream, (to, of, size))
 
     def copy_2d(pointer, stream):
-        it = pointer._obj
+        it = pointer.contents
         assert (it.src_type, it.dst_type) == (_HOST, _DEVICE)
         assert it.width <= min(it.src_pitch, it.dst_pitch)
         rows = [
@@ -86,20 +92,24 @@ def library(refuse: str = "", damage: bool = False) -> SimpleNamespace:
 
     def synchronize(stream):
         with lock:
-            for one in waiting.pop(stream.value, []):
+            for one in waiting.pop(stream, []):
                 move(*one)
         return status("cuStreamSynchronize")
 
+    def in_c(function, *types):
+        return ctypes.CFUNCTYPE(ctypes.c_int, *types)(function)
+
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
     return SimpleNamespace(
         cuInit=lambda flags: status("cuInit"),
         cuDeviceGet=device,
         cuDevicePrimaryCtxRetain=retain,
-        cuCtxSetCurrent=set_current,
+        cuCtxSetCurrent=in_c(set_current, pointer),
         cuPointerGetAttribute=attribute,
         cuMemHostAlloc=alloc,
         cuStreamCreate=new_stream,
-        cuStreamSynchronize=synchronize,
-        cuMemcpyHtoDAsync_v2=copy,
-        cuMemcpy2DAsync_v2=copy_2d,
+        cuStreamSynchronize=in_c(synchronize, pointer),
+        cuMemcpyHtoDAsync_v2=in_c(copy, ctypes.c_uint64, pointer, size, pointer),
+        cuMemcpy2DAsync_v2=in_c(copy_2d, ctypes.POINTER(_Copy2D), pointer),
         waiting=waiting,
     )

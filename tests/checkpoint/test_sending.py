@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.checkpoint import blocks, loading, reading, sending
+from grok1.checkpoint import blocks, loading, native, reading, sending
 from grok1.checkpoint.blocks import Target
 from grok1.checkpoint.reading import Reader
+from grok1.checkpoint.tensor_file import open_unchanged
 from grok1.files import CheckpointError
 from grok1.machine import cuda_driver
 from grok1.machine.cuda_driver import Copier, DriverError, copier_of, place_of
@@ -35,6 +36,19 @@ def small_slots(monkeypatch):
     monkeypatch.setattr(sending, "_FREE", collections.deque())
     monkeypatch.setattr(sending, "_SLOT_BYTES", 48)  # two rows of an array, or three of a part's
     monkeypatch.setattr(blocks, "_SENT_BYTES", 110)  # five
+
+
+@pytest.fixture(params=["native", "by the interpreter"])
+def form(request, monkeypatch):
+    """Native code does all that it can, or nothing."""
+    if request.param != "native":
+        monkeypatch.setattr(native, "is_available", lambda: False)
+    elif not native.is_available():
+        pytest.skip("no C++ compiler on this machine")
+    before = native.spent().get("copying", 0.0)
+    yield request.param
+    has_sent = native.spent().get("copying", 0.0) > before
+    assert has_sent <= (request.param == "native")
 
 
 @pytest.fixture
@@ -66,7 +80,7 @@ def on_device(array: np.ndarray) -> jax.Array:
     ],
     ids=["whole", "columns", "columns with a gap", "rows", "replicated"],
 )
-def test_every_slice_arrives(slices, dtype, transposed, library, tmp_path):
+def test_every_slice_arrives(slices, dtype, transposed, library, form, tmp_path):
     values = np.arange(np.prod(SHAPE)).astype(np.int8).reshape(SHAPE)
     array = stored(tmp_path, values, transposed, apart=transposed)
     copier = Copier(library, jax.local_devices()[0])
@@ -89,23 +103,57 @@ def test_every_slice_arrives(slices, dtype, transposed, library, tmp_path):
     assert sum(placed) == sum(out[1].nbytes for out in outs)
 
 
-def test_vectors_rows_longer_than_a_slot_and_wider_types(library, tmp_path):
+def test_vectors_rows_longer_than_a_slot_and_wider_types(library, form, tmp_path):
     copier = Copier(library, jax.local_devices()[0])
     vector = np.linspace(-1, 1, 70).astype(ml_dtypes.bfloat16)
-    matrix = np.arange(3 * 90).astype(np.int16).reshape(3, 90).astype(np.float32)
-    outs = [on_device(np.zeros(40, np.float32)), on_device(np.zeros((3, 90), np.float32))]
-    for name in ("vector", "matrix"):
+    matrix = np.arange(5 * 90).astype(np.int16).reshape(5, 90).astype(np.float32)
+    narrow = matrix[:, :6].copy()
+    outs = [on_device(np.zeros(shape, np.float32)) for shape in (40, (5, 31), (5, 59), (5, 4))]
+    for name in ("vector", "matrix", "narrow"):
         (tmp_path / name).mkdir()
     with Reader(lambda _: None) as reader:
-        for name, values, bounds, out in (
-            ("vector", vector, ((10, 50),), outs[0]),
-            ("matrix", matrix, ((0, 3), (0, 90)), outs[1]),
+        for name, values, wanted in (
+            ("vector", vector, {0: ((10, 50),)}),
+            ("matrix", matrix, {1: ((0, 5), (0, 31)), 2: ((0, 5), (31, 90))}),
+            ("narrow", narrow, {3: ((0, 5), (2, 6))}),
         ):
             array = stored(tmp_path / name, values)
-            reader.submit(array, [Target(bounds, place_of(out), copier)])
+            targets = [
+                Target(bounds, place_of(outs[number]), copier) for number, bounds in wanted.items()
+            ]
+            reader.submit(array, targets)
         reader.wait()
     np.testing.assert_array_equal(outs[0], vector[10:50].astype(np.float32))
-    np.testing.assert_array_equal(outs[1], matrix)
+    np.testing.assert_array_equal(np.concatenate(outs[1:3], axis=1), matrix)
+    np.testing.assert_array_equal(outs[3], narrow[:, 2:])
+
+
+def test_columns_of_a_place_are_filled_and_nothing_beside_them(library, tmp_path, form):
+    values = np.arange(np.prod(SHAPE)).astype(np.int8).reshape(SHAPE)
+    copier = Copier(library, jax.local_devices()[0])
+    out = on_device(np.full((14, 40), 55, np.int8))
+    with Reader(lambda _: None) as reader:
+        target = Target(((1, 2), (0, 14), (0, 22)), place_of(out)[None, :, 7:29], copier)
+        reader.submit(stored(tmp_path, values), [target])
+        reader.wait()
+    expected = np.full((14, 40), 55, np.int8)
+    expected[:, 7:29] = values[1]
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_a_block_is_read_while_what_was_read_before_is_copied(library, tmp_path, form):
+    values = np.arange(4 * 22).astype(np.int8).reshape(1, 4, 22)  # two slots of two rows
+    copier = Copier(library, jax.local_devices()[0])
+    out = on_device(np.zeros((4, 22), np.int8))
+    array = stored(tmp_path, values)
+    target = Target(((0, 1), (0, 4), (0, 22)), place_of(out)[None], copier)
+    (block,) = blocks.blocks(array, [target])
+    sender = sending.Sender()
+    with open_unchanged(block.file) as descriptor:
+        sender.send(block, descriptor)
+    assert sorted(size for copies in library.waiting.values() for *_, size in copies) == [44, 44]
+    sender.wait()
+    np.testing.assert_array_equal(out, values[0])
 
 
 def test_what_is_read_is_looked_at_once_at_its_place(library, tmp_path):
@@ -137,7 +185,7 @@ def test_what_is_read_is_looked_at_once_at_its_place(library, tmp_path):
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 2), pytest.param((2, 4), marks=slow)])
-def test_the_loaded_model_is_the_same(mesh, direct, nano_path, nano):
+def test_the_loaded_model_is_the_same(mesh, direct, form, nano_path, nano):
     built = grok1.load(nano_path, mesh=mesh, progress=False)
     for found, expected in zip(
         jax.tree.leaves(named_params(built)), jax.tree.leaves(named_params(nano)), strict=True
@@ -175,14 +223,14 @@ def test_a_load_has_no_other_arrays_than_it_returns(direct, nano_path, monkeypat
     assert len(held) == len(set(made)) < len(arrays)
 
 
-def test_what_is_not_finite_is_named_by_its_place(direct, nano_path, tmp_path):
+def test_what_is_not_finite_is_named_by_its_place(direct, form, nano_path, tmp_path):
     path = spoil(nano_path, tmp_path, "embeddings", "nan")
     with pytest.raises(grok1.CheckpointError, match=rf"^{path}: .* nan at \[127, 63\]"):
         grok1.load(tmp_path, progress=False, mesh=(1, 2))
 
 
 def test_a_file_that_vanishes_is_an_error_and_nothing_is_copied_afterwards(
-    direct, library, nano_path, tmp_path, monkeypatch
+    direct, library, nano_path, tmp_path, monkeypatch, form
 ):
     shutil.copytree(nano_path, tmp_path / "nano")
     fill = loading._fill_devices
@@ -197,12 +245,12 @@ def test_a_file_that_vanishes_is_an_error_and_nothing_is_copied_afterwards(
     assert not any(library.waiting.values())
 
 
-def test_an_interrupt_ends_with_nothing_under_way(direct, library, nano_path, monkeypatch):
-    read_at, calls = blocks.read_at, []
+def test_an_interrupt_ends_with_nothing_under_way(direct, library, nano_path, monkeypatch, form):
+    send, calls = sending.Sender.send, []
 
-    def read(*arguments):
+    def note(*arguments):
         calls.append(arguments)
-        return read_at(*arguments)
+        return send(*arguments)
 
     def interrupt(self):
         if len(calls) > 20:
@@ -210,7 +258,7 @@ def test_an_interrupt_ends_with_nothing_under_way(direct, library, nano_path, mo
         return collect(self)
 
     collect = reading.Reader._collect
-    monkeypatch.setattr(blocks, "read_at", read)
+    monkeypatch.setattr(sending.Sender, "send", note)
     monkeypatch.setattr(reading.Reader, "_collect", interrupt)
     with pytest.raises(KeyboardInterrupt):
         grok1.load(nano_path, mesh=(1, 2), progress=False)
@@ -218,7 +266,7 @@ def test_an_interrupt_ends_with_nothing_under_way(direct, library, nano_path, mo
     assert not [thread for thread in threading.enumerate() if "grok1-reader" in thread.name]
 
 
-def test_the_next_load_takes_the_same_memory(direct, nano_path, monkeypatch):
+def test_the_next_load_takes_the_same_memory(direct, form, nano_path, monkeypatch):
     pinned, sizes = Copier.pinned, []
     monkeypatch.setattr(
         Copier, "pinned", lambda self, size: sizes.append(size) or pinned(self, size)
@@ -231,12 +279,18 @@ def test_the_next_load_takes_the_same_memory(direct, nano_path, monkeypatch):
     assert len(sending._FREE) <= most
 
 
-@pytest.mark.parametrize("refused", ["cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"])
-def test_a_copy_that_is_refused_is_an_error(refused, nano_path, direct, monkeypatch):
-    refusing = {d: Copier(standin_driver.library(refused), d) for d in jax.local_devices()}
+@pytest.mark.parametrize(
+    "refused",
+    ["cuMemcpyHtoDAsync_v2", "cuMemcpy2DAsync_v2", "cuStreamSynchronize", "cuCtxSetCurrent"],
+)
+def test_a_copy_that_is_refused_is_an_error(refused, nano_path, form, direct, monkeypatch):
+    library = standin_driver.library(refused)
+    refusing = {d: Copier(library, d) for d in jax.local_devices()}
     monkeypatch.setattr(loading, "copier_of", refusing.get)
+    if form == "native":  # which does not ask the driver again
+        monkeypatch.setattr(sending, "_send_rows", None)
     with pytest.raises(DriverError, match=f"{refused} of CUDA's driver failed with error 700"):
-        grok1.load(nano_path, mesh=(1, 1), progress=False)
+        grok1.load(nano_path, mesh=(1, 2), progress=False)
 
 
 class Nvidia:

@@ -20,7 +20,7 @@ import pytest
 
 import grok1
 from grok1.care import conversion
-from grok1.checkpoint import mapping
+from grok1.checkpoint import mapping, native
 from grok1.machine import announcement, progress
 from grok1.nn.manifest import file_name
 from grok1.offload import expert_store, runner
@@ -329,6 +329,7 @@ def test_a_disk_error_is_an_error(copied, offloaded, monkeypatch, is_mapped):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(native, "is_available", lambda: False)
     with pytest.raises(grok1.CheckpointError, match=r"cannot be read at byte .*Input/output error"):
         offloaded.generate([1, 2, 3], **GREEDY)
     assert threads() == []

@@ -44,7 +44,7 @@ def pretend_to_compile(monkeypatch):
     """Replaces compiler and loader: the library is the number of times that the former ran."""
     runs = []
 
-    def compile(compiler, library):
+    def compile(compiler, library, directory):
         runs.append(library)
         pathlib.Path(library).write_text(f"{len(runs)}")
 

@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels at first use, for this very processor, into a private directory."""
+"""Compiles C++ at first use, for this very processor, into a private directory."""
 
 import ctypes
 import hashlib
@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NamedTuple
 
 import jax
 
@@ -30,11 +31,30 @@ class UnavailableError(Exception):
     """Why there is no library, and what would help."""
 
 
-def loaded_library(symbols: Sequence[str]) -> ctypes.CDLL:
-    """Returns the library of the kernels; builds it if this source, jaxlib or processor is new.
+class Sources(NamedTuple):
+    """What a library is made of.
+
+    Attributes:
+      name: How the names of its files begin.
+      directory: All C++ in it.
+      what: What it is, for the user who waits for it.
+    """
+
+    name: str
+    directory: pathlib.Path
+    what: str
+
+
+KERNELS = Sources("native", _SOURCES, "the native CPU kernels")
+"""Of this room."""
+
+
+def loaded_library(symbols: Sequence[str], sources: Sources = KERNELS) -> ctypes.CDLL:
+    """Returns a library; builds it if its source, jaxlib or the processor is new.
 
     Args:
       symbols: Names of the functions that it must have.
+      sources: What it is made of.
 
     Raises:
       UnavailableError: If it cannot be built, or not be loaded.
@@ -48,10 +68,10 @@ def loaded_library(symbols: Sequence[str]) -> ctypes.CDLL:
                 f"{directory.path} is on a file system that is mounted noexec; set XDG_CACHE_HOME "
                 "to a directory on another"
             )
-        prefix = f"native-{_key()}-"
+        prefix = f"{sources.name}-{_key(sources)}-"
         name = _whole_library(directory, prefix)
         if name is None:
-            return _built_library(directory, prefix, symbols)
+            return _built_library(directory, prefix, symbols, sources)
         try:
             return _load(directory, name, symbols)
         except UnavailableError as error:
@@ -61,13 +81,13 @@ def loaded_library(symbols: Sequence[str]) -> ctypes.CDLL:
             ) from error
 
 
-def _key() -> str:
+def _key(sources: Sources) -> str:
     """A hash of all that the library depends on."""
-    paths = [path for path in sorted(_SOURCES.iterdir()) if path.suffix in (".cc", ".h")]
-    sources = [path.read_bytes() for path in paths]
+    paths = [path for path in sorted(sources.directory.iterdir()) if path.suffix in (".cc", ".h")]
+    texts = [path.read_bytes() for path in paths]
     here = (version("jaxlib"), instructions(), *platform.libc_ver())
     key = hashlib.sha256()
-    for part in (*sources, " ".join(_FLAGS), *here):
+    for part in (*texts, " ".join(_FLAGS), *here):
         data = part if isinstance(part, bytes) else part.encode()
         key.update(len(data).to_bytes(8, "little") + data)
     return key.hexdigest()
@@ -91,15 +111,17 @@ def _name_of(prefix: str, library: bytes) -> str:
     return f"{prefix}{hashlib.sha256(library).hexdigest()}.so"
 
 
-def _built_library(directory: PrivateDirectory, prefix: str, symbols: Sequence[str]) -> ctypes.CDLL:
+def _built_library(
+    directory: PrivateDirectory, prefix: str, symbols: Sequence[str], sources: Sources
+) -> ctypes.CDLL:
     """Compiles the library, and stores it if it works."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise UnavailableError("no C++ compiler found; install g++ or clang++")
     with tempfile.TemporaryDirectory(prefix="grok1-") as scratch:
         output = pathlib.Path(scratch) / "native.so"
-        with announced("compiling the native CPU kernels (once)"):
-            _compile(compiler, str(output))
+        with announced(f"compiling {sources.what} (once)"):
+            _compile(compiler, str(output), sources.directory)
         try:
             data = output.read_bytes()
         except FileNotFoundError:
@@ -125,11 +147,12 @@ def _load(directory: PrivateDirectory, name: str, symbols: Sequence[str]) -> cty
     return library
 
 
-def _compile(compiler: str, library: str):
+def _compile(compiler: str, library: str, directory: pathlib.Path):
     # Compilers disagree on which of the two options means "this processor".
     for target in ("-march=native", "-mcpu=native"):
         command = [compiler, *_FLAGS, target, "-pthread", f"-I{jax.ffi.include_dir()}"]
-        objects = {str(path): f"{library}.{path.stem}.o" for path in sorted(_SOURCES.glob("*.cc"))}
+        paths = sorted(directory.glob("*.cc"))
+        objects = {str(path): f"{library}.{path.stem}.o" for path in paths}
         # Side by side, since one takes as long as the other.
         error = _error_of([[*command, "-c", path, "-o", made] for path, made in objects.items()])
         error = error or _error_of([[*command, *objects.values(), "-o", library]])
