@@ -20,4 +20,5 @@ of the ratio within each. The other sides are
     worker     what runs in the child
     workload   generation with a clock; bytes, operations, and the machine's rates
     device     what the compiled steps hold in memory, and do, kernel by kernel
+    gpu_check  what a GPU has to show; `gpu_files` and `load_phases` of files
 """

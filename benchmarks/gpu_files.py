@@ -22,12 +22,14 @@ import numpy as np
 import grok1
 from benchmarks import workload
 from benchmarks.gpu_check import Figure, attempted
-from grok1.checkpoint import reading
+from benchmarks.load_phases import Phases
+from grok1.checkpoint import native, reading, sending
 from grok1.checkpoint.pinned import has_pinned_memory, pinned, sent
+from grok1.machine.cuda_driver import copier_of
 from grok1.offload import runner
 from grok1.planning.memory import state_bytes
 
-_NUM_LOADS = 2
+_NUM_LOADS = 3
 _NUM_STEPS = 10
 _PROMPT = 4
 _COPIED_BYTES = 1 << 26  # at a time
@@ -60,21 +62,54 @@ class _Files:
             yield Figure(name, peak / num_weights, "x", 1.03, details=details)
         self._copied = self._copy_rate()
         yield Figure("copy from pinned memory to the device", self._copied / 1e9, "GB/s")
-        best = min(self._seconds_of_load()[0] for _ in range(_NUM_LOADS))
+        loads = [self._phases() for _ in range(_NUM_LOADS)]
+        best = min(loads, key=lambda phases: phases.seconds)
         details = {
-            "GB/s": f"{self._num_bytes / best / 1e9:.2f}",
-            "seconds": f"{best:.2f}",
+            "GB": f"{self._num_bytes / 1e9:.2f}",
+            "GB/s": f"{self._num_bytes / best.seconds / 1e9:.2f}",
+            "seconds": ", ".join(f"{phases.seconds:.3f}" for phases in loads),
             "seconds of a process's first": f"{first:.2f}",
         }
-        share = self._num_bytes / best / self._copied
+        share = self._num_bytes / best.seconds / self._copied
         name = "load from the page cache: share of the copy"
         yield Figure(name, share, "", 0.8, at_least=True, details=details)
+        outside = 1e3 * (best.seconds - best.reading)
+        name = "load: time outside of reading and sending"
+        yield Figure(name, outside, "ms", details=best.details())
+
+    def ways(self) -> Iterator[Figure]:
+        """What else the load might do, to see what bounds it."""
+        if copier_of(self._device) is None:
+            return
+        patches: dict[str, tuple[Any, str, Any]] = {
+            f"slots of {size} MiB": (sending, "_SLOT_BYTES", size << 20) for size in (1, 2, 8)
+        }
+        patches |= {
+            f"{count} threads": (reading, "_num_threads", lambda count=count: count)
+            for count in (8, 12, 24)
+        }
+        patches["three slots"] = (sending, "_NUM_SLOTS", 3)
+        patches["the interpreter in place of C++"] = (native, "is_available", lambda: False)
+        for name, (owner, attribute, value) in patches.items():
+            with mock.patch.object(owner, attribute, value):
+                self._phases()  # takes what memory it pins
+                phases = self._phases()
+            rate = self._num_bytes / phases.seconds / 1e9
+            yield Figure(f"load with {name}", rate, "GB/s", details=phases.details())
+
+    def _phases(self) -> Phases:
+        gc.collect()  # the model before, which is not to take room beside this one
+        phases = Phases()
+        with phases.watched():
+            model = self._loaded()
+            jax.block_until_ready(model.params)
+        return phases
 
     def offload(self, how: Any) -> Iterator[Figure]:
         """How fast experts come to the device if it keeps none."""
         gc.collect()
         with mock.patch.object(runner, "device_bytes_available", return_value=None):
-            model = self._loaded(offload=how)
+            model = self._loaded(offload=how, layers=1)
             streamed = model.engine.runner
             assert isinstance(streamed, runner.Streamed)
             store = streamed.store
@@ -105,7 +140,7 @@ class _Files:
     def tokens(self) -> Iterator[Figure]:
         """Whether offloading changes what is generated."""
         gc.collect()
-        expected = _generated(self._loaded())
+        expected = _generated(self._loaded(layers=1))
         for how, found in self._generated.items():
             differ = sum(a != b for a, b in zip(found, expected, strict=True))
             name = f"offloaded against resident, {_OFFLOADED[how]}, greedy tokens that differ"
@@ -146,6 +181,7 @@ def main() -> None:
     files = _Files(pathlib.Path(sys.argv[1]))
     parts = {
         "load": files.load,
+        "ways to load": files.ways,
         "offload to the host": lambda: files.offload("host"),
         "offload to the disk": lambda: files.offload("disk"),
         "tokens of an offloaded model": files.tokens,

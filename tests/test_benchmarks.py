@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 
 import grok1
-from benchmarks import gpu_check, machine, models, peers, report, serving, suite, workload
+from benchmarks import (
+    gpu_check,
+    load_phases,
+    machine,
+    models,
+    peers,
+    report,
+    serving,
+    suite,
+    workload,
+)
 from benchmarks.__main__ import cost, parse_arguments, plan
 from benchmarks.device import copies_of, summed
 from benchmarks.machine import BenchmarkError, Worker
@@ -637,6 +647,24 @@ def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
     share = gpu_check.share_of_several(grok1.GROK_1)
     assert (share.ffn_size, share.num_q_heads, share.num_kv_heads) == (4096, 6, 1)
     assert (share.emb_size, share.vocab_size, share.num_experts) == (6144, 16384, 8)
+
+
+def test_the_phases_of_a_load_are_all_of_it(nano_path):
+    phases = load_phases.Phases()
+    with phases.watched():
+        grok1.load(nano_path, mesh=(1, 1), progress=False)
+    assert all(phases.steps[name] > 0 for name in ("headers", "weights", "engine"))
+    details = phases.details()
+    assert int(details.pop("number of blocks")) >= 146
+    found = {name: float(value) / 1e3 for name, value in details.items()}
+    assert found["threads in Python, ms"] >= 0
+    parts = [value for name, value in found.items() if not name.startswith("threads")]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(phases.seconds, abs=1e-3)
+    # Nothing goes on being watched.
+    blocks = len(phases.blocks)
+    grok1.load(nano_path, mesh=(1, 1), progress=False)
+    assert len(phases.blocks) == blocks
 
 
 @slow
