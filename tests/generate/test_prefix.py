@@ -189,6 +189,16 @@ def test_what_makes_room_on_the_devices_is_lost_on_the_host_last(engine_of):
         assert runner.run(request(40, *changed)) == lone.run(request(40, *changed))
 
 
+def test_statistics_go_where_their_block_goes(engine_of):
+    runner = Runner(engine_of("float32"), 2, 8)
+    [expected] = Runner(runner.scheduler._engine, 0).run(request(40, scores=True))
+    for changed, on_host in (((), 0), ((0,), 0), ((), 32), ((), 32), ((0,), 64), ((), 96)):
+        one = request(40, *changed, scores=True)
+        [found] = runner.run(one)
+        assert changed or found == expected
+        assert runner.store.tiers["host"].num_found == on_host
+
+
 def test_what_comes_back_makes_room_last_again_from_its_beginning(engine_of):
     runner = Runner(engine_of("float32"), 3, 8)
     for changed, num_found in (((), 0), ((0,), 0), ((), 48)):
