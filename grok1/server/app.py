@@ -31,6 +31,7 @@ from grok1.server.metrics import CONTENT_TYPE, Metrics
 from grok1.server.page import PAGE, page
 from grok1.server.refusals import RefusalError
 from grok1.server.texts import TokenTexts, encode_text, special_id
+from grok1.study import tracing
 from grok1.version import __version__
 
 _BODY_SECONDS = 30.0  # that a client has to send its body
@@ -312,7 +313,11 @@ class App:
     def _traced(self, server: Server, tokens: list[int], lens_top: int) -> dict[str, Any]:
         # One at a time, beside the steps of those that decode.
         with self._tracing:
-            trace = server.model.trace(tokens, ("router", "logit_lens"), lens_top=lens_top)
+            engine, capture = server.model.engine, ("router", "logit_lens")
+            most = server.sizes.chunk * engine.batch_for(1)
+            trace = tracing.trace(
+                engine, None, tokens, capture, lens_top=lens_top, most_tokens=most
+            )
         texts = self._texts
         lens = trace.lens_tokens
         names = {token: texts.name(token) for token in np.unique(lens).tolist()}

@@ -17,6 +17,7 @@ import numpy as np
 from grok1 import reprs
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
+from grok1.engine.shapes import CHUNK_TOKENS
 from grok1.generate.completion import Completion
 from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import Batch, Prompt, encode_prompt, is_batch
@@ -148,6 +149,7 @@ def trace(
     lens_top: int = 5,
     add_bos: bool = False,
     allow_control: bool = False,
+    most_tokens: int = CHUNK_TOKENS,
 ) -> Trace:
     """Runs a text through a model, in chunks, and keeps what is asked for.
 
@@ -161,6 +163,7 @@ def trace(
       lens_top: With "logit_lens", how many tokens to name.
       add_bos: Begin with the beginning-of-sequence token.
       allow_control: Let control pieces in a text be themselves.
+      most_tokens: As of `EngineBase.chunks`.
 
     Raises:
       TypeError: If the text is a batch, or of another type.
@@ -193,13 +196,14 @@ def trace(
     batch, capacity = engine.batch_for(1), engine.capacity_for(len(tokens))
     padded = np.zeros((batch, capacity), np.int32)
     padded[0, : len(tokens)] = tokens
-    recorder = _Recorder(config, wanted, len(tokens))
-    logits = None
+    recorder, logits = _Recorder(config, wanted, len(tokens)), None
     if _LOGITS in capture:
         logits = np.empty((len(tokens), config.vocab_size), np.float32)
     observed = engine.observed(wanted, capacity, recorder)
     state = observed.new_state(padded)
-    for chunk in observed.chunks(batch, len(tokens), with_logits=logits is not None):
+    for chunk in observed.chunks(
+        batch, len(tokens), with_logits=logits is not None, most_tokens=most_tokens
+    ):
         num_valid = np.zeros(batch, np.int32)
         num_valid[0] = chunk.num_tokens
         if logits is None:

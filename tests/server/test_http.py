@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 
+from grok1.engine.engine import Engine
 from grok1.files import CheckpointError
 from grok1.server import events as events_module
 from grok1.server import running
@@ -225,7 +226,7 @@ def test_no_token_outside_the_vocabulary_reaches_the_engine(http):
     )
 
 
-def test_other_paths(http, complete, toy):
+def test_other_paths(http, complete, toy, server, monkeypatch):
     models = http.get("/v1/models").json()["data"]
     assert [(one["id"], one["max_model_len"]) for one in models] == [("toy", 1024)]
     assert http.get("/v1/models/toy").json() == models[0]
@@ -240,6 +241,17 @@ def test_other_paths(http, complete, toy):
     trace = complete(path="/v1/trace", prompt=tokens["tokens"])
     expected = toy.trace(TEXT)
     assert trace["experts"] == expected.expert_indices.tolist()
+    chunks, prefill = [], Engine.prefill
+
+    def counted(self, state, num_valid, chunk, *more):
+        chunks.append(chunk)
+        return prefill(self, state, num_valid, chunk, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "prefill", counted)
+        long = complete(path="/v1/trace", prompt=[5] * 40)
+    assert chunks == [16, 16, 16], "others wait for longer than a chunk of the server's"
+    assert np.shape(long["experts"]) == (6, 40, 2)
     assert http.get("/version").json()["version"]
     for method, path, status in (
         ("GET", "/v1/completions", 405),
@@ -257,19 +269,23 @@ def test_other_paths(http, complete, toy):
             assert f'grok1_prefix_cache_{name}{{tier="{tier}"}} ' in text
     assert 'grok1_prefix_cache_max_tokens{tier="device"} 1024.0' in text
 
-    def counted(name: str) -> float:
-        [line] = [one for one in http.get("/metrics").text.splitlines() if one.startswith(name)]
-        return float(line.split()[1])
-
     # A prompt of 65 tokens is run in four turns; its last token is a step's.
     names = ('grok1_step_seconds_count{kind="prefill"}', "grok1_iteration_tokens_total_sum",
              "grok1_prompt_tokens_total")  # fmt: skip
-    before = [counted(name) for name in names]
-    complete(prompt=[881] * 65, max_tokens=2)
-    added = [counted(name) - old for name, old in zip(names, before, strict=True)]
-    assert added == [4, 64 + 2, 65]
-    complete(prompt=[881] * 65, max_tokens=2)
-    assert counted(names[0]) == before[0] + 4  # found
+
+    def counted() -> list[float]:
+        text = http.get("/metrics").text.splitlines()
+        parts = [line.rpartition(" ") for line in text if not line.startswith("#")]
+        found = {name: float(value) for name, _, value in parts}
+        return [found.get(name, 0.0) for name in names]
+
+    for added in ([4, 64 + 2, 65], [0, 2, 65]):  # then it is found
+        idle(server)
+        before = counted()
+        complete(prompt=[881] * 65, max_tokens=2)
+        deadline = time.monotonic() + 5  # the last turn is counted after the answer
+        while (now := [new - old for new, old in zip(counted(), before, strict=True)]) != added:
+            assert time.monotonic() < deadline, now
     assert http.head("/health").status_code == 200
 
 
@@ -484,9 +500,10 @@ def test_states_and_the_end(start, toy, monkeypatch):
     server = one._app.server
     monkeypatch.setattr(server, "_step_timeout", 0.0)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        body = {"prompt": "A", "max_tokens": 200, "ignore_eos": True}
+        body = {"prompt": "A", "max_tokens": 800, "ignore_eos": True}
         asked = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
         while server.load().num_running < 3:
+            assert not any(each.done() for each in asked)
             time.sleep(0.005)
         assert any(client.get("/health").json()["status"] == "stuck" for _ in range(50))
         # What read its messages, as tee does, may have ended at the same key.
