@@ -12,7 +12,10 @@ of the ratio within each. The other sides are
 * llama.cpp, on a CPU, where it is given.
 
     __main__   the command line
-    suite      what is measured, and against what, in rounds
+    suite      which sections are measured, in which processes, and what becomes of a failure
+    sections   what is measured, and against what, in rounds
+    setting    how much is measured of which model, and the processes that hold it
+    figures    a figure, and the rounds that it comes from
     models     which models, and their files
     machine    the child process that holds a model, and the disk
     peers      llama.cpp, and the dense reference

@@ -11,18 +11,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from benchmarks import models, report
+from benchmarks.figures import Failure, Result
 from benchmarks.machine import ROOT, BenchmarkError, Worker, available_threads
 from benchmarks.peers import LlamaCpp
-from benchmarks.suite import (
-    ACCELERATOR_SECTIONS,
-    CPU_SECTIONS,
-    FULL,
-    QUICK,
-    SECTIONS,
-    Failure,
-    Result,
-    Suite,
-)
+from benchmarks.setting import FULL, QUICK
+from benchmarks.suite import ACCELERATOR_SECTIONS, CPU_SECTIONS, SECTIONS, Suite
 from grok1 import GROK_1
 
 

@@ -6,8 +6,8 @@ import pathlib
 import re
 from typing import Any
 
+from benchmarks.figures import Failure, Result
 from benchmarks.machine import BenchmarkError
-from benchmarks.suite import Failure, Result
 from grok1.machine.safe_files import replacing
 
 _RATIOS = {"roofline": "of roofline", "dense": "x dense", "llama.cpp": "x llama.cpp"}

@@ -19,6 +19,7 @@ import pytest
 
 import grok1
 from benchmarks import (
+    figures,
     gpu_check,
     load_phases,
     machine,
@@ -26,14 +27,16 @@ from benchmarks import (
     peers,
     report,
     serving,
-    suite,
+    setting,
     workload,
 )
 from benchmarks.__main__ import cost, parse_arguments, plan
 from benchmarks.device import copies_of, summed
+from benchmarks.figures import interleave, ratio
 from benchmarks.machine import BenchmarkError, Worker
 from benchmarks.peers import DenseDecoder
-from benchmarks.suite import Suite, interleave, ratio
+from benchmarks.sections import processes
+from benchmarks.suite import Suite
 from tests.helpers import slow
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -145,12 +148,12 @@ def test_what_fails_keeps_nothing_else_from_being_measured(monkeypatch):
                     raise BenchmarkError("out of memory")
             return 1.0
 
-    monkeypatch.setattr(suite, "Worker", Worker)
+    monkeypatch.setattr(setting, "Worker", Worker)
     model = models.model_named("bench", 1)
-    effort = dataclasses.replace(suite.FULL, repeats=1)
-    running = suite.Suite(model, None, ["prefill"], effort, None, None, lambda _: None).run()
+    effort = dataclasses.replace(setting.FULL, repeats=1)
+    running = Suite(model, None, ["prefill"], effort, None, None, lambda _: None).run()
     found = [
-        result.reason if isinstance(result, suite.Failure) else result.measurement
+        result.reason if isinstance(result, figures.Failure) else result.measurement
         for result in running
     ]
     assert found == ["prefill, 128 tokens", "out of memory", "prefill, 2048 tokens"]
@@ -159,7 +162,7 @@ def test_what_fails_keeps_nothing_else_from_being_measured(monkeypatch):
 
 def test_figures_of_one_day_and_device_are_kept_together(tmp_path):
     def document(measurement, value, **more):
-        result = suite.Result("toy", measurement, value, "s", 1)
+        result = figures.Result("toy", measurement, value, "s", 1)
         device = {"name": "A CPU", "versions": {"jax": "1", **more}}
         return report.document(device, "2026-01-31", {}, [result], [])
 
@@ -247,7 +250,7 @@ def test_a_bound_is_the_larger_of_what_stands_on_both_sides():
 
 
 def test_what_is_faster_than_its_bound_is_shown_as_doubtful():
-    result = suite.Result("toy", "decode", 9.0, "tokens/s", 1, {"roofline": 1.4, "dense": 2})
+    result = figures.Result("toy", "decode", 9.0, "tokens/s", 1, {"roofline": 1.4, "dense": 2})
     device = {"name": "A CPU", "versions": {}}
     table = report.table(report.document(device, "2026-01-31", {}, [result], []))
     assert "1.40" not in table
@@ -261,9 +264,9 @@ def test_times_that_differ_by_nothing_are_no_compilation(monkeypatch):
     answers = {"build_kernels": {"available": False}, "first_tokens": tokens, "peak_memory": 2}
     answers["load"] = {"seconds": 1.0, "file_bytes": 1}
     worker = types.SimpleNamespace(call=lambda command, **_: answers[command])
-    monkeypatch.setattr(suite, "Worker", lambda *_: contextlib.nullcontext(worker))
+    monkeypatch.setattr(processes, "Worker", lambda *_: contextlib.nullcontext(worker))
     model = models.model_named("toy", 1)
-    running = suite.Suite(model, ROOT, ["start"], suite.QUICK, None, None, lambda _: None).run()
+    running = Suite(model, ROOT, ["start"], setting.QUICK, None, None, lambda _: None).run()
     compiled = [result for result in running if "compile" in result.measurement]
     assert [(result.value, result.ratios) for result in compiled] == [(0, {}), (0, {})]
 
@@ -480,11 +483,11 @@ def test_four_bits_are_measured_in_turns_with_eight_by_processes_that_share_memo
                 return {"bytes": {"experts": 1.0}}
             return 1000.0 if command == "bandwidth" else rates.get(getattr(self, "model", ""))
 
-    monkeypatch.setattr(suite, "Worker", Worker)
+    monkeypatch.setattr(setting, "Worker", Worker)
     monkeypatch.setattr(models, "in_four_bits", lambda *_: pathlib.Path("bench-int4"))
-    effort = dataclasses.replace(suite.FULL, repeats=2, prompts={1: 1})
+    effort = dataclasses.replace(setting.FULL, repeats=2, prompts={1: 1})
     model, here = models.model_named("bench", 1), pathlib.Path("bench")
-    measured = suite.Suite(model, here, ["int4"], effort, [2], None, lambda _: None, here).run()
+    measured = Suite(model, here, ["int4"], effort, [2], None, lambda _: None, here).run()
     decode, prefill = measured
     assert (decode.measurement, decode.value) == ("int4, decode, batch 1", 15)
     assert decode.ratios == {"roofline": 0.015, "int8": 1.5}
