@@ -319,6 +319,35 @@ def test_a_file_that_is_cut_off_after_it_was_mapped_is_an_error(tmp_path):
     window.close()
 
 
+@pytest.mark.parametrize(
+    ("offset", "nbytes"), [(5000, 90_000_000), (2 << 24, 1 << 24), ((1 << 24) - 1, 2), (0, 5)]
+)
+def test_a_window_is_populated_once_in_blocks_that_end_where_huge_pages_do(
+    tmp_path, monkeypatch, offset, nbytes
+):
+    path, size = tmp_path / "file", 6 << 24
+    with path.open("wb") as file:
+        file.truncate(size)
+    asked = {mapping._MADV_HUGEPAGE: [], mapping._MADV_POPULATE_READ: []}
+
+    def advise(address, length, advice):
+        asked[advice].append((address, length))
+        return 0
+
+    monkeypatch.setattr(mapping, "_madvise", advise)
+    window = mapping.Window(SimpleNamespace(path=path, file_size=size), offset, nbytes)
+    for of_window, place in window.blocks():
+        of_window.populate(place)
+    [whole] = asked[mapping._MADV_HUGEPAGE]
+    populated = asked[mapping._MADV_POPULATE_READ]
+    ends = [address + length for address, length in populated]
+    assert [address for address, _ in populated] == [whole[0], *ends[:-1]]
+    assert ends[-1] == whole[0] + whole[1] == window.address + nbytes
+    assert all((end - window.address + offset) % (1 << 24) == 0 for end in ends[:-1])
+    assert all(0 < length <= 1 << 24 for _, length in populated)
+    window.close()
+
+
 @pytest.mark.parametrize("is_mapped", [True, False])
 def test_a_disk_error_is_an_error(copied, offloaded, monkeypatch, is_mapped):
     monkeypatch.setattr(offloaded.engine.runner.store, "is_mapped", is_mapped)
