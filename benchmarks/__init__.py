@@ -8,7 +8,8 @@ of the ratio within each. The other sides are
   memory; for prefill, the operations that it must do over the rate of a plain matrix product;
 * the dense reference: a decode step that turns every expert to floats for each token, as the
   released code does;
-* the same model with experts in int8, for one in 4 bits (`--only int4`);
+* the same model with experts in int8, for one in 4 bits (`--only int4`), also out of core with as
+  many layers as Grok-1 has (`--only offload`);
 * llama.cpp, on a CPU, where it is given.
 
     __main__   the command line
@@ -22,6 +23,7 @@ of the ratio within each. The other sides are
     report     the table and the JSON
     worker     what runs in the child
     workload   generation with a clock; bytes, operations, and the machine's rates
+    deep       many layers out of core, from the files of a few
     device     what the compiled steps hold in memory, and do, kernel by kernel
     gpu_check  what a GPU has to show; `gpu_files` and `load_phases` of files
 """

@@ -20,7 +20,8 @@ class Result:
       unit: Its unit.
       threads: CPUs that were used; None on an accelerator.
       ratios: How many times faster than "roofline", "disk", "dense", "llama.cpp", "int8" or
-        "greedy", the median of the ratios within the rounds; or how many times larger than "files".
+        "greedy", the median of the ratios within the rounds; or how many times larger than
+        "files", or which share of "int8's time".
       rounds: The rates in every round, those of the others in the same unit.
       details: What else belongs to it.
     """

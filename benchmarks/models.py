@@ -55,9 +55,10 @@ class BenchModel:
     def needed_bytes(self, sections: Sequence[str]) -> float:
         """Bytes that these sections keep, on disk as in memory.
 
-        For "int4" at most 0.61 of `num_bytes` more: experts in 4.25 bits, and the rest again.
+        For "int4" and "offload" at most 0.61 of `num_bytes` more: experts in 4.25 bits, and the
+        rest again.
         """
-        return self.num_bytes * (1.61 if "int4" in sections else 1)
+        return self.num_bytes * (1 if {"int4", "offload"}.isdisjoint(sections) else 1.61)
 
     @property
     def num_parameters(self) -> int:

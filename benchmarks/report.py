@@ -21,6 +21,7 @@ _OTHER_RATIOS = {
     "max_stall": "{:.2f} of the most that is allowed",
     "first process": "{:.0%} of the first",
     "int8": "{:.2f} of int8",
+    "int8's time": "{:.2f} of int8's time",
 }
 
 

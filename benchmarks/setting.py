@@ -25,6 +25,7 @@ class Effort:
       dense_tokens: Tokens of the dense reference in a round.
       loads: Of a server: tokens of a prompt, tokens that it gets, and how many such requests.
       long_prompt: Tokens of a prompt that comes in while others run.
+      offloaded: Tokens out of core: untimed, from the page cache, and from the disk.
     """
 
     repeats: int
@@ -34,13 +35,14 @@ class Effort:
     dense_tokens: int
     loads: tuple[tuple[int, int, int], ...]
     long_prompt: int
+    offloaded: tuple[int, int, int]
 
 
 # Prompts: one row from an empty context and 8 rows after 128 tokens are what llama.cpp's programs
 # measure; 32 rows have short prompts because these would take most of the time.
 FULL = Effort(5, {1: 1, 8: 128, 32: 16}, 64, (128, 512, 2048), 2,
-              ((8, 32, 32), (128, 64, 16)), 8000)  # fmt: skip
-QUICK = Effort(1, {1: 1, 8: 16}, 16, (128,), 1, ((8, 16, 16),), 600)
+              ((8, 32, 32), (128, 64, 16)), 8000, (2, 4, 1))  # fmt: skip
+QUICK = Effort(1, {1: 1, 8: 16}, 16, (128,), 1, ((8, 16, 16),), 600, (1, 1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Setting:
         others. None on an accelerator.
       llama_cpp: llama.cpp on the same model, if it is to be compared.
       say: Told what is going on.
-      scratch: Where files are made of the model's, for "int4".
+      scratch: Where files are made of the model's, for "int4" and "offload".
     """
 
     model: BenchModel

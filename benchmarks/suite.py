@@ -9,12 +9,12 @@ from benchmarks.sections import compiled, four_bits, processes, requests, steps
 from benchmarks.setting import Setting
 
 SECTIONS = ("start", "load", "context", "programs", "profile", "sampler", "decode", "prefill",
-            "int4", "serve", "pauses")  # fmt: skip
+            "int4", "offload", "serve", "pauses")  # fmt: skip
 CPU_SECTIONS = ("start", "load", "context", "sampler", "decode", "prefill")
 ACCELERATOR_SECTIONS = ("programs", "profile", "decode", "prefill")
 """What is measured unless something else is asked; an accelerator's model then needs no files."""
 
-_NEEDS_FILES = {"start", "load", "context", "int4"}
+_NEEDS_FILES = {"start", "load", "context", "int4", "offload"}
 
 Measure = Callable[[Setting, int | None], Iterator[Result]]
 """Measures with so many threads, in processes of its own."""
@@ -61,8 +61,10 @@ class Suite(Setting):
                     for length in lengths
                 },
             )
-        if "int4" in self.sections:
-            yield from self._attempt("int4", four_bits.in_memory, threads)
+        of_four_bits = {"int4": four_bits.in_memory, "offload": four_bits.out_of_core}
+        for section, measure in of_four_bits.items():
+            if section in self.sections:
+                yield from self._attempt(section, measure, threads)
         for section, measure in {"serve": requests.serve, "pauses": requests.pauses}.items():
             if section in self.sections:
                 yield from self._attempt(section, _with_model(measure), threads)

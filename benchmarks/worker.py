@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import grok1
-from benchmarks import device, machine, serving, workload
+from benchmarks import deep, device, machine, serving, workload
 from benchmarks.machine import BenchmarkError
 from benchmarks.peers import DenseDecoder
 from grok1.care.conversion import convert
@@ -172,6 +172,14 @@ class Session:
         if self._matmul is None:
             self._matmul = workload.MatmulRate(self.model.dtype, self._on_cpu)
         return self._matmul()
+
+    def load_deep(self, path: str, layers: int, memory: float) -> None:
+        """Loads a model as one of so many layers, with its experts on disk; see `deep`."""
+        self._model = deep.load(pathlib.Path(path), layers, memory)
+
+    def decode_deep(self, untimed: int, timed: int, cached: bool) -> dict[str, Any]:
+        """As `deep.decode`."""
+        return deep.decode(self.model, untimed, timed, cached)
 
     def serve(self, slots: int, capacity: int, max_stall: float) -> dict[str, Any]:
         """Puts the model behind HTTP; says where, and for which sizes."""

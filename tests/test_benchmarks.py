@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 import grok1
 from benchmarks import (
+    deep,
     figures,
     gpu_check,
     load_phases,
@@ -35,8 +37,13 @@ from benchmarks.device import copies_of, summed
 from benchmarks.figures import interleave, ratio
 from benchmarks.machine import BenchmarkError, Worker
 from benchmarks.peers import DenseDecoder
-from benchmarks.sections import processes
+from benchmarks.sections import four_bits, processes
 from benchmarks.suite import Suite
+from grok1.checkpoint.directory import open_tensors
+from grok1.checkpoint.released import open_checkpoint
+from grok1.checkpoint.storage import from_header
+from grok1.nn.manifest import file_name, manifest
+from grok1.offload import expert_store
 from tests.helpers import slow
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -63,13 +70,21 @@ FIGURES = {
     ],
     "prefill": ["prefill, 128 tokens"],
     "int4": ["int4, decode, batch 1", "int4, decode, batch 8", "int4, prefill, 128 tokens"],
+    "offload": [
+        f"int4, 64 layers out of core with 16 GB, from the {where}"
+        for where in ("page cache", "disk")
+    ],
     "serve": ["served, 8 in 16 out, 16 clients"],
     "pauses": ["longest pause, 600 tokens come in", "first token behind three prompts of 600"],
 }
 
 
 @slow
-@pytest.mark.parametrize("sections", [["load", "prefill"], list(FIGURES)], ids=",".join)
+@pytest.mark.parametrize(
+    "sections",
+    [["load", "prefill", "offload"], [section for section in FIGURES if section != "offload"]],
+    ids=",".join,
+)
 def test_quick_run_of_the_toy_reports_every_figure(sections, tmp_path, monkeypatch):
     # The kernels would be built anew for the figure of a first process.
     if "start" in sections:
@@ -77,7 +92,8 @@ def test_quick_run_of_the_toy_reports_every_figure(sections, tmp_path, monkeypat
     result = run("--model", "toy", "--quick", "--threads", "1", "--json", "--output", str(tmp_path),
                  "--only", ",".join(sections))  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "benchmarks: toy: this takes 0.0061 GB of memory\n" in result.stderr
+    # With the same in 4 bits beside it.
+    assert "benchmarks: toy: this takes 0.0098 GB of memory\n" in result.stderr
     found = json.loads(result.stdout)
     table = report.table(found).splitlines()
     [written] = tmp_path.iterdir()
@@ -112,6 +128,12 @@ def test_quick_run_of_the_toy_reports_every_figure(sections, tmp_path, monkeypat
         assert set(by_name["int4, decode, batch 1"]["ratios"]) == {"roofline", "int8"}
         assert by_name["int4, decode, batch 8"]["details"]["bytes"]["experts"] > 0
         assert set(by_name["int4, prefill, 128 tokens"]["ratios"]) == {"int8"}
+    if "offload" in sections:
+        for figure in (by_name[name] for name in FIGURES["offload"]):
+            [mine], [its] = figure["rounds"]["grok1"], figure["rounds"]["int8"]
+            assert figure["ratios"] == {"int8's time": pytest.approx(mine / its)}
+            [once] = figure["details"]["of_each_round"]["grok1"]
+            assert 0 < once["held"][0] <= once["held"][1] == 64 * 8
     assert all(figure["value"] >= 0 for figure in by_name.values())
     loading = by_name["load, files not in memory"]
     assert loading["ratios"]["disk"] == pytest.approx(
@@ -493,6 +515,86 @@ def test_four_bits_are_measured_in_turns_with_eight_by_processes_that_share_memo
     assert decode.ratios == {"roofline": 0.015, "int8": 1.5}
     assert (prefill.measurement, prefill.ratios) == ("int4, prefill, 512 tokens", {"int8": 1.5})
     assert environments == 2 * [{"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}]
+
+
+def test_out_of_core_every_turn_has_a_process_of_its_own_that_begins_without_pages(monkeypatch):
+    asked, seconds = [], {"bench": {True: 4.0, False: 10.0}, "bench-int4": {True: 3.0, False: 4.0}}
+
+    class Worker:
+        def __init__(self, threads):
+            asked.append(threads)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, command, **arguments):
+            if command == "load_deep":
+                self.model = arguments["path"]
+                asked.append((self.model, arguments["layers"], arguments["memory"]))
+                return None
+            asked.append((command, arguments["timed"]))
+            return {"seconds": seconds[self.model][arguments["cached"]]}
+
+    monkeypatch.setattr(four_bits, "Worker", Worker)
+    monkeypatch.setattr(machine, "forget_files", lambda path: asked.append(str(path)))
+    monkeypatch.setattr(models, "in_four_bits", lambda *_: pathlib.Path("bench-int4"))
+    effort = dataclasses.replace(setting.FULL, repeats=2, offloaded=(1, 8, 2))
+    model, here = models.model_named("bench", 1), pathlib.Path("bench")
+    measured = Suite(model, here, ["offload"], effort, [2], None, lambda _: None, here).run()
+    cached, from_disk = measured
+    assert (cached.value, cached.unit, cached.ratios) == (3, "s a token", {"int8's time": 0.75})
+    assert (from_disk.value, from_disk.ratios) == (4, {"int8's time": 0.4})
+    assert report.line(from_disk).endswith("4 s a token, 0.40 int8's time")
+    decoded = [("decode_deep", 8), ("decode_deep", 2)]
+    turns = [2, "bench-int4", ("bench-int4", 64, 16), *decoded]
+    turns += [2, "bench/ckpt-0", ("bench", 64, 16), *decoded]
+    assert asked == 2 * turns
+
+
+def test_more_layers_than_files_are_those_of_links(tmp_path, nano_path, nano_config):
+    config = dataclasses.replace(nano_config, num_layers=2 * nano_config.num_layers + 1)
+    numbers = {spec.name: number for number, spec in enumerate(manifest(nano_config))}
+    for number, spec in enumerate(manifest(config)):
+        own = spec.name
+        for layer in range(nano_config.num_layers, config.num_layers):
+            of_file = f"decoder_layer_{layer % nano_config.num_layers}/"
+            own = own.replace(f"decoder_layer_{layer}/", of_file)
+        source = nano_path / "ckpt-0" / file_name(numbers[own])
+        (tmp_path / file_name(number)).symlink_to(source)
+    linked = [from_header(header) for header in open_checkpoint(tmp_path, manifest(config))]
+    found = deep.repeated(open_tensors(nano_path, nano_config), nano_config, config)
+    assert [spec.name for spec in found.specs] == [spec.name for spec in manifest(config)]
+    for tensor, link in zip(found.tensors, linked, strict=True):
+        [(file, span)], [(of_link, span_of_link)] = tensor.values.parts, link.values.parts
+        assert (file.path, span) == (of_link.path.resolve(), span_of_link)
+
+
+def test_pages_are_forgotten_before_each_part_of_a_file_is_mapped(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 256)
+    forgotten = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: forgotten.append(what))
+    file = types.SimpleNamespace(path=path, file_size=1 << 16)
+    with deep.from_disk():
+        window = expert_store.Window(file, 5000, 300)
+    assert forgotten == [(5000, 300, os.POSIX_FADV_DONTNEED)]
+    np.testing.assert_array_equal(window.bytes().view(np.uint8), np.arange(5000, 5300) % 256)
+    window.close()
+    expert_store.Window(file, 0, 8).close()
+    assert len(forgotten) == 1
+
+
+def test_tokens_out_of_core_are_counted_alone(nano_path, nano_config):
+    layers = nano_config.num_layers + 1
+    model = deep.load(nano_path, layers, 4)
+    first = deep.decode(model, 1, 3, cached=True)
+    assert first["seconds"] > 0
+    assert first["held"][1] == layers * nano_config.num_experts
+    assert 0 < first["hit_rate"] <= 1  # all that was read once is held
+    assert deep.decode(model, 3, 1, cached=False)["bytes_read"] == 0
 
 
 def test_number_of_parameters_is_what_llama_cpp_counts():
