@@ -20,7 +20,7 @@ import numpy as np
 from grok1.machine import environment
 from grok1.machine.announcement import hint
 from grok1.machine.cuda_driver import Copier, refused
-from grok1.ops.cpu.build import Sources, UnavailableError, loaded_library
+from grok1.machine.native_library import Sources, UnavailableError, loaded_library
 
 _SOURCES = Sources("transfer", pathlib.Path(__file__).parent, "what reads files")
 _LOCK = threading.Lock()

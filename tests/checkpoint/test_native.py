@@ -10,7 +10,7 @@ from grok1.checkpoint.elements import FiniteCheck
 from grok1.checkpoint.reading import Reader
 from grok1.files import CheckpointError
 from grok1.machine import announcement
-from grok1.ops.cpu.build import UnavailableError
+from grok1.machine.native_library import UnavailableError
 from tests.checkpoint.test_reading import stored
 
 LOOKED_AT = 1 << 19  # bytes: kLookedAt of transfer.cc

@@ -27,9 +27,10 @@ from grok1.engine.sampling import (
     sampling_state,
     top_logprobs,
 )
+from grok1.machine import native_library
 from grok1.nn.unembedding import remainders, screening_table
 from grok1.ops import race
-from grok1.ops.cpu import bindings, build
+from grok1.ops.cpu import bindings
 from tests.helpers import SLOW_TESTS, slow
 
 ALL = np.iinfo(np.int32).max
@@ -233,7 +234,7 @@ def test_the_nucleus_of_the_released_vocabulary_against_float64(form):
 @pytest.fixture(scope="module")
 def kept_by_kernel(tmp_path_factory):
     """The kernel's filters alone: (logits, allowed, state) -> log-weights of what is kept."""
-    compiler = next(filter(None, map(shutil.which, build._COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, native_library._COMPILERS)), None)
     if compiler is None:
         pytest.skip("no compiler on this machine")
     source = tmp_path_factory.mktemp("sample") / "sample.cc"
@@ -259,7 +260,12 @@ def kept_by_kernel(tmp_path_factory):
           }
         }
     """)
-    flags = [*build._FLAGS, "-march=native", f"-I{build._SOURCES}", f"-I{jax.ffi.include_dir()}"]
+    flags = [
+        *native_library._FLAGS,
+        "-march=native",
+        f"-I{bindings._SOURCES.directory}",
+        f"-I{jax.ffi.include_dir()}",
+    ]
     flags[flags.index("-O3")] = "-O0"  # it runs once
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     run = ctypes.CDLL(str(library)).keep

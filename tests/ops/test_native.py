@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grok1.machine import announcement, cache_directory
-from grok1.ops.cpu import bindings, build
+from grok1.machine import announcement, cache_directory, native_library
+from grok1.ops.cpu import bindings
 from tests.helpers import slow
 
 pytestmark = pytest.mark.not_on_gpu("it is of the CPU's form in C++")
@@ -23,12 +23,16 @@ pytestmark = pytest.mark.not_on_gpu("it is of the CPU's form in C++")
 ask_again = bindings._is_available.__wrapped__
 
 
+def loaded(symbols):
+    return native_library.loaded_library(symbols, bindings._SOURCES)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_library():
     """The library in the tests' own cache; None where there can be none."""
     if not bindings.is_available():
         return None
-    name = pathlib.Path(build.loaded_library([])._name).name
+    name = pathlib.Path(loaded([])._name).name
     return pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "grok1" / name
 
 
@@ -51,8 +55,8 @@ def pretend_to_compile(monkeypatch):
     def load(path):
         return types.SimpleNamespace(text=pathlib.Path(path).read_text(), f=None)
 
-    monkeypatch.setattr(build, "_compile", compile)
-    monkeypatch.setattr(build.ctypes, "CDLL", load)
+    monkeypatch.setattr(native_library, "_compile", compile)
+    monkeypatch.setattr(native_library.ctypes, "CDLL", load)
     return runs
 
 
@@ -147,13 +151,13 @@ def stored(cache):
 )
 def test_a_damaged_library_is_never_loaded_and_built_anew(monkeypatch, cache, damage):
     runs = pretend_to_compile(monkeypatch)
-    assert build.loaded_library(["f"]).text == "1"
+    assert loaded(["f"]).text == "1"
     (path,) = stored(cache)
     damage(path)
-    assert build.loaded_library(["f"]).text == "2"
+    assert loaded(["f"]).text == "2"
     (path,) = stored(cache)
     assert path.read_text() == "2"
-    assert build.loaded_library(["f"]).text == "2"
+    assert loaded(["f"]).text == "2"
     assert len(runs) == 2
 
 
@@ -174,15 +178,15 @@ def test_a_library_that_is_cut_short_does_not_end_a_process(monkeypatch, own_lib
 
 def test_the_library_is_built_once_and_again_for_other_inputs(monkeypatch, cache):
     runs = pretend_to_compile(monkeypatch)
-    build.loaded_library(["f"])
+    loaded(["f"])
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert stat.S_IMODE(stored(cache)[0].stat().st_mode) == 0o600
-    build.loaded_library(["f"])
+    loaded(["f"])
     assert len(runs) == 1
     changes = {"_FLAGS": ("-O0",), "instructions": lambda: "another", "version": lambda name: "0"}
     for name, value in changes.items():
-        monkeypatch.setattr(build, name, value)
-        build.loaded_library(["f"])
+        monkeypatch.setattr(native_library, name, value)
+        loaded(["f"])
     assert sorted(path.read_text() for path in cache.iterdir()) == ["1", "2", "3", "4"]
 
 
@@ -196,7 +200,7 @@ def test_the_library_is_on_disk_before_it_has_its_name(monkeypatch, cache):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    build.loaded_library(["f"])
+    loaded(["f"])
     assert synced == [1]
 
 
@@ -207,9 +211,9 @@ def test_nothing_is_left_of_a_build_that_is_interrupted(monkeypatch, cache, plac
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, place, interrupt)
+    monkeypatch.setattr(native_library, place, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build.loaded_library(["f"])
+        loaded(["f"])
     assert list(cache.iterdir()) == []
 
 
@@ -227,12 +231,12 @@ def test_a_stored_library_that_cannot_be_loaded_is_not_built_by_every_process(
     monkeypatch, cache, capfd
 ):
     runs = pretend_to_compile(monkeypatch)
-    build.loaded_library(["f"])
+    loaded(["f"])
 
     def fail(path):
         raise OSError(f"{path}: failed to map segment from shared object")
 
-    monkeypatch.setattr(build.ctypes, "CDLL", fail)
+    monkeypatch.setattr(native_library.ctypes, "CDLL", fail)
     assert not ask_again()
     (path,) = stored(cache)
     message = f"{path} cannot be loaded here: failed to map segment from shared object; remove it"
@@ -261,10 +265,10 @@ def test_what_is_loaded_is_what_was_checked_whatever_is_done_above_it(monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
     cache = tmp_path / "shared" / "grok1"
     pretend_to_compile(monkeypatch)
-    build.loaded_library(["f"])
+    loaded(["f"])
     (path,) = stored(cache)
     swapping(monkeypatch, cache, path.name)
-    assert build.loaded_library(["f"]).text == "1"
+    assert loaded(["f"]).text == "1"
     assert [other.name for other in stored(cache)] == [path.name]
     assert path.read_text() == "another's"
     assert stored(tmp_path / "hidden" / "grok1")[0].read_text() == "1"
@@ -288,11 +292,11 @@ def test_without_paths_to_what_is_held_open_the_chain_is_looked_at(
     tmp_path.chmod(mode)
     pretend_to_compile(monkeypatch)
     if is_safe:
-        assert build.loaded_library(["f"]).text == "1"
+        assert loaded(["f"]).text == "1"
         return
     message = re.escape(f"{cache}: {tmp_path}, above it, can be changed by others; set XDG_CACHE")
     with pytest.raises(PermissionError, match=message):
-        build.loaded_library(["f"])
+        loaded(["f"])
     assert list(cache.iterdir()) == []
 
 
@@ -307,7 +311,7 @@ def test_a_matrix_beyond_the_stack_is_an_error():
 
 PRODUCT = """
 import sys, jax, numpy as np
-from grok1.ops.cpu import bindings, build
+from grok1.ops.cpu import bindings
 rng = np.random.default_rng(0)
 values = rng.integers(-127, 128, (700, 1200), dtype=np.int8)
 scales = rng.uniform(1, 2, (2, 1200)).astype(jax.numpy.bfloat16)
@@ -339,7 +343,7 @@ def test_processes_that_build_at_once_agree_whatever_their_number_of_threads(
 @pytest.fixture(scope="module")
 def forecast(tmp_path_factory) -> ctypes.CDLL:
     """`note(address, size, most)`, and `count()`: how often there was more to fetch."""
-    compiler = next(filter(None, map(shutil.which, build._COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, native_library._COMPILERS)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
     directory = tmp_path_factory.mktemp("forecast")
@@ -355,7 +359,7 @@ def forecast(tmp_path_factory) -> ctypes.CDLL:
           return fetched;
         }
     """)
-    flags = [*build._FLAGS, f"-I{build._SOURCES}"]
+    flags = [*native_library._FLAGS, f"-I{bindings._SOURCES.directory}"]
     subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     found = ctypes.CDLL(str(library))
     found.note.argtypes = [ctypes.c_int64] * 3

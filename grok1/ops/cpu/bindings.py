@@ -11,6 +11,7 @@ Environment: GROK1_NATIVE=0 turns them off; GROK1_NUM_THREADS is the number of t
 import ctypes
 import functools
 import itertools
+import pathlib
 import threading
 from collections.abc import Callable, Sequence
 
@@ -21,8 +22,10 @@ from jaxtyping import Array, Bool, Float, Int, Int8, UInt32
 
 from grok1.machine import environment
 from grok1.machine.announcement import hint
+from grok1.machine.native_library import Sources, UnavailableError, loaded_library
 from grok1.machine.processor import available_cores
-from grok1.ops.cpu.build import UnavailableError, loaded_library
+
+_SOURCES = Sources("native", pathlib.Path(__file__).parent, "the native CPU kernels")
 
 _MATMUL = "grok1_quantized_matmul"
 _MATMUL_INT4 = "grok1_int4_matmul"
@@ -97,7 +100,7 @@ def _is_available() -> bool:
             DRAW_MEASURED,
             LOG_PROBABILITIES,
         )
-        library = loaded_library([*targets, _USE_THREADS])
+        library = loaded_library([*targets, _USE_THREADS], _SOURCES)
         handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in targets}
     except (UnavailableError, OSError, RuntimeError) as error:  # RuntimeError: no home directory
         hint(f"running through XLA, several times slower than the native kernels: {error}")

@@ -1,8 +1,8 @@
 // Products of rows in digits with a rectangle of a 4-bit matrix.
 //
-// A tile is a group of weight rows in kCodeColumns columns. Interleaving bytes keeps to lanes of 16,
-// so that of each 16 columns four are in each register; sums stay in this order, and scales come in
-// it, until all groups are done. Fetching ahead is left to the processor, which follows the rows of
+// A tile is a group of weight rows in kCodeColumns columns. Interleaving bytes keeps to lanes of
+// 16, so that of each 16 columns four are in each register; sums stay in this order, and scales
+// come in it, until all groups are done. Fetching ahead is left to the processor, which follows the rows of
 // a group sooner than a program can ask for them.
 
 #pragma once
@@ -230,7 +230,8 @@ inline Group group_of(const Int4Matrix& matrix, int64_t k, int64_t column, const
 // out[num_rows, width] = x @ weight, for fewer columns than a tile has, a row at a time.
 inline void multiply_edge(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                           int64_t width, const Inputs& packed, float* out, int64_t out_stride) {
-  uint8_t codes[kDigitRows / 2 * kCodeColumns] = {}, low[kCodeColumns] = {}, high[kCodeColumns] = {};
+  uint8_t codes[kDigitRows / 2 * kCodeColumns] = {};
+  uint8_t low[kCodeColumns] = {}, high[kCodeColumns] = {};
   float of_block[kCodeColumns];
   Fours fours;
   for (int64_t m = 0; m < packed.num_rows; ++m) {
@@ -280,11 +281,13 @@ inline void multiply_in_digits(const Int4Matrix& matrix, int64_t begin, int64_t 
       multiply_tiles(group_of(matrix, k, at, of_block), k, panel, packed, out + first, out_stride);
     }
     for (int64_t m = 0; m < packed.num_rows; ++m) {
-      for (int64_t c = first; c < first + panel; c += kCodeColumns) reorder(out + m * out_stride + c);
+      float* of_row = out + m * out_stride + first;
+      for (int64_t c = 0; c < panel; c += kCodeColumns) reorder(of_row + c);
     }
   }
   if (whole < width) {
-    multiply_edge(matrix, begin, end, column + whole, width - whole, packed, out + whole, out_stride);
+    multiply_edge(matrix, begin, end, column + whole, width - whole, packed, out + whole,
+                  out_stride);
   }
 }
 

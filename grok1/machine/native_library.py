@@ -18,12 +18,7 @@ from grok1.machine.announcement import announced
 from grok1.machine.cache_directory import PrivateDirectory, held_directory
 from grok1.machine.processor import instructions
 
-_SOURCES = pathlib.Path(__file__).parent
-
-
 _COMPILERS = ("c++", "g++", "clang++")
-
-
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-DNDEBUG", "-w", "-shared", "-fPIC")
 
 
@@ -45,11 +40,7 @@ class Sources(NamedTuple):
     what: str
 
 
-KERNELS = Sources("native", _SOURCES, "the native CPU kernels")
-"""Of this room."""
-
-
-def loaded_library(symbols: Sequence[str], sources: Sources = KERNELS) -> ctypes.CDLL:
+def loaded_library(symbols: Sequence[str], sources: Sources) -> ctypes.CDLL:
     """Returns a library; builds it if its source, jaxlib or the processor is new.
 
     Args:
