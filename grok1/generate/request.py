@@ -86,22 +86,28 @@ class Request:
 
 
 class ScoredPart:
-    """Statistics of some tokens of a prompt, on the devices until they are asked for."""
+    """Statistics of some tokens of a prompt, on the devices until they are asked for.
+
+    Several requests may have it, and several threads ask for it.
+    """
 
     def __init__(self, found: TokenStatistics, row: int, count: int):
-        self._found, self._row, self._count = found, row, count
+        self._found: TokenStatistics | None = found
+        self._row, self._count = row, count
         self._on_host: TokenStatistics | None = None
 
     def on_host(self) -> TokenStatistics:
         """Returns the statistics, with an entry for each token."""
-        if self._on_host is None:
-            whole = jax.device_get(self._found)
+        # In the order opposite to that in which they change: another thread may do so in between.
+        found, on_host = self._found, self._on_host
+        if on_host is None:
             # Copies, so that the memory of what is padding goes.
-            self._on_host = TokenStatistics(
-                *(np.array(leaf[self._row, : self._count]) for leaf in whole)
+            on_host = TokenStatistics(
+                *(np.array(leaf[self._row, : self._count]) for leaf in jax.device_get(found))
             )
-            del self._found
-        return self._on_host
+            self._on_host = on_host
+            self._found = None
+        return on_host
 
 
 class Sampled(NamedTuple):

@@ -1,5 +1,8 @@
 """Prompts that begin alike: what is found is what would be computed, and nothing else is found."""
 
+import concurrent.futures
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +12,9 @@ from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams
 from grok1.generate.prefill import OnGrid
 from grok1.generate.prefix import PrefixStore
-from grok1.generate.request import Request
+from grok1.generate.request import Request, ScoredPart
 from grok1.generate.scheduler import Scheduler
+from grok1.nn.unembedding import TokenStatistics
 from tests.helpers import SLOW_TESTS, slow
 from tests.one_device import within
 
@@ -303,3 +307,33 @@ def test_ends_of_prompts_run_together_as_far_as_those_that_decode_allow(engine, 
     # A whole chunk is kept, and what is kept is run alone.
     runner.run(*(request(20 + n, n) for n in range(2)))
     assert calls == [[16], [16], [3, 4]]
+
+
+def test_threads_may_ask_for_the_same_scores(monkeypatch):
+    values = [np.full((2, 3), number) for number in range(5)]
+    [part, get] = [ScoredPart(TokenStatistics(*values), 1, 2), jax.device_get]
+    others = []
+
+    def meanwhile(whole):
+        # What another thread does between any two steps of this one's.
+        if not others:
+            others.append(None)
+            others[0] = part.on_host()
+        return get(whole)
+
+    monkeypatch.setattr(jax, "device_get", meanwhile)
+    for found in (part.on_host(), *others, part.on_host()):
+        np.testing.assert_array_equal(found, [np.full(2, number) for number in range(5)])
+
+
+def test_no_thread_misses_scores_that_another_takes():
+    before = sys.getswitchinterval()
+    values = TokenStatistics(*(np.zeros((1, 1)) for _ in range(5)))
+    parts = [ScoredPart(values, 0, 1) for _ in range(2000)]
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(lambda: [part.on_host() for part in parts]) for _ in range(4)]
+            assert all(len(one.result()) == len(parts) for one in asked)
+    finally:
+        sys.setswitchinterval(before)
