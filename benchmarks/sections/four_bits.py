@@ -76,6 +76,7 @@ def out_of_core(setting: Setting, threads: int | None) -> Iterator[Result]:
                 for way, (untimed, timed, cached) in ways.items():
                     once = worker.call("decode_deep", untimed=untimed, timed=timed, cached=cached)
                     found[way][name].append(once)
+                    setting.tell(f"{name}, from the {way}: {once['seconds']:.2f} s a token")
     for way, of_each in found.items():
         rounds = {name: [once["seconds"] for once in all] for name, all in of_each.items()}
         yield Result(
