@@ -258,20 +258,13 @@ inline void multiply_edge(const Int4Matrix& matrix, int64_t begin, int64_t end, 
   }
 }
 
-// Memory of this thread for the scales of a panel. Never inlined: the address would be asked for at
-// every use.
-__attribute__((noinline)) inline float* memory_of_block_scales() {
-  alignas(kCacheLine) static thread_local float memory[kCodePanel];
-  return memory;
-}
-
 // out[num_rows, width] = x @ weight over weight rows `begin` to `end`, where groups do, and `width`
 // columns from `column` on; out is zero before.
 inline void multiply_in_digits(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,
                                int64_t width, const Inputs& packed, float* out,
                                int64_t out_stride) {
   const int64_t whole = width / kCodeColumns * kCodeColumns;
-  float* of_block = memory_of_block_scales();
+  float* of_block = memory_of_scales();
   for (int64_t first = 0; first < whole; first += kCodePanel) {
     const int64_t panel = std::min(kCodePanel, whole - first), at = column + first;
     for (int64_t k = begin; k < end; k += kDigitRows) {

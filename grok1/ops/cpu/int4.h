@@ -96,13 +96,6 @@ inline void multiply_edge(const Codes& codes, const Part& part, const Inputs& pa
   multiply_group(copied, part, packed, out, out_stride, fetcher);
 }
 
-// Memory of this thread for the scales of two panels. Never inlined: the address would be asked for
-// at every use.
-__attribute__((noinline)) inline float* memory_of_scales() {
-  alignas(kCacheLine) static thread_local float memory[2 * kCodePanel];
-  return memory;
-}
-
 // out[num_rows, width] = x @ weight over weight rows `begin` to `end` and `width` columns from
 // `column` on.
 inline void multiply_packed(const Int4Matrix& matrix, int64_t begin, int64_t end, int64_t column,

@@ -122,4 +122,11 @@ struct Inputs {
   }
 };
 
+// Memory of this thread for the scales of two panels. Never inlined: the address would be asked for
+// at every use.
+__attribute__((noinline)) inline float* memory_of_scales() {
+  alignas(kCacheLine) static thread_local float memory[2 * kCodePanel];
+  return memory;
+}
+
 }  // namespace grok1
