@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from grok1.checkpoint import carrying
 from grok1.config import GROK_1
+from grok1.engine import graphs
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import build, presence
@@ -124,6 +125,22 @@ def test_a_step_of_grok_1_is_one_graph_that_copies_no_weight(h200, count):
     kernels = [name for name in found.layer if not name.startswith(collectives)]
     assert len(kernels) <= 12, kernels
     assert len(found.layer) - len(kernels) == (0 if count == 1 else 2)
+
+
+def test_a_step_whose_layers_are_recorded_one_after_the_other_is_the_same_program(
+    h200, monkeypatch
+):
+    # XLA reads the option when it records the graph, on a device; here it has to know its name.
+    monkeypatch.setenv("GROK1_CUDA_GRAPHS", "unrolled")
+    devices = h200[1].devices.flatten().tolist()
+    assert graphs.compiler_options(devices)["xla_gpu_command_buffer_unroll_loops"] is True
+    with presence.assumed():
+        program, engine = gpu_programs.lowered(GROK_1, h200[1], "decode", 1, 8192)
+    found = gpu_programs.report(program, devices, engine.weights)
+    assert (found.graphs, found.outside) == (1, 0)
+    assert not found.unknown_loops
+    assert not found.copies
+    assert len(found.layer) <= 12, found.layer
 
 
 @pytest.mark.parametrize("count", [1, 8])

@@ -4,7 +4,9 @@ A step that is one graph is started by one call of the driver, and nothing in it
 What a graph may hold has to be named; the layer loop is otherwise kept out of it by a pass that
 takes slices apart.
 
-Environment: GROK1_CUDA_GRAPHS=0 leaves programs as XLA makes them by itself.
+Environment: GROK1_CUDA_GRAPHS=0 leaves programs as XLA makes them by itself. With
+GROK1_CUDA_GRAPHS=unrolled the layers are recorded one after the other rather than as a loop, whose
+condition the device looks at before each turn; the program is the same, its graph 64 times as long.
 """
 
 from importlib.metadata import version
@@ -29,7 +31,8 @@ _HELD = (
 def compiler_options(devices: list[Any]) -> dict[str, Any]:
     """Returns XLA's options for a program on these devices; none where they are no NVIDIA GPUs."""
     is_cuda = devices[0].platform == "gpu" and hasattr(devices[0], "compute_capability")
-    if not is_cuda or not environment.is_on("GROK1_CUDA_GRAPHS"):
+    setting = environment.choice("GROK1_CUDA_GRAPHS")
+    if not is_cuda or setting == "0":
         return {}
     if not str(devices[0].compute_capability).replace(".", "").isdecimal():
         return {}
@@ -44,6 +47,8 @@ def compiler_options(devices: list[Any]) -> dict[str, Any]:
         if numbers == (0, 11):
             # Its own all-reduce stays out of a graph, NCCL's does not.
             more["xla_gpu_experimental_use_collective_kernels"] = ""
+    if setting == "unrolled":
+        more["xla_gpu_command_buffer_unroll_loops"] = True
     return {
         "xla_gpu_enable_command_buffer": ",".join(held),
         "xla_disable_hlo_passes": "dynamic-slice-annotator",

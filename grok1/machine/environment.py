@@ -2,27 +2,47 @@
 
 GROK1_NATIVE=0 turns off the kernels in C++ and CUDA, reading files in C++, and copies by CUDA's
 driver. GROK1_COMPILATION_CACHE=0 keeps no programs for later processes. GROK1_CUDA_GRAPHS=0 records
-no steps as CUDA graphs. GROK1_NUM_THREADS is the number of threads of a kernel.
+no steps as CUDA graphs, GROK1_CUDA_GRAPHS=unrolled the turns of their loops one after the other.
+GROK1_NUM_THREADS is the number of threads of a kernel.
 """
 
 import os
 import sys
 
-SWITCHES = ("GROK1_NATIVE", "GROK1_COMPILATION_CACHE", "GROK1_CUDA_GRAPHS")
+CHOICES = {
+    "GROK1_NATIVE": ("0", "1"),
+    "GROK1_COMPILATION_CACHE": ("0", "1"),
+    "GROK1_CUDA_GRAPHS": ("0", "1", "unrolled"),
+}
+"""Values of variables that have few; one that nobody has set is 1."""
+
 _NUM_THREADS = "GROK1_NUM_THREADS"
 _MOST_THREADS = 4096
 
 
-def is_on(name: str) -> bool:
-    """Whether one of `SWITCHES` is on, as all are that nobody has set.
+def choice(name: str) -> str:
+    """Returns the value of one of `CHOICES`.
 
     Raises:
-      ValueError: If it is neither 0 nor 1.
+      ValueError: If it is none of those that mean something.
     """
-    setting = os.environ.get(name, "")
-    if setting not in ("", "0", "1"):
-        raise ValueError(f"{name} must be 0 or 1, found {setting!r}; set one of them or unset it")
-    return setting != "0"
+    setting = os.environ.get(name) or "1"
+    *others, last = CHOICES[name]
+    if setting not in CHOICES[name]:
+        raise ValueError(
+            f"{name} must be {', '.join(others)} or {last}, found {setting!r:.80}; set one of them "
+            "or unset it"
+        )
+    return setting
+
+
+def is_on(name: str) -> bool:
+    """Whether one of `CHOICES` is on, in whichever way.
+
+    Raises:
+      ValueError: If it has a value that means nothing.
+    """
+    return choice(name) != "0"
 
 
 def num_threads() -> int | None:
@@ -51,8 +71,8 @@ def check() -> None:
       ValueError: If one has a value that means nothing.
     """
     num_threads()
-    for name in SWITCHES:
-        is_on(name)
+    for name in CHOICES:
+        choice(name)
 
 
 def of_child(**variables: str) -> dict[str, str]:

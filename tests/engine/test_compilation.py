@@ -167,11 +167,12 @@ def test_what_the_machine_code_depends_on_is_told_apart(cache, monkeypatch):
             twice()(x)
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_dump_to=")
     twice()(x)
-    monkeypatch.setenv("GROK1_NUM_THREADS", "1")
-    twice()(x)
+    for name, value in [("GROK1_NUM_THREADS", "1"), ("GROK1_CUDA_GRAPHS", "unrolled")]:
+        monkeypatch.setenv(name, value)
+        twice()(x)
     on_another_device = Program(jax.jit(lambda x: x * 2), jax.devices()[1:2], "twice", str)
     on_another_device(jax.device_put(x, jax.devices()[1]))
-    assert len(stored(cache)) == 10
+    assert len(stored(cache)) == 11
 
 
 def test_a_cache_of_another_type_is_another_program(cache, nano):

@@ -155,6 +155,19 @@ def test_a_switch_is_on_or_off(monkeypatch, name):
         grok1.load(TOY)
 
 
+def test_graphs_have_a_third_way(monkeypatch):
+    name = "GROK1_CUDA_GRAPHS"
+    for setting, expected in [("", "1"), ("1", "1"), ("0", "0"), ("unrolled", "unrolled")]:
+        monkeypatch.setenv(name, setting)
+        assert environment.choice(name) == expected
+        assert environment.is_on(name) is (expected != "0")
+    for setting in ("Unrolled", "2", " "):
+        monkeypatch.setenv(name, setting)
+        expected = f"{name} must be 0, 1 or unrolled, found {setting!r}; set one of them or unset"
+        with pytest.raises(ValueError, match=expected):
+            grok1.load(TOY)
+
+
 # As any other error that a command ends with.
 @slow
 def test_a_command_says_in_a_line_what_is_wrong_with_a_variable():
