@@ -1,0 +1,78 @@
+"""The check of a GPU: what it keeps, counts and leaves out."""
+
+import dataclasses
+import json
+
+import grok1
+from benchmarks import gpu_check
+from tests.helpers import slow
+
+
+@slow
+def test_the_check_of_a_gpu_keeps_every_figure_and_goes_on_after_a_failure(tmp_path, monkeypatch):
+    def fails(operation):
+        raise RuntimeError("no device\nand more")
+        yield
+
+    monkeypatch.setattr(gpu_check.check, "differences", fails)
+    figures = gpu_check.run(tmp_path, only=("kernels", "nano in float32"))
+    named = {figure.name: figure for figure in figures}
+    assert named["kernels"].value is None
+    assert named["kernels"].details == {"RuntimeError": "no device"}
+    assert not named["kernels"].holds
+    assert named["nano in float32, logits"].holds
+    assert named["nano in float32, greedy tokens that differ of 32"].value == 0
+    (path,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["name"] for line in lines] == [figure.name for figure in figures]
+
+
+@slow
+def test_the_check_of_a_gpu_times_draws_of_a_model_without_a_tokenizer(tmp_path):
+    config = dataclasses.replace(grok1.TOY, num_layers=1, sequence_len=128)
+    *timed, _ = gpu_check.run(tmp_path, config, only=("sampling",))
+    assert [figure.unit for figure in timed] == ["ms", "ms"]
+    assert all(isinstance(figure.value, float) for figure in timed)
+
+
+def test_the_kernels_of_the_layers_are_seen_once_a_step():
+    kernels = {"head": (4, 4.0), "grok1_down_1": (4, 2.0), "grok1_norm_1": (8, 1.0), "fill": (1, 9)}
+    count, seconds = gpu_check.of_step(kernels, steps=4, layers=3)
+    assert (count, seconds) == (1 + 3 + 6, 1.0 + 3 * 0.5 + 6 * 0.125)
+
+
+def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
+    share = gpu_check.share_of_several(grok1.GROK_1)
+    assert (share.ffn_size, share.num_q_heads, share.num_kv_heads) == (4096, 6, 1)
+    assert (share.emb_size, share.vocab_size, share.num_experts) == (6144, 16384, 8)
+
+
+@slow
+def test_the_check_of_a_gpu_loads_and_offloads_in_a_process_of_its_own(tmp_path):
+    config = dataclasses.replace(grok1.TOY, num_layers=1, sequence_len=128)
+    *measured, _ = gpu_check.run(tmp_path, config, only=("load and offload",))
+    values = {figure.name: figure.value for figure in measured}
+    assert None not in values.values(), values
+    shares = [value for name, value in values.items() if name.endswith("share of the copy")]
+    assert len(shares) == 3
+    assert all(share is not None and share > 0 for share in shares)
+    differ = [value for name, value in values.items() if name.startswith("offloaded against")]
+    assert differ == [0, 0]
+
+
+def test_a_process_that_takes_too_long_is_ended_and_keeps_its_figures(tmp_path, monkeypatch):
+    program = """import time; print('{"name": "a", "value": 1.0}', flush=True); time.sleep(99)"""
+    (tmp_path / "slow.py").write_text(program)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "_PROCESS_SECONDS", 1.0)
+    first, failed = gpu_check.attempted("part", lambda: gpu_check._figures_of_process("slow"))
+    assert first == gpu_check.Figure("a", 1.0)
+    message = "python -m slow ended with status -9; it has 1 s"
+    assert failed == gpu_check.Figure("part", None, details={"RuntimeError": message})
+
+
+def test_a_check_that_takes_too_long_says_what_it_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "SECONDS", 0.0)
+    figures = gpu_check.run(tmp_path)
+    assert {figure.value for figure in figures[:-1]} == {None}
+    assert figures[0].line().startswith("device: -  <-- NO  [left out after")
