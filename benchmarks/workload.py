@@ -17,6 +17,7 @@ import grok1
 from benchmarks.machine import available_threads
 from grok1.engine import sampling
 from grok1.generate.requests import Batch
+from grok1.nn.sharding import DATA_AXIS
 
 _SECONDS = 0.5  # of one measurement: long enough for many passes, short beside a round
 _READ_BYTES = 1 << 30  # several times the largest cache
@@ -180,15 +181,17 @@ def decode_bytes(
         "experts": _num_bytes(params.layers.experts)
         / (config.num_layers * config.num_experts)
         * experts_per_step,
-        "head": head_bytes(model),
+        "head": head_bytes(model, batch),
         "cache": _num_bytes(cache._replace(length=())) / capacity * filled,
     }
 
 
-def head_bytes(model: grok1.Model) -> float:
-    """Bytes that finding the most probable token must read: the embedding, or its int8 copy."""
-    table = model.engine.screening_table
-    return _num_bytes(model.params.embedding if table is None else table)
+def head_bytes(model: grok1.Model, batch: int) -> float:
+    """Bytes that finding the most probable tokens must read: the embedding, or its int8 copy."""
+    engine = model.engine
+    num_rows = engine.batch_for(batch) // engine.mesh.shape[DATA_AXIS]
+    is_read = engine.screening_table is not None and engine.head_copies.is_read_by(num_rows)
+    return _num_bytes(engine.screening_table if is_read else model.params.embedding)
 
 
 def prefill_operations(config: grok1.ModelConfig, num_tokens: int) -> float:

@@ -163,6 +163,32 @@ def test_a_step_with_4_bit_experts_is_one_graph_that_copies_no_weight(h200, coun
     ]
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (8, 8)])
+def test_a_greedy_step_reads_the_copy_of_the_head_in_three_launches_of_the_one_graph(
+    h200, count, rows
+):
+    mesh = h200[count]
+    with presence.assumed():
+        program, engine = gpu_programs.lowered(GROK_1, mesh, "greedy", rows, 8192)
+    devices = mesh.devices.flatten().tolist()
+    found = gpu_programs.report(program, devices, engine.weights)
+    assert not found.unknown_loops
+    assert not found.copies
+    assert not found.vanished
+    if count == 1 or jax.__version_info__ < (0, 12):
+        assert (found.graphs, found.outside) == (1, 0)
+    compiled = program.compile(compiler_options=graphs.compiler_options(devices))
+    text = compiled.as_text().split("ENTRY ")[1]
+    head = ("screen_digits", "screen", "choose")
+    launched = re.findall(r'custom-call\(.*?name = \\?"grok1_([a-z_]+)_[0-9a-f]{8}', text)
+    assert [name for name in launched if name in head] == list(head)
+    # Not the head, nor what bounds or products of all its rows for several rows would be many of.
+    vocabulary = GROK_1.vocab_size // count
+    table = [line for line in text.splitlines() if f"f32[{vocabulary},{GROK_1.emb_size}]" in line]
+    assert all(" parameter(" in line or "grok1_choose" in line for line in table[1:]), table
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 25
+
+
 def test_a_chunk_with_4_bit_experts_converts_them_too(h200):
     with presence.assumed():
         program, engine = gpu_programs.lowered(GROK_1, h200[1], "256", 1, 8192, experts="int4")

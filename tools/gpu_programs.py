@@ -12,6 +12,9 @@ device. Nothing is tuned and nothing can be timed. A line for each program:
     graphs     CUDA graphs, and how many launches are outside of them
     kernels    that run in a layer
     vanished   subtractions of a number from itself: a rounding that XLA has dropped
+
+A step is "decode", which draws from all logits, "greedy", which finds the most probable token by
+way of an int8 copy of the output head, or the length of a prompt's chunk.
 """
 
 import argparse
@@ -26,15 +29,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from benchmarks.device import copies_of, shapes_of_weights
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine import graphs
+from grok1.engine.engine import Engine
 from grok1.nn.manifest import with_int4_experts
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
+from grok1.ops.screening import ScreeningTable
 from grok1.planning.memory import abstract_engine, one_layer, released_weights
 
 DEVICES = pathlib.Path(__file__).parent / "devices"
@@ -87,7 +92,8 @@ def lowered(config: ModelConfig, mesh: Mesh, step: str, rows: int, capacity: int
     Args:
       config: The model.
       mesh: Of `mesh_of`.
-      step: "decode", or the length of a chunk of a prompt.
+      step: "decode", "greedy" for a decode step by way of the output head's copy, or the length of
+        a chunk of a prompt.
       rows: Of the batch.
       capacity: Of the cache.
       **types: `dtype`, by default bfloat16, `cache_dtype`, and "int4" for the `experts`.
@@ -104,10 +110,26 @@ def lowered(config: ModelConfig, mesh: Mesh, step: str, rows: int, capacity: int
     if step == "decode":
         arguments = engine.abstract_decode_arguments(rows)
         program = engine.decode_program(None, None)
+    elif step == "greedy":
+        of_rows, ends, allowed, _ = engine.abstract_decode_arguments(rows)
+        arguments = (of_rows, ends, _abstract_table(engine), allowed)
+        program = engine.greedy_program()
     else:
         arguments = (engine.abstract_rows(rows),)
         program = engine.prefill_program(int(step))
     return program.lower(engine.weights, state, *arguments), engine
+
+
+def _abstract_table(engine: Engine) -> ScreeningTable:
+    rows, width = engine.params.embedding.shape
+    shapes = ((rows, width), jnp.int8), ((rows,), jnp.float32), ((rows,), jnp.float32)
+    specs = engine.head_copies.table_specs
+    return ScreeningTable(
+        *(
+            jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(engine.mesh, spec))
+            for shape, spec in zip(shapes, specs, strict=True)
+        )
+    )
 
 
 def report(program: Any, devices: list[Any], weights: Any = ()) -> Report:
@@ -166,7 +188,7 @@ def main() -> int:
     parser.add_argument("--device", nargs="+", default=["h200"], help="h100, h200")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8], help="how many")
     parser.add_argument("--rows", nargs="+", type=int, default=[1])
-    parser.add_argument("--steps", nargs="+", default=["decode"], help='"decode" or a length')
+    parser.add_argument("--steps", nargs="+", default=["decode"], help="decode, greedy, a length")
     parser.add_argument("--capacity", type=int, default=8192)
     parser.add_argument("--cache-dtype", default="float16")
     parser.add_argument("--experts", default="int8", choices=("int8", "int4"))
@@ -210,7 +232,7 @@ def main() -> int:
                         print(*(f"    {kernel}" for kernel in found.layer), sep="\n")
                     for what in (*found.unknown_loops, *found.copies, *found.vanished):
                         print(f"    {what}")
-                    if step == "decode":
+                    if step in ("decode", "greedy"):
                         faults += bool(found.unknown_loops or found.copies or found.outside)
                         faults += found.graphs != 1
                     faults += bool(found.vanished)

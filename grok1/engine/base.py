@@ -48,7 +48,8 @@ from grok1.nn.decoder import Captures
 from grok1.nn.precision import default_cache_dtype
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, AnyMesh, specs_of
 from grok1.nn.transformer import Params
-from grok1.nn.unembedding import ScreeningTable, TokenStatistics
+from grok1.nn.unembedding import TokenStatistics
+from grok1.ops.screening import ScreeningTable
 
 _MOST_STEPS = 8  # of a call that decodes: what the host costs is an eighth then
 _CAPTURED_BYTES = 1 << 28  # most that the captures of one chunk of an observed engine take
@@ -169,7 +170,7 @@ class EngineBase:
         held = (root._programs.held if root else compilation.Programs()).of_view(named_view)
         named = functools.partial(in_words, view.interventions)
         self._programs = Programs(self.setup, self.weights, named_view, held, named)
-        self._head_copies = HeadCopies(self._programs, self.weights)
+        self._head_copies = HeadCopies(self._programs, self.weights, self.runner.has_room)
 
     @property
     def params(self) -> Params:
@@ -296,7 +297,7 @@ class EngineBase:
 
     @property
     def head_copies(self) -> HeadCopies:
-        """What decoding reads of the output head on CPUs; one for all views of the weights."""
+        """What decoding reads instead of the output head; one for all views of the weights."""
         return self._root._head_copies
 
     @property
@@ -309,7 +310,7 @@ class EngineBase:
         if self.mesh.shape[MODEL_AXIS] > 1 or not draw.takes_logits_as_they_are:
             return False
         has_room = draw.num_top is None or self.runner.has_room
-        return has_room and self.screening_table is not None
+        return has_room and self.head_copies.draws
 
     def abstract_rows(self, num_rows: int) -> Rows:
         """Returns the shapes and types of the `Rows` that programs take."""
@@ -391,7 +392,7 @@ class EngineBase:
             is_screened=True,
         )
         sampling = SamplingState(*(ROWS,) * len(SamplingState._fields))
-        table = specs_of(self.screening_table)
+        table = self.head_copies.table_specs
         masks = ROWS if masks_differ else P()
         if num_top is None:
             return self._decode_step(key, screened_head, (table, masks, sampling))
@@ -403,7 +404,7 @@ class EngineBase:
         key = Key(
             kind=Kind.DECODE_GREEDILY, length=1, capture=self.capture, masks_differ=masks_differ
         )
-        table = specs_of(self.screening_table)
+        table = self.head_copies.table_specs
         return self._decode_step(key, greedy_head, (table, ROWS if masks_differ else P()))
 
     def _decode_step(self, key: Key, head: Head, argument_specs: tuple[Any, ...]) -> Any:

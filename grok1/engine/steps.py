@@ -30,15 +30,9 @@ from grok1.engine.sampling import (
     top_logprobs,
 )
 from grok1.nn.sharding import DATA_AXIS
-from grok1.nn.unembedding import (
-    Remainders,
-    ScreeningTable,
-    TokenStatistics,
-    most_probable,
-    token_statistics,
-    unembed,
-)
+from grok1.nn.unembedding import TokenStatistics, most_probable, token_statistics, unembed
 from grok1.ops.attention import KVCache
+from grok1.ops.screening import Remainders, ScreeningTable
 
 LogitsProcessor = Callable[[Array, Array, Array], Array]
 """A user's hook: (logits `[R, V]`, tokens `[R, S]`, length `[R]`) -> logits, in JAX operations."""

@@ -9,142 +9,26 @@ statistics are all that leaves the devices, and logits exist for some rows at a 
 Dimension key: M row, V vocabulary rows held here, D model dim.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from grok1.config import ModelConfig
 from grok1.nn.sharding import MODEL_AXIS
-from grok1.ops import forms
-from grok1.ops.cpu import bindings, rowwise
-from grok1.ops.cuda import presence
-from grok1.ops.layers import exact_einsum, split_terms
+from grok1.ops import vocabulary
 from grok1.ops.residual import norm
+from grok1.ops.screening import ScreeningTable
 
-_TABLE_BLOCK = 512  # rows copied at a time
 _LOGITS_BYTES = 1 << 25  # most memory of one device that logits to be summed up take at a time
-
-
-class ScreeningTable(NamedTuple):
-    """An int8 copy of the embedding, and how far from it each row may be.
-
-    Attributes:
-      values: int8 `[V, D]`.
-      scales: float32 `[V]`; `scales * values` is close to the embedding.
-      uncertainty: float32 `[V]`; a row's product with any x is within `uncertainty * |x|` of the
-        product with the copy, what rounding adds in float32 included.
-    """
-
-    values: Any
-    scales: Any
-    uncertainty: Any
-
-
-class Remainders(NamedTuple):
-    """What a `ScreeningTable` leaves out, in four bits a number.
-
-    Attributes:
-      codes: uint8 `[V, 32 * ceil(D / 64)]`; byte j of 32 has the code of column j of 64 in its low
-        bits, of column j + 32 in its high ones. `scales * (table.values + (code - 7.5) / 15)` is
-        closer to the embedding. Each was rounded up or down at random, so that the mean of its
-        error is 0.
-      uncertainty: float32 `[V]`; as the table's, of the product with both.
-    """
-
-    codes: Any
-    uncertainty: Any
-
-
-REMAINDER_STEPS = 15
-"""Steps of a `Remainders` in one of its `ScreeningTable`."""
-
-
-def screening_table(embedding: Float[Array, "V D"]) -> ScreeningTable:
-    """Copies an embedding to int8, one scale a row, and bounds what is lost (Cauchy-Schwarz)."""
-    width = embedding.shape[1]
-
-    def copy(start, rows):
-        scales = jnp.abs(rows).max(axis=-1) / 127
-        divisor = jnp.where(scales == 0, 1, scales)[:, None]
-        values = jnp.clip(jnp.round(rows / divisor), -127, 127)
-        kept = values * scales[:, None]
-        lost = jnp.linalg.norm(rows - kept, axis=-1)
-        # Adding n float32 numbers in any order is off by at most n units in the last place.
-        rounding = width * jnp.finfo(jnp.float32).eps * jnp.linalg.norm(kept, axis=-1)
-        return ScreeningTable(values.astype(jnp.int8), scales, 1.001 * (lost + rounding))
-
-    return _in_blocks(copy, embedding)
-
-
-def remainders(embedding: Float[Array, "V D"], table: ScreeningTable) -> Remainders:
-    """Copies in four bits what a `screening_table` leaves out, and bounds what both leave out."""
-    width = embedding.shape[1]
-
-    def copy(start, rows, values, scales):
-        divisor = jnp.where(scales == 0, 1, scales)[:, None]
-        values = values.astype(jnp.float32)
-        steps = (rows / divisor - values) * REMAINDER_STEPS + REMAINDER_STEPS / 2
-        codes = jnp.clip(jnp.floor(steps + _dither(start, steps.shape)), 0, REMAINDER_STEPS)
-        kept = (values + (codes / REMAINDER_STEPS - 0.5)) * scales[:, None]
-        lost = jnp.linalg.norm(rows - kept, axis=-1)
-        # The kernel adds up 16 or more sums in turns: so many units in the last place. It adds half
-        # a step of the table to all numbers, and takes it off at the end.
-        added = (width / 16 + 32) * jnp.finfo(jnp.float32).eps
-        rounding = added * (jnp.linalg.norm(kept, axis=-1) + 0.5 * width**0.5 * scales)
-        return Remainders(_in_half_lines(codes), 1.001 * (lost + rounding))
-
-    return _in_blocks(copy, embedding, table.values, table.scales)
-
-
-def _in_half_lines(codes: Float[Array, "rows D"]) -> UInt8[Array, "rows packed"]:
-    num_rows, width = codes.shape
-    padded = jnp.pad(codes.astype(jnp.uint8), ((0, 0), (0, -width % 64)))
-    low, high = jnp.moveaxis(padded.reshape(num_rows, -1, 2, 32), 2, 0)
-    return (low | (high << 4)).reshape(num_rows, -1)
-
-
-def _dither(start: Int[Array, ""], shape: tuple[int, int]) -> Float[Array, "rows D"]:
-    """Numbers from 0 to 1 for rows from `start` on, the same on every device and at any time."""
-    rows = start.astype(jnp.uint32) + jnp.arange(shape[0], dtype=jnp.uint32)
-    bits = rows[:, None] * shape[1] + jnp.arange(shape[1], dtype=jnp.uint32)
-    # MurmurHash3's finaliser (Appleby, 2008).
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    bits ^= bits >> 16
-    return (bits >> 8).astype(jnp.float32) * 2**-24
-
-
-def _in_blocks(copy: Callable[..., Any], *arrays: Array) -> Any:
-    """Applies `copy(start, *rows)` to some rows at a time, so that float32 between takes little."""
-    num_rows = len(arrays[0])
-    num_blocks = -(-num_rows // _TABLE_BLOCK)
-    block = min(_TABLE_BLOCK, num_rows)
-
-    def rows_from(start):
-        return (jax.lax.dynamic_slice_in_dim(array, start, block) for array in arrays)
-
-    def write_block(i, table):
-        # The last block starts early where the rows are no multiple of it.
-        start = jnp.minimum(i * block, num_rows - block)
-        return jax.tree.map(
-            lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, start, axis=0),
-            table,
-            copy(start, *rows_from(start)),
-        )
-
-    shapes = jax.eval_shape(lambda start: copy(start, *rows_from(start)), jnp.int32(0))
-    empty = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype), shapes)
-    return jax.lax.fori_loop(0, num_blocks, write_block, empty)
 
 
 def unembed(
     embedding: Float[Array, "V D"], config: ModelConfig, x: Float[Array, "M D"]
 ) -> Float[Array, "M vocab"]:
     """Logits of the whole vocabulary from the final norm's output; float32, on every device."""
-    logits = jax.lax.all_gather(_products(embedding, x), MODEL_AXIS, axis=1, tiled=True)
+    logits = jax.lax.all_gather(vocabulary.logits(x, embedding), MODEL_AXIS, axis=1, tiled=True)
     return logits * config.output_multiplier_scale
 
 
@@ -189,7 +73,7 @@ def token_statistics(
 
     def score_block(rows):
         x, tokens = rows
-        logits = _products(embedding, x) * config.output_multiplier_scale
+        logits = vocabulary.logits(x, embedding) * config.output_multiplier_scale
         # The maximum is of the whole vocabulary, so that no exponential overflows on any device.
         largest = jax.lax.pmax(logits.max(axis=-1), MODEL_AXIS)
         shifted = logits - largest[:, None]
@@ -268,7 +152,7 @@ def most_probable(
     x: Float[Array, "M D"],
     allowed: Bool[Array, "*M vocab"],
 ) -> Int[Array, " M"]:
-    """The allowed token with the largest logit, as `unembed` and an argmax would find it; on CPUs.
+    """The allowed token with the largest logit, as `unembed` and an argmax would find it.
 
     Args:
       embedding: This device's rows.
@@ -282,53 +166,12 @@ def most_probable(
     rows = len(embedding)
     first = jax.lax.axis_index(MODEL_AXIS) * rows
     here = jax.lax.dynamic_slice_in_dim(allowed, first, rows, axis=-1)
-    index, product = bindings.most_probable(x, embedding, *table, here)
-    products = jax.lax.all_gather(product, MODEL_AXIS)
-    indices = jax.lax.all_gather(jnp.maximum(index, 0) + first, MODEL_AXIS)
+    index, product = vocabulary.most_probable(x, embedding, table, here)
+    # Both in one exchange.
+    bits = jax.lax.bitcast_convert_type(product, jnp.int32)
+    pairs = jax.lax.all_gather(jnp.stack([jnp.maximum(index, 0) + first, bits]), MODEL_AXIS)
+    indices, products = pairs[:, 0], jax.lax.bitcast_convert_type(pairs[:, 1], jnp.float32)
+    # Devices hold ascending ids, so that of equals the first is found.
     best = jnp.argmax(products, axis=0)
     found = jnp.take_along_axis(indices, best[None], axis=0)[0].astype(jnp.int32)
     return jnp.where(jnp.isfinite(products.max(axis=0)), found, -1)
-
-
-def _products(embedding: Float[Array, "V D"], x: Float[Array, "M D"]) -> Float[Array, "M V"]:
-    return forms.run("logits", x, embedding)
-
-
-@forms.form("logits", "direct")
-def _logits_direct(x: Float[Array, "M D"], embedding: Float[Array, "V D"]) -> Float[Array, "M V"]:
-    if embedding.dtype != x.dtype:
-        # Two terms, so that 16 bits of the input's mantissa count, in one pass over the table.
-        terms = jnp.concatenate(split_terms(x, embedding.dtype))
-        return exact_einsum("MD,VD->MV", terms, embedding).reshape(2, len(x), -1).sum(axis=0)
-    return exact_einsum("MD,VD->MV", x, embedding)
-
-
-def _is_not_for_rows(x, embedding) -> str | None:
-    if not embedding.dtype == x.dtype == jnp.float32:
-        return "it multiplies float32 by float32"
-    return None
-
-
-@forms.form("logits", "cpp", refuses=_is_not_for_rows)
-def _logits_cpp(x: Float[Array, "M D"], embedding: Float[Array, "V D"]) -> Float[Array, "M V"]:
-    return rowwise.table_products(x, embedding)
-
-
-def _is_not_for_three_terms(x, embedding) -> str | None:
-    if len(x) == 1:
-        return "of one row XLA makes a product and a sum, as fast as memory is read"
-    if (reason := _is_not_for_rows(x, embedding)) is not None:
-        return reason
-    if not presence.kernels():
-        return "it takes an NVIDIA device of compute capability 8.0, on which kernels run"
-    return None
-
-
-@forms.form("logits", "three_terms", refuses=_is_not_for_three_terms)
-def _logits_by_three_terms(
-    x: Float[Array, "M D"], embedding: Float[Array, "V D"]
-) -> Float[Array, "M V"]:
-    # Both operands as two numbers of 11 bits each, split in registers; three products on tensor
-    # cores. Those of float32 on ordinary cores take three times as long as the table is read.
-    algorithm = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    return jnp.einsum("MD,VD->MV", x, embedding, precision=algorithm)

@@ -31,6 +31,7 @@ from grok1.engine.programs import Programs, StepSpec
 from grok1.machine import announcement
 from grok1.machine.announcement import hint
 from grok1.machine.cuda_driver import copier_of
+from grok1.machine.device_memory import device_bytes_available
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.progress import progress_bar
@@ -43,7 +44,6 @@ from grok1.planning.budget import budget, resident_bytes, without_experts
 from grok1.planning.memory import (
     WORKING_BYTES,
     DoesNotFitError,
-    device_bytes_available,
     head_copies_bytes,
     least_bytes,
     require_memory,

@@ -45,6 +45,11 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
         "cuda": ("three_terms", "direct"),
         "default": ("direct",),
     },
+    "most_probable": {
+        "cpu": ("cpp", "direct"),
+        "cuda": ("cuda", "direct"),
+        "default": ("direct",),
+    },
     "convert": {"cuda": ("cuda", "xla"), "default": ("xla",)},
     "convert_int4": {"cuda": ("cuda", "xla"), "default": ("xla",)},
 }

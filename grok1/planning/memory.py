@@ -6,15 +6,20 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.base import EngineBase
 from grok1.engine.engine import Engine
+from grok1.engine.head_copies import fits_beside, table_bytes
+from grok1.machine import environment
+from grok1.machine.device_memory import device_bytes_available
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.nn.manifest import TensorSpec, arrange, manifest
 from grok1.nn.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
 from grok1.nn.transformer import NamedParams, Params
 from grok1.ops import forms
+from grok1.ops.cuda import shapes_of_screening
 from grok1.ops.formats import FORMATS
 
 PREALLOCATED = 0.75
@@ -115,10 +120,28 @@ def state_bytes(engine: EngineBase, batch: int, capacity: int) -> int:
 
 def screening_table_bytes(engine: EngineBase) -> int:
     """Returns what is read of the output head on a CPU to decode, its int8 copy."""
-    if not forms.has_kernels("cpu"):
-        return 0
+    return _table_bytes(engine) if forms.has_kernels("cpu") else 0
+
+
+def screening_table_bytes_on_gpu(engine: EngineBase, free: float) -> int:
+    """Returns what the int8 copy of the output head takes on a GPU; 0 where none is made.
+
+    Args:
+      engine: The model, with its weights.
+      free: Bytes of a device beside weights and cache. The GPU is taken for one of NVIDIA's.
+    """
+    is_read = (
+        environment.is_on("GROK1_NATIVE")
+        and engine.params.embedding.dtype == jnp.float32
+        and shapes_of_screening.refusal_of(1, engine.config.emb_size) is None
+    )
+    needed = _table_bytes(engine)
+    return needed if is_read and fits_beside(needed, free) else 0
+
+
+def _table_bytes(engine: EngineBase) -> int:
     rows = engine.config.vocab_size // engine.mesh.shape[MODEL_AXIS]
-    return rows * (engine.config.emb_size + 8)
+    return table_bytes(rows, engine.config.emb_size)
 
 
 def head_copies_bytes(engine: EngineBase) -> int:
@@ -160,13 +183,6 @@ def fewest_devices(weights: Params, engine: Engine, platform: str, bytes_each: f
         if least_bytes(candidate) <= bytes_each:
             return count
     return None
-
-
-def device_bytes_available(device: Any) -> int | None:
-    """Returns the memory that JAX can still have on an accelerator; None if it does not say."""
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    return None if limit is None else limit - stats.get("bytes_in_use", 0)
 
 
 def require_memory(engine: Engine) -> None:

@@ -26,6 +26,7 @@ from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec, in_memory, with_int4_experts
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, abstract_mesh, mesh_sizes
 from grok1.nn.transformer import Params
+from grok1.ops.cuda import shapes_of_screening
 from grok1.ops.experts import fetched_parts
 from grok1.ops.formats import FORMATS, INT4, is_quantized
 from grok1.planning import devices as device_table
@@ -39,6 +40,7 @@ from grok1.planning.memory import (
     one_layer,
     released_weights,
     screening_table_bytes,
+    screening_table_bytes_on_gpu,
     shard_bytes,
     state_bytes,
 )
@@ -124,9 +126,16 @@ def plan(
     rows, capacity = engine.batch_for(batch), engine.capacity_for(context or config.sequence_len)
     weights_bytes = shard_bytes(engine.params)
     cache_bytes = state_bytes(engine, rows, capacity)
-    table_bytes = head_copies_bytes(engine) if found.platform == "cpu" else 0
     usable, most = found.usable_bytes, found.most_bytes
-    taken = weights_bytes + table_bytes
+    copies_bytes = table_bytes = 0
+    if found.platform == "cpu":
+        copies_bytes, table_bytes = head_copies_bytes(engine), screening_table_bytes(engine)
+    elif found.platform == "gpu":
+        free = usable - weights_bytes - cache_bytes
+        copies_bytes = screening_table_bytes_on_gpu(engine, free)
+        if rows // sizes[0] <= shapes_of_screening.MOST_ROWS:
+            table_bytes = copies_bytes
+    taken = weights_bytes + copies_bytes
     rooms = [int(usable - taken), int(most - taken)]
     answer = _compile(engine, tensors, sizes, (rows, capacity), rooms, found.platform)
     needed = taken + cache_bytes + answer["working"]
@@ -134,7 +143,7 @@ def plan(
     checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in on_disk)
     disk_rate = _DISK if disk is None else disk
     stored_at = None if checkpoint is None or disk is not None else (checkpoint, whole)
-    decode_bytes = _decode_bytes(engine, rows, capacity, found.platform)
+    decode_bytes = _decode_bytes(engine, rows, capacity, table_bytes)
     fits = needed <= usable
     streaming = None
     can_stream = is_quantized(abstract.layers[0].experts[0])
@@ -158,7 +167,7 @@ def plan(
         usable_bytes=int(usable),
         weights_bytes=weights_bytes,
         cache_bytes=cache_bytes,
-        working_bytes=answer["working"] + table_bytes,
+        working_bytes=answer["working"] + copies_bytes,
         fits=fits,
         needed_share=found.needed_share(needed),
         largest_batch=answer["largest_batch"],
@@ -343,8 +352,15 @@ def _streaming(
     )
 
 
-def _decode_bytes(engine: Engine, batch: int, capacity: int, platform: str) -> int:
-    """What a device reads for a step: `Plan.decode_bytes`."""
+def _decode_bytes(engine: Engine, batch: int, capacity: int, table_bytes: int) -> int:
+    """What a device reads for a step: `Plan.decode_bytes`.
+
+    Args:
+      engine: The model.
+      batch: Rows.
+      capacity: Positions in the cache.
+      table_bytes: What is read instead of the output head; 0 for nothing.
+    """
     config, layers = engine.config, engine.params.layers
     dense = shard_bytes(layers._replace(experts=()))
     if engine.mesh.shape[MODEL_AXIS] > config.num_kv_heads:
@@ -354,8 +370,6 @@ def _decode_bytes(engine: Engine, batch: int, capacity: int, platform: str) -> i
     rows = batch // engine.mesh.shape[DATA_AXIS]
     # The expected share of experts that some row chooses.
     chosen = 1 - (1 - config.num_selected_experts / config.num_experts) ** rows
-    head = shard_bytes(engine.params.embedding)
-    if platform == "cpu":
-        head = screening_table_bytes(engine) or head
+    head = table_bytes or shard_bytes(engine.params.embedding)
     cache = engine.abstract_state(batch, capacity).cache
     return int(dense + chosen * shard_bytes(layers.experts) + head + shard_bytes(cache))

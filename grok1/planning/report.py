@@ -82,7 +82,7 @@ class Plan:
       cache_bytes: Cache and tokens of the batch.
       working_bytes: What decoding or the largest chunk of prefill takes besides, from XLA's
         `memory_analysis` of the programs compiled for CPU devices, without the native kernels;
-        on CPUs also the output head's screening table.
+        on CPUs and GPUs also the output head's copies.
       fits: Whether all three together fit in what is usable.
       needed_share: What XLA_PYTHON_CLIENT_MEM_FRACTION has to be for it to fit; None where it fits
         already or does not matter. The largest batch and context are then for this share.

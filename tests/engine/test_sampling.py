@@ -28,9 +28,9 @@ from grok1.engine.sampling import (
     top_logprobs,
 )
 from grok1.machine import native_library
-from grok1.nn.unembedding import remainders, screening_table
 from grok1.ops import race
 from grok1.ops.cpu import bindings
+from grok1.ops.screening import remainders, screening_table
 from tests.helpers import SLOW_TESTS, slow
 
 ALL = np.iinfo(np.int32).max

@@ -8,21 +8,24 @@ from jax.sharding import PartitionSpec as P
 
 import grok1
 from grok1.nn.sharding import MODEL_AXIS, make_mesh
-from grok1.nn.unembedding import (
-    Remainders,
-    ScreeningTable,
-    most_probable,
-    remainders,
-    screening_table,
-)
+from grok1.nn.unembedding import most_probable
+from grok1.ops import forms, vocabulary
 from grok1.ops.cpu import bindings
+from grok1.ops.screening import Remainders, ScreeningTable, remainders, screening_table
 
 V, D = 1200, 70
 
 
-def find(embedding, x, allowed, num_devices=1):
-    if not bindings.is_available():
+@pytest.fixture(params=["cpp", "direct"])
+def form(request, monkeypatch):
+    """The form that computes it; of tests that ask for it."""
+    if request.param == "cpp" and not bindings.is_available():
         pytest.skip("no native kernels on this machine")
+    table = {"default": ("direct",), "cpu": (request.param,)}
+    monkeypatch.setitem(forms.PREFERRED, "most_probable", table)
+
+
+def find(embedding, x, allowed, num_devices=1):
     mesh = make_mesh(grok1.TOY, (1, num_devices))
 
     def on_device(embedding, x, allowed):
@@ -47,7 +50,7 @@ def best(embedding, x, allowed):
 @pytest.mark.optimised
 @pytest.mark.parametrize("num_devices", [1, 4])
 @pytest.mark.parametrize("num_rows", [1, 3, 9])
-def test_the_most_probable_token(num_rows, num_devices):
+def test_the_most_probable_token(form, num_rows, num_devices):
     embedding, x = random(0, V, D), random(1, num_rows, D)
     allowed = np.arange(V) % 3 != 0
     found = find(embedding, x, allowed, num_devices)
@@ -55,7 +58,7 @@ def test_the_most_probable_token(num_rows, num_devices):
 
 
 @pytest.mark.optimised
-def test_rows_that_int8_cannot_tell_apart():
+def test_rows_that_int8_cannot_tell_apart(form):
     # 300 rows that differ by less than a step of their int8 copies.
     embedding, x = random(2, V, D), random(3, 4, D)
     embedding[100:400] = 3 * np.sign(x[0]) + 1e-3 * random(4, 300, D)
@@ -66,7 +69,7 @@ def test_rows_that_int8_cannot_tell_apart():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_of_equals_the_first_that_is_allowed():
+def test_of_equals_the_first_that_is_allowed(form):
     embedding = np.tile(random(5, 1, D), (V, 1))
     allowed = np.arange(V) >= 7
     assert find(embedding, embedding[:1], allowed)[0] == 7
@@ -75,23 +78,27 @@ def test_of_equals_the_first_that_is_allowed():
 
 @pytest.mark.parametrize("num_devices", [1, 4])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_no_number_finds_no_token(value, num_devices):
+def test_what_is_no_number_finds_no_token(form, value, num_devices):
     x = random(1, 3, D)
     x[1, 5] = value
     found = find(random(6, V, D), x, np.ones(V, bool), num_devices)
     assert (found < 0).tolist() == [False, True, False]
 
 
+def test_where_nothing_is_allowed_no_token_is_found(form):
+    allowed = np.zeros((2, V), bool)
+    allowed[1, 900] = True
+    assert find(random(6, V, D), random(1, 2, D), allowed, 4).tolist() == [-1, 900]
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_the_largest_product_is_no_number_where_one_is_none(num_rows, poison):
-    if not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+def test_the_largest_product_is_no_number_where_one_is_none(form, num_rows, poison):
     embedding, x = random(6, V, D), random(7, num_rows, D)
 
     @jax.jit
     def largest(embedding, x, allowed):
-        return bindings.most_probable(x, embedding, *screening_table(embedding), allowed)[1]
+        return vocabulary.most_probable(x, embedding, screening_table(embedding), allowed)[1]
 
     allowed = np.ones(V, bool)
     assert np.isfinite(largest(embedding, x, allowed)).all()

@@ -321,6 +321,7 @@ inline bool arrive_last(unsigned* arrivals, unsigned count) {
   return true;
 }
 inline float read_published(const float* from) { return *from; }
+inline int read_published(const int* from) { return *from; }
 
 inline void start_copy_or_zeros(Shared to, const void* from, bool is_copy) {
   alignas(16) static const unsigned char zeros[16] = {};

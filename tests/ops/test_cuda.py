@@ -10,7 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops.cuda import build, shapes, shapes_int4, shapes_of_prompts, shapes_of_rows
+from grok1.ops.cuda import (
+    build,
+    shapes,
+    shapes_int4,
+    shapes_of_prompts,
+    shapes_of_rows,
+    shapes_of_screening,
+)
 from grok1.ops.cuda.kernel import function_of, text_of
 from grok1.ops.cuda.shapes import Matrix
 from grok1.ops.cuda.shapes_of_rows import Heads
@@ -463,6 +470,7 @@ def of_grok_1(shards, tokens):
         shapes_of_rows.route(tokens, WIDTH, 8, 2, None, False),
         shapes.convert(exact[0], False),
         shapes.convert(exact[1], True),
+        *shapes_of_screening.most_probable(min(tokens, 8), 131072 // shards, WIDTH, tokens > 1),
         *shapes_int4.experts(tokens, 2, 8, *short, "bfloat16"),
         shapes_int4.convert(short[0]),
     ]

@@ -161,7 +161,7 @@ BREAKS = [
     ("tile % GROUPS == 0 || tile == begin", "tile % GROUPS == 0", EXPERTS[0]),
     ("wait_for_all_but<STAGES - 2>", "wait_for_all_but<STAGES - 1>", EXPERTS[0]),
     ("value * 65536 + shuffle_xor(value, 1)", "value * 65536", EXPERTS[0]),
-    ("digit * apart + 32 * i", "digit * apart + 31 * i", EXPERTS[0]),
+    ("to + 32 * i + lane", "to + 31 * i + lane", EXPERTS[0]),
     (
         "    barrier();\n    for (int i = threadIdx.x / 32",
         "    for (int i = threadIdx.x / 32",

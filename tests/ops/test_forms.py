@@ -17,6 +17,7 @@ from grok1.ops.experts import ExpertWeights
 from grok1.ops.int4 import Int4Array
 from grok1.ops.quantized import quantize
 from grok1.ops.routing import choose_experts
+from grok1.ops.screening import ScreeningTable
 
 # Forms are there once their modules are.
 for module in pkgutil.iter_modules(ops.__path__):
@@ -71,6 +72,9 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         return x, jnp.ones((2, 8, 4)), jnp.int32(0)
     if operation == "logits":
         return x, jnp.ones((4, 8))
+    if operation == "most_probable":
+        table = ScreeningTable(jnp.ones((4, 16), jnp.int8), jnp.ones(4), jnp.ones(4))
+        return jnp.ones((3, 16)), jnp.ones((4, 16)), table, jnp.ones(4, bool)
     size = 8 if operation == "attend_cache" else 16
     k = jnp.ones((1, 1, 1, 6, size), cache_dtype)
     cache = KVCache(k, k, jnp.zeros(1, jnp.int32))
@@ -184,6 +188,20 @@ def test_on_nvidia_gpus_logits_of_several_rows_come_from_tensor_cores():
     with presence.assumed(frozenset()):
         reason = forms.refusal("logits", "three_terms", jnp.ones((2, 8)), table)
         assert reason == "it takes an NVIDIA device of compute capability 8.0, on which kernels run"
+
+
+def test_on_nvidia_gpus_the_most_probable_of_a_few_rows_is_screened():
+    def chosen(rows=8, width=16, dtype=jnp.float32, platform="cuda"):
+        scales = jnp.ones(4)
+        table = ScreeningTable(jnp.ones((4, width), jnp.int8), scales, scales)
+        embedding = jnp.ones((4, width), dtype)
+        x = jnp.ones((rows, width))
+        return forms.chosen("most_probable", platform, x, embedding, table, jnp.ones(4, bool))
+
+    with presence.assumed():
+        assert chosen() == "cuda"
+        assert chosen(rows=9) == chosen(width=24) == chosen(dtype=jnp.bfloat16) == "direct"
+        assert chosen(platform="tpu") == chosen(platform="rocm") == "direct"
 
 
 @pytest.mark.parametrize(

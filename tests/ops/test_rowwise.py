@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grok1.nn import unembedding  # registers the forms of logits  # noqa: F401
 from grok1.ops import forms, int4
 from grok1.ops.cpu import bindings
 from grok1.ops.experts import ExpertWeights, experts

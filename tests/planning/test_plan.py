@@ -17,6 +17,7 @@ from grok1.__main__ import main
 from grok1.care.conversion import convert
 from grok1.checkpoint.directory import open_tensors
 from grok1.config import GROK_1, TOY
+from grok1.engine.head_copies import LEFT_FREE
 from grok1.machine import host_memory
 from grok1.nn.manifest import in_memory, manifest
 from grok1.nn.sharding import abstract_mesh, make_mesh
@@ -109,7 +110,7 @@ def test_the_bound_on_the_speed_is_what_a_token_reads(compiled, capsys):
     dim, width, layers = 6144, 32768, 64
     experts = 2 * 3 * dim * width
     attention = 2 * dim * dim + 2 * dim * 1024
-    head = 4 * 131072 * dim
+    head = 131072 * (dim + 8)  # the copy in int8, with a scale and a bound for each row
     cache = 2 * layers * 8192 * 1024 * 2
     expected = (layers * (experts + attention) + head + cache) / 8
     # Above it are scales, norms and the router.
@@ -239,12 +240,39 @@ def test_the_devices_present_are_the_default(compiled, monkeypatch):
         grok1.plan(TOY, devices=[gpu])
 
 
+def test_on_gpus_the_heads_copy_is_planned_where_it_is_made(compiled, monkeypatch):
+    config = {"devices": 8, "device": "h100", "context": 256}
+    copy = 131072 // 8 * (6144 + 8)
+
+    def planned(memory, **options):
+        found = grok1.plan(memory=memory, **config | options)
+        return found.working_bytes - ROOM["working"], found
+
+    made, found = planned(80)
+    assert made == copy
+    # Just enough stays free beside it, and not quite.
+    enough = (found.weights_bytes + found.cache_bytes + copy + LEFT_FREE) / 0.75e9
+    assert planned(enough + 0.01)[0] == copy
+    without, tight = planned(enough - 0.01)
+    assert without == 0
+    assert tight.decode_bytes - found.decode_bytes == 131072 // 8 * 4 * 6144 - copy
+    # A bfloat16 head has no copy; more rows than the kernels take read the head.
+    assert planned(80, embedding_dtype="bfloat16")[0] == 0
+    made, many = planned(80, batch=16)
+    assert made == copy
+    few = planned(80, batch=8)[1]
+    monkeypatch.setenv("GROK1_NATIVE", "0")
+    assert planned(80)[0] == 0
+    assert planned(80, batch=16)[1].decode_bytes == many.decode_bytes
+    assert planned(80, batch=8)[1].decode_bytes > few.decode_bytes
+
+
 def test_beyond_one_device_a_head_only_its_own_key_columns_are_read():
     eight, sixteen = (
         abstract_engine(released_weights(GROK_1), GROK_1, abstract_mesh((1, n)), "bfloat16")
         for n in (8, 16)
     )
-    read = [planning._decode_bytes(engine, 1, 256, "gpu") for engine in (eight, sixteen)]
+    read = [planning._decode_bytes(engine, 1, 256, 0) for engine in (eight, sixteen)]
     # Half of everything, but for two matrices of one head in each layer and the router.
     assert read[0] / 2 < read[1] < read[0] / 2 + 64 * 2 * 6144 * 128
 
@@ -318,7 +346,7 @@ def test_what_does_not_fit_has_no_speed(compiled):
     assert speeds["A100 80GB SXM"] > 100
     text = str(found)
     assert "  8 x TPU v6e               32    1638      no           -" in text
-    assert "An upper bound: the time to read 11.06 GB" in text
+    assert "An upper bound: the time to read 10.76 GB" in text
     nowhere = str(grok1.plan(devices=1, memory=80))
     assert "An upper bound" not in nowhere
     assert "\nIt would read 88.37 GB on each device for a step of decoding.\n" in nowhere

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grok1.ops.cuda import shapes, shapes_int4, shapes_of_prompts
+from grok1.ops.cuda import shapes, shapes_int4, shapes_of_prompts, shapes_of_screening
 from grok1.ops.cuda.build import ptx_of
 from grok1.ops.cuda.kernel import Kernel
 from grok1.ops.cuda.shapes import Matrix, Precision
@@ -262,3 +262,28 @@ def convert_int4(weight: Int4, index: tuple[int | Array, ...]) -> Array:
     """One matrix of a 4-bit stack as bfloat16 `[K, N]`, times its scales."""
     kernel = shapes_int4.convert(int4_matrix_of(weight))
     return call(kernel, *weight, _number(weight[0].shape[:-2], index))[0]
+
+
+def most_probable(
+    x: Float[Array, "M D"],
+    rows: Float[Array, "V D"],
+    table: tuple[Array, Array, Array],
+    allowed: Bool[Array, "*M V"],
+) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    """Finds the allowed row of a table with the largest product, reading its int8 copy.
+
+    Args:
+      x: float32, of up to `shapes_of_screening.MOST_ROWS` rows.
+      rows: float32; only those that the copy cannot rule out are read.
+      table: int8 values `[V, D]`, float32 scales `[V]` and uncertainty `[V]` of a `ScreeningTable`.
+      allowed: False for rows that must not be found, `[V]` for all of x or `[M, V]`.
+
+    Returns:
+      (index of the row, int32, -1 if there is none; its product, float32).
+    """
+    digits_of, screen, choose = shapes_of_screening.most_probable(
+        len(x), *rows.shape, is_masked_by_row=allowed.ndim > 1
+    )
+    bounds = call(screen, *call(digits_of, x), *table, allowed)
+    index, product, *_ = call(choose, x, rows, *bounds)
+    return index, product

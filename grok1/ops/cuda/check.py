@@ -51,6 +51,8 @@ from grok1.ops.quantized import (
 )
 from grok1.ops.residual import add_branch_cuda, add_branch_xla, layer_norm_cuda, layer_norm_xla
 from grok1.ops.routing import choose_experts, route_by_cuda, route_by_xla
+from grok1.ops.screening import screening_table
+from grok1.ops.vocabulary import most_probable_cuda, most_probable_direct
 
 TOLERANCE = 2e-3
 """Largest difference, relative to the largest number: between what rounds otherwise and a fault."""
@@ -169,6 +171,7 @@ def cases(operation: str) -> Iterator[tuple[str, Case]]:
         "convert": _of_copies,
         "experts_int4": _of_int4_experts,
         "convert_int4": _of_int4_copies,
+        "most_probable": _of_vocabularies,
     }[operation]
     return make(np.random.default_rng(0))
 
@@ -371,3 +374,16 @@ def _of_int4_copies(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     for rows in (512, 336):
         arguments = (_int4_weight(rng, (2, 3), rows, 384), np.int32(1))
         yield f"{rows} rows", (run(convert_int4_cuda), run(convert_int4_xla), arguments)
+
+
+def _of_vocabularies(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    rows, width = 1000, 336
+
+    def run(form):
+        return lambda x, embedding, allowed: form(x, embedding, screening_table(embedding), allowed)
+
+    embedding = rng.standard_normal((rows, width)).astype(np.float32)
+    for count, shape in ((1, (rows,)), (8, (8, rows))):
+        x = rng.standard_normal((count, width)).astype(np.float32)
+        arguments = (x, embedding, rng.random(shape) < 0.9)
+        yield f"{count} rows", (run(most_probable_cuda), run(most_probable_direct), arguments)

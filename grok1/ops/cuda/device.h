@@ -165,6 +165,7 @@ DEVICE bool arrive_last(unsigned* arrivals, unsigned count) {
 
 // Reads what another block has published.
 DEVICE float read_published(const float* from) { return __ldcg(from); }
+DEVICE int read_published(const int* from) { return __ldcg(from); }
 
 // What follows is for attention of many queries.
 

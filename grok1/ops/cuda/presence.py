@@ -39,6 +39,7 @@ OPERATIONS = (
     "convert",
     "experts_int4",
     "convert_int4",
+    "most_probable",
 )
 """What there are kernels for, in the order in which they are checked."""
 
