@@ -95,7 +95,8 @@ class Plan:
       disk: GB/s that the disk is taken to deliver.
       load_seconds: Time to read all of it once at that rate.
       decode_bytes: What a device reads for one token of every row: attention, the experts chosen,
-        the output head and a full cache. Rows are taken to choose evenly among the experts.
+        the output head, or its int8 copy where greedy decoding reads that, and a full cache. Rows
+        are taken to choose evenly among the experts.
       estimates: Bounds for devices known by name, and for these if their bandwidth is known.
       streaming: How it would run with its experts on disk; None where it fits, or is not for one
         CPU, or for more than one row.
