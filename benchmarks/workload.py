@@ -5,8 +5,9 @@ notes when they come, so that one call tells its time to the first token from it
 """
 
 import concurrent.futures
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -192,6 +193,18 @@ def head_bytes(model: grok1.Model, batch: int) -> float:
     num_rows = engine.batch_for(batch) // engine.mesh.shape[DATA_AXIS]
     is_read = engine.screening_table is not None and engine.head_copies.is_read_by(num_rows)
     return _num_bytes(engine.screening_table if is_read else model.params.embedding)
+
+
+@contextlib.contextmanager
+def without_head_copy(model: grok1.Model) -> Iterator[None]:
+    """Lets a model decode from all logits."""
+    copies = vars(model.engine.head_copies)
+    kept = model.engine.screening_table
+    copies["table"] = None
+    try:
+        yield
+    finally:
+        copies["table"] = kept
 
 
 def prefill_operations(config: grok1.ModelConfig, num_tokens: int) -> float:

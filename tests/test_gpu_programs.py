@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from grok1.checkpoint import carrying
 from grok1.config import GROK_1
 from grok1.engine import graphs
+from grok1.engine.head_copies import table_bytes
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import build, presence
@@ -187,6 +188,21 @@ def test_a_greedy_step_reads_the_copy_of_the_head_in_three_launches_of_the_one_g
     table = [line for line in text.splitlines() if f"f32[{vocabulary},{GROK_1.emb_size}]" in line]
     assert all(" parameter(" in line or "grok1_choose" in line for line in table[1:]), table
     assert compiled.memory_analysis().temp_size_in_bytes < 1 << 25
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_making_the_copy_of_the_head_takes_little_more_than_the_copy(h200, count):
+    mesh = h200[count]
+    with presence.assumed():
+        _, engine = gpu_programs.lowered(GROK_1, mesh, "decode", 1, 256)
+        program = engine.head_copies.table_program().lower(engine.params.embedding)
+    devices = mesh.devices.flatten().tolist()
+    found = gpu_programs.report(program, devices, engine.weights)
+    assert not found.unknown_loops
+    compiled = program.compile(compiler_options=graphs.compiler_options(devices))
+    memory = compiled.memory_analysis()
+    assert memory.output_size_in_bytes - table_bytes(GROK_1.vocab_size // count, 6144) < 100
+    assert memory.temp_size_in_bytes < 1 << 25
 
 
 def test_a_chunk_with_4_bit_experts_converts_them_too(h200):

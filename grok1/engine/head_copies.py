@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from grok1.engine.compilation import Program
 from grok1.engine.programs import Key, Kind, Programs, Weights
 from grok1.machine.agreement import exchange
 from grok1.machine.device_memory import device_bytes_available
@@ -52,14 +53,17 @@ class HeadCopies:
         """
         if not self.is_read_by(1) or not (self._is_on_cpu or self._fits()):
             return None
-        spec = specs_of(self._weights).params.embedding
-        make = self._programs.per_device(screening_table, (spec,), self.table_specs)
-        key = Key(kind=Kind.SCREENING_TABLE)
-        program = self._programs.get(key, lambda: self._programs.compiled(key, jax.jit(make)))
-        made = program(self._embedding)
+        made = self.table_program()(self._embedding)
         if self._is_on_cpu:
             use_huge_pages(made)
         return made
+
+    def table_program(self) -> Program:
+        """The program that makes a table of the embedding."""
+        spec = specs_of(self._weights).params.embedding
+        make = self._programs.per_device(screening_table, (spec,), self.table_specs)
+        key = Key(kind=Kind.SCREENING_TABLE)
+        return self._programs.get(key, lambda: self._programs.compiled(key, jax.jit(make)))
 
     @property
     def table_specs(self) -> ScreeningTable:

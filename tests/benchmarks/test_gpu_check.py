@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import grok1
-from benchmarks import gpu_check
+from benchmarks import gpu_check, workload
 from tests.helpers import slow
 
 
@@ -31,7 +31,7 @@ def test_the_check_of_a_gpu_keeps_every_figure_and_goes_on_after_a_failure(tmp_p
 def test_the_check_of_a_gpu_times_draws_of_a_model_without_a_tokenizer(tmp_path):
     config = dataclasses.replace(grok1.TOY, num_layers=1, sequence_len=128)
     *timed, _ = gpu_check.run(tmp_path, config, only=("sampling",))
-    assert [figure.unit for figure in timed] == ["ms", "ms"]
+    assert [figure.unit for figure in timed] == ["ms", "ms", "ms"]
     assert all(isinstance(figure.value, float) for figure in timed)
 
 
@@ -39,6 +39,17 @@ def test_the_kernels_of_the_layers_are_seen_once_a_step():
     kernels = {"head": (4, 4.0), "grok1_down_1": (4, 2.0), "grok1_norm_1": (8, 1.0), "fill": (1, 9)}
     count, seconds = gpu_check.of_step(kernels, steps=4, layers=3)
     assert (count, seconds) == (1 + 3 + 6, 1.0 + 3 * 0.5 + 6 * 0.125)
+    # Of the library's own kernels those of the head are no layer's.
+    head = {"grok1_screen_digits_1": (4, 4.0), "grok1_screen_1": (4, 2.0), "grok1_choose_1": (4, 1)}
+    assert gpu_check.of_step(head, steps=4, layers=3) == (3, 1.75)
+
+
+def test_a_model_decodes_without_its_copy_of_the_head_and_then_with_it():
+    model = grok1.random_model(grok1.TOY, mesh=(1, 1))
+    table = model.engine.screening_table
+    with workload.without_head_copy(model):
+        assert model.engine.screening_table is None
+    assert model.engine.screening_table is table
 
 
 def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
