@@ -24,6 +24,7 @@ BLOCK_BYTES = 1 << 25
 _DIRECT_BYTES = 1 << 27
 # To a device goes what sixteen threads read side by side: they are to end at the same time.
 _SENT_BYTES = 1 << 25
+_STOP_BYTES = 1 << 22  # that the interpreter reads before it looks whether anybody wants more
 
 Bounds = tuple[int, int]
 """First index, and the one behind the last."""
@@ -80,6 +81,7 @@ class Block(NamedTuple):
       pieces: What goes where.
       origin: Indices in the array of its first element.
       check: What looks at the elements, if they are to be looked at.
+      stop: Ends what reads it.
     """
 
     file: DataFile
@@ -93,6 +95,7 @@ class Block(NamedTuple):
     pieces: list[Piece]
     origin: tuple[int, ...]
     check: Check | None
+    stop: native.Stop
 
     @property
     def is_sent(self) -> bool:
@@ -113,6 +116,7 @@ class Block(NamedTuple):
 
         Raises:
           CheckpointError: As `tensor_file.read_at`; what `check` raises.
+          CancelledError: If it was stopped.
         """
         wanted = self.rows(descriptor, first, count)
         if wanted is None or not native.read(wanted, raw):
@@ -127,7 +131,8 @@ class Block(NamedTuple):
             if not isinstance(self.check, FiniteCheck) or finite not in native.FLOATS:
                 return None
         start = self.offset + first * self.row_stride
-        return native.Rows(descriptor, start, count, self.row_bytes, self.row_stride, finite)
+        sizes = count, self.row_bytes, self.row_stride
+        return native.Rows(descriptor, start, *sizes, finite, self.stop)
 
     def read_by_interpreter(
         self, descriptor: int, raw: np.ndarray, first: int, count: int
@@ -136,11 +141,12 @@ class Block(NamedTuple):
         buffer = raw.data
         # Rows that follow one another are one.
         whole = self.row_stride == self.row_bytes
-        size = count * self.row_bytes if whole else self.row_bytes
+        size = min(count * self.row_bytes, _STOP_BYTES) if whole else self.row_bytes
         place = self.offset + first * self.row_stride
         for start in range(0, len(buffer), size):
+            self.stop.check()
             read_at(self.file, descriptor, place, buffer[start : start + size])
-            place += self.row_stride
+            place += size if whole else self.row_stride
         rows = raw.view(self.dtype).reshape(count, -1)
         if self.check is not None:
             self._check(rows, first)
@@ -167,7 +173,10 @@ class _Wanted(NamedTuple):
 
 
 def blocks(
-    array: StoredArray, targets: Sequence[Target], check: Check | None = None
+    array: StoredArray,
+    targets: Sequence[Target],
+    check: Check | None = None,
+    stop: native.Stop | None = None,
 ) -> Iterator[Block]:
     """Splits slices into blocks, in the order of the file.
 
@@ -176,7 +185,9 @@ def blocks(
       targets: The slices, equal ones or ones without a common element; all of them go to the
         memory of devices, or none does.
       check: What is to look at the elements.
+      stop: What is to end those who read them.
     """
+    stop = stop or native.Stop()
     dtype = DTYPES[array.dtype]
     matrices: dict[int, list[_Wanted]] = {}
     for bounds, out, copier in targets:
@@ -223,6 +234,7 @@ def blocks(
                     ],
                     (*map(int, lead), *origin)[: len(array.shape)],
                     check,
+                    stop,
                 )
 
 

@@ -12,6 +12,7 @@ import functools
 import pathlib
 import threading
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from grok1.machine.native_library import Sources, UnavailableError, loaded_libra
 
 _SOURCES = Sources("transfer", pathlib.Path(__file__).parent, "what reads files")
 _LOCK = threading.Lock()
-_DONE, _IMPOSSIBLE, _NOT_READ, _NOT_FINITE = range(4)  # Outcome
+_DONE, _IMPOSSIBLE, _NOT_READ, _NOT_FINITE, _STOPPED = range(5)  # Outcome
 _CALLS = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2", "cuMemcpy2DAsync_v2", "cuStreamSynchronize")
 _LOOKS = {"float32": 1, "bfloat16": 2}  # Look
 
@@ -40,6 +41,7 @@ class _Rows(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("bytes", ctypes.c_int64),
         ("stride", ctypes.c_int64),
+        ("stop", ctypes.c_void_p),
     ]
 
 
@@ -75,6 +77,31 @@ class _Report(ctypes.Structure):
     ]
 
 
+class Stop:
+    """Says to threads that read that nobody wants it any more; they end within some megabytes."""
+
+    def __init__(self) -> None:
+        self._flag = ctypes.c_int32(0)
+
+    def set(self) -> None:
+        """Says so."""
+        self._flag.value = 1
+
+    def check(self) -> None:
+        """Ends what a thread does.
+
+        Raises:
+          CancelledError: After `set`.
+        """
+        if self._flag.value:
+            raise CancelledError
+
+    @property
+    def address(self) -> int:
+        """Of the number that is not 0 after `set`."""
+        return ctypes.addressof(self._flag)
+
+
 class Rows(NamedTuple):
     """Rows of a file.
 
@@ -85,6 +112,7 @@ class Rows(NamedTuple):
       num_bytes: Of each.
       stride: Bytes from one to the next.
       finite: Name of the type of their elements, which are to be finite; "" for any elements.
+      stop: Ends it.
     """
 
     descriptor: int
@@ -93,10 +121,12 @@ class Rows(NamedTuple):
     num_bytes: int
     stride: int
     finite: str
+    stop: Stop
 
     def _native(self) -> _Rows:
         look = _LOOKS[self.finite] if self.finite else 0
-        return _Rows(self.descriptor, look, self.offset, self.num_rows, self.num_bytes, self.stride)
+        sizes = self.offset, self.num_rows, self.num_bytes, self.stride
+        return _Rows(self.descriptor, look, *sizes, self.stop.address)
 
 
 class Sent(NamedTuple):
@@ -172,6 +202,9 @@ def read(rows: Rows, out: np.ndarray) -> bool:
 
     Returns:
       Whether they are there; not if they cannot be read or are not finite, or without a library.
+
+    Raises:
+      CancelledError: If it was stopped.
     """
     if not is_available():
         return False
@@ -202,6 +235,7 @@ def send(
 
     Raises:
       DriverError: If the driver refuses.
+      CancelledError: If it was stopped; some may be under way.
     """
     if not is_available():
         return False
@@ -229,12 +263,19 @@ def send(
     )
     assert report.outcome != _IMPOSSIBLE, (rows, pieces)
     _note(report)
-    if report.outcome > _NOT_FINITE:
-        raise refused(_CALLS[report.outcome - _NOT_FINITE - 1], report.status)
+    if report.outcome > _STOPPED:
+        raise refused(_CALLS[report.outcome - _STOPPED - 1], report.status)
     return report.outcome == _DONE
 
 
 def _note(report: _Report) -> None:
+    """Counts what a call took.
+
+    Raises:
+      CancelledError: If it was stopped.
+    """
     with _LOCK:
         for name in ("reading", "looking", "copying", "waiting"):
             _SPENT[name] += getattr(report, name)
+    if report.outcome == _STOPPED:
+        raise CancelledError

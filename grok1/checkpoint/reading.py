@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from grok1.checkpoint import native
 from grok1.checkpoint.blocks import BLOCK_BYTES, Block, Check, Target, blocks
 from grok1.checkpoint.sending import Sender
 from grok1.checkpoint.storage import StoredArray, transpose_into
@@ -51,7 +52,7 @@ class Reader:
         self.bytes_read = 0
         self._on_bytes, self._keep_pages = on_bytes, keep_pages
         self._pool = ThreadPoolExecutor(_num_threads(), "grok1-reader")
-        self._staging, self._sender = threading.local(), Sender()
+        self._staging, self._sender, self._stop = threading.local(), Sender(), native.Stop()
         self._queue: collections.deque[Future[tuple[int, int]]] = collections.deque()
         self._num_submitted = self._num_collected = 0
         self._to_drop: dict[pathlib.Path, DataFile] = {}
@@ -62,8 +63,13 @@ class Reader:
     def __exit__(self, *exception) -> None:
         self.close()
 
+    def stop(self) -> None:
+        """Ends what is being read: a thread that waits for it gets a CancelledError."""
+        self._stop.set()
+
     def close(self) -> None:
-        """Drops what is not yet read, and waits for what is being read or copied."""
+        """Drops what is not yet read, and waits until nothing is being read or copied."""
+        self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
         # Until then the devices' arrays are written to.
         self._sender.wait()
@@ -88,8 +94,9 @@ class Reader:
 
         Raises:
           CheckpointError: If something asked for earlier could not be read.
+          CancelledError: After `stop`.
         """
-        for block in blocks(array, targets, check):
+        for block in blocks(array, targets, check, self._stop):
             if len(self._queue) == _MAX_QUEUED:
                 self._collect()
             self._queue.append(self._pool.submit(self._read, block))
@@ -102,6 +109,7 @@ class Reader:
         Raises:
           CheckpointError: If a file cannot be read, or its length has changed since its header was
             read; what a check raised.
+          CancelledError: After `stop`.
         """
         number = self._num_submitted if number is None else number
         while self._num_collected < number:

@@ -15,7 +15,7 @@ namespace {
 
 // Bytes of one call of the system's where what is read is looked at: a core's cache has room for it.
 constexpr int64_t kLookedAt = 1 << 19;
-constexpr int64_t kMostRead = 1 << 26;  // otherwise; Linux reads at most 2 GiB at a time
+constexpr int64_t kMostRead = 1 << 22;  // otherwise; whoever stops a read waits for so many
 
 enum Look : int32_t { kNotAtAll, kFloat32, kBfloat16 };
 
@@ -24,6 +24,7 @@ enum Outcome : int32_t {
   kImpossible,  // the arguments contradict one another
   kNotRead,
   kNotFinite,
+  kStopped,
   kNoContext,
   kNotCopied,
   kNotCopied2D,
@@ -33,6 +34,7 @@ enum Outcome : int32_t {
 struct Rows {
   int32_t descriptor, look;
   int64_t offset, count, bytes, stride;  // of the first row; rows; of a row; from one to the next
+  const int32_t* stop;  // not 0 once nobody wants them any more; another thread writes it
 };
 
 struct Driver {
@@ -106,14 +108,15 @@ bool is_good(int32_t look, const char* memory, int64_t bytes) {
   return true;
 }
 
-bool read_whole(int descriptor, char* out, int64_t bytes, int64_t offset) {
+Outcome read_whole(const Rows& rows, char* out, int64_t bytes, int64_t offset) {
   while (bytes > 0) {
-    const ssize_t count = pread(descriptor, out, std::min(bytes, kMostRead), offset);
+    if (__atomic_load_n(rows.stop, __ATOMIC_RELAXED) != 0) return kStopped;
+    const ssize_t count = pread(rows.descriptor, out, std::min(bytes, kMostRead), offset);
     if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) return false;
+    if (count <= 0) return kNotRead;
     out += count, offset += count, bytes -= count;
   }
-  return true;
+  return kDone;
 }
 
 // Reads some of the rows, and looks at them.
@@ -128,7 +131,8 @@ Outcome read_rows(const Rows& rows, int64_t first, int64_t count, char* out, Rep
       {
         Timer timer(report.reading);
         const int64_t place = rows.offset + row * rows.stride + start;
-        if (!read_whole(rows.descriptor, out, here, place)) return kNotRead;
+        const Outcome outcome = read_whole(rows, out, here, place);
+        if (outcome != kDone) return outcome;
       }
       if (rows.look != kNotAtAll) {
         Timer timer(report.looking);

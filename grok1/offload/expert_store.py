@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,10 +51,6 @@ class Traffic:
     def hit_rate(self) -> float:
         """Share of the experts used that were held in memory."""
         return self.num_held / max(1, self.num_used)
-
-
-class CancelledError(Exception):
-    """Fetching was told to stop."""
 
 
 class Buffer(NamedTuple):
@@ -195,12 +191,14 @@ class ExpertStore:
         self._reader = Reader(lambda _: self._check_cancelled(), keep_pages=True)
 
     def cancel(self) -> None:
-        """Has the running program fail at the next expert."""
+        """Has the running program fail at the next expert, and what is being read be given up."""
         self._cancelled.set()
+        if self._reader is not None:
+            self._reader.stop()
 
     def end(self) -> None:
         """Ends the threads and gives up what is not held."""
-        self._cancelled.set()
+        self.cancel()
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools = []

@@ -1,5 +1,10 @@
 """Reading in C++ against the interpreter's, and what is told of elements that are not finite."""
 
+import ctypes
+import shutil
+import time
+from concurrent.futures import CancelledError
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ from grok1.checkpoint.elements import FiniteCheck
 from grok1.checkpoint.reading import Reader
 from grok1.files import CheckpointError
 from grok1.machine import announcement
-from grok1.machine.native_library import UnavailableError
+from grok1.machine.native_library import Sources, UnavailableError
 from tests.checkpoint.test_reading import stored
 
 LOOKED_AT = 1 << 19  # bytes: kLookedAt of transfer.cc
@@ -27,7 +32,8 @@ def rows_of(values, path, **changes):
     path.write_bytes(b"-" * 6 + values.tobytes())
     rows, columns = values.shape
     width = columns * values.itemsize
-    return native.Rows(-1, 6, rows, width, width, str(values.dtype))._replace(**changes)
+    finite, stop = str(values.dtype), native.Stop()
+    return native.Rows(-1, 6, rows, width, width, finite, stop)._replace(**changes)
 
 
 def read(rows, path, out) -> bool:
@@ -85,6 +91,97 @@ def test_a_file_that_ends_is_not_read_and_what_cannot_be_is_our_own_fault(tmp_pa
     ):
         with pytest.raises(AssertionError):
             read(rows._replace(**change), path, out)
+
+
+INTERRUPTED = """
+#include <unistd.h>
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+
+extern "C" std::atomic<int> calls{0}, nap{0};  // microseconds
+
+// As a system's whose signals come all the time: two calls of three read nothing, the third a part.
+static ssize_t interrupted(int descriptor, void* out, size_t bytes, off_t offset) {
+  if (nap) usleep(nap);
+  const size_t part = std::min<size_t>(bytes, 1000);
+  if (++calls % 3 == 0) return pread(descriptor, out, part, offset);
+  errno = EINTR;
+  return -1;
+}
+
+#define pread interrupted
+#include "transfer.h"
+"""
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """The library with another call of the system's."""
+    directory = tmp_path / "sources"
+    directory.mkdir()
+    (directory / "interrupted.cc").write_text(INTERRUPTED)
+    shutil.copy(native._SOURCES.directory / "transfer.cc", directory / "transfer.h")
+    monkeypatch.setattr(native, "_SOURCES", Sources("interrupted", directory, "a test's library"))
+    native._library.cache_clear()
+    yield native._library()
+    native._library.cache_clear()
+
+
+def test_a_read_that_a_signal_interrupts_is_begun_anew(interrupted, tmp_path):
+    values = np.random.default_rng(0).normal(size=(7, 1300)).astype(np.float32)
+    for columns in (1300, 1001):  # one run, and a row at a time
+        rows = rows_of(values, tmp_path / "file", num_bytes=4 * columns)
+        out = np.zeros(28 * columns, np.uint8)
+        before = ctypes.c_int.in_dll(interrupted, "calls").value
+        assert read(rows, tmp_path / "file", out)
+        np.testing.assert_array_equal(out.view(np.float32).reshape(7, -1), values[:, :columns])
+        calls = ctypes.c_int.in_dll(interrupted, "calls").value - before
+        assert calls >= 3 * len(out) // 1000
+    # One that ends in the midst is no interruption.
+    assert not read(rows._replace(offset=7 + 4 * 299), tmp_path / "file", out)
+
+
+def test_what_nobody_wants_is_not_read(tmp_path):
+    rows, out = rows_of(np.ones((4, 10), np.float32), tmp_path / "file"), np.zeros(160, np.uint8)
+    rows.stop.set()
+    with pytest.raises(CancelledError):
+        read(rows, tmp_path / "file", out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["native", "by the interpreter"])
+def test_an_interrupted_load_ends_in_the_midst_of_a_block(
+    is_native, interrupted, tmp_path, monkeypatch
+):
+    # A block takes ten seconds: 1,000 bytes in three naps, or 4,000 by the interpreter in one.
+    ctypes.c_int.in_dll(interrupted, "nap").value = 3000
+    monkeypatch.setattr(native, "is_available", lambda: is_native)
+    monkeypatch.setattr(blocks, "_STOP_BYTES", 4000)
+    read_at, calls = blocks.read_at, []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        time.sleep(0.01)
+        read_at(*arguments)
+
+    monkeypatch.setattr(blocks, "read_at", slow)
+    values = np.ones((1000, 1000), np.float32)
+    target = Target(((0, 1000), (0, 1000)), np.zeros_like(values))
+    start = time.monotonic()
+
+    def interrupt():
+        with Reader(lambda _: None) as reader:
+            reader.submit(stored(tmp_path, values), [target])
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert time.monotonic() - start < 3
+    assert target.out[0, 0] == 1
+    assert target.out[-1, -1] == 0
+    assert bool(calls) != is_native
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
