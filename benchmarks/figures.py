@@ -37,6 +37,46 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
+class Figure:
+    """One of what a GPU has to show.
+
+    Attributes:
+      name: Of what.
+      value: The figure; None where it could not be had.
+      unit: Its unit.
+      bound: What it is held to; None where it is held to nothing.
+      at_least: Whether more is better, so that the bound is the least.
+      details: What else belongs to it.
+    """
+
+    name: str
+    value: float | None
+    unit: str = ""
+    bound: float | None = None
+    at_least: bool = False
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within its bound."""
+        if self.value is None:
+            return False
+        if self.bound is None:
+            return True
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def line(self) -> str:
+        """It in words."""
+        value = "-" if self.value is None else f"{self.value:.4g} {self.unit}".strip()
+        bound = ""
+        if self.bound is not None:
+            bound = f" ({'>=' if self.at_least else '<='} {self.bound:g})"
+        note = "" if self.holds else "  <-- NO"
+        words = [f"{name} {value}" for name, value in self.details.items()]
+        return f"{self.name}: {value}{bound}{note}" + (f"  [{', '.join(words)}]" if words else "")
+
+
+@dataclasses.dataclass(frozen=True)
 class Failure:
     """What could not be measured.
 

@@ -21,7 +21,8 @@ import numpy as np
 
 import grok1
 from benchmarks import workload
-from benchmarks.gpu_check import Figure, attempted
+from benchmarks.figures import Figure
+from benchmarks.gpu_check import attempted
 from benchmarks.load_phases import Phases
 from grok1.checkpoint import native, reading, sending
 from grok1.checkpoint.pinned import has_pinned_memory, pinned, sent

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import os
 
 import grok1
-from benchmarks import gpu_check, workload
+from benchmarks import gpu_check, gpu_timing, workload
 from tests.helpers import slow
 
 
@@ -35,13 +36,37 @@ def test_the_check_of_a_gpu_times_draws_of_a_model_without_a_tokenizer(tmp_path)
     assert all(isinstance(figure.value, float) for figure in timed)
 
 
+@slow
+def test_the_share_of_a_device_is_timed_with_its_layers_in_a_loop_and_unrolled(monkeypatch):
+    settings, decode = [], workload.decode
+
+    def noted(*arguments):
+        settings.append(os.environ.get("GROK1_CUDA_GRAPHS"))
+        return decode(*arguments)
+
+    monkeypatch.setattr(workload, "decode", noted)
+    monkeypatch.setattr(gpu_timing, "bandwidth", lambda: 1e9)
+    config = dataclasses.replace(grok1.TOY, num_layers=1, sequence_len=128)
+    as_it_is, unrolled, differ = gpu_timing.Timed(config).alone()
+    assert settings == [None] * 3 + ["unrolled"] * 3
+    assert "GROK1_CUDA_GRAPHS" not in os.environ
+    assert as_it_is.bound is not None
+    assert as_it_is.name != unrolled.name
+    assert as_it_is.value
+    assert unrolled.value
+    assert (differ.value, differ.bound) == (0, 0)
+
+
 def test_the_kernels_of_the_layers_are_seen_once_a_step():
     kernels = {"head": (4, 4.0), "grok1_down_1": (4, 2.0), "grok1_norm_1": (8, 1.0), "fill": (1, 9)}
-    count, seconds = gpu_check.of_step(kernels, steps=4, layers=3)
+    count, seconds = gpu_timing.of_step(kernels, steps=4, layers=3)
     assert (count, seconds) == (1 + 3 + 6, 1.0 + 3 * 0.5 + 6 * 0.125)
+    # Of layers one after the other it sees all.
+    unrolled = {"head": (4, 4.0), "grok1_norm_1": (24, 3.0)}
+    assert gpu_timing.of_step(unrolled, steps=4, layers=1) == (1 + 6, 1.0 + 6 * 0.125)
     # Of the library's own kernels those of the head are no layer's.
     head = {"grok1_screen_digits_1": (4, 4.0), "grok1_screen_1": (4, 2.0), "grok1_choose_1": (4, 1)}
-    assert gpu_check.of_step(head, steps=4, layers=3) == (3, 1.75)
+    assert gpu_timing.of_step(head, steps=4, layers=3) == (3, 1.75)
 
 
 def test_a_model_decodes_without_its_copy_of_the_head_and_then_with_it():
@@ -53,7 +78,7 @@ def test_a_model_decodes_without_its_copy_of_the_head_and_then_with_it():
 
 
 def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
-    share = gpu_check.share_of_several(grok1.GROK_1)
+    share = gpu_timing.share_of_several(grok1.GROK_1)
     assert (share.ffn_size, share.num_q_heads, share.num_kv_heads) == (4096, 6, 1)
     assert (share.emb_size, share.vocab_size, share.num_experts) == (6144, 16384, 8)
 
