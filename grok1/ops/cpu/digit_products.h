@@ -2,8 +2,9 @@
 //
 // A tile is a group of weight rows in kCodeColumns columns. Interleaving bytes keeps to lanes of
 // 16, so that of each 16 columns four are in each register; sums stay in this order, and scales
-// come in it, until all groups are done. Fetching ahead is left to the processor, which follows the rows of
-// a group sooner than a program can ask for them.
+// come in it, until all groups are done. Along wide rows fetching ahead is left to the processor,
+// which follows the rows of a group sooner than a program can ask for them; it loses narrow ones
+// at their ends, so those of the next group are fetched.
 
 #pragma once
 
@@ -44,7 +45,7 @@ inline void reorder(float* numbers) {
 // A group of weight rows.
 struct Group {
   const uint8_t* codes;
-  int64_t stride;
+  int64_t stride, ahead;      // bytes from a row to the next, and to what is fetched; 0 for nothing
   const uint8_t *low, *high;  // bytes with four of the six bits of its scales, and with two
   int low_shift, high_shift;
   const float* of_block;      // its block's scales times 2^-24, in the order of tiles
@@ -131,6 +132,7 @@ template <bool kMultiplies, bool kKeeps>
 __attribute__((noinline)) void multiply_first(const Group& of, int64_t column, const Digits& x,
                                               Fours& fours, float* out) {
   DigitSums sums(x);
+  const int64_t ahead = of.ahead;
   const uint8_t* codes = of.codes + column;
 #pragma GCC unroll 4
   for (int i = 0; i < kFours; i += 2) {
@@ -138,6 +140,8 @@ __attribute__((noinline)) void multiply_first(const Group& of, int64_t column, c
 #pragma GCC unroll 4
     for (int row = 0; row < 4; ++row, codes += of.stride) {
       __builtin_prefetch(codes + kCodeColumns, 0, 3);
+      // Of what is near already a prefetch would take time.
+      if (ahead > 0) __builtin_prefetch(codes + ahead, 0, 2);
       bytes[row] = _mm512_loadu_si512(codes);
     }
     const __m512i near[2] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]),
@@ -218,12 +222,14 @@ inline void scales_of_block(const Int4Matrix& matrix, int64_t k, int64_t column,
   }
 }
 
-// The group of weight row k, from a column on.
-inline Group group_of(const Int4Matrix& matrix, int64_t k, int64_t column, const float* of_block) {
+// The group of weight row k, from a column on and so many columns.
+inline Group group_of(const Int4Matrix& matrix, int64_t k, int64_t column, int64_t columns,
+                      const float* of_block) {
   const int number = k % matrix.block / kDigitRows;
   const uint8_t* rows =
       matrix.subscales + k / matrix.block * kCodeRows * matrix.columns + column;
-  return {matrix.address(k, column), matrix.columns, rows + number / 2 * matrix.columns,
+  const int64_t ahead = columns < kCodePanel ? kDigitRows / 2 * matrix.columns : 0;
+  return {matrix.address(k, column), matrix.columns, ahead, rows + number / 2 * matrix.columns,
           rows + (4 + number / 4) * matrix.columns, 4 * (number % 2), 2 * (number % 4), of_block};
 }
 
@@ -239,7 +245,7 @@ inline void multiply_edge(const Int4Matrix& matrix, int64_t begin, int64_t end, 
     const int64_t place = packed.x_depth > 0 ? m - packed.first_of(pass) : m;
     float sums[kCodeColumns] = {};
     for (int64_t k = begin; k < end; k += kDigitRows) {
-      Group group = group_of(matrix, k, column, of_block);
+      Group group = group_of(matrix, k, column, width, of_block);
       for (int64_t i = 0; i < kDigitRows / 2; ++i) {
         std::memcpy(codes + i * kCodeColumns, group.codes + i * group.stride, width);
       }
@@ -249,7 +255,7 @@ inline void multiply_edge(const Int4Matrix& matrix, int64_t begin, int64_t end, 
       matrix.block_scales(k, column, width, of_block);
       for (float& scale : of_block) scale *= 1.0f / (1 << 24);
       reorder(of_block);
-      group = {codes, kCodeColumns, low, high, group.low_shift, group.high_shift, of_block};
+      group = {codes, kCodeColumns, 0, low, high, group.low_shift, group.high_shift, of_block};
       const Digits* x = reinterpret_cast<const Digits*>(packed.numbers(pass, k).x) + place;
       multiply_first<true, false>(group, 0, *x, fours, sums);
     }
@@ -271,7 +277,8 @@ inline void multiply_in_digits(const Int4Matrix& matrix, int64_t begin, int64_t 
       if (k == begin || k % matrix.block == 0) {
         scales_of_block(matrix, k, at, panel, of_block);
       }
-      multiply_tiles(group_of(matrix, k, at, of_block), k, panel, packed, out + first, out_stride);
+      const Group group = group_of(matrix, k, at, panel, of_block);
+      multiply_tiles(group, k, panel, packed, out + first, out_stride);
     }
     for (int64_t m = 0; m < packed.num_rows; ++m) {
       float* of_row = out + m * out_stride + first;

@@ -1,9 +1,8 @@
 // Products of float32 rows with a rectangle of a 4-bit matrix, on one thread.
 //
 // A group of weight rows at a time is multiplied by all input rows, few or many: by floats, see
-// codes.h, or in integers where the processor sums up products of bytes, see
-// digit_products.h. What a row
-// gives does not depend on how many there are.
+// codes.h, or in integers where the processor sums up products of bytes, see digit_products.h. What
+// a row gives does not depend on how many there are.
 
 #pragma once
 

@@ -71,6 +71,10 @@ constexpr int64_t walked_for(int64_t num_rows, int64_t columns) {
   return num_rows <= 2 ? 8 : num_rows <= 4 ? 16 : 32;
 }
 
+// Whether the processor keeps up with the rows that are walked, which it does where a whole line is
+// taken at a time for few input rows: best if what is fetched beside them comes in the same order.
+constexpr bool is_followed(int64_t num_rows) { return kTileColumns == kCacheLine && num_rows <= 4; }
+
 struct Int8Matrix {
   const int8_t* values;    // [depth, columns]
   const uint16_t* scales;  // [groups, columns], bfloat16
@@ -200,8 +204,9 @@ inline void multiply_few(const Int8Matrix& matrix, int64_t begin, int64_t end, i
           multiply_copied(rows, matrix.columns, count, panel, numbers, num_rows, sums, next);
           continue;
         }
+        const bool in_order = half == num_rows && !is_followed(num_rows);
         for (int64_t m = 0; m < num_rows; m += half) {
-          const Walk walk{rows, matrix.columns, count, walked, half == num_rows};
+          const Walk walk{rows, matrix.columns, count, walked, in_order};
           kWalkRows[std::min(half, num_rows - m)](walk, panel, numbers + m, num_rows,
                                                   sums + m * row_of_sums);
         }
