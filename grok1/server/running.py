@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import h11
 import jax
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -24,12 +25,17 @@ from grok1.server.asks import Limits
 from grok1.server.chat import load_template
 from grok1.server.core import Server
 from grok1.server.gate import Keys, loopback_hosts
+from grok1.server.refusals import RefusalError
 
 _HEADER_SECONDS = 15.0  # that a client has to send the head of a request
 _CHECK_SECONDS = 0.5
 _IDLE_SECONDS = 75  # that a connection stays open without one
 _END_SECONDS = 5  # for the last answers, once the requests are over
 _MOST_HEAD = 1 << 16  # bytes
+_BAD_REQUEST = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\nconnection: close\r\n\r\n"
+)
 _log = logging.getLogger("grok1.server")
 
 
@@ -172,6 +178,14 @@ class _Protocol(H11Protocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP, in the form of the server's other errors."""
+        # Behind the beginning of an answer another one would be a part of it.
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = RefusalError("this is no request of HTTP/1.1", code="invalid_http").encoded()
+            self.transport.write(_BAD_REQUEST % len(body) + body)
+        self.transport.close()
+
     def _set_timer(self) -> None:
         self._timer = self.loop.call_later(_HEADER_SECONDS, self._give_up)
 
@@ -183,6 +197,11 @@ class _Protocol(H11Protocol):
     def _give_up(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
+
+
+def _is_no_stranger(record: logging.LogRecord) -> bool:
+    """Keeps quiet of what anybody who reaches the port can cause as often as they like."""
+    return record.msg != "Invalid HTTP request received."
 
 
 class Running(uvicorn.Server):
@@ -206,7 +225,6 @@ class Running(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=_END_SECONDS,
             h11_max_incomplete_event_size=_MOST_HEAD,
         )
         super().__init__(config)
@@ -242,6 +260,7 @@ class Running(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         """Opens the socket, says where, and begins to load."""
         uvicorns = logging.getLogger("uvicorn.error")
+        uvicorns.addFilter(_is_no_stranger)
         uvicorns.disabled = True
         try:
             await super().startup(sockets)
@@ -260,6 +279,19 @@ class Running(uvicorn.Server):
             self.port = self.servers[0].sockets[0].getsockname()[1]
             host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
             self._say(f"listening at http://{host}:{self.port}")
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Ends all connections, in time also those whose clients do not read their answers."""
+        timer = asyncio.get_running_loop().call_later(_END_SECONDS, self._abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, _Protocol)
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Takes a signal: the first lets requests end, the second does not.

@@ -472,6 +472,47 @@ def test_a_request_that_comes_slowly_is_given_up(start, server, monkeypatch):
         assert one.recv(100) == b""
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\ncontent-length: b\r\n\r\n",
+    ],
+    ids=["TLS", "no length"],
+)
+def test_what_is_no_http_gets_an_error_like_the_others_and_is_not_logged(http, sent, caplog):
+    with socket.create_connection(("127.0.0.1", http.base_url.port)) as one:
+        one.settimeout(10)
+        one.sendall(sent)
+        answer = b"".join(iter(lambda: one.recv(1000), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
+    assert f"content-length: {len(body)}\r\n".encode() in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert not caplog.records
+
+
+def test_the_end_does_not_wait_for_a_client_that_does_not_read(start, toy, monkeypatch, caplog):
+    monkeypatch.setattr(running, "_END_SECONDS", 0.5)
+    client, one, thread = start(lambda: Server(toy, **SIZES))
+    while client.get("/health").status_code != 200:
+        time.sleep(0.01)
+    with socket.socket() as unread:
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        unread.connect(("127.0.0.1", client.base_url.port))
+        unread.sendall(b"GET /metrics HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" * 2000)
+        deadline = time.monotonic() + 20
+        while not any(each.flow.write_paused for each in list(one.server_state.connections)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        began = time.monotonic()
+        one.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+    assert time.monotonic() - began < 4
+    assert not caplog.records
+
+
 def test_a_full_queue_says_when_to_come_again(http, server):
     handles = [server.submit("A", **LONG) for _ in range(68)]
     answer = http.post("/v1/completions", json={"prompt": "A"})
