@@ -28,18 +28,25 @@ __attribute__((always_inline)) inline __m512i values_of(__m512i bytes, int place
 #endif
 }
 
-// numbers[kCodeColumns] from the order of a tile to that of its columns, or back.
-inline void reorder(float* numbers) {
-  __m512 from[kCodeVectors];
-  for (int v = 0; v < kCodeVectors; ++v) from[v] = _mm512_loadu_ps(numbers + v * kLanes);
+// Numbers of kCodeColumns columns from the order of a tile to that of its columns, or back.
+__attribute__((always_inline)) inline void reorder(__m512 (&from)[kCodeVectors]) {
   const __m512 first = _mm512_shuffle_f32x4(from[0], from[1], 0x44);
   const __m512 second = _mm512_shuffle_f32x4(from[2], from[3], 0x44);
   const __m512 third = _mm512_shuffle_f32x4(from[0], from[1], 0xEE);
   const __m512 fourth = _mm512_shuffle_f32x4(from[2], from[3], 0xEE);
-  _mm512_storeu_ps(numbers, _mm512_shuffle_f32x4(first, second, 0x88));
-  _mm512_storeu_ps(numbers + kLanes, _mm512_shuffle_f32x4(first, second, 0xDD));
-  _mm512_storeu_ps(numbers + 2 * kLanes, _mm512_shuffle_f32x4(third, fourth, 0x88));
-  _mm512_storeu_ps(numbers + 3 * kLanes, _mm512_shuffle_f32x4(third, fourth, 0xDD));
+  from[0] = _mm512_shuffle_f32x4(first, second, 0x88);
+  from[1] = _mm512_shuffle_f32x4(first, second, 0xDD);
+  from[2] = _mm512_shuffle_f32x4(third, fourth, 0x88);
+  from[3] = _mm512_shuffle_f32x4(third, fourth, 0xDD);
+}
+
+inline void reorder(float* numbers) {
+  __m512 vectors[kCodeVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kCodeVectors; ++v) vectors[v] = _mm512_loadu_ps(numbers + v * kLanes);
+  reorder(vectors);
+#pragma GCC unroll 4
+  for (int v = 0; v < kCodeVectors; ++v) _mm512_storeu_ps(numbers + v * kLanes, vectors[v]);
 }
 
 // A group of weight rows.
@@ -129,8 +136,8 @@ struct DigitSums {
 // Looks up the values of a tile. If kMultiplies, out[kCodeColumns] += scales * (numbers @ values):
 // between products that takes less time than before them. If kKeeps, the values are for more rows.
 template <bool kMultiplies, bool kKeeps>
-__attribute__((noinline)) void multiply_first(const Group& of, int64_t column, const Digits& x,
-                                              Fours& fours, float* out) {
+__attribute__((always_inline)) inline void look_up(const Group& of, int64_t column, const Digits& x,
+                                                   Fours& fours, float* out) {
   DigitSums sums(x);
   const int64_t ahead = of.ahead;
   const uint8_t* codes = of.codes + column;
@@ -167,6 +174,21 @@ __attribute__((noinline)) void multiply_first(const Group& of, int64_t column, c
   if (kMultiplies) sums.add_to(x, scales.vectors, out);
 }
 
+template <bool kMultiplies, bool kKeeps>
+__attribute__((noinline)) void multiply_first(const Group& of, int64_t column, const Digits& x,
+                                              Fours& fours, float* out) {
+  look_up<kMultiplies, kKeeps>(of, column, x, fours, out);
+}
+
+// out[columns] += scales * (numbers @ values), of whole tiles: what they share stays in registers.
+__attribute__((noinline)) inline void multiply_one(const Group& of, int64_t columns,
+                                                   const Digits& x, float* out) {
+  Fours none;
+  for (int64_t column = 0; column < columns; column += kCodeColumns) {
+    look_up<true, false>(of, column, x, none, out + column);
+  }
+}
+
 // out[kRows, kCodeColumns] += scales * (numbers @ values), with values that were kept. The sums of
 // two rows are more at a time than a product takes cycles, and share the values.
 template <int kRows>
@@ -188,6 +210,10 @@ __attribute__((noinline)) void multiply_kept(const Fours& fours, const Digits* x
 // that are odd in number one while values are looked up.
 inline void multiply_tiles(const Group& group, int64_t k, int64_t columns, const Inputs& packed,
                            float* out, int64_t out_stride) {
+  if (packed.num_rows == 1) {
+    const void* numbers = packed.numbers(0, k).x;
+    return multiply_one(group, columns, *static_cast<const Digits*>(numbers), out);
+  }
   const int64_t passes = packed.x_depth > 0 ? packed.num_passes() : 1;
   const bool is_odd = passes == 1 && packed.num_rows % 2 == 1;
   Fours fours;
@@ -198,8 +224,6 @@ inline void multiply_tiles(const Group& group, int64_t k, int64_t columns, const
       const int64_t end = pass + 1 < passes ? packed.first_of(pass + 1) : packed.num_rows;
       if (pass == 0 && !is_odd) {
         multiply_first<false, true>(group, column, *x, fours, out);
-      } else if (pass == 0 && end == 1) {
-        multiply_first<true, false>(group, column, *x, fours, out);
       } else if (pass == 0) {
         multiply_first<true, true>(group, column, *x, fours, out);
       }
@@ -215,10 +239,18 @@ inline void multiply_tiles(const Group& group, int64_t k, int64_t columns, const
 // to[columns] = the scales of a block times 2^-24, from a column on, in the order of tiles.
 inline void scales_of_block(const Int4Matrix& matrix, int64_t k, int64_t column, int64_t columns,
                             float* to) {
-  matrix.block_scales(k, column, columns, to);
+  const uint16_t* from = matrix.scales + k / matrix.block * matrix.columns + column;
   for (int64_t c = 0; c < columns; c += kCodeColumns) {
-    reorder(to + c);
-    for (int64_t i = c; i < c + kCodeColumns; ++i) to[i] *= 1.0f / (1 << 24);
+    __m512 scales[kCodeVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kCodeVectors; ++v) {
+      const void* halves = from + c + v * kLanes;
+      scales[v] = _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(halves)));
+      scales[v] = _mm512_mul_ps(scales[v], _mm512_set1_ps(1.0f / (1 << 24)));
+    }
+    reorder(scales);
+#pragma GCC unroll 4
+    for (int v = 0; v < kCodeVectors; ++v) _mm512_storeu_ps(to + c + v * kLanes, scales[v]);
   }
 }
 
@@ -239,7 +271,6 @@ inline void multiply_edge(const Int4Matrix& matrix, int64_t begin, int64_t end, 
   uint8_t codes[kDigitRows / 2 * kCodeColumns] = {};
   uint8_t low[kCodeColumns] = {}, high[kCodeColumns] = {};
   float of_block[kCodeColumns];
-  Fours fours;
   for (int64_t m = 0; m < packed.num_rows; ++m) {
     const int64_t pass = packed.x_depth > 0 ? m / kMaxRows : 0;
     const int64_t place = packed.x_depth > 0 ? m - packed.first_of(pass) : m;
@@ -257,7 +288,7 @@ inline void multiply_edge(const Int4Matrix& matrix, int64_t begin, int64_t end, 
       reorder(of_block);
       group = {codes, kCodeColumns, 0, low, high, group.low_shift, group.high_shift, of_block};
       const Digits* x = reinterpret_cast<const Digits*>(packed.numbers(pass, k).x) + place;
-      multiply_first<true, false>(group, 0, *x, fours, sums);
+      multiply_one(group, kCodeColumns, *x, sums);
     }
     reorder(sums);
     std::copy_n(sums, width, out + m * out_stride);
