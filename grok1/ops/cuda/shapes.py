@@ -22,8 +22,12 @@ MOST_EXPERTS = 32
 Precision = Literal["bfloat16", "split", "float32"]
 """What of an input counts: it is of bfloat16, 16 bits of float32, or all of it."""
 
-_WIDE, _NARROW = 16, 8  # bytes of a row of weights that a lane takes
-_BUSY = 96  # blocks that keep the memory busy
+WIDE, NARROW = 16, 8
+"""Bytes of a row of weights that a lane takes."""
+
+BUSY = 96
+"""Blocks that keep the memory busy."""
+
 _FULL = 128  # blocks, about one for each multiprocessor
 _ACROSS = 4  # warps of a team, side by side
 _LEAST_TILES = 6  # of 16 rows, for each team
@@ -39,8 +43,8 @@ class Matrix(NamedTuple):
 
 def refusal_of(matrix: Matrix) -> str | None:
     """Why a matrix cannot be multiplied; None if it can."""
-    if matrix.columns % _WIDE:
-        return f"its rows must be a multiple of {_WIDE} wide, not {matrix.columns}"
+    if matrix.columns % WIDE:
+        return f"its rows must be a multiple of {WIDE} wide, not {matrix.columns}"
     if matrix.rows % (4 * matrix.groups):
         return f"its groups must be a multiple of 4 rows, not {matrix.rows / matrix.groups:g}"
     return None
@@ -76,18 +80,44 @@ def refusal_of_expert(
     return refusal(gate) or refusal(down)
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How a matrix is cut.
 
     Attributes:
+      across: Most warps of a team, side by side.
       teams: Of a block, that share the rows.
       parts: Blocks that share the rows, where there are enough.
       stages: Tiles of a team that are under way, and the one that is multiplied.
     """
 
+    across: int
     teams: int
     parts: int
     stages: int
+
+
+def columns_of_block(columns: int, cut: Cut, size: int, others: int) -> tuple[int, int, int]:
+    """How wide the rows are that a block takes of a matrix.
+
+    Narrow matrices make few blocks, whose warps then share rows and not columns.
+
+    Args:
+      columns: Of the matrix.
+      cut: How it is cut, where it is wide.
+      size: `WIDE` or `NARROW`, where it is wide.
+      others: How many blocks there are for each tile of columns.
+
+    Returns:
+      Bytes of a row that a lane takes, warps of a team, and teams.
+    """
+    across = max(1, min(cut.across, columns // (8 * size)))
+    across = 1 << across.bit_length() - 1
+    teams = cut.teams if across > 1 else 2 * cut.teams
+    while columns // (8 * size * across) * others < BUSY and across > 1:
+        across, teams = across // 2, teams * 2
+    if columns // (8 * size) * others < BUSY:
+        size = NARROW
+    return size, across, teams
 
 
 def _terms_of(precision: Precision, inputs: float) -> int:
@@ -101,7 +131,7 @@ def _tiles_of(precision: Precision, inputs: float, most: int = 2) -> int:
 
 
 def _product(
-    matrix: Matrix, inputs: float, precision: Precision, tiles: int, cut: _Cut, others: int = _BUSY
+    matrix: Matrix, inputs: float, precision: Precision, tiles: int, cut: Cut, others: int = BUSY
 ) -> dict:
     """How a block multiplies.
 
@@ -113,15 +143,8 @@ def _product(
       cut: Of the matrix.
       others: How many blocks there are for each tile of columns.
     """
-    size = _WIDE if matrix.columns >= 8 * _WIDE else _NARROW
-    across = max(1, min(_ACROSS, matrix.columns // (8 * size)))
-    across = 1 << across.bit_length() - 1
-    teams = cut.teams if across > 1 else 2 * cut.teams
-    # Narrow matrices make few blocks, whose warps then share rows and not columns.
-    while matrix.columns // (8 * size * across) * others < _BUSY and across > 1:
-        across, teams = across // 2, teams * 2
-    if matrix.columns // (8 * size) * others < _BUSY:
-        size = _NARROW
+    size = WIDE if matrix.columns >= 8 * WIDE else NARROW
+    size, across, teams = columns_of_block(matrix.columns, cut, size, others)
     most = max(1, matrix.rows // (16 * _LEAST_TILES * teams))
     parts = min(most, cut.parts)
     # A share within one group needs no second set of sums.
@@ -145,8 +168,8 @@ def _product(
 
 def _parts_of_hidden(gate: Matrix, chosen: int) -> int:
     """How many blocks share the rows of gate and up: one, where columns make enough blocks."""
-    blocks = chosen * max(1, gate.columns // (8 * _WIDE * _ACROSS))
-    return 1 if blocks >= _BUSY else -(-_FULL // blocks)
+    blocks = chosen * max(1, gate.columns // (8 * WIDE * _ACROSS))
+    return 1 if blocks >= BUSY else -(-_FULL // blocks)
 
 
 def _column_tiles(product: dict) -> int:
@@ -186,14 +209,14 @@ def experts(
     # A few experts have more rows than the mean.
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
     tiles = _tiles_of(precision, inputs)
-    cut = _Cut(2, 1, 3) if tiles == 1 else _Cut(1, 1, 4)
+    cut = Cut(_ACROSS, 2, 1, 3) if tiles == 1 else Cut(_ACROSS, 1, 1, 4)
     parts = _parts_of_hidden(gate, chosen)
     hidden = _product(gate, inputs, precision, tiles, cut._replace(parts=parts), chosen * parts)
     of_hidden: Precision = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
     tiles = _tiles_of(of_hidden, inputs)
-    cut = _Cut(1, 16, 4) if tiles == 1 else _Cut(1, 8, 6)
+    cut = Cut(_ACROSS, 1, 16, 4) if tiles == 1 else Cut(_ACROSS, 1, 8, 6)
     out = _product(down, inputs, of_hidden, tiles, cut)
     sizes = {"M": tokens, "A": selected, "E": num_experts, "CHOSEN": chosen}
     structs = (
@@ -251,7 +274,7 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Ke
     columns = sum(matrix.columns for matrix in matrices)
     narrowest = min(matrices, key=lambda matrix: matrix.columns)
     tiles = _tiles_of(precision, rows, most=3)
-    both = _product(narrowest, rows, precision, tiles, _Cut(2, 16 if rows <= 2 else 8, 4))
+    both = _product(narrowest, rows, precision, tiles, Cut(_ACROSS, 2, 16 if rows <= 2 else 8, 4))
     products = [
         {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
     ]
@@ -279,8 +302,8 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Ke
 
 def refusal_of_copy(matrix: Matrix) -> str | None:
     """Why a matrix cannot be converted; None if it can."""
-    if matrix.columns % _NARROW:
-        return f"its rows must be a multiple of {_NARROW} wide, not {matrix.columns}"
+    if matrix.columns % NARROW:
+        return f"its rows must be a multiple of {NARROW} wide, not {matrix.columns}"
     return None
 
 
@@ -308,6 +331,6 @@ def convert(matrix: Matrix, is_scaled: bool) -> Kernel:
         "convert<S>",
         ("int8", "bfloat16", "int32"),
         (Array((matrix.rows, matrix.columns), "bfloat16"),),
-        (-(-matrix.columns // (32 * _NARROW)), -(-matrix.rows // (warps * rows))),
+        (-(-matrix.columns // (32 * NARROW)), -(-matrix.rows // (warps * rows))),
         32 * warps,
     )

@@ -4,10 +4,9 @@ Here a multiprocessor needs its warps to turn codes into bytes: 16 of them keep 
 """
 
 import math
-from typing import NamedTuple
 
 from grok1.ops.cuda.kernel import Array, Kernel, struct
-from grok1.ops.cuda.shapes import Matrix, Precision
+from grok1.ops.cuda.shapes import BUSY, NARROW, WIDE, Cut, Matrix, Precision, columns_of_block
 
 MOST_EXACT = 8
 """Tokens of bfloat16 whose inputs are exact; of more 15 bits below a block's largest count."""
@@ -16,8 +15,6 @@ WEIGHTS = ("uint8", "uint8", "float16")
 """The types of the parts of a 4-bit matrix."""
 
 _GROUP = 32  # rows of the products of integers
-_WIDE, _NARROW = 16, 8  # bytes of a row of codes that a lane takes
-_BUSY = 96  # blocks that keep the memory busy
 _BLOCKS_OF_HIDDEN = 128  # for each that is resident, of gate and up
 _LEAST_TILES = 4  # of 32 rows, for each team
 _WARPS = 4  # of a block that makes digits
@@ -39,40 +36,25 @@ def block_rows(matrix: Matrix) -> int:
 
 def refusal_of(matrix: Matrix) -> str | None:
     """Why a matrix cannot be multiplied; None if it can."""
-    if matrix.columns % _WIDE:
-        return f"its rows must be a multiple of {_WIDE} wide, not {matrix.columns}"
+    if matrix.columns % WIDE:
+        return f"its rows must be a multiple of {WIDE} wide, not {matrix.columns}"
     if block_rows(matrix) % _GROUP:
         return f"its blocks must be a multiple of {_GROUP} rows, not {block_rows(matrix)}"
     return None
 
 
-class Cut(NamedTuple):
-    """How a matrix is cut.
+def cuts(tiles: int) -> tuple[tuple[Cut, int], tuple[Cut, int]]:
+    """How gate and up are cut, and how down is, for so many tiles of inputs.
 
-    Attributes:
-      across: Warps of a team, side by side.
-      teams: Of a block, that share the rows.
-      parts: Blocks that share the rows, where there are enough.
-      stages: Tiles of a team that are under way, and the one that is multiplied.
-      resident: Blocks that a multiprocessor holds at once.
+    Beside it how many blocks a multiprocessor holds at once.
     """
-
-    across: int
-    teams: int
-    parts: int
-    stages: int
-    resident: int
-
-
-def cuts(tiles: int) -> tuple[Cut, Cut]:
-    """How gate and up are cut, and how down is, for so many tiles of inputs."""
     if tiles == 1:
-        return Cut(2, 2, 1, 4, 2), Cut(2, 2, 16, 3, 4)
+        return (Cut(2, 2, 1, 4), 2), (Cut(2, 2, 16, 3), 4)
     if tiles == 2:
-        return Cut(2, 2, 1, 3, 2), Cut(2, 2, 16, 3, 4)
+        return (Cut(2, 2, 1, 3), 2), (Cut(2, 2, 16, 3), 4)
     # What a multiprocessor's registers hold: more tiles leave them to fewer warps.
     resident = 2 if tiles <= 4 else 1
-    return Cut(4, 1, 1, 4, resident), Cut(4, 1, 8, 3, resident + 1)
+    return (Cut(4, 1, 1, 4), resident), (Cut(4, 1, 8, 3), resident + 1)
 
 
 def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> dict:
@@ -85,15 +67,8 @@ def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> 
       cut: Of the matrix.
       others: How many blocks there are for each tile of columns.
     """
-    size = _WIDE if tiles <= 2 and matrix.columns >= 8 * _WIDE else _NARROW
-    across = max(1, min(cut.across, matrix.columns // (8 * size)))
-    across = 1 << across.bit_length() - 1
-    teams = cut.teams if across > 1 else 2 * cut.teams
-    # Narrow matrices make few blocks, whose warps then share rows and not columns.
-    while matrix.columns // (8 * size * across) * others < _BUSY and across > 1:
-        across, teams = across // 2, teams * 2
-    if matrix.columns // (8 * size) * others < _BUSY:
-        size = _NARROW
+    size = WIDE if tiles <= 2 and matrix.columns >= 8 * WIDE else NARROW
+    size, across, teams = columns_of_block(matrix.columns, cut, size, others)
     parts = max(1, min(cut.parts, matrix.rows // (_GROUP * _LEAST_TILES * teams)))
     return {
         "K": matrix.rows,
@@ -138,12 +113,12 @@ def experts(
     inputs = math.ceil(min(tokens, 1.5 * tokens * selected / num_experts))
     digits = 2 if precision == "bfloat16" and tokens > MOST_EXACT else 4
     tiles = min(8, -(-inputs * digits // 4))
-    first, second = cuts(tiles)
+    (first, resident), (second, resident_of_down) = cuts(tiles)
     # Of a narrow matrix blocks share the rows too, so that each still reads long pieces of them.
-    blocks = chosen * max(1, gate.columns // (8 * _WIDE * first.across))
-    shared = max(first.parts, _BLOCKS_OF_HIDDEN * first.resident // blocks)
+    blocks = chosen * max(1, gate.columns // (8 * WIDE * first.across))
+    shared = max(first.parts, _BLOCKS_OF_HIDDEN * resident // blocks)
     hidden = _product(gate, tiles, digits, first._replace(parts=shared), chosen * shared)
-    out = _product(down, tiles, digits, second, _BUSY)
+    out = _product(down, tiles, digits, second, BUSY)
     # Digits are made of the columns that a block has.
     out["UNIT"] = math.gcd(out["BLOCK"], 8 * hidden["BYTES"] * hidden["ACROSS"])
     structs = (
@@ -180,7 +155,7 @@ def experts(
             (hidden["COLUMN_TILES"], chosen * of_hidden),
             2 * _threads(hidden),
             shared_bytes=2 * _shared_bytes(hidden),
-            resident=first.resident,
+            resident=resident,
         ),
         Kernel(
             "grok1_down_int4",
@@ -195,7 +170,7 @@ def experts(
             (out["COLUMN_TILES"], chosen * parts),
             _threads(out),
             shared_bytes=_shared_bytes(out),
-            resident=second.resident,
+            resident=resident_of_down,
         ),
     )
 
@@ -247,6 +222,6 @@ def convert(matrix: Matrix) -> Kernel:
         "convert_int4<S>",
         (*WEIGHTS, "int32"),
         (Array((matrix.rows, matrix.columns), "bfloat16"),),
-        (-(-matrix.columns // (32 * _NARROW)), -(-matrix.rows // (2 * warps * rows))),
+        (-(-matrix.columns // (32 * NARROW)), -(-matrix.rows // (2 * warps * rows))),
         32 * warps,
     )
