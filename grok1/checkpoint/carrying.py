@@ -73,6 +73,26 @@ class Part(NamedTuple):
         return tuple(stop - start for start, stop in self.bounds)
 
 
+class Load(NamedTuple):
+    """A part of a layer that is to come into stacks.
+
+    Attributes:
+      array: The layer on disk.
+      stacks: Of one call of `AnyCarrier.stacks`.
+      layer: Which layer of them.
+      part: One of `AnyCarrier.parts`.
+      bounds: Of the part in the array, for each stack.
+      check: As for `Reader.submit`.
+    """
+
+    array: StoredArray
+    stacks: Sequence[Stack]
+    layer: int
+    part: Part
+    bounds: Sequence[tuple[Bounds, ...]]
+    check: Check | None
+
+
 class _Slot(NamedTuple):
     """Memory for a piece for each device: to be written to, and as it is sent."""
 
@@ -147,22 +167,8 @@ class AnyCarrier(Protocol):
         """Yields the parts of a layer that are filled one by one, in order."""
         ...
 
-    def carry(
-        self,
-        array: StoredArray,
-        stacks: Sequence[Stack],
-        place: tuple[int, Part],
-        bounds: Sequence[tuple[Bounds, ...]],
-        check: Check | None,
-    ) -> None:
+    def carry(self, load: Load) -> None:
         """Has a part of each stack's layer filled; waits while too much is under way.
-
-        Args:
-          array: The layer on disk.
-          stacks: Of one call of `stacks`.
-          place: Where in the stacks it goes: the layer, and one of `parts`.
-          bounds: Of the part in the array, for each stack.
-          check: As for `Reader.submit`.
 
         Raises:
           CheckpointError: If something asked for earlier could not be read; what `check` raises.
@@ -205,26 +211,18 @@ class DirectCarrier:
         """Yields a layer as a whole: the reader divides it."""
         yield Part(tuple((0, size) for size in stack.layer_shape))
 
-    def carry(
-        self,
-        array: StoredArray,
-        stacks: Sequence[Stack],
-        place: tuple[int, Part],
-        bounds: Sequence[tuple[Bounds, ...]],
-        check: Check | None,
-    ) -> None:
+    def carry(self, load: Load) -> None:
         """As `AnyCarrier.carry`."""
-        layer, part = place
-        self._make(stacks)
+        self._make(load.stacks)
         targets = [
             Target(
                 of,
-                self._places[stack][stack.index(layer, part)],
+                self._places[stack][stack.index(load.layer, load.part)],
                 self._copiers[stack.device],
             )
-            for of, stack in zip(bounds, stacks, strict=True)
+            for of, stack in zip(load.bounds, load.stacks, strict=True)
         ]
-        self._reader.submit(array, targets, check)
+        self._reader.submit(load.array, targets, load.check)
 
     def finish(self) -> None:
         """As `AnyCarrier.finish`."""
@@ -281,26 +279,18 @@ class Carrier:
                 ranges += [(0, size) for size in sizes[axis + 1 :]]
                 yield Part(tuple(ranges))
 
-    def carry(
-        self,
-        array: StoredArray,
-        stacks: Sequence[Stack],
-        place: tuple[int, Part],
-        bounds: Sequence[tuple[Bounds, ...]],
-        check: Check | None,
-    ) -> None:
+    def carry(self, load: Load) -> None:
         """As `AnyCarrier.carry`."""
-        layer, part = place
-        slot = self._slot()
-        num_bytes = math.prod(part.shape) * stacks[0].dtype.itemsize
+        slot, shape = self._slot(), load.part.shape
+        num_bytes = math.prod(shape) * load.stacks[0].dtype.itemsize
         parts = [
-            view[:num_bytes].view(stack.dtype).reshape(part.shape)
-            for view, stack in zip(slot.views, stacks, strict=True)
+            view[:num_bytes].view(stack.dtype).reshape(shape)
+            for view, stack in zip(slot.views, load.stacks, strict=True)
         ]
-        targets = [Target(of, out) for of, out in zip(bounds, parts, strict=True)]
-        number = self._reader.submit(array, targets, check)
-        begin = stacks[0].place(layer, part)
-        self._reading.append(_Piece(number, slot, stacks, parts, begin))
+        targets = [Target(of, out) for of, out in zip(load.bounds, parts, strict=True)]
+        number = self._reader.submit(load.array, targets, load.check)
+        begin = load.stacks[0].place(load.layer, load.part)
+        self._reading.append(_Piece(number, slot, load.stacks, parts, begin))
 
     def finish(self) -> None:
         """As `AnyCarrier.finish`."""

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grok1.checkpoint.blocks import Bounds, Check, Target
-from grok1.checkpoint.carrying import AnyCarrier, Carrier, DirectCarrier, Programs, Stack
+from grok1.checkpoint.carrying import AnyCarrier, Carrier, DirectCarrier, Load, Programs, Stack
 from grok1.checkpoint.elements import FiniteCheck, check_scales
 from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray, StoredModel
@@ -284,7 +284,7 @@ def _fill_devices(
     for layer, leaf in enumerate(stored):
         for part in parts:
             bounds = [_within(shard.bounds, part.bounds) for shard in shards]
-            carrier.carry(leaf.array, stacks, (layer, part), bounds, leaf.check)
+            carrier.carry(Load(leaf.array, stacks, layer, part, bounds, leaf.check))
 
 
 def _within(bounds: tuple[Bounds, ...], part: tuple[Bounds, ...]) -> tuple[Bounds, ...]:
