@@ -13,6 +13,13 @@ from grok1.checkpoint.storage import StoredArray
 from grok1.checkpoint.tensor_file import ArraySpan, CheckpointError, TensorHeader
 
 SHAPE = 3, 14, 22  # matrices, rows, columns
+SLICES = {
+    "whole": [((0, 3), (0, 14), (0, 22))],
+    "columns": [((0, 3), (0, 14), (0, 11)), ((0, 3), (0, 14), (11, 22))],
+    "columns with a gap": [((0, 3), (0, 14), (2, 4)), ((0, 3), (0, 14), (20, 22))],
+    "rows": [((0, 3), (0, 7), (0, 22)), ((0, 3), (7, 14), (0, 22))],
+    "replicated": [((1, 2), (3, 9), (5, 16))] * 2,
+}
 
 
 def stored(path, values: np.ndarray, transposed=False, apart=False) -> StoredArray:
@@ -45,17 +52,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize(
-    "slices",
-    [
-        [((0, 3), (0, 14), (0, 22))],
-        [((0, 3), (0, 14), (0, 11)), ((0, 3), (0, 14), (11, 22))],
-        [((0, 3), (0, 14), (2, 4)), ((0, 3), (0, 14), (20, 22))],
-        [((0, 3), (0, 7), (0, 22)), ((0, 3), (7, 14), (0, 22))],
-        [((1, 2), (3, 9), (5, 16))] * 2,
-    ],
-    ids=["whole", "columns", "columns with a gap", "rows", "replicated"],
-)
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
 def test_every_slice_is_the_arrays_and_is_read_once(slices, transposed, values, tmp_path):
     array = stored(tmp_path, values, transposed, apart=transposed)
     targets = [

@@ -22,7 +22,7 @@ from grok1.machine.cuda_driver import Copier, DriverError, copier_of, place_of
 from grok1.nn.manifest import file_name
 from tests.checkpoint import standin_driver
 from tests.checkpoint.test_loading import spoil
-from tests.checkpoint.test_reading import SHAPE, stored
+from tests.checkpoint.test_reading import SHAPE, SLICES, stored
 from tests.helpers import named_params, slow
 
 
@@ -69,17 +69,7 @@ def on_device(array: np.ndarray) -> jax.Array:
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("dtype", [np.int8, np.float32], ids=["as it is", "converted"])
-@pytest.mark.parametrize(
-    "slices",
-    [
-        [((0, 3), (0, 14), (0, 22))],
-        [((0, 3), (0, 14), (0, 11)), ((0, 3), (0, 14), (11, 22))],
-        [((0, 3), (0, 14), (2, 4)), ((0, 3), (0, 14), (20, 22))],
-        [((0, 3), (0, 7), (0, 22)), ((0, 3), (7, 14), (0, 22))],
-        [((1, 2), (3, 9), (5, 16))] * 2,
-    ],
-    ids=["whole", "columns", "columns with a gap", "rows", "replicated"],
-)
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
 def test_every_slice_arrives(slices, dtype, transposed, library, form, tmp_path):
     values = np.arange(np.prod(SHAPE)).astype(np.int8).reshape(SHAPE)
     array = stored(tmp_path, values, transposed, apart=transposed)
