@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import statistics
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -91,7 +92,8 @@ class Timed:
         """Steps a second, and the share of the copy bandwidth that the bytes of one are."""
         model = self.model
         workload.decode(model, batch, prompt, 4)
-        timing = workload.decode(model, batch, prompt, steps)
+        with workload.waits() as waits:
+            timing = workload.decode(model, batch, prompt, steps)
         experts = workload.experts_read(model, timing.sequences, prompt)
         parts = workload.decode_bytes(model, batch, prompt, steps, experts)
         rate = steps / timing.steps
@@ -100,6 +102,8 @@ class Timed:
             "tokens/s": f"{batch * rate:.1f}",
             "GB a step": f"{sum(parts.values()) / 1e9:.3f}",
             "ms a step": f"{1e3 / rate:.3f}",
+            # Where it is none the device waits for the host.
+            "ms that the host waits": f"{1e3 * statistics.median(waits):.3f}",
         }
 
     def decode(self) -> Iterator[Figure]:

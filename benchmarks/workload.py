@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 import grok1
 from benchmarks.machine import available_threads
 from grok1.engine import sampling
+from grok1.generate.pace import Call, Pace
 from grok1.generate.requests import Batch
 from grok1.nn.sharding import DATA_AXIS
 
@@ -205,6 +207,22 @@ def without_head_copy(model: grok1.Model) -> Iterator[None]:
         yield
     finally:
         copies["table"] = kept
+
+
+@contextlib.contextmanager
+def waits() -> Iterator[list[float]]:
+    """Gives a list in which the seconds come that each call of the model lets the host wait."""
+    seconds: list[float] = []
+    read = Pace.read
+
+    def timed(pace: Pace, call: Call) -> Any:
+        start = time.perf_counter()
+        found = read(pace, call)
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    with mock.patch.object(Pace, "read", timed):
+        yield seconds
 
 
 def prefill_operations(config: grok1.ModelConfig, num_tokens: int) -> float:

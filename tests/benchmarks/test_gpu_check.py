@@ -77,6 +77,17 @@ def test_a_model_decodes_without_its_copy_of_the_head_and_then_with_it():
     assert model.engine.screening_table is table
 
 
+def test_how_long_the_host_waits_for_each_call_is_noted_and_then_no_more():
+    model = grok1.random_model(grok1.TOY, mesh=(1, 1))
+    with workload.waits() as waits:
+        seconds = workload.decode(model, 1, 4, 6).steps
+    assert waits
+    assert 0 < sum(waits[1:]) <= seconds
+    count = len(waits)
+    workload.decode(model, 1, 4, 2)
+    assert len(waits) == count
+
+
 def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
     share = gpu_timing.share_of_several(grok1.GROK_1)
     assert (share.ffn_size, share.num_q_heads, share.num_kv_heads) == (4096, 6, 1)
