@@ -1,14 +1,13 @@
 """The commands and their options, without JAX: help and mistakes are answered at once."""
 
 import argparse
-import difflib
 import pathlib
 import textwrap
 from collections.abc import Sequence
-from typing import NoReturn
 
 from grok1 import bundled
 from grok1.command import escapes
+from grok1.command.mistakes import Parser
 from grok1.version import __version__
 
 # What the library's own modules take, which are not imported before they are needed.
@@ -27,27 +26,6 @@ _COMMANDS = {
     "convert": "Write a checkpoint in another format.",
     "compare": "Say how far two models, or saved logits, are apart over a text.",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that says what a mistyped option may have been meant to be."""
-
-    def __init__(self, **settings):
-        super().__init__(
-            **settings,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
-        )
-
-    def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Ends the program with what is unknown, and the option next to it."""
-        message = f"unrecognized arguments: {' '.join(unknown)}"
-        options = [name for action in self._actions for name in action.option_strings]
-        for word in unknown:
-            near = difflib.get_close_matches(word.partition("=")[0], options, n=1)
-            if word.startswith("-") and near:
-                message += f"; did you mean {near[0]}?"
-                break
-        self.error(message)
 
 
 def parse(arguments: Sequence[str], program: str, command: str | None = None) -> argparse.Namespace:

@@ -52,12 +52,16 @@ def test_choices_are_the_librarys():
         ([], 2, "usage: grok1"),
         (["generate", "--temprature", "1"], 2, "--temprature 1; did you mean --temperature?"),
         (["plan", "--contxt=5"], 2, "--contxt=5; did you mean --context?"),
+        (["generate", "Once upon"], 2, "Once upon; did you mean --prompt 'Once upon'?"),
+        (["generate", "."], 2, "unrecognized arguments: .; did you mean --checkpoint .?"),
+        (["serve", "model"], 2, "model; did you mean --checkpoint model?"),
+        (["generate", "a" * 5000], 2, "did you mean --prompt aaaa"),
         (["generate", "--checkpoint", "absent"], 1, "absent: there is no such directory"),
         (["inspect", "absent"], 1, "absent: there is no such directory"),
         (["compare", "absent.npz", "b"], 1, "absent.npz: there is no such directory"),
         (["generate", "--stop", r"\d"], 2, r"holds \d, which is no escape"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_what_needs_no_model_is_answered_without_jax(arguments, status, said):
     program = (
