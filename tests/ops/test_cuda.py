@@ -54,6 +54,10 @@ PROJECTIONS = [
     ("split", 33, 64, (80,), (16,)),
     ("bfloat16", 64, 1024, (48,), (1,)),
     ("float32", 9, 320, (256, 128, 128), (4, 1, 1)),
+    # Inputs are copied too: whole tiles of columns and not, another pass for the last row.
+    ("split", 13, 768, (192, 64, 64), (1, 1, 8)),
+    ("split", 33, 384, (336,), (2,)),
+    ("float32", 9, 384, (48,), (1,)),
 ]
 HEADS = [
     Heads(1, 1, 2, 6, 128, 3, 200, "float32", "float32"),
@@ -96,7 +100,7 @@ def norms(case):
 
 # A kernel is compiled for each size: in the gate, for one of each way through its source.
 SOME_EXPERTS = EXPERTS if SLOW_TESTS else [EXPERTS[i] for i in (0, 2, 4, 6, 7, 9)]
-SOME_PROJECTIONS = PROJECTIONS if SLOW_TESTS else [PROJECTIONS[i] for i in (0, 1, 3)]
+SOME_PROJECTIONS = PROJECTIONS if SLOW_TESTS else [PROJECTIONS[i] for i in (0, 1, 3, 6)]
 SOME_HEADS = HEADS if SLOW_TESTS else HEADS[:4]
 SOME_COPIES = COPIES if SLOW_TESTS else COPIES[1:4]
 KERNELS = [
@@ -396,7 +400,14 @@ def test_routing_of_no_numbers_chooses_experts_that_exist(library):
 
 BREAKS = [
     ("multiply_add_bfloats(moved, 0x3f803f80u, offset)", "moved", test_projections, PROJECTIONS[0]),
-    ("left[i] -= float_of_bits(high << 16);", "left[i] = 0;", test_projections, PROJECTIONS[0]),
+    ("before < term ? 0x3244u", "before <= term ? 0x3244u", test_projections, PROJECTIONS[0]),
+    ("rows[input] : 0;", "rows[0] : 0;", test_projections, PROJECTIONS[6]),
+    (
+        "barrier();\n  for (int i = threadIdx.x; i < count * WIDTH",
+        "for (int i = threadIdx.x; i < count * WIDTH",
+        test_projections,
+        PROJECTIONS[5],
+    ),
     (
         "(tile + 1) % IN_GROUP == 0 || tile + 1 == end",
         "tile + 1 == end",

@@ -231,7 +231,7 @@ def _of_tokens(
 
 
 def _of_projections(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
-    width = 512
+    width = 768  # whose inputs come to shared memory where they are many
     sizes = ((384, 1), (64, 1), (64, 8))
     weights = tuple(_weight(rng, (2,), width, *size) for size in sizes)
 

@@ -13,13 +13,23 @@
 // Dimension key: K rows of the matrix, N columns, G groups of rows with a scale for each column.
 #pragma once
 
+// Inputs that TILES of 8 columns hold: bfloat16 has one term; float32 two, which leave 2**-17 of it,
+// or three and a zero, which leave nothing.
+template <int TERMS, int TILES>
+struct Inputs {
+  static constexpr int count = 8 * TILES / TERMS;
+  static constexpr int bytes = count * 16 * 4;  // of a tile of 16 rows
+};
+
 // How wide warps and teams are.
 template <class S>
 struct Widths {
   static constexpr int OF_WARP = 8 * S::BYTES, OF_TEAM = S::ACROSS * OF_WARP;
   static constexpr int THREADS = 32 * S::ACROSS;  // of a team
   static constexpr int ALL_THREADS = S::TEAMS * THREADS;
-  static constexpr int RING = S::STAGES * 16 * OF_TEAM;  // bytes of a team in shared memory
+  // Bytes of a team in shared memory: of weights, and of inputs where these are copied too.
+  static constexpr int WEIGHTS = S::STAGES * 16 * OF_TEAM;
+  static constexpr int RING = WEIGHTS + S::COPIES * S::STAGES * Inputs<S::TERMS, S::TILES>::bytes;
 };
 
 // A warp in its block.
@@ -34,34 +44,35 @@ struct Place {
   }
 };
 
-// Inputs that TILES of 8 columns hold: bfloat16 has one term; float32 two, which leave 2**-17 of it,
-// or three and a zero, which leave nothing.
-template <int TERMS, int TILES>
-struct Inputs {
-  static constexpr int count = 8 * TILES / TERMS;
-};
-
-// One term of four inputs, in pairs: each is what the ones before leave, rounded.
+// One term of four inputs, in pairs: each is what the ones before leave, rounded. Lanes take different
+// terms in the same instructions: what a lane does not take off is picked as zero.
 template <int TERMS>
-DEVICE void term_of(const float (&x)[4], int term, unsigned (&pair)[2]) {
-  float left[4];
+struct Term {
+  unsigned low[TERMS], high[TERMS];  // how the two of a pair are picked, for each term but the last
+
+  DEVICE explicit Term(int term) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) left[i] = x[i];
+    for (int before = 0; before < TERMS - 1; ++before) {
+      low[before] = kept(before < term ? 0x1044u : 0x4444u);
+      high[before] = kept(before < term ? 0x3244u : 0x4444u);
+    }
+  }
+
+  DEVICE void of(float (&left)[4], unsigned (&pair)[2]) const {
 #pragma unroll
-  for (int before = 0; before < TERMS - 1; ++before) {
-    if (before < term) {
+    for (int before = 0; before < TERMS - 1; ++before) {
       // The bits of a pair are taken apart, which no compiler takes for a conversion that it may drop.
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const unsigned high = bfloats(left[i], left[i + 1]);
-        left[i] -= float_of_bits(high << 16);
-        left[i + 1] -= float_of_bits(high & 0xffff0000u);
+        const unsigned both = bfloats(left[i], left[i + 1]);
+        left[i] -= float_of_bits(pick_signed(both, 0, low[before]));
+        left[i + 1] -= float_of_bits(pick_signed(both, 0, high[before]));
       }
     }
+    pair[0] = bfloats(left[0], left[1]);
+    pair[1] = bfloats(left[2], left[3]);
   }
-  pair[0] = bfloats(left[0], left[1]);
-  pair[1] = bfloats(left[2], left[3]);
-}
+};
 
 // Turns int8 into bfloat16: |v| + 128, or v + 256 where the sign is set, less 128 or 256.
 struct Converter {
@@ -94,22 +105,16 @@ DEVICE void clear(Sums<BYTES, TILES>& sums) {
       for (int i = 0; i < 4; ++i) sums[j][tile][i] = 0;
 }
 
-// Adds `of` times the scales of a group to the sums; `column` is the lane's first.
-template <class S, int TILES>
-DEVICE void add_scaled(Sums<S::BYTES, TILES>& total, const Sums<S::BYTES, TILES>& of,
-                       const unsigned short* scales, int column) {
+// Calls run(j, first, second) with a group's scales of a lane's columns, by pairs; `column` is the lane's
+// first.
+template <class S, class Run>
+DEVICE void with_scales(const unsigned short* scales, int column, Run run) {
   const bool is_inside = column < S::N;
 #pragma unroll
   for (int j = 0; j < S::BYTES / 2; ++j) {
     const float first = is_inside ? float_of_bits((unsigned)scales[column + 2 * j] << 16) : 0;
     const float second = is_inside ? float_of_bits((unsigned)scales[column + 2 * j + 1] << 16) : 0;
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      total[j][n][0] += of[j][n][0] * first;
-      total[j][n][1] += of[j][n][1] * first;
-      total[j][n][2] += of[j][n][2] * second;
-      total[j][n][3] += of[j][n][3] * second;
-    }
+    run(j, first, second);
   }
 }
 
@@ -123,9 +128,9 @@ struct Rows {
 
 // The products of a share of the rows of a matrix, each group's times its scales.
 //
-// S has K, N, G, BYTES, TERMS, STAGES, ACROSS, TEAMS and SHARES, of which `share` is one. `column` is
-// the team's first. Rows are walked by tiles of 16, which do not cross groups. Every thread of the
-// team calls it.
+// S has K, N, G, BYTES, TERMS, STAGES, ACROSS, TEAMS, SHARES, of which `share` is one, and COPIES: whether
+// inputs come to shared memory too, so that no turn of the loop waits for them. `column` is the team's
+// first. Rows are walked by tiles of 16, which do not cross groups. Every thread of the team calls it.
 template <class S, int TILES>
 DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
                      const unsigned short* scales, int column, const Rows<const float*>& inputs, int share,
@@ -134,11 +139,14 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   constexpr int TILES_OF_K = IN_GROUP * S::G, IN_ROW = Widths<S>::OF_TEAM / S::BYTES;
   constexpr int OF_STAGE = 16 * Widths<S>::OF_TEAM;
   constexpr bool IS_OF_ONE_GROUP = S::SHARES % S::G == 0, IS_WHOLE = GROUP % 16 == 0;
+  constexpr int PIECES = S::COPIES * Inputs<S::TERMS, TILES>::bytes / 16;
+  static_assert(!S::COPIES || IS_WHOLE, "groups must be a multiple of 16 rows");
   const int begin = (int)((long long)share * TILES_OF_K / S::SHARES);
   const int end = (int)((long long)(share + 1) * TILES_OF_K / S::SHARES);
   const Place<S> place;
   const Converter converter;
   const int g = place.lane / 4, t = place.lane % 4;
+  const Term<S::TERMS> term(g % S::TERMS);
   const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
   // A thread copies four pieces of a tile, each BYTES of one of every fourth row.
   const int thread = threadIdx.x % Widths<S>::THREADS, piece = thread % IN_ROW;
@@ -149,9 +157,10 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   Shared to[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    to[i] = shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES;
+    to[i] = kept(shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES);
   const Shared read_from =
-      shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES;
+      kept(shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
+  const Shared copied = shared_place(ring + Widths<S>::WEIGHTS);
   const float* x[TILES];
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
@@ -169,6 +178,14 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
           rows = from + (long long)(k - 4 * i) * S::N;
         }
         start_copy<S::BYTES>(to[i] + stage * OF_STAGE, rows + (long long)(4 * i) * S::N);
+      }
+#pragma unroll
+      for (int i = thread; i < PIECES; i += Widths<S>::THREADS) {
+        const int input = i / 4;
+        const bool is_there = input < inputs.count;
+        const long long row = is_there ? inputs.rows[input] : 0;
+        start_copy_or_zeros(copied + stage * 16 * PIECES + 16 * i,
+                            inputs.x + row * S::K + 16 * tile + 4 * (i % 4), is_there);
       }
     }
     end_group();
@@ -190,14 +207,15 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
     }
   };
   clear<S::BYTES, TILES>(total);
-  Sums<S::BYTES, TILES> sums;
-  clear<S::BYTES, TILES>(sums);
+  Sums<S::BYTES, TILES> of_group;
+  clear<S::BYTES, TILES>(of_group);
+  Sums<S::BYTES, TILES>& sums = IS_OF_ONE_GROUP ? total : of_group;
 #pragma unroll
   for (int stage = 0; stage < S::STAGES - 1; ++stage) start(begin + stage, stage);
   int stage = 0, free = S::STAGES - 1;
   for (int tile = begin; tile < end; ++tile) {
     float four[TILES][4];
-    read_inputs(tile, four);
+    if constexpr (!S::COPIES) read_inputs(tile, four);
     wait_for_all_but<S::STAGES - 2>();
     // What the others have copied is there, and nobody reads the tile before any more.
     team_barrier<Widths<S>::THREADS>(place.team);
@@ -206,11 +224,19 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
     for (int i = 0; i < 4; ++i)
       read_shared(read_from + stage * OF_STAGE + i * IN_ROW * S::BYTES, words[i]);
     start(tile + S::STAGES - 1, free);
-    free = stage;
-    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
     unsigned b[TILES][2];
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) term_of<S::TERMS>(four[n], (8 * n + g) % S::TERMS, b[n]);
+    for (int n = 0; n < TILES; ++n) {
+      if constexpr (S::COPIES) {
+        unsigned bits[4];
+        read_shared(copied + (stage * PIECES + (8 * n + g) / S::TERMS * 4 + t) * 16, bits);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) four[n][i] = float_of_bits(bits[i]);
+      }
+      term.of(four[n], b[n]);
+    }
+    free = stage;
+    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
 #pragma unroll
     for (int j = 0; j < S::BYTES / 2; ++j) {
       const int word = j / 2, byte = 2 * j % 4;
@@ -223,12 +249,23 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
       for (int n = 0; n < TILES; ++n) multiply_tile(sums[j][n], a, b[n]);
     }
     if (!IS_OF_ONE_GROUP && ((tile + 1) % IN_GROUP == 0 || tile + 1 == end)) {
-      add_scaled<S, TILES>(total, sums, scales + (long long)(tile / IN_GROUP) * S::N, mine);
-      clear<S::BYTES, TILES>(sums);
+      const long long group = tile / IN_GROUP;
+      with_scales<S>(scales + group * S::N, mine, [&](int j, float first, float second) {
+#pragma unroll
+        for (int i = 0; i < 4 * TILES; ++i)
+          total[j][i / 4][i % 4] += of_group[j][i / 4][i % 4] * (i % 4 < 2 ? first : second);
+      });
+      clear<S::BYTES, TILES>(of_group);
     }
   }
-  if (IS_OF_ONE_GROUP && begin < end)
-    add_scaled<S, TILES>(total, sums, scales + (long long)(begin / IN_GROUP) * S::N, mine);
+  if (IS_OF_ONE_GROUP && begin < end) {
+    const long long group = begin / IN_GROUP;
+    with_scales<S>(scales + group * S::N, mine, [&](int j, float first, float second) {
+#pragma unroll
+      for (int i = 0; i < 4 * TILES; ++i)
+        total[j][i / 4][i % 4] *= i % 4 < 2 ? first : second;
+    });
+  }
 }
 
 // Adds up the sums of the teams in the first of `S::TEAMS`, always in the same order. Every thread of

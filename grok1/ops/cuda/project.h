@@ -3,6 +3,25 @@
 // Dimension key: M row, K rows of the matrices, N columns of all of them, P parts of K.
 #pragma once
 
+// Writes the sums of the first team by rows, in whole pieces. Every thread of the block calls it.
+template <class S, class Of, int TILES>
+DEVICE void write_rows(const Sums<Of::BYTES, TILES>& sums, int column, int count, int team, float* out,
+                       float* shared) {
+  constexpr int WIDTH = Widths<Of>::OF_TEAM, PITCH = WIDTH + 2;  // lanes meet in a bank by twos
+  static_assert(4 * PITCH * Inputs<Of::TERMS, TILES>::count <= Of::TEAMS * Widths<Of>::RING,
+                "the rows take more room than there is");
+  if (team == 0) {
+    visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+      shared[input * PITCH + at - column] = value;
+    });
+  }
+  barrier();
+  for (int i = threadIdx.x; i < count * WIDTH; i += blockDim.x) {
+    const int input = i / WIDTH, at = column + i % WIDTH;
+    if (at < Of::N) out[(long long)input * S::N + at] = shared[input * PITCH + at - column];
+  }
+}
+
 template <class S, class Of>
 DEVICE void project_one(const float* x, const signed char* values, const unsigned short* scales,
                         const int* index, float* out, int tile, int begin_column, int* rows,
@@ -21,9 +40,12 @@ DEVICE void project_one(const float* x, const signed char* values, const unsigne
       multiply<Of, TILES>(sums, values + matrix * Of::K * Of::N, scales + matrix * Of::G * Of::N, column,
                           inputs, blockIdx.y * Of::TEAMS + team, ring + team * Widths<Of>::RING);
       add_up<Of>(sums, team, reinterpret_cast<float*>(ring));
-      if (team == 0) {
+      float* part = out + ((long long)blockIdx.y * S::M + first) * S::N + begin_column;
+      if constexpr (Of::COPIES) {
+        write_rows<S, Of, TILES>(sums, column, count, team, part, reinterpret_cast<float*>(ring));
+      } else if (team == 0) {
         visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-          out[((long long)blockIdx.y * S::M + first + input) * S::N + begin_column + at] = value;
+          part[(long long)input * S::N + at] = value;
         });
       }
     });

@@ -31,6 +31,8 @@ BUSY = 96
 _FULL = 128  # blocks, about one for each multiprocessor
 _ACROSS = 4  # warps of a team, side by side
 _LEAST_TILES = 6  # of 16 rows, for each team
+_DIRECT = 3  # most tiles of inputs that threads read for themselves
+_COPIED = 8  # most that come to shared memory; their sums take most registers of a multiprocessor
 
 
 class Matrix(NamedTuple):
@@ -126,7 +128,7 @@ def _terms_of(precision: Precision, inputs: float) -> int:
 
 
 def _tiles_of(precision: Precision, inputs: float, most: int = 2) -> int:
-    """Tiles of inputs; more than two take most registers of a multiprocessor."""
+    """Tiles of inputs; where there are not more than two, several blocks share a multiprocessor."""
     return min(most, -(-math.ceil(inputs * _terms_of(precision, inputs)) // 8))
 
 
@@ -143,7 +145,7 @@ def _product(
       cut: Of the matrix.
       others: How many blocks there are for each tile of columns.
     """
-    size = WIDE if matrix.columns >= 8 * WIDE else NARROW
+    size = WIDE if matrix.columns >= 8 * WIDE and tiles <= _DIRECT else NARROW
     size, across, teams = columns_of_block(matrix.columns, cut, size, others)
     most = max(1, matrix.rows // (16 * _LEAST_TILES * teams))
     parts = min(most, cut.parts)
@@ -159,11 +161,36 @@ def _product(
         "TILES": tiles,
         "TERMS": _terms_of(precision, inputs),
         "STAGES": cut.stages,
+        "COPIES": int(tiles > _DIRECT),
         "ACROSS": across,
         "TEAMS": teams,
         "SHARES": parts * teams,
         "COLUMN_TILES": -(-matrix.columns // (8 * size * across)),
     }
+
+
+def _product_of_many(
+    matrices: tuple[Matrix, ...], inputs: int, precision: Precision
+) -> dict | None:
+    """As `_product`, of more inputs than threads read for themselves, for the narrowest matrix.
+
+    Returns:
+      None if the inputs are few, or the matrices' groups do not fit.
+    """
+    tiles = _tiles_of(precision, inputs, _COPIED)
+    if tiles <= _DIRECT or any(matrix.rows // matrix.groups % 16 for matrix in matrices):
+        return None
+    narrowest = min(matrices, key=lambda matrix: matrix.columns)
+    cut = Cut(_ACROSS, 2, 1, 6)
+    size, across, teams = columns_of_block(narrowest.columns, cut, NARROW, BUSY)
+    blocks = sum(-(-matrix.columns // (8 * size * across)) for matrix in matrices)
+    # A multiprocessor's registers hold one block, and one set of sums: that of one group.
+    step = math.lcm(*(matrix.groups // math.gcd(matrix.groups, teams) for matrix in matrices))
+    most = narrowest.rows // (16 * _LEAST_TILES * teams)
+    if step > most:
+        return None
+    parts = max(1, min(most, _FULL // blocks) // step) * step
+    return _product(narrowest, inputs, precision, tiles, cut._replace(parts=parts))
 
 
 def _parts_of_hidden(gate: Matrix, chosen: int) -> int:
@@ -185,8 +212,10 @@ def _threads(product: dict) -> int:
 
 
 def _shared_bytes(product: dict) -> int:
-    """Of the weights that are copied by the teams that share a matrix's rows."""
-    return product["STAGES"] * 16 * 8 * product["BYTES"] * product["ACROSS"] * product["TEAMS"]
+    """Of what is copied by the teams that share a matrix's rows."""
+    weights = 8 * product["BYTES"] * product["ACROSS"]
+    inputs = 4 * 8 * product["TILES"] // product["TERMS"] if product["COPIES"] else 0
+    return product["STAGES"] * 16 * (weights + inputs) * product["TEAMS"]
 
 
 def experts(
@@ -257,6 +286,7 @@ def experts(
             (_column_tiles(out), chosen * _parts(out)),
             _threads(out),
             shared_bytes=_shared_bytes(out),
+            resident=max(1, 512 // _threads(out)) if tiles == 1 else 1,
         ),
     )
 
@@ -273,8 +303,11 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Ke
     """
     columns = sum(matrix.columns for matrix in matrices)
     narrowest = min(matrices, key=lambda matrix: matrix.columns)
-    tiles = _tiles_of(precision, rows, most=3)
-    both = _product(narrowest, rows, precision, tiles, Cut(_ACROSS, 2, 16 if rows <= 2 else 8, 4))
+    both = _product_of_many(matrices, rows, precision)
+    if both is None:
+        tiles = _tiles_of(precision, rows, _DIRECT)
+        cut = Cut(_ACROSS, 2, 16 if rows <= 2 else 8, 4)
+        both = _product(narrowest, rows, precision, tiles, cut)
     products = [
         {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
     ]

@@ -77,6 +77,7 @@ def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> 
         "UNIT": block_rows(matrix),
         "BYTES": size,
         "TILES": tiles,
+        "COPIES": 0,
         "TERMS": 2 * digits,
         # One more holds scales; those of a block are copied while those of another are read.
         "STAGES": min(cut.stages, block_rows(matrix) // _GROUP + 1) + 1,
