@@ -7,6 +7,7 @@ Dimension key: B row of the cache, R row of a call, T query position, S key posi
 head held here, G query heads that share it, M = G*T, H head dim, L layer.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -111,7 +112,7 @@ def attend_cache(
       layer: Which layer of the cache to read.
       place: Of the queries; each sees the keys of its slot at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
-      implementation: "blocked" goes through XLA, "cpp" through C++, from a float32 cache, "cuda"
+      implementation: "blocked" and "sliced" go through XLA, "cpp" through C++, from a float32 cache, "cuda"
         through CUDA, for few queries, "cuda_tiles" likewise for many; None for that of
         `forms.PREFERRED`.
 
@@ -194,14 +195,48 @@ def attend_blocked(
     short sequence does not pay for the cache's capacity and no `[T, S]` score tensor exists. An
     int8 block is multiplied as it is: its scales go to the scores and to the softmax's weights.
     """
+    return _attend_by_blocks(
+        query, cache, layer, place, scale, lambda of, slots: jax.vmap(of)(slots)
+    )
+
+
+@forms.form("attend_cache", "sliced")
+def attend_sliced(
+    query: Float[Array, "R T C G H"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    scale: float,
+) -> Float[Array, "R T C G H"]:
+    """`attend_blocked` with a slice of the cache for each row instead of one gather for all.
+
+    A TPU lays out an array that is gathered from in one way and one that is written to in another,
+    and copies all layers' keys and values from one to the other and back in each layer.
+    """
+
+    def stacked(of_slot, slots):
+        return jnp.stack([of_slot(slots[row]) for row in range(len(slots))])
+
+    return _attend_by_blocks(query, cache, layer, place, scale, stacked)
+
+
+def _attend_by_blocks(
+    query: Array,
+    cache: KVCache,
+    layer: Array,
+    place: Place,
+    scale: float,
+    of_all: Callable[[Callable[[Array], Array], Array], Array],
+) -> Array:
+    """`attend_blocked`; `of_all` calls a function with each slot and puts its results together."""
     batch, length, heads, group, head_dim = query.shape
     piece = max(_FEW_QUERIES, _QUERIES_AT_ONCE // batch)
     if length > piece and not length % piece:
 
         def attend_piece(arguments):
-            return attend_blocked(
-                arguments[0], cache, layer, Place(place.slots, *arguments[1:]), scale
-            )
+            piece_of, *its_place = arguments
+            placed = Place(place.slots, *its_place)
+            return _attend_by_blocks(piece_of, cache, layer, placed, scale, of_all)
 
         def cut(array):
             return array.reshape(batch, length // piece, piece, *array.shape[2:]).swapaxes(0, 1)
@@ -231,7 +266,7 @@ def attend_blocked(
                 sizes = (1, 1, array.shape[2], block, head_dim)[: array.ndim]
                 return jax.lax.dynamic_slice(array, at, sizes)[0, 0]
 
-            return jax.vmap(of_slot)(place.slots)
+            return of_all(of_slot, place.slots)
 
         key, value = (take(array).astype(query.dtype) for array in (cache.k, cache.v))
         key_positions = start + jnp.arange(block)

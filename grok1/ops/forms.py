@@ -33,7 +33,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     "attend_cache": {
         "cpu": ("cpp", "blocked"),
         "cuda": ("cuda", "cuda_tiles", "blocked"),
-        "default": ("blocked",),
+        "default": ("sliced",),
     },
     "append_heads": {"cuda": ("cuda", "steps"), "default": ("steps",)},
     "rotate": {"cpu": ("cpp", "xla"), "default": ("xla",)},

@@ -254,7 +254,7 @@ def test_many_queries_in_pieces_see_what_they_see_at_once(monkeypatch, dtype):
     assert program.lower(*arguments).as_text().count("stablehlo.while") == 2
 
 
-FORMS = ["blocked", "cpp"]
+FORMS = ["blocked", "sliced", "cpp"]
 
 
 def skip_unless_it_runs_here(form):
@@ -451,7 +451,7 @@ def attend_in_form(query, cache, positions, form):
     )
 
 
-@pytest.mark.parametrize("form", ["blocked", "cpp"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_what_is_no_number_stays_so(form, length, poison):
@@ -477,7 +477,7 @@ def test_what_is_no_number_stays_so(form, length, poison):
         np.testing.assert_array_equal(reached, expected, err_msg=name)
 
 
-@pytest.mark.parametrize("form", ["blocked", "cpp"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.int8])
 @pytest.mark.parametrize("length", [1, 40])
 def test_what_an_earlier_text_left_in_the_cache_is_not_mixed_in(form, dtype, length):
