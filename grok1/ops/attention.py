@@ -112,9 +112,9 @@ def attend_cache(
       layer: Which layer of the cache to read.
       place: Of the queries; each sees the keys of its slot at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
-      implementation: "blocked" and "sliced" go through XLA, "cpp" through C++, from a float32 cache, "cuda"
-        through CUDA, for few queries, "cuda_tiles" likewise for many; None for that of
-        `forms.PREFERRED`.
+      implementation: "blocked" and "sliced" go through XLA, "cpp" through C++, from a float32
+        cache, "cuda" through CUDA, for few queries, "cuda_tiles" likewise for many; None for that
+        of `forms.PREFERRED`.
 
     Returns:
       float32.
