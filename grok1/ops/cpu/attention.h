@@ -25,6 +25,7 @@ struct Attention {
 
 constexpr int64_t kKeys = kTileColumns;      // keys of a tile
 constexpr int64_t kChunkKeys = 16 * kKeys;   // keys of a unit where queries are few
+constexpr int kHeadSums = 16 / kLanes;       // sums of a product, for the latency of an addition
 constexpr int64_t kBlocksOfUnit = 16;        // blocks of queries of a unit where they are many
 
 // The softmax so far of a block of rows: the largest logit, the sum of weights, the mixed values.
@@ -99,12 +100,18 @@ inline void attend_few(const Attention& a, int64_t b, int64_t c, int64_t first_r
       visible[m] = std::clamp<int64_t>(num_visible(a, b, first_row + m) - start, 0, count);
       for (int64_t key = 0; key < visible[m]; ++key) {
         const float* key_row = head.keys + (start + key) * a.head_size;
-        Floats sum{};
+        Floats sums[kHeadSums] = {};
         int64_t h = 0;
-        for (; h + kLanes <= a.head_size; h += kLanes) {
-          sum += load(query + h) * load(key_row + h);
+        for (; h + kHeadSums * kLanes <= a.head_size; h += kHeadSums * kLanes) {
+          for (int s = 0; s < kHeadSums; ++s) {
+            sums[s] += load(query + h + s * kLanes) * load(key_row + h + s * kLanes);
+          }
         }
-        float product = sum_of(sum);
+        for (int s = 1; s < kHeadSums; ++s) sums[0] += sums[s];
+        for (; h + kLanes <= a.head_size; h += kLanes) {
+          sums[0] += load(query + h) * load(key_row + h);
+        }
+        float product = sum_of(sums[0]);
         for (; h < a.head_size; ++h) product += query[h] * key_row[h];
         products[m * kKeys + key] = product;
       }

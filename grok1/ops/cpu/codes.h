@@ -54,14 +54,15 @@ inline void fetch_next(const Codes& of, Fetcher& fetcher) {
   for (int64_t i = 0; i < of.pairs * kCodeColumns; i += kCacheLine) fetcher.fetch();
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
 // The values are exact in bfloat16, whose two bytes are looked up: a float is those before zeros.
+constexpr int8_t kBookBytes[2][16] = {
+    {-2, -48, -90, -126, 68, 12, -80, 32, -128, 80, -56, 24, 84, -118, -78, -30},
+    {-62, -62, -62, -62, -62, -62, -63, -63, 63, 65, 65, 66, 66, 66, 66, 66}};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
 inline __m256i book_bytes(int place) {
   return _mm256_broadcastsi128_si256(
-      place == 0 ? _mm_setr_epi8(-2, -48, -90, -126, 68, 12, -80, 32, -128, 80, -56, 24, 84, -118,
-                                 -78, -30)
-                 : _mm_setr_epi8(-62, -62, -62, -62, -62, -62, -63, -63, 63, 65, 65, 66, 66, 66,
-                                 66, 66));
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(kBookBytes[place])));
 }
 
 __attribute__((always_inline)) inline __m256i load_bytes(const uint8_t* from) {
@@ -190,6 +191,21 @@ inline void decode(const Codes& of, int64_t column, float* tile) {
   }
 }
 #else
+#if defined(__aarch64__)
+// values[kCodeVectors] = the values of 16 codes.
+__attribute__((always_inline)) inline void look_up(uint8x16_t codes, Floats* values) {
+  static_assert(kCodeColumns == 16);
+  const int8x16_t one = vqtbl1q_s8(vld1q_s8(kBookBytes[0]), codes);
+  const int8x16_t two = vqtbl1q_s8(vld1q_s8(kBookBytes[1]), codes);
+  const uint16x8_t near = vreinterpretq_u16_s8(vzip1q_s8(one, two));
+  const uint16x8_t far = vreinterpretq_u16_s8(vzip2q_s8(one, two));
+  values[0] = (Floats)vshll_n_u16(vget_low_u16(near), 16);
+  values[1] = (Floats)vshll_high_n_u16(near, 16);
+  values[2] = (Floats)vshll_n_u16(vget_low_u16(far), 16);
+  values[3] = (Floats)vshll_high_n_u16(far, 16);
+}
+#endif
+
 // low, high[kCodeVectors] = the values of the codes of two weight rows.
 __attribute__((always_inline)) inline void look_up(const uint8_t* codes, Floats* low,
                                                    Floats* high) {
@@ -202,6 +218,10 @@ __attribute__((always_inline)) inline void look_up(const uint8_t* codes, Floats*
     low[v] = _mm512_permutexvar_ps(both, book);
     high[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), book);
   }
+#elif defined(__aarch64__)
+  const uint8x16_t bytes = vld1q_u8(codes);
+  look_up(vandq_u8(bytes, vdupq_n_u8(15)), low);
+  look_up(vshrq_n_u8(bytes, 4), high);
 #else
   for (int c = 0; c < kCodeColumns; ++c) {
     low[c / kLanes][c % kLanes] = kBook[codes[c] & 15];

@@ -19,6 +19,10 @@ constexpr int64_t kCodePanel = 8192;
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
+#elif defined(__aarch64__)
+  __fp16 value;
+  std::memcpy(&value, &half, sizeof(value));
+  return value;
 #else
   uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = half >> 10 & 31;
   uint32_t mantissa = half & 1023;

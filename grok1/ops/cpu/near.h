@@ -71,8 +71,7 @@ void multiply_strip(const int8_t* strip, int64_t depth, const float* x, int64_t 
     const float* numbers = x;
     auto multiply_row = [&]() __attribute__((always_inline)) {
       Floats weight[kTileVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) weight[v] = load(row + v * kLanes);
+      load(row, weight);
 #pragma GCC unroll 6
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4

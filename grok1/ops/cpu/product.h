@@ -226,9 +226,9 @@ inline void convert_tile(const Int8Matrix& matrix, int64_t begin, int64_t depth,
   const int8_t* row = matrix.values + begin * matrix.columns + column;
   for (int64_t k = 0; k < depth; ++k, row += matrix.columns, tile += kTileColumns) {
     if (width == kTileColumns) {
-      for (int v = 0; v < kTileVectors; ++v) {
-        store_floats(tile + v * kLanes, load(row + v * kLanes));
-      }
+      Floats weight[kTileVectors];
+      load(row, weight);
+      for (int v = 0; v < kTileVectors; ++v) store_floats(tile + v * kLanes, weight[v]);
     } else {
       for (int64_t c = 0; c < kTileColumns; ++c) tile[c] = c < width ? row[c] : 0.0f;
     }

@@ -37,6 +37,11 @@ inline Words multiply_high(Words x, Words y) {
   __m256i even = _mm256_mul_epu32(a, b);
   __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
   return reinterpret_cast<Words>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
+#elif defined(__aarch64__)
+  const uint32x4_t a = (uint32x4_t)x, b = (uint32x4_t)y;
+  const uint64x2_t first = vmull_u32(vget_low_u32(a), vget_low_u32(b));
+  const uint64x2_t second = vmull_high_u32(a, b);
+  return (Words)vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
 #else
   Longs product = __builtin_convertvector(x, Longs) * __builtin_convertvector(y, Longs);
   return __builtin_convertvector(product >> 32, Words);

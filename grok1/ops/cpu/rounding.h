@@ -50,6 +50,8 @@ inline Ints rounded(Floats number, float least, float most) {
   return reinterpret_cast<Ints>(_mm512_cvtps_epi32(number));
 #elif defined(__AVX2__)
   return reinterpret_cast<Ints>(_mm256_cvtps_epi32(number));
+#elif defined(__aarch64__)
+  return (Ints)vcvtnq_s32_f32((float32x4_t)number);
 #else
   Ints ints;
   for (int lane = 0; lane < kLanes; ++lane) ints[lane] = __builtin_rintf(number[lane]);
@@ -154,6 +156,11 @@ inline void fit(const int16_t* weights, int64_t pairs, const Lanes& factor, Lane
 inline uint16_t float_to_half(float number) {
 #if defined(__F16C__)
   return _cvtss_sh(number, 0);
+#elif defined(__aarch64__)
+  const __fp16 half = number;
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof(bits));
+  return bits;
 #else
   uint32_t bits;
   std::memcpy(&bits, &number, sizeof(bits));

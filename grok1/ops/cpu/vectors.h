@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace grok1 {
@@ -18,6 +20,9 @@ constexpr int kTileVectors = 4;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kTileVectors = 4;  // there are twice as many registers as with AVX2
 #else
 constexpr int kLanes = 4;
 constexpr int kTileVectors = 2;
@@ -35,6 +40,8 @@ inline bool any(Ints mask) {
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #elif defined(__AVX2__)
   return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   int32_t found = 0;
   for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
@@ -60,6 +67,38 @@ __attribute__((always_inline)) inline void hold([[maybe_unused]] Floats& floats)
 #endif
 }
 
+#if defined(__aarch64__)
+// Of 16 bytes, those of the lanes of four vectors: in byte kPlace of a lane, the others are zero.
+template <int kPlace>
+struct Spread {
+  uint8_t places[4][16] = {};
+
+  constexpr Spread() {
+    for (int i = 0; i < 64; ++i) {
+      places[i / 16][i % 16] = i % 4 == kPlace ? i / 4 : 255;  // what is out of range gives zero
+    }
+  }
+
+  static Ints of(uint8x16_t bytes, int vector) {
+    static constexpr Spread spread;
+    return (Ints)vqtbl1q_u8(bytes, vld1q_u8(spread.places[vector]));
+  }
+};
+
+// Four bytes, again and again.
+inline uint8x16_t four_bytes(const void* from) {
+  uint32_t bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return vreinterpretq_u8_u32(vdupq_n_u32(bytes));
+}
+
+// Of bytes that are each the highest of a lane: where an integer has its sign, and 2^24 times as
+// large as they are.
+inline Floats from_highest(Ints bytes) {
+  return (Floats)vcvtq_n_f32_s32((int32x4_t)bytes, 24);
+}
+#endif
+
 inline Floats load(const int8_t* from) {
 #if defined(__AVX512F__)
   __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -67,12 +106,36 @@ inline Floats load(const int8_t* from) {
 #elif defined(__AVX2__)
   __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#elif defined(__aarch64__)
+  return from_highest(Spread<3>::of(four_bytes(from), 0));
 #else
   using Bytes = int8_t __attribute__((vector_size(kLanes)));
   Bytes bytes;
   std::memcpy(&bytes, from, sizeof(bytes));
   return __builtin_convertvector(bytes, Floats);
 #endif
+}
+
+// Vectors of bytes that are best loaded together.
+#if defined(__aarch64__)
+constexpr int kLoadedVectors = 4;
+#else
+constexpr int kLoadedVectors = 1;
+#endif
+
+// Several vectors that lie side by side.
+template <int kCount>
+__attribute__((always_inline)) inline void load(const int8_t* from, Floats (&to)[kCount]) {
+  static_assert(kCount % kLoadedVectors == 0);
+#pragma GCC unroll 4
+  for (int v = 0; v < kCount; v += kLoadedVectors) {
+#if defined(__aarch64__)
+    const uint8x16_t bytes = vld1q_u8(reinterpret_cast<const uint8_t*>(from + v * kLanes));
+    for (int i = 0; i < 4; ++i) to[v + i] = from_highest(Spread<3>::of(bytes, i));
+#else
+    to[v] = load(from + v * kLanes);
+#endif
+  }
 }
 
 // x * y + z, rounded once where the processor can, and the same wherever it is called: whether a
@@ -82,6 +145,8 @@ __attribute__((always_inline)) inline Floats multiply_add(Floats x, Floats y, Fl
   return _mm512_fmadd_ps(x, y, z);
 #elif defined(__FMA__) && defined(__AVX2__)
   return _mm256_fmadd_ps(x, y, z);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
 #else
   return x * y + z;
 #endif
@@ -100,6 +165,8 @@ inline Floats load_four_bits(const uint8_t* from, int shift) {
   Ints bytes = (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__AVX2__)
   Ints bytes = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  Ints bytes = Spread<0>::of(four_bytes(from), 0);
 #else
   using Bytes = uint8_t __attribute__((vector_size(kLanes)));
   Bytes loaded;
@@ -147,6 +214,8 @@ inline Floats gelu(Floats x) {
 inline float sum_of(Floats floats) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(floats);
+#elif defined(__aarch64__)
+  return vaddvq_f32((float32x4_t)floats);
 #else
   float sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += floats[lane];

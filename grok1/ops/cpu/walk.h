@@ -59,14 +59,18 @@ int64_t walk_columns(const Walk& walk, int64_t column, int64_t width, const floa
       __builtin_prefetch(next, 0, 2);
       if constexpr (kVectors > kTileVectors) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          const Floats weight = load(row + v * kLanes);
+        for (int v = 0; v < kVectors; v += kLoadedVectors) {
+          Floats weight[kLoadedVectors];
+          load(row + v * kLanes, weight);
+#pragma GCC unroll 4
+          for (int i = 0; i < kLoadedVectors; ++i) {
 #pragma GCC unroll 3
-          for (int m = 0; m < kRows; ++m) sum[m][v] += weight * numbers[m];
+            for (int m = 0; m < kRows; ++m) sum[m][v + i] += weight[i] * numbers[m];
+          }
         }
       } else {
         Floats weight[kVectors];
-        for (int v = 0; v < kVectors; ++v) weight[v] = load(row + v * kLanes);
+        load(row, weight);
         for (int m = 0; m < kRows; ++m) {
           for (int v = 0; v < kVectors; ++v) sum[m][v] += weight[v] * numbers[m];
         }
