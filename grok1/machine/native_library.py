@@ -139,9 +139,9 @@ def _load(directory: PrivateDirectory, name: str, symbols: Sequence[str]) -> cty
 
 
 def _compile(compiler: str, library: str, directory: pathlib.Path):
-    # Compilers disagree on which of the two options means "this processor".
-    for target in ("-march=native", "-mcpu=native"):
-        command = [compiler, *_FLAGS, target, "-pthread", f"-I{jax.ffi.include_dir()}"]
+    # Compilers disagree on which of the two options means "this processor", and some know neither.
+    for target in (["-march=native"], ["-mcpu=native"], []):
+        command = [compiler, *_FLAGS, *target, "-pthread", f"-I{jax.ffi.include_dir()}"]
         paths = sorted(directory.glob("*.cc"))
         objects = {str(path): f"{library}.{path.stem}.o" for path in paths}
         # Side by side, since one takes as long as the other.

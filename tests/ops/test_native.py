@@ -176,6 +176,15 @@ def test_a_library_that_is_cut_short_does_not_end_a_process(monkeypatch, own_lib
     assert copy.read_bytes() == own_library.read_bytes()
 
 
+def test_a_compiler_that_knows_no_option_for_this_processor_is_asked_without(monkeypatch, tmp_path):
+    script = b"""for each; do case $each in *=native) echo "error: native" >&2; exit 1;; esac; done
+        echo "$@" > "$each" """
+    compiler = compiler_that(monkeypatch, tmp_path, script)
+    library = tmp_path / "native.so"
+    native_library._compile(str(compiler), str(library), bindings._SOURCES.directory)
+    assert "-shared" in library.read_text()
+
+
 def test_the_library_is_built_once_and_again_for_other_inputs(monkeypatch, cache):
     runs = pretend_to_compile(monkeypatch)
     loaded(["f"])
