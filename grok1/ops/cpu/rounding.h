@@ -290,7 +290,7 @@ struct BlockScales {
         for (int c = 0; c < kRoundedColumns; c += kLanes) {
           Ints each = rounded(load(wanted[g] + c) * load(inverse + c), -32, 31);
           store_ints(found[g] + c, each);
-          Floats doubled = to_floats(Ints{} + 1 << load(shift[g] + c));
+          Floats doubled = to_floats((Ints{} + 1) << load(shift[g] + c));
           store_floats(under + c, to_floats(each) * load(step + c) * doubled);
         }
         factors_of(under, factor);
