@@ -33,14 +33,18 @@ LONG_LONG = r"__extension__ typedef \1signed long long \2;"
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 
 
-def compiled(command, text=None):
+READ = ["-fsyntax-only", "-x", "c++", "-"]
+
+
+def compiled(command, arguments, text=None):
     """Compiles, with C++ on stdin if there is a text; skips where the compiler is not there."""
     if shutil.which(command[0]) is None:
         pytest.skip(f"no {command[0]} here")
-    start = [*command[:2], "-fsyntax-only", "-x", "c++", "-"]
-    if subprocess.run(start, input=b"#include <vector>", capture_output=True).returncode:
-        pytest.skip(f"{' '.join(command[:2])} has no standard library here")
-    subprocess.run([*command, *OPTIONS], input=text, text=True, check=True)
+    if subprocess.run(
+        [*command, *READ], input=b"#include <vector>", capture_output=True
+    ).returncode:
+        pytest.skip(f"{' '.join(command)} has no standard library here")
+    subprocess.run([*command, *OPTIONS, *arguments], input=text, text=True, check=True)
 
 
 def own_compiler():
@@ -55,7 +59,7 @@ def look_at_sources(*command):
     paths = [*sorted(SOURCES.glob("*.cc")), SOURCES.parents[1] / "checkpoint" / "transfer.cc"]
     # One after the other as one: most of the time goes into what all of them include.
     text = "".join(f'#include "{path}"\n' for path in paths)
-    compiled([*command, "-fsyntax-only", "-x", "c++", "-"], text)
+    compiled(command, READ, text)
 
 
 @pytest.mark.parametrize("command", TARGETS, ids=" ".join)
@@ -90,22 +94,26 @@ def records(output):
     return found
 
 
-@pytest.fixture(scope="module", params=["without vectors of its own", "aarch64"])
+@pytest.fixture(scope="module", params=["without AVX", "aarch64", "aarch64 of Apple's by clang++"])
 def found(request, tmp_path_factory):
     """What the program for a processor has written."""
     program = tmp_path_factory.mktemp("processor") / "one_thread"
-    if request.param == "aarch64":
-        emulator = [] if IS_ARM else list(filter(None, [shutil.which("qemu-aarch64-static")]))
-        if not IS_ARM and not emulator:
-            pytest.skip("no qemu-aarch64-static here")
-        compiler = own_compiler() if IS_ARM else "aarch64-linux-gnu-g++"
-        command, runner = [compiler, "-march=armv8-a"], emulator
-    else:
+    runner = []
+    if request.param == "without AVX":
         if IS_ARM:
-            pytest.skip("Arm processors have their own")
-        command, runner = [own_compiler(), "-march=x86-64"], []
+            pytest.skip("Arm processors have no AVX to do without")
+        command = [own_compiler(), "-march=x86-64"]
+    elif IS_ARM:
+        command = [own_compiler()]
+    else:
+        runner = [shutil.which("qemu-aarch64-static")]
+        if runner == [None]:
+            pytest.skip("no qemu-aarch64-static here")
+        command = ["aarch64-linux-gnu-g++", "-march=armv8-a"]
+        if request.param != "aarch64":
+            command = ["clang++", "--target=aarch64-linux-gnu", "-mcpu=apple-m1"]
     static = [] if platform.system() == "Darwin" else ["-static"]
-    compiled([*command, "-O1", *static, str(PROGRAM), "-o", str(program)])
+    compiled(command, ["-O1", *static, str(PROGRAM), "-o", str(program)])
     result = subprocess.run([*runner, program], capture_output=True, check=True)
     return records(result.stdout)
 

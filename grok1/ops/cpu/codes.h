@@ -90,8 +90,8 @@ __attribute__((always_inline)) inline void add_scaled(const Floats* sum, const f
   __m256 near = _mm256_unpacklo_ps(sum[0], sum[1]), far = _mm256_unpackhi_ps(sum[0], sum[1]);
   Floats first = _mm256_permute2f128_ps(near, far, 0x20);
   Floats second = _mm256_permute2f128_ps(near, far, 0x31);
-  store_floats(out, load(out) + first * load(scale));
-  store_floats(out + 16, load(out + 16) + second * load(scale + 16));
+  store_floats(out, multiply_add(first, load(scale), load(out)));
+  store_floats(out + 16, multiply_add(second, load(scale + 16), load(out + 16)));
 }
 
 // Of kLoads * 32 columns the kHalves halves from kFirst on; fetches meanwhile if these are all.
@@ -244,8 +244,8 @@ __attribute__((noinline)) void multiply_codes(const Codes& of, const Numbers& nu
       look_up(codes, low, high);
       for (int m = 0; m < kRows; ++m) {
         for (int v = 0; v < kCodeVectors; ++v) {
-          sum[m][v] += low[v] * x[m];
-          sum[m][v] += high[v] * x[numbers.stride + m];
+          sum[m][v] = multiply_add(low[v], x[m], sum[m][v]);
+          sum[m][v] = multiply_add(high[v], x[numbers.stride + m], sum[m][v]);
         }
       }
     }
@@ -253,7 +253,7 @@ __attribute__((noinline)) void multiply_codes(const Codes& of, const Numbers& nu
       for (int v = 0; v < kCodeVectors; ++v) {
         const int64_t at = column + v * kLanes;
         float* to = out + m * out_stride + at;
-        store_floats(to, load(to) + sum[m][v] * load(of.scale + at));
+        store_floats(to, multiply_add(sum[m][v], load(of.scale + at), load(to)));
       }
     }
   }
@@ -295,7 +295,7 @@ void multiply_decoded(const float* tile, int64_t depth, const float* scale, cons
 #pragma GCC unroll 6
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) sum[m][v] += value[v] * x[m];
+        for (int v = 0; v < kTileVectors; ++v) sum[m][v] = multiply_add(value[v], x[m], sum[m][v]);
       }
     }
 #pragma GCC unroll 6
@@ -304,7 +304,7 @@ void multiply_decoded(const float* tile, int64_t depth, const float* scale, cons
       for (int v = 0; v < kTileVectors; ++v) {
         const int at = column + v * kLanes;
         float* to = out + m * out_stride + at;
-        store_floats(to, load(to) + sum[m][v] * load(scale + at));
+        store_floats(to, multiply_add(sum[m][v], load(scale + at), load(to)));
       }
     }
   }

@@ -75,7 +75,9 @@ void multiply_strip(const int8_t* strip, int64_t depth, const float* x, int64_t 
 #pragma GCC unroll 6
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * numbers[m];
+        for (int v = 0; v < kTileVectors; ++v) {
+          sum[m][v] = multiply_add(weight[v], numbers[m], sum[m][v]);
+        }
       }
       row += kCacheLine;
       numbers += x_stride;

@@ -273,7 +273,7 @@ void multiply_tile(const Tile& tile, const float* x, bool add, float* out, int64
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) sum[m][v] += weight[v] * x[m];
+      for (int v = 0; v < kTileVectors; ++v) sum[m][v] = multiply_add(weight[v], x[m], sum[m][v]);
     }
     values += kTileColumns;
     x += kRows;

@@ -152,6 +152,24 @@ __attribute__((always_inline)) inline Floats multiply_add(Floats x, Floats y, Fl
 #endif
 }
 
+// The same with one number for all lanes, and with one lane. Compilers for x86-64 join these
+// wherever they are.
+__attribute__((always_inline)) inline Floats multiply_add(Floats x, float y, Floats z) {
+#if defined(__aarch64__)
+  return (Floats)vfmaq_n_f32((float32x4_t)z, (float32x4_t)x, y);
+#else
+  return x * y + z;
+#endif
+}
+
+inline float multiply_add(float x, float y, float z) {
+#if defined(__aarch64__)
+  return __builtin_fmaf(x, y, z);
+#else
+  return x * y + z;
+#endif
+}
+
 inline Floats load_bfloat16(const uint16_t* from) {
   using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
   Halves halves;

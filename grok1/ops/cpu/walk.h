@@ -65,14 +65,18 @@ int64_t walk_columns(const Walk& walk, int64_t column, int64_t width, const floa
 #pragma GCC unroll 4
           for (int i = 0; i < kLoadedVectors; ++i) {
 #pragma GCC unroll 3
-            for (int m = 0; m < kRows; ++m) sum[m][v + i] += weight[i] * numbers[m];
+            for (int m = 0; m < kRows; ++m) {
+              sum[m][v + i] = multiply_add(weight[i], numbers[m], sum[m][v + i]);
+            }
           }
         }
       } else {
         Floats weight[kVectors];
         load(row, weight);
         for (int m = 0; m < kRows; ++m) {
-          for (int v = 0; v < kVectors; ++v) sum[m][v] += weight[v] * numbers[m];
+          for (int v = 0; v < kVectors; ++v) {
+            sum[m][v] = multiply_add(weight[v], numbers[m], sum[m][v]);
+          }
         }
       }
     }
@@ -100,7 +104,8 @@ void walk_rows(const Walk& walk, int64_t width, const float* x, int64_t x_stride
   for (int64_t k = 0; k < walk.count && column < width; ++k) {
     for (int m = 0; m < kRows; ++m) {
       for (int64_t c = column; c < width; ++c) {
-        sums[m * width + c] += x[k * x_stride + m] * walk.values[k * walk.stride + c];
+        float& sum = sums[m * width + c];
+        sum = multiply_add(x[k * x_stride + m], walk.values[k * walk.stride + c], sum);
       }
     }
   }
