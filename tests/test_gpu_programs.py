@@ -23,6 +23,7 @@ from grok1.ops.cpu import bindings
 from grok1.ops.cuda import build, presence
 from grok1.ops.layers import exact_einsum, split_terms
 from tools import gpu_programs
+from tools.abstract_steps import lowered
 
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
@@ -113,7 +114,7 @@ def test_the_head_of_several_rows_reads_its_table_once_and_copies_no_part_of_it(
 def test_a_step_of_grok_1_is_one_graph_that_copies_no_weight(h200, count):
     mesh = h200[count]
     with presence.assumed():
-        program, engine = gpu_programs.lowered(GROK_1, mesh, "decode", 1, 8192)
+        program, engine = lowered(GROK_1, mesh, "decode", 1, 8192)
     found = gpu_programs.report(program, mesh.devices.flatten().tolist(), engine.weights)
     assert not found.unknown_loops
     assert not found.copies
@@ -136,7 +137,7 @@ def test_a_step_whose_layers_are_recorded_one_after_the_other_is_the_same_progra
     devices = h200[1].devices.flatten().tolist()
     assert graphs.compiler_options(devices)["xla_gpu_command_buffer_unroll_loops"] is True
     with presence.assumed():
-        program, engine = gpu_programs.lowered(GROK_1, h200[1], "decode", 1, 8192)
+        program, engine = lowered(GROK_1, h200[1], "decode", 1, 8192)
     found = gpu_programs.report(program, devices, engine.weights)
     assert (found.graphs, found.outside) == (1, 0)
     assert not found.unknown_loops
@@ -148,7 +149,7 @@ def test_a_step_whose_layers_are_recorded_one_after_the_other_is_the_same_progra
 def test_a_step_with_4_bit_experts_is_one_graph_that_copies_no_weight(h200, count):
     mesh = h200[count]
     with presence.assumed():
-        program, engine = gpu_programs.lowered(GROK_1, mesh, "decode", 1, 8192, experts="int4")
+        program, engine = lowered(GROK_1, mesh, "decode", 1, 8192, experts="int4")
     found = gpu_programs.report(program, mesh.devices.flatten().tolist(), engine.weights)
     assert not found.unknown_loops
     assert not found.copies
@@ -170,7 +171,7 @@ def test_a_greedy_step_reads_the_copy_of_the_head_in_three_launches_of_the_one_g
 ):
     mesh = h200[count]
     with presence.assumed():
-        program, engine = gpu_programs.lowered(GROK_1, mesh, "greedy", rows, 8192)
+        program, engine = lowered(GROK_1, mesh, "greedy", rows, 8192)
     devices = mesh.devices.flatten().tolist()
     found = gpu_programs.report(program, devices, engine.weights)
     assert not found.unknown_loops
@@ -194,7 +195,7 @@ def test_a_greedy_step_reads_the_copy_of_the_head_in_three_launches_of_the_one_g
 def test_making_the_copy_of_the_head_takes_little_more_than_the_copy(h200, count):
     mesh = h200[count]
     with presence.assumed():
-        _, engine = gpu_programs.lowered(GROK_1, mesh, "decode", 1, 256)
+        _, engine = lowered(GROK_1, mesh, "decode", 1, 256)
         program = engine.head_copies.table_program().lower(engine.params.embedding)
     devices = mesh.devices.flatten().tolist()
     found = gpu_programs.report(program, devices, engine.weights)
@@ -207,7 +208,7 @@ def test_making_the_copy_of_the_head_takes_little_more_than_the_copy(h200, count
 
 def test_a_chunk_with_4_bit_experts_converts_them_too(h200):
     with presence.assumed():
-        program, engine = gpu_programs.lowered(GROK_1, h200[1], "256", 1, 8192, experts="int4")
+        program, engine = lowered(GROK_1, h200[1], "256", 1, 8192, experts="int4")
     found = gpu_programs.report(program, h200[1].devices.flatten().tolist(), engine.weights)
     assert (found.graphs, found.outside) == (1, 0)
     assert not found.vanished
@@ -219,7 +220,7 @@ def test_a_chunk_with_4_bit_experts_converts_them_too(h200):
 @pytest.mark.parametrize(("missing", "copies"), [((), 1), (("experts_prompt",), 7)])
 def test_a_chunk_of_grok_1_is_one_graph_that_copies_no_weight_twice(missing, copies, h200):
     with presence.assumed(frozenset(presence.OPERATIONS).difference(missing)):
-        program, engine = gpu_programs.lowered(GROK_1, h200[1], "256", 1, 8192)
+        program, engine = lowered(GROK_1, h200[1], "256", 1, 8192)
     found = gpu_programs.report(program, h200[1].devices.flatten().tolist(), engine.weights)
     assert (found.graphs, found.outside) == (1, 0)
     assert not found.vanished
@@ -235,7 +236,7 @@ def test_a_chunk_of_grok_1_is_one_graph_that_copies_no_weight_twice(missing, cop
 
 def test_without_the_kernels_xla_copies_weights_and_asks_for_lengths(h200):
     with presence.assumed(frozenset()):
-        program, engine = gpu_programs.lowered(GROK_1, h200[1], "decode", 1, 256)
+        program, engine = lowered(GROK_1, h200[1], "decode", 1, 256)
     found = gpu_programs.report(program, h200[1].devices.flatten().tolist(), engine.weights)
     assert found.unknown_loops
     assert found.copies

@@ -26,21 +26,17 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
 from benchmarks.device import copies_of, shapes_of_weights
-from grok1.config import GROK_1, ModelConfig
+from grok1.config import GROK_1
 from grok1.engine import graphs
-from grok1.engine.engine import Engine
-from grok1.nn.manifest import with_int4_experts
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
-from grok1.ops.screening import ScreeningTable
-from grok1.planning.memory import abstract_engine, one_layer, released_weights
+from tools.abstract_steps import lowered
 
 DEVICES = pathlib.Path(__file__).parent / "devices"
 
@@ -84,52 +80,6 @@ def mesh_of(device: str, count: int) -> Mesh:
     )
     grid = np.array(topology.devices).reshape(1, count)
     return Mesh(grid, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
-
-
-def lowered(config: ModelConfig, mesh: Mesh, step: str, rows: int, capacity: int, **types) -> Any:
-    """Lowers a step of a model of which only the shapes exist.
-
-    Args:
-      config: The model.
-      mesh: Of `mesh_of`.
-      step: "decode", "greedy" for a decode step by way of the output head's copy, or the length of
-        a chunk of a prompt.
-      rows: Of the batch.
-      capacity: Of the cache.
-      **types: `dtype`, by default bfloat16, `cache_dtype`, and "int4" for the `experts`.
-
-    Returns:
-      The lowered program, and the engine.
-    """
-    dtype = types.pop("dtype", jnp.bfloat16)
-    tensors = one_layer(config)
-    if types.pop("experts", "int8") == "int4":
-        tensors = with_int4_experts(tensors)
-    engine = abstract_engine(released_weights(config, tensors), config, mesh, dtype, **types)
-    state = engine.abstract_state(rows, capacity)
-    if step == "decode":
-        arguments = engine.abstract_decode_arguments(rows)
-        program = engine.decode_program(None, None)
-    elif step == "greedy":
-        of_rows, ends, allowed, _ = engine.abstract_decode_arguments(rows)
-        arguments = (of_rows, ends, _abstract_table(engine), allowed)
-        program = engine.greedy_program()
-    else:
-        arguments = (engine.abstract_rows(rows),)
-        program = engine.prefill_program(int(step))
-    return program.lower(engine.weights, state, *arguments), engine
-
-
-def _abstract_table(engine: Engine) -> ScreeningTable:
-    rows, width = engine.params.embedding.shape
-    shapes = ((rows, width), jnp.int8), ((rows,), jnp.float32), ((rows,), jnp.float32)
-    specs = engine.head_copies.table_specs
-    return ScreeningTable(
-        *(
-            jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(engine.mesh, spec))
-            for shape, spec in zip(shapes, specs, strict=True)
-        )
-    )
 
 
 def report(program: Any, devices: list[Any], weights: Any = ()) -> Report:

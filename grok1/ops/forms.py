@@ -17,11 +17,11 @@ from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
 
 PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
-    "matmul": {"cpu": ("cpp", "tiled"), "cuda": ("converted", "direct"), "default": ("direct",)},
+    "matmul": {"cpu": ("cpp", "tiled"), "cuda": ("converted", "direct"), "default": ("of_rows",)},
     "matmul_int4": {
         "cpu": ("cpp", "blocked"),
         "cuda": ("converted", "blocked"),
-        "default": ("blocked",),
+        "default": ("halves",),
     },
     "round_int4": {"cpu": ("cpp", "xla"), "default": ("xla",)},
     "project": {"cuda": ("cuda", "converted", "one_by_one"), "default": ("one_by_one",)},

@@ -129,7 +129,8 @@ def matmul(
       num_valid: How many of the M rows matter, from the first on, a number or a traced scalar; None
         for all. What comes out for the others is finite, and costs nothing where that is possible.
       implementation: Which form multiplies a quantised weight: "converted" or "cpp", an int8 one
-        also "direct" or "tiled", a 4-bit one "blocked"; None for that of `forms.PREFERRED`.
+        also "direct", "of_rows" or "tiled", a 4-bit one "blocked" or "halves"; None for that of
+        `forms.PREFERRED`.
 
     Returns:
       float32 `[*M, N]`.
@@ -288,6 +289,17 @@ def matmul_direct(
     x_GMk = x.reshape(x.shape[0], num_groups, -1).swapaxes(0, 1)
     values_GkN = values_KN.reshape(num_groups, -1, columns).astype(x.dtype)
     return (_dot(x_GMk, values_GkN) * scales_GN[:, None, :]).sum(axis=0)
+
+
+@forms.form("matmul", "of_rows")
+def matmul_of_rows(
+    x: Float[Array, "M K"], weight: QuantizedArray, index: Index, num_valid: int | Array
+):
+    """`matmul_direct`, one row as two: for TPUs, whose matrix units XLA uses for several only."""
+    if len(x) > 1:
+        return matmul_direct(x, weight, index, num_valid)
+    both = jax.lax.optimization_barrier(jnp.pad(x, ((0, 1), (0, 0))))
+    return jax.lax.optimization_barrier(matmul_direct(both, weight, index, num_valid))[:1]
 
 
 def _is_not_of_bfloat16(x, weight, index, num_valid) -> str | None:

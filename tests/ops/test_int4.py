@@ -68,7 +68,7 @@ SIZES = [(1, 512, 96), (2, 192, 64), (3, 512, 40), (7, 24, 33), (13, 344, 70), (
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("form", ["blocked", "cpp"])
+@pytest.mark.parametrize("form", ["blocked", "halves", "cpp"])
 @pytest.mark.parametrize(("num_rows", "rows", "columns"), SIZES)
 def test_every_form_against_float64(form, num_rows, rows, columns):
     weight, expected = drawn(rows, columns, (2, 3), seed=num_rows)

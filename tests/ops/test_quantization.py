@@ -24,7 +24,7 @@ from tests.helpers import relative_error, slow
 M, K, N = 7, 120, 13  # K: 8 groups of 15 rows
 
 # None: what the platform and the size choose.
-IMPLEMENTATIONS = ["direct", "tiled", "cpp", None]
+IMPLEMENTATIONS = ["direct", "of_rows", "tiled", "cpp", None]
 
 quantize_compiled = jax.jit(quantize, static_argnames="num_groups")
 
