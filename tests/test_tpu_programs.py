@@ -22,6 +22,8 @@ PROGRAM = """\
   ROOT %c.1 = s8[4,8]{1,0} copy(%x), backend_config={"estimated_cycles":"5"}
 }
 ENTRY %main (x: s8[4,8]) -> s8[4,8] {
+  %f = s8[4,8]{1,0} fusion(%x), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%fused
+  %c.2 = s8[4,8]{0,1:T(4)S(1)} copy(%f)
   %a = f32[2]{0} add(%x, %x), backend_config={"estimated_cycles":"7"}
   %b = f32[2]{0} add(%x, %a), backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %d = f32[2]{0} add(%x, %b), backend_config={"estimated_cycles":"4"}
@@ -34,6 +36,10 @@ CAPACITY = 8192
 
 def test_cycles_are_counted_where_they_are_known():
     assert tpu_programs.cycles_of(PROGRAM) == {"fused": 5, "main": 11}
+
+
+def test_copies_within_a_fusion_write_nothing():
+    assert [*tpu_programs.copied(PROGRAM)] == [("c.2 = s8[4,8] copy", 32)]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(")
 _COPY = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = \(?(\w+\[([\d,]+)\]).* (copy|transpose)\(")
 # What is fetched into a core's own memory ahead of its use.
 _FETCHED = (" copy-start", " copy-done")
+_FUSED = re.compile(r"\bfusion\(.*?\bcalls=%?([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN = 2**63 - 1
 
@@ -89,11 +90,7 @@ def report(program: Any, weights: Any = (), cached: Iterable[Any] = ()) -> Repor
     compiled = program.compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     sizes = {math.prod(array.sharding.shard_shape(array.shape)) for array in cached}
-    copies = [
-        f"{match[1]} = {match[2]} {match[4]}"
-        for match in map(_COPY.match, text.splitlines())
-        if match and math.prod(map(int, match[3].split(","))) in sizes
-    ]
+    copies = [name for name, size in copied(text) if size in sizes]
     of_weights = copies_of(text, shapes_of_weights(weights))
     return Report(
         memory.peak_memory_in_bytes,
@@ -101,6 +98,17 @@ def report(program: Any, weights: Any = (), cached: Iterable[Any] = ()) -> Repor
         [*(copy for copy in of_weights if not copy.endswith(_FETCHED)), *copies],
         cycles_of(text),
     )
+
+
+def copied(text: str) -> Iterator[tuple[str, int]]:
+    """Yields the copies that a program writes to memory, each with how many numbers it has."""
+    fused, computation = set(_FUSED.findall(text)), ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            computation = match[1]
+        match = _COPY.match(line)
+        if match and computation not in fused:
+            yield f"{match[1]} = {match[2]} {match[4]}", math.prod(map(int, match[3].split(",")))
 
 
 def cycles_of(text: str) -> Counter[str]:
