@@ -82,7 +82,7 @@ def test_a_step_copies_neither_weights_nor_what_is_cached(meshes, rows, cache_dt
 
 @slow
 def test_reading_all_rows_in_one_gather_copies_what_is_cached(meshes, monkeypatch):
-    table = {**forms.PREFERRED["attend_cache"], "default": ("blocked",)}
+    table = {**forms.PREFERRED["attend_cache"], "tpu": ("blocked",)}
     monkeypatch.setitem(forms.PREFERRED, "attend_cache", table)
     config = dataclasses.replace(GROK_1, num_layers=LAYERS)
     found = reported(meshes["v5p:2x2x2"], "decode", 8, config, cache_dtype="int8")

@@ -195,9 +195,11 @@ def attend_blocked(
     short sequence does not pay for the cache's capacity and no `[T, S]` score tensor exists. An
     int8 block is multiplied as it is: its scales go to the scores and to the softmax's weights.
     """
-    return _attend_by_blocks(
-        query, cache, layer, place, scale, lambda of, slots: jax.vmap(of)(slots)
-    )
+
+    def gathered(of_slot, slots):
+        return jax.vmap(lambda slot: of_slot(slot)[0, 0])(slots)
+
+    return _attend_by_blocks(query, cache, layer, place, scale, gathered)
 
 
 @forms.form("attend_cache", "sliced")
@@ -215,7 +217,7 @@ def attend_sliced(
     """
 
     def stacked(of_slot, slots):
-        return jnp.stack([of_slot(slots[row]) for row in range(len(slots))])
+        return jax.lax.concatenate([of_slot(slot) for slot in jnp.unstack(slots)], 1)[0]
 
     return _attend_by_blocks(query, cache, layer, place, scale, stacked)
 
@@ -228,7 +230,7 @@ def _attend_by_blocks(
     scale: float,
     of_all: Callable[[Callable[[Array], Array], Array], Array],
 ) -> Array:
-    """`attend_blocked`; `of_all` calls a function with each slot and puts its results together."""
+    """`attend_blocked`; `of_all` puts together what a function gives of each slot."""
     batch, length, heads, group, head_dim = query.shape
     piece = max(_FEW_QUERIES, _QUERIES_AT_ONCE // batch)
     if length > piece and not length % piece:
@@ -250,6 +252,7 @@ def _attend_by_blocks(
     query_RCMH = query.transpose(0, 2, 3, 1, 4).reshape(batch, heads, group * length, head_dim)
     positions_RM = jnp.tile(place.positions, (1, group))
     last_R = jnp.max(place.positions, axis=1)
+    of_layer = jnp.asarray(layer, jnp.int32)
 
     def cap(products):
         return SOFT_CAP * jnp.tanh(products * (scale / SOFT_CAP))
@@ -261,10 +264,11 @@ def _attend_by_blocks(
         start = jnp.minimum(i * block, capacity - block)
 
         def take(array):
+            sizes = (1, 1, array.shape[2], block, head_dim)[: array.ndim]
+
             def of_slot(slot):
-                at = (layer, slot, 0, start, 0)[: array.ndim]
-                sizes = (1, 1, array.shape[2], block, head_dim)[: array.ndim]
-                return jax.lax.dynamic_slice(array, at, sizes)[0, 0]
+                at = (of_layer, slot, 0, start, 0)[: array.ndim]
+                return jax.lax.dynamic_slice(array, at, sizes, allow_negative_indices=False)
 
             return of_all(of_slot, place.slots)
 

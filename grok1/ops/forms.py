@@ -17,11 +17,17 @@ from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
 
 PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
-    "matmul": {"cpu": ("cpp", "tiled"), "cuda": ("converted", "direct"), "default": ("of_rows",)},
+    "matmul": {
+        "cpu": ("cpp", "tiled"),
+        "cuda": ("converted", "direct"),
+        "tpu": ("of_rows",),
+        "default": ("direct",),
+    },
     "matmul_int4": {
         "cpu": ("cpp", "blocked"),
         "cuda": ("converted", "blocked"),
-        "default": ("halves",),
+        "tpu": ("halves",),
+        "default": ("blocked",),
     },
     "round_int4": {"cpu": ("cpp", "xla"), "default": ("xla",)},
     "project": {"cuda": ("cuda", "converted", "one_by_one"), "default": ("one_by_one",)},
@@ -33,7 +39,8 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
     "attend_cache": {
         "cpu": ("cpp", "blocked"),
         "cuda": ("cuda", "cuda_tiles", "blocked"),
-        "default": ("sliced",),
+        "tpu": ("sliced",),
+        "default": ("blocked",),
     },
     "append_heads": {"cuda": ("cuda", "steps"), "default": ("steps",)},
     "rotate": {"cpu": ("cpp", "xla"), "default": ("xla",)},

@@ -240,10 +240,7 @@ def test_on_nvidia_gpus_many_rows_of_bfloat16_are_multiplied_by_copies(dtype):
         x = jnp.ones((65, 8), dtype)
         expected = named[0] if dtype == jnp.bfloat16 else named[1]
         assert forms.chosen(operation, "cuda", x, *arguments) == expected
-        assert (
-            forms.chosen(operation, "tpu", x, *arguments)
-            == forms.PREFERRED[operation]["default"][0]
-        )
+        assert forms.chosen(operation, "rocm", x, *arguments) == named[1]
     for weights, expected in (((stack,) * 3, "converted"), ((stack,), "one_by_one")):
         arguments = jnp.ones((65, 8)), weights, ((),) * len(weights)
         assert forms.chosen("project", "cuda", *arguments) == expected
