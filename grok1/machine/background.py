@@ -92,6 +92,10 @@ def interruptible() -> Iterator[Callable[[Future], Any]]:
         signal.signal(signal.SIGINT, _note)
         yield wait
         raise_lost()
+    except Exception:
+        # Raised in the midst of taking or giving back a lock, it comes out as that lock's error.
+        raise_lost()
+        raise
     finally:
         signal.signal(signal.SIGINT, handler)
 

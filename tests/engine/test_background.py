@@ -107,6 +107,28 @@ def in_threads(number: int, function) -> list:
     return found
 
 
+@pytest.mark.parametrize("is_interrupted", [True, False])
+def test_an_interruption_that_comes_out_as_an_error_of_a_lock_is_still_one(
+    monkeypatch, is_interrupted
+):
+    release = threading.Condition._release_save
+
+    def interrupted(condition):
+        # Between giving its lock back and the block that takes it again.
+        state = release(condition)
+        if is_interrupted:
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError(state)
+
+    future = background.in_background(lambda: time.sleep(0.2))
+    monkeypatch.setattr(future._condition, "_release_save", interrupted.__get__(future._condition))
+    with (
+        pytest.raises(KeyboardInterrupt if is_interrupted else RuntimeError),
+        background.interruptible() as wait,
+    ):
+        wait(future)
+
+
 def test_threads_that_need_the_same_program_wait_for_one():
     program, traced = slow(0.2)
     found = in_threads(12, lambda n: program(np.ones(2, np.float32)).tolist())
@@ -240,7 +262,7 @@ def test_ctrl_c_ends_the_command_at_once_while_a_program_compiles():
 @pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
 def test_ctrl_c_ends_a_script_as_python_does_while_a_program_compiles():
     status, seconds, said = interrupted(COMPILING.format(seconds=60) + SCRIPT)
-    assert status == -signal.SIGINT
+    assert status == -signal.SIGINT, said
     assert seconds < 30
     assert "not flushed" in said
     assert said.rstrip().endswith("KeyboardInterrupt")
