@@ -1,5 +1,6 @@
 """Steps of a model of which only the shapes exist, for devices that are described, not here."""
 
+import argparse
 from typing import Any
 
 import jax
@@ -11,6 +12,23 @@ from grok1.engine.engine import Engine
 from grok1.nn.manifest import with_int4_experts
 from grok1.ops.screening import ScreeningTable
 from grok1.planning.memory import abstract_engine, one_layer, released_weights
+
+_STEPS = "decode, greedy, or the length of a prompt's chunk"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what a step is, as `lowered` takes it."""
+    parser.add_argument("--rows", nargs="+", type=int, default=[1])
+    parser.add_argument("--steps", nargs="+", type=_step, default=["decode"], help=_STEPS)
+    parser.add_argument("--capacity", type=int, default=8192)
+    parser.add_argument("--cache-dtype", default="float16")
+    parser.add_argument("--experts", default="int8", choices=("int8", "int4"))
+
+
+def _step(text: str) -> str:
+    if text not in ("decode", "greedy") and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be {_STEPS}, not {text!r}")
+    return text
 
 
 def lowered(config: ModelConfig, mesh: Mesh, step: str, rows: int, capacity: int, **types) -> Any:

@@ -36,7 +36,7 @@ from grok1.engine import graphs
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import presence
-from tools.abstract_steps import lowered
+from tools.abstract_steps import add_options, lowered
 
 DEVICES = pathlib.Path(__file__).parent / "devices"
 
@@ -75,9 +75,12 @@ def mesh_of(device: str, count: int) -> Mesh:
       count: How many, connected with each other.
     """
     text = (DEVICES / f"{device}.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=text, topology=f"1x1x{count}"
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=text, topology=f"1x1x{count}"
+        )
+    except NotImplementedError:
+        raise SystemExit("JAX has no plugin for CUDA here; see the top of this file") from None
     grid = np.array(topology.devices).reshape(1, count)
     return Mesh(grid, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
 
@@ -137,11 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", nargs="+", default=["h200"], help="h100, h200")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 8], help="how many")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1])
-    parser.add_argument("--steps", nargs="+", default=["decode"], help="decode, greedy, a length")
-    parser.add_argument("--capacity", type=int, default=8192)
-    parser.add_argument("--cache-dtype", default="float16")
-    parser.add_argument("--experts", default="int8", choices=("int8", "int4"))
+    add_options(parser)
     parser.add_argument("--names", action="store_true", help="name the kernels of a layer")
     options = parser.parse_args()
     bindings.turn_off()

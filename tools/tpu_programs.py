@@ -33,7 +33,7 @@ from benchmarks.device import copies_of, shapes_of_weights
 from grok1.config import GROK_1
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS
 from grok1.ops.cpu import bindings
-from tools.abstract_steps import lowered
+from tools.abstract_steps import add_options, lowered
 
 # What libtpu asks a machine for that has TPUs; any kind does where they are described.
 ENVIRONMENT = {
@@ -74,7 +74,10 @@ def mesh_of(topology: str) -> Mesh:
     Args:
       topology: As libtpu names it: the kind of device, and how many in each direction.
     """
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except RuntimeError as error:  # libtpu is missing, or does not know the name
+        raise SystemExit(f"{topology}: {str(error).splitlines()[0]}") from None
     grid = np.array(devices).reshape(1, len(devices))
     return Mesh(grid, (DATA_AXIS, MODEL_AXIS), axis_types=(AxisType.Auto,) * 2)
 
@@ -127,11 +130,7 @@ def main() -> int:
     """Prints the table; 1 if a program has what it should not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--topology", nargs="+", default=["v5p:2x2x2"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1])
-    parser.add_argument("--steps", nargs="+", default=["decode"], help="decode, a length")
-    parser.add_argument("--capacity", type=int, default=8192)
-    parser.add_argument("--cache-dtype", default="float16")
-    parser.add_argument("--experts", default="int8", choices=("int8", "int4"))
+    add_options(parser)
     parser.add_argument("--cycles", type=int, default=0, help="how many computations to name")
     options = parser.parse_args()
     bindings.turn_off()

@@ -496,6 +496,19 @@ def test_every_share_of_grok_1_keeps_the_memory_busy(shards, tokens):
         assert kernel.grid[0] * kernel.grid[1] >= 96
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_projections_of_32_rows_read_their_weights_once(shards):
+    queries, keys = 6144 // shards, 1024 // shards
+    three = tuple(Matrix(WIDTH, columns, 1) for columns in (queries, keys, keys))
+    for matrices in (three, (Matrix(queries, WIDTH, 8 // shards),)):
+        sizes = dict(shapes.project(32, matrices, "split").structs)
+        tiles, terms = (
+            int(re.search(rf"{name} = (\d+)", next(iter(sizes.values())))[1])
+            for name in ("TILES", "TERMS")
+        )
+        assert 8 * tiles // terms >= 32
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """The kernels of Grok-1's width, by name, and a file with them as the driver is given them."""

@@ -1,5 +1,6 @@
 """The table of forms: complete, in order, and clear about what a form cannot do."""
 
+import functools
 import importlib
 import pkgutil
 
@@ -278,3 +279,20 @@ def test_the_program_of_a_platform_runs_its_form():
     expected = np.asarray(forms.run("matmul", *arguments, implementation="direct"))
     found = jax.jit(lambda *rest: forms.run("matmul", *rest, 3))(*arguments[:3])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_what_tpus_have_forms_of_their_own_for():
+    def text(operation, form, *arguments, **static):
+        run = functools.partial(forms.run, operation, implementation=form, **static)
+        return jax.jit(run).lower(*arguments).as_text()
+
+    stack = quantize(jnp.ones((4, 8, 8)))
+    one_row = jnp.ones((1, 8)), stack, (0,), 1
+    assert "(tensor<2x8xf32>, tensor<8x8xf32>)" in text("matmul", "of_rows", *one_row)
+    assert "(tensor<1x8xf32>, tensor<8x8xf32>)" in text("matmul", "direct", *one_row)
+    in_4_bits = jnp.ones((1, 8)), int4_weight((4,), 8, 8), (0,), 1
+    for form, products in (("halves", 2), ("blocked", 1)):
+        assert text("matmul_int4", form, *in_4_bits).count("stablehlo.dot_general") == products
+    attention = arguments_of("attend_cache")
+    assert "stablehlo.gather" not in text("attend_cache", "sliced", *attention, scale=1.0)
+    assert "stablehlo.gather" in text("attend_cache", "blocked", *attention, scale=1.0)
