@@ -1,11 +1,9 @@
-"""`grok1.plan`, `python -m grok1 plan`, and the refusal to load what cannot fit."""
+"""`grok1.plan` and `python -m grok1 plan`."""
 
 import dataclasses
 import json
 import pathlib
 import re
-import subprocess
-import sys
 import types
 
 import jax
@@ -18,32 +16,13 @@ from grok1.care.conversion import convert
 from grok1.checkpoint.directory import open_tensors
 from grok1.config import GROK_1, TOY
 from grok1.engine.head_copies import LEFT_FREE
-from grok1.machine import host_memory
-from grok1.nn.manifest import in_memory, manifest
-from grok1.nn.sharding import abstract_mesh, make_mesh
-from grok1.planning import compiled_memory, devices, memory, planning, report
-from grok1.planning.memory import (
-    abstract_engine,
-    fewest_devices,
-    least_bytes,
-    released_weights,
-    shard_bytes,
-    state_bytes,
-)
+from grok1.nn.sharding import abstract_mesh
+from grok1.planning import devices, planning, report
+from grok1.planning.memory import abstract_engine, fewest_devices, released_weights
 from tests.conftest import TOY as TOY_PATH
-from tests.helpers import count_collectives, slow
+from tests.helpers import slow
 
 ROOM = {"working": 210_000_000, "largest_batch": 32, "largest_context": 8192}
-
-
-@pytest.fixture(scope="module")
-def on_eight_gpus() -> dict:
-    """The real model, by the command as a user types it."""
-    command = ["plan", "--devices", "8", "--memory", "80", "--json"]
-    result = subprocess.run(
-        [sys.executable, "-m", "grok1", *command], capture_output=True, text=True, check=True
-    )
-    return json.loads(result.stdout)
 
 
 @pytest.fixture
@@ -57,51 +36,6 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(planning, "_compile", compile_nothing)
     return asked
-
-
-@pytest.fixture(scope="module")
-def step_on_eight():
-    """A step of decoding of the real model, compiled for eight devices from shapes alone."""
-    mesh = make_mesh(GROK_1, (1, 8))
-    engine = abstract_engine(released_weights(GROK_1), GROK_1, mesh, "bfloat16")
-    state = engine.abstract_state(1, 8192)
-    lowered = engine.decode_program(None, None).lower(
-        engine.weights, state, *engine.abstract_decode_arguments(1)
-    )
-    return lowered.compile()
-
-
-def test_a_step_of_the_real_model_fits_eight_devices_and_meets_three_times(step_on_eight):
-    memory = step_on_eight.memory_analysis()
-    assert memory.argument_size_in_bytes <= 41e9
-    assert memory.temp_size_in_bytes <= 0.5e9
-    # Two all-reduces in the body of the loop over layers and one for the embedding, whose rows are
-    # shared out; the gather is of the logits.
-    assert count_collectives(step_on_eight.as_text()) == {
-        "all-reduce": 3,
-        "all-gather": 1,
-        "all-to-all": 0,
-        "collective-permute": 0,
-        "reduce-scatter": 0,
-    }
-
-
-@slow
-def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpus, step_on_eight):
-    found = on_eight_gpus
-    compiled = step_on_eight.memory_analysis()
-    arguments = compiled.argument_size_in_bytes - found["cache_bytes"]
-    assert found["weights_bytes"] == pytest.approx(arguments, rel=0.01)
-    assert compiled.temp_size_in_bytes <= found["working_bytes"]
-    # A prompt's chunk is of 8,192 tokens there; for it XLA takes 1.4 GB on an H200.
-    assert 1.4e9 <= found["working_bytes"] <= 2e9
-    # 2 (keys and values) x 64 layers x 8192 positions x 128 float16 of one head, and the tokens.
-    assert found["cache_bytes"] == pytest.approx(2 * 64 * 8192 * 128 * 2, rel=1e-3)
-    assert found["fits"]
-    assert (found["largest_batch"], found["largest_context"]) == (32, 8192)
-    assert found["usable_bytes"] == 60e9
-    assert found["checkpoint_bytes"] == pytest.approx(318_239_886_140, rel=1e-5)
-    assert found["load_seconds"] == pytest.approx(found["checkpoint_bytes"] / 2e9)
 
 
 def test_the_bound_on_the_speed_is_what_a_token_reads(compiled, capsys):
@@ -120,58 +54,6 @@ def test_the_bound_on_the_speed_is_what_a_token_reads(compiled, capsys):
     fits = {estimate["name"]: estimate["fits"] for estimate in found["estimates"]}
     assert fits["H200 SXM"]
     assert not fits["TPU v6e"]
-
-
-@slow
-def test_working_memory_is_that_of_the_toys_compiled_programs():
-    # The most of both, so that nothing larger is compiled.
-    found = grok1.plan(TOY, devices=2, memory=1, batch=32, context=1024, dtype="float32")
-    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
-    state = engine.abstract_state(32, 1024)
-    rows = engine.abstract_rows(32)
-    prefill = (
-        engine.prefill_program(engine.chunk_for(32, 1024))
-        .lower(engine.weights, state, rows)
-        .compile()
-    )
-    # Here with the native kernels, which need less.
-    assert found.working_bytes >= prefill.memory_analysis().temp_size_in_bytes > 0
-    assert found.cache_bytes == state_bytes(engine, 32, 1024)
-    assert (found.batch, found.context, found.mesh) == (32, 1024, (1, 2))
-
-
-def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
-    asked = []
-
-    def working_bytes(engine, batch, capacity, platform):
-        asked.append((batch, capacity))
-        return 1000 * batch
-
-    monkeypatch.setattr(compiled_memory, "working_bytes", working_bytes)
-    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
-    # Room for 8 rows of 512, with their working memory; or for 2 rows of all 1,024 with theirs.
-    room = state_bytes(engine, 8, 512) + 8000
-    request = {"config": dataclasses.asdict(TOY), "mesh": [1, 2], "dtype": "float32"}
-    request |= {
-        "tensors": memory.one_layer(TOY),
-        "cache_dtype": None,
-        "batch": 4,
-        "capacity": 512,
-        "rooms": [room, 2 * room],
-        "platform": "cpu",
-    }
-    found = compiled_memory.answer(request)
-    assert found == {"working": 4000, "largest_batch": 8, "largest_context": 1024}
-    # Nothing is compiled of which the cache alone is too large, and nothing twice.
-    assert sorted(asked) == [(4, 512), (4, 1024), (8, 512)]
-    request["rooms"] = [room - 1, room - 1]
-    assert compiled_memory.answer(request)["largest_batch"] == 4
-    # What does not fit in the usual room is planned for all there is.
-    request["rooms"] = [0, room]
-    assert compiled_memory.answer(request)["largest_batch"] == 8
-    request["rooms"] = [0, 0]
-    found = compiled_memory.answer(request)
-    assert (found["largest_batch"], found["largest_context"]) == (0, 0)
 
 
 def test_what_does_not_fit_as_asked_says_what_does(compiled):
@@ -409,17 +291,6 @@ def test_a_plan_round_trips_through_json(compiled):
     assert read["needed_bytes"] == found.weights_bytes + found.cache_bytes + found.working_bytes
 
 
-def test_released_weights_are_those_of_the_manifest():
-    alike = memory.abstract_weights(manifest(TOY), TOY)
-    assert jax.tree.map(str, released_weights(TOY)) == jax.tree.map(str, alike)
-
-
-def test_weights_are_counted_as_they_lie_in_memory(toy):
-    weights = memory.abstract_weights(toy.tensors, TOY)
-    engine = abstract_engine(weights, TOY, toy.mesh, "float32")
-    assert shard_bytes(engine.params) == sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params))
-
-
 def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path):
     path = tmp_path / "bf"
     convert(TOY_PATH, path, to="safetensors", dtype="bfloat16", progress=False)
@@ -448,21 +319,6 @@ def test_the_types_in_memory_are_compiled(monkeypatch):
     assert kinds["language_model/in_out_embed/embeddings"] == ("bfloat16", None)
 
 
-def test_the_child_lays_out_the_tensors_that_it_is_given(monkeypatch):
-    def working_bytes(engine, batch, capacity, platform):
-        return shard_bytes(engine.params)
-
-    monkeypatch.setattr(compiled_memory, "working_bytes", working_bytes)
-    tensors = in_memory(memory.one_layer(TOY), "bfloat16")
-    request = {"config": dataclasses.asdict(TOY), "tensors": tensors, "mesh": [1, 1]}
-    request |= {"dtype": "float32", "cache_dtype": None, "batch": 1, "capacity": 256}
-    request |= {"platform": "cpu"}
-    found = compiled_memory.answer(json.loads(json.dumps(request | {"rooms": [0, 0]})))
-    whole = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 1)), "float32")
-    halved = TOY.vocab_size * TOY.emb_size * 2
-    assert found["working"] == shard_bytes(whole.params) - halved
-
-
 def test_the_first_layers_of_the_real_model_fit_where_all_do_not(compiled):
     assert not grok1.plan(devices=1, device="h100").fits
     found = grok1.plan(devices=1, device="h100", layers=8)
@@ -470,120 +326,6 @@ def test_the_first_layers_of_the_real_model_fit_where_all_do_not(compiled):
     assert found.checkpoint_bytes == pytest.approx(8 / 64 * 315e9 + 3.2e9, rel=0.01)
     with pytest.raises(ValueError, match="layers must be from 1 to 64, found 65"):
         grok1.plan(devices=1, device="h100", layers=65)
-
-
-def test_the_output_heads_table_and_working_memory_are_needed_too(monkeypatch):
-    monkeypatch.setattr(memory.forms, "has_kernels", lambda platform: True)
-    mesh = make_mesh(GROK_1, (1, 1))
-    engine = abstract_engine(released_weights(GROK_1), GROK_1, mesh, "float32")
-    assert memory.working_bytes(engine) == 131072 * (6144 + 6144 // 2 + 12) + 10**9
-    toy = abstract_engine(released_weights(TOY), TOY, mesh, "float32")
-    assert memory.working_bytes(toy) < 2e6
-
-
-@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
-@pytest.mark.parametrize("text", ["90%", "1.5", "0", "nan"])
-def test_a_share_that_is_none_names_its_variable(name, text, monkeypatch):
-    monkeypatch.setenv(name, text)
-    with pytest.raises(ValueError, match=f"{name} must be a share .* found '{text}'"):
-        memory.preallocated_share()
-
-
-def test_load_refuses_what_cannot_fit_before_it_reads(monkeypatch):
-    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
-    needed = 2 * (least_bytes(engine) + memory.working_bytes(engine))
-
-    def read(*arguments):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr("grok1.factory.load_params", read)
-    monkeypatch.setattr(memory, "host_bytes_available", lambda: needed - 1)
-    message = (
-        r"the model does not fit: it takes 0\.00 GB of weights, 0\.00 GB of cache and 0\.00 GB of "
-        rf"working memory on each of 2 CPU devices, {needed:,} bytes together, and {needed - 1:,} "
-        r"bytes of memory are available; use a machine with more memory, or more machines\. "
-        r"`python -m grok1 plan` says what fits"
-    )
-    with pytest.raises(ValueError, match=message):
-        grok1.load(TOY_PATH, mesh=(1, 2), progress=False)
-    for enough in (needed, None):
-        monkeypatch.setattr(memory, "host_bytes_available", lambda enough=enough: enough)
-        with pytest.raises(AssertionError, match="weights were read"):
-            grok1.load(TOY_PATH, mesh=(1, 2), progress=False)
-
-
-@pytest.mark.parametrize(
-    ("amounts", "shown"),
-    [
-        ((1e9, 2e9), ["1.00 GB", "2.00 GB"]),
-        ((1e9, 1e9), ["1.00 GB", "1.00 GB"]),
-        ((1_000_000_000, 1_002_000_000), ["1.000 GB", "1.002 GB"]),
-        ((1e12, 1e12 + 3e4), ["1000.00000 GB", "1000.00003 GB"]),
-        ((10**9, 10**9 + 1), ["1,000,000,000 bytes", "1,000,000,001 bytes"]),
-    ],
-)
-def test_amounts_are_told_apart(amounts, shown):
-    assert host_memory.gigabytes_apart(*amounts) == shown
-
-
-def test_accelerators_are_asked_one_by_one(monkeypatch):
-    needed = 4 * 10**9
-    monkeypatch.setattr(memory, "least_bytes", lambda engine: needed - 10**9)
-    monkeypatch.setattr(memory, "working_bytes", lambda engine: 10**9)
-    monkeypatch.setattr(memory, "_least_state_bytes", lambda engine: 10**9)
-
-    def gpu(limit):
-        stats = limit and {"bytes_limit": limit, "bytes_in_use": 1000}
-        return types.SimpleNamespace(
-            platform="gpu", device_kind="NVIDIA A100", memory_stats=lambda: stats
-        )
-
-    def require(*limits):
-        mesh = types.SimpleNamespace(local_devices=[gpu(limit) for limit in limits], size=4)
-        memory.require_memory(types.SimpleNamespace(mesh=mesh))
-
-    require(needed + 1000, needed + 1000)
-    require(None, None)  # an allocator that does not say
-    message = (
-        r"takes 2\.00 GB of weights, 1\.00 GB of cache and 1\.00 GB of working memory, "
-        r"4,000,000,000 bytes together, on each of 4 devices, and 3,999,999,999 bytes are "
-        r"available on NVIDIA A100; JAX takes 75% of a GPU's memory: "
-        r"set XLA_PYTHON_CLIENT_MEM_FRACTION=\.95 if that is enough; otherwise use more devices"
-    )
-    with pytest.raises(ValueError, match=message):
-        require(needed + 1000, needed + 999)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_host_memory_is_at_most_the_machines_and_the_containers(monkeypatch):
-    lines = [line.split() for line in pathlib.Path("/proc/meminfo").read_text().splitlines()]
-    total = 1024 * sum(int(f[1]) for f in lines if f[0] in ("MemTotal:", "SwapTotal:"))
-    available = host_memory.host_bytes_available()
-    assert available is not None
-    assert 0 < available <= total
-    monkeypatch.setattr(host_memory, "_group_limits", lambda swap: iter([12345 + swap]))
-    limited = host_memory.host_bytes_available()
-    assert limited is not None
-    assert 12345 <= limited <= available
-
-
-def test_a_control_group_leaves_its_limit_less_what_is_no_file(monkeypatch, tmp_path):
-    (tmp_path / "memory.max").write_text("max\n")
-    group = tmp_path / "job"
-    group.mkdir()
-    (group / "memory.max").write_text("1000\n")
-    (group / "memory.stat").write_text("anon 300\nfile 600\nshmem 50\n")
-    own = tmp_path / "own"
-    own.write_text("1:name=systemd:/\n0::/job\n")
-    assert list(host_memory._group_limits(7, tmp_path, own)) == [1000 - 350 + 7]
-    own.write_text("9:cpu,cpuacct:/job\n8:memory:/job\n")
-    first = tmp_path / "memory" / "job"
-    first.mkdir(parents=True)
-    (first / "memory.limit_in_bytes").write_text("2000\n")
-    (first / "memory.stat").write_text("cache 900\ntotal_rss 400\ntotal_shmem 60\n")
-    assert list(host_memory._group_limits(7, tmp_path, own)) == [2000 - 460 + 7]
-    own.unlink()
-    assert not list(host_memory._group_limits(7, tmp_path, own))
 
 
 def test_what_is_measured_is_said_and_what_is_given_is_not_measured(compiled, monkeypatch):

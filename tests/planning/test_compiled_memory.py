@@ -1,0 +1,126 @@
+"""What compiled programs take, and the largest batch and context that fit."""
+
+import dataclasses
+import json
+
+import pytest
+
+import grok1
+from grok1.config import GROK_1, TOY
+from grok1.nn.manifest import in_memory
+from grok1.nn.sharding import make_mesh
+from grok1.planning import compiled_memory, memory
+from grok1.planning.memory import abstract_engine, released_weights, shard_bytes, state_bytes
+from tests.helpers import count_collectives, slow
+
+
+@pytest.fixture(scope="module")
+def step_on_eight():
+    """A step of decoding of the real model, compiled for eight devices from shapes alone."""
+    mesh = make_mesh(GROK_1, (1, 8))
+    engine = abstract_engine(released_weights(GROK_1), GROK_1, mesh, "bfloat16")
+    state = engine.abstract_state(1, 8192)
+    lowered = engine.decode_program(None, None).lower(
+        engine.weights, state, *engine.abstract_decode_arguments(1)
+    )
+    return lowered.compile()
+
+
+def test_a_step_of_the_real_model_fits_eight_devices_and_meets_three_times(step_on_eight):
+    memory = step_on_eight.memory_analysis()
+    assert memory.argument_size_in_bytes <= 41e9
+    assert memory.temp_size_in_bytes <= 0.5e9
+    # Two all-reduces in the body of the loop over layers and one for the embedding, whose rows are
+    # shared out; the gather is of the logits.
+    assert count_collectives(step_on_eight.as_text()) == {
+        "all-reduce": 3,
+        "all-gather": 1,
+        "all-to-all": 0,
+        "collective-permute": 0,
+        "reduce-scatter": 0,
+    }
+
+
+@slow
+def test_the_real_model_on_eight_gpus_agrees_with_what_xla_compiles(on_eight_gpus, step_on_eight):
+    found = on_eight_gpus
+    compiled = step_on_eight.memory_analysis()
+    arguments = compiled.argument_size_in_bytes - found["cache_bytes"]
+    assert found["weights_bytes"] == pytest.approx(arguments, rel=0.01)
+    assert compiled.temp_size_in_bytes <= found["working_bytes"]
+    # A prompt's chunk is of 8,192 tokens there; for it XLA takes 1.4 GB on an H200.
+    assert 1.4e9 <= found["working_bytes"] <= 2e9
+    # 2 (keys and values) x 64 layers x 8192 positions x 128 float16 of one head, and the tokens.
+    assert found["cache_bytes"] == pytest.approx(2 * 64 * 8192 * 128 * 2, rel=1e-3)
+    assert found["fits"]
+    assert (found["largest_batch"], found["largest_context"]) == (32, 8192)
+    assert found["usable_bytes"] == 60e9
+    assert found["checkpoint_bytes"] == pytest.approx(318_239_886_140, rel=1e-5)
+    assert found["load_seconds"] == pytest.approx(found["checkpoint_bytes"] / 2e9)
+
+
+@slow
+def test_working_memory_is_that_of_the_toys_compiled_programs():
+    # The most of both, so that nothing larger is compiled.
+    found = grok1.plan(TOY, devices=2, memory=1, batch=32, context=1024, dtype="float32")
+    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
+    state = engine.abstract_state(32, 1024)
+    rows = engine.abstract_rows(32)
+    prefill = (
+        engine.prefill_program(engine.chunk_for(32, 1024))
+        .lower(engine.weights, state, rows)
+        .compile()
+    )
+    # Here with the native kernels, which need less.
+    assert found.working_bytes >= prefill.memory_analysis().temp_size_in_bytes > 0
+    assert found.cache_bytes == state_bytes(engine, 32, 1024)
+    assert (found.batch, found.context, found.mesh) == (32, 1024, (1, 2))
+
+
+def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
+    asked = []
+
+    def working_bytes(engine, batch, capacity, platform):
+        asked.append((batch, capacity))
+        return 1000 * batch
+
+    monkeypatch.setattr(compiled_memory, "working_bytes", working_bytes)
+    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
+    # Room for 8 rows of 512, with their working memory; or for 2 rows of all 1,024 with theirs.
+    room = state_bytes(engine, 8, 512) + 8000
+    request = {"config": dataclasses.asdict(TOY), "mesh": [1, 2], "dtype": "float32"}
+    request |= {
+        "tensors": memory.one_layer(TOY),
+        "cache_dtype": None,
+        "batch": 4,
+        "capacity": 512,
+        "rooms": [room, 2 * room],
+        "platform": "cpu",
+    }
+    found = compiled_memory.answer(request)
+    assert found == {"working": 4000, "largest_batch": 8, "largest_context": 1024}
+    # Nothing is compiled of which the cache alone is too large, and nothing twice.
+    assert sorted(asked) == [(4, 512), (4, 1024), (8, 512)]
+    request["rooms"] = [room - 1, room - 1]
+    assert compiled_memory.answer(request)["largest_batch"] == 4
+    # What does not fit in the usual room is planned for all there is.
+    request["rooms"] = [0, room]
+    assert compiled_memory.answer(request)["largest_batch"] == 8
+    request["rooms"] = [0, 0]
+    found = compiled_memory.answer(request)
+    assert (found["largest_batch"], found["largest_context"]) == (0, 0)
+
+
+def test_the_child_lays_out_the_tensors_that_it_is_given(monkeypatch):
+    def working_bytes(engine, batch, capacity, platform):
+        return shard_bytes(engine.params)
+
+    monkeypatch.setattr(compiled_memory, "working_bytes", working_bytes)
+    tensors = in_memory(memory.one_layer(TOY), "bfloat16")
+    request = {"config": dataclasses.asdict(TOY), "tensors": tensors, "mesh": [1, 1]}
+    request |= {"dtype": "float32", "cache_dtype": None, "batch": 1, "capacity": 256}
+    request |= {"platform": "cpu"}
+    found = compiled_memory.answer(json.loads(json.dumps(request | {"rooms": [0, 0]})))
+    whole = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 1)), "float32")
+    halved = TOY.vocab_size * TOY.emb_size * 2
+    assert found["working"] == shard_bytes(whole.params) - halved

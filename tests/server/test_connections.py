@@ -1,0 +1,198 @@
+"""Connections: who comes in, hangs up, does not read, or sends what is no HTTP."""
+
+import concurrent.futures
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from grok1.files import CheckpointError
+from grok1.server import events as events_module
+from grok1.server import running
+from tests.server.test_core import LONG, PROMPTS, idle
+
+
+def posted(body) -> bytes:
+    data = json.dumps(body).encode()
+    kind = b"host: localhost\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\n" + kind + b"content-length: %d\r\n\r\n"
+    return head % len(data) + data
+
+
+def test_who_hangs_up_frees_their_slot(http, server):
+    port = http.base_url.port
+
+    def begin(**body):
+        one = socket.create_connection(("127.0.0.1", port))
+        one.sendall(posted({"prompt": "A", "max_tokens": 900, "ignore_eos": True, **body}))
+        return one
+
+    def until(condition):
+        deadline = time.monotonic() + 10
+        while not condition(server.load()):
+            assert time.monotonic() < deadline, server.load()
+            time.sleep(0.005)
+
+    prefilling = {"prompt": [7] * 1000, "max_tokens": 20}
+    scoring = {"prompt": [8] * 1000, "max_tokens": 0, "echo": True, "logprobs": 1}
+    for body in ({}, {"stream": True}, {"n": 3}, prefilling, scoring):
+        one = begin(**body)
+        until(lambda load: load.num_running)
+        one.close()
+        until(lambda load: not load.num_running)
+        idle(server)
+    running = [server.submit("A", **LONG) for _ in range(4)]
+    for body in ({}, {"stream": True}):
+        one = begin(**body)
+        until(lambda load: load.num_waiting)
+        one.close()
+        until(lambda load: not load.num_waiting)
+    assert not any(handle.is_over for handle in running)
+    for handle in running:
+        handle.cancel()
+    idle(server)
+
+
+def test_a_client_that_does_not_read_is_cancelled(http, server, monkeypatch):
+    monkeypatch.setattr(events_module, "_SEND_SECONDS", 0.2)
+    body = {"prompt": "A" * 4000, "max_tokens": 30, "stream": True, "ignore_eos": True, "n": 64,
+            "echo": True, "logprobs": 20, "truncate_prompt_tokens": 900}  # fmt: skip
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    one.connect(("127.0.0.1", http.base_url.port))
+    one.sendall(posted(body))
+    deadline = time.monotonic() + 20
+    while not server.load().num_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    idle(server)
+    one.close()
+
+
+def test_who_may_come_in(start, server, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nalpha\nbeta\n")
+    client, _, _ = start(lambda: server, api_key="gamma", api_key_file=keys, max_body=1000)
+
+    def status(key=None, path="/v1/models", **options):
+        headers = {} if key is None else {"authorization": f"Bearer {key}".strip()}
+        return client.get(path, headers={**headers, **options}).status_code
+
+    while status(path="/health") != 200:
+        time.sleep(0.01)
+    assert [status(), status(""), status("x"), status("alpha"), status("gamma")] == [
+        401, 401, 401, 200, 200,
+    ]  # fmt: skip
+    keys.write_text("beta and more\n")
+    assert [status("alpha"), status("beta and more")] == [401, 200]
+    assert status("gamma", host="evil.example") == 421
+    assert [status(path="/"), status(path="/metrics")] == [200, 200]
+    answer = client.post("/v1/completions", content="{}", headers={"authorization": "Bearer gamma"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (415, "invalid_request_error")
+    own = {"authorization": "Bearer gamma", "x-request-id": "mine"}
+    answer = client.post("/v1/completions", json={"prompt": "a" * 2000}, headers=own)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (413, "mine")
+
+    def chunks():
+        yield b'{"prompt": "'
+        yield b"a" * 2000
+
+    headers = {**own, "content-type": "application/json"}
+    assert client.post("/v1/completions", content=chunks(), headers=headers).status_code == 413
+    assert (
+        "access-control-allow-origin"
+        not in client.get("/health", headers={"origin": "http://a"}).headers
+    )
+    for options, words in (
+        ({"host": "0.0.0.0"}, "is reached by other machines, and there is no key"),
+        ({"api_key": [""]}, "api_key must not be empty"),
+        ({"port": 70000}, "port must be from 0 to 65535"),
+        ({"max_body": 0}, "max_body must be 1 or more, found 0"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more, found 0"),
+        ({"request_timeout": 0}, "request_timeout must be above 0 seconds"),
+        ({"drain": float("nan")}, "drain must be 0 seconds or more, found nan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            running.HttpOptions(**options).app()
+
+
+def test_a_request_that_comes_slowly_is_given_up(start, server, monkeypatch):
+    monkeypatch.setattr(running, "_HEADER_SECONDS", 0.2)
+    client, _, _ = start(lambda: server)
+    with socket.create_connection(("127.0.0.1", client.base_url.port)) as one:
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost:")
+        one.settimeout(10)
+        assert one.recv(100) == b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\ncontent-length: b\r\n\r\n",
+    ],
+    ids=["TLS", "no length"],
+)
+def test_what_is_no_http_gets_an_error_like_the_others_and_is_not_logged(http, sent, caplog):
+    with socket.create_connection(("127.0.0.1", http.base_url.port)) as one:
+        one.settimeout(10)
+        one.sendall(sent)
+        answer = b"".join(iter(lambda: one.recv(1000), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
+    assert f"content-length: {len(body)}\r\n".encode() in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert not caplog.records
+
+
+def test_a_full_queue_says_when_to_come_again(http, server):
+    handles = [server.submit("A", **LONG) for _ in range(68)]
+    answer = http.post("/v1/completions", json={"prompt": "A"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert int(answer.headers["retry-after"]) >= 1
+    for handle in handles:
+        handle.cancel()
+    idle(server)
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "pipe"])
+def test_a_file_of_keys_that_is_none_is_said_by_name(tmp_path, kind):
+    path = tmp_path / "keys"
+    if kind == "directory":
+        path.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"keys: "):
+        running.HttpOptions(api_key_file=path).app()
+
+
+def test_clients_at_once(http, server):
+    """More than there are slots, with options of all kinds; each as alone."""
+    bodies = [
+        {
+            "prompt": PROMPTS[n % 8],
+            "max_tokens": 4 + n % 7,
+            "temperature": [0, 1, 0.5][n % 3],
+            "seed": n,
+            "stop": ["\n"] if n % 4 == 0 else None,
+            "logprobs": 2 if n % 5 == 0 else None,
+            "frequency_penalty": 1.0 if n % 6 == 1 else 0,
+        }
+        for n in range(24)
+    ]
+
+    def ask(body):
+        return http.post("/v1/completions", json=body).json()["choices"]
+
+    alone = [ask(body) for body in bodies]
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(ask, bodies))
+    for one, other in zip(alone, together, strict=True):
+        assert one[0]["text"] == other[0]["text"]
+        if one[0]["logprobs"]:
+            assert one[0]["logprobs"]["token_logprobs"] == pytest.approx(
+                other[0]["logprobs"]["token_logprobs"], abs=1e-5
+            )
+    idle(server)
