@@ -1,9 +1,4 @@
-"""Attention: values by hand, what a query may not see, and the cached form against the plain one.
-
-Sizes: B=3 rows, T=3 queries, C=2 key/value heads of G=5 query heads each, H=7, L=2.
-"""
-
-import functools
+"""Attention: by hand, what a query may not see, and every form against the plain one."""
 
 import jax
 import jax.numpy as jnp
@@ -14,65 +9,34 @@ from grok1.ops import attention
 from grok1.ops.attention import KVCache, Place, append, attend, attend_cache, attention_map
 from grok1.ops.cpu import bindings
 from tests.helpers import relative_error, slow
-
-B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
-SCALE = 0.6
-
-
-def in_order(positions, valid=None):
-    """The place of rows that are the cache's, in its order."""
-    positions = np.asarray(positions, np.int32)
-    valid = np.ones(positions.shape, bool) if valid is None else valid
-    return Place(np.arange(len(positions), dtype=np.int32), positions, valid)
-
-
-@jax.jit
-def append_at(cache, layer, place, key, value):
-    return append(cache, layer, place, key, value)
-
-
-def append_compiled(cache, layer, key, value, positions, valid):
-    return append_at(cache, layer, in_order(positions, valid), key, value)
-
-
-@jax.jit
-def attend_at(query, cache, layer, place):
-    return attend_cache(query, cache, layer, place, SCALE)
-
-
-def attend_cached(query, cache, layer, positions):
-    return attend_at(query, cache, layer, in_order(positions))
-
-
-@jax.jit
-def attend_plainly(query, cache, layer, positions):
-    mask = jnp.arange(cache.k.shape[3]) <= positions[..., None]
-    return attend(query, cache.k[layer], cache.v[layer], mask, SCALE)
+from tests.ops.attention_cases import (
+    FORMS,
+    SCALE,
+    B,
+    C,
+    G,
+    H,
+    L,
+    T,
+    attend_by,
+    attend_cached,
+    attend_plainly,
+    dequantized,
+    filled_int8_cache,
+    in_order,
+    int8_cache,
+    normal,
+    random_cache,
+    random_new,
+    random_query,
+    skip_unless_it_runs_here,
+    with_slots,
+)
 
 
 @jax.jit
 def attend_masked(query, cache, mask):
     return attend(query, cache.k[0], cache.v[0], mask, SCALE)
-
-
-def normal(seed, *shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def random_query(length=T, dtype=jnp.float32):
-    return normal(7, B, length, C, G, H, dtype=dtype)
-
-
-def random_cache(capacity, dtype=jnp.float32):
-    k, v = (normal(seed, L, B, C, capacity, H, dtype=dtype) for seed in (8, 9))
-    return KVCache(k, v, jnp.zeros(B, jnp.int32))
-
-
-def with_slots(cache, where, k, v):
-    """The cache with other keys and values at `where`, an index of `[L, B, C, S, H]`."""
-    new_k, new_v = np.array(cache.k), np.array(cache.v)
-    new_k[where], new_v[where] = k, v
-    return cache._replace(k=jnp.asarray(new_k), v=jnp.asarray(new_v))
 
 
 # --- attend -----------------------------------------------------------------------------------
@@ -254,19 +218,6 @@ def test_many_queries_in_pieces_see_what_they_see_at_once(monkeypatch, dtype):
     assert program.lower(*arguments).as_text().count("stablehlo.while") == 2
 
 
-FORMS = ["blocked", "sliced", "cpp"]
-
-
-def skip_unless_it_runs_here(form):
-    if form == "cpp" and not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
-
-
-@functools.partial(jax.jit, static_argnames="form")
-def attend_by(form, query, cache, layer, place):
-    return attend_cache(query, cache, layer, place, SCALE, form)
-
-
 @pytest.mark.parametrize("length", [1, 64], ids=lambda length: f"{length} queries")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=["float32", "int8"])
 @pytest.mark.parametrize("form", FORMS)
@@ -327,101 +278,9 @@ def test_slots_are_read_and_written_in_place(form, dtype):
     assert memory.temp_size_in_bytes < cache.k.nbytes / 6
 
 
-def test_append_writes_the_slots_of_its_rows():
-    cache = random_cache(11)
-    key, value = random_new()
-    positions = np.array([[0, 1, 2], [7, 8, 9], [10, 3, 6]], np.int32)
-    place = Place(np.array([2, B, 0], np.int32), positions, np.ones((B, T), bool))
-    written = append_at(cache, 1, place, key, value)
-    for new, before, after in ((key, cache.k, written.k), (value, cache.v, written.v)):
-        expected = np.array(before)
-        for row, slot in ((0, 2), (2, 0)):
-            for t in range(T):
-                expected[1, slot, :, positions[row, t]] = np.asarray(new)[row, t]
-        np.testing.assert_array_equal(after, expected)
-
-
-# --- append -----------------------------------------------------------------------------------
-
-
-def random_new(length=T):
-    return normal(10, B, length, C, H), normal(11, B, length, C, H)
-
-
-def test_append_writes_one_layer_at_the_positions_of_each_row():
-    cache = random_cache(11)
-    key, value = random_new()
-    positions = np.array([[0, 1, 2], [7, 8, 9], [10, 3, 6]])
-    written = append_compiled(cache, 1, key, value, positions, np.ones((B, T), bool))
-    for new, before, after in ((key, cache.k, written.k), (value, cache.v, written.v)):
-        expected = np.array(before)
-        for b, t in np.ndindex(B, T):
-            expected[1, b, :, positions[b, t]] = np.asarray(new)[b, t]
-        np.testing.assert_array_equal(after, expected)
-    np.testing.assert_array_equal(written.length, cache.length)
-
-
-def test_append_drops_what_is_invalid_or_beyond_the_capacity():
-    cache = random_cache(11)
-    key, value = random_new()
-    positions = np.array([[9, 10, 11], [11, 12, 1000], [0, 1, 2]])
-    valid = np.array([[True, True, True], [True, True, True], [False, True, False]])
-    written = append_compiled(cache, 0, key, value, positions, valid)
-    for new, before, after in ((key, cache.k, written.k), (value, cache.v, written.v)):
-        expected, new = np.array(before), np.asarray(new)
-        expected[0, 0, :, 9] = new[0, 0]
-        expected[0, 0, :, 10] = new[0, 1]
-        expected[0, 2, :, 1] = new[2, 1]
-        np.testing.assert_array_equal(after, expected)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_append_rounds_to_the_type_of_the_cache(dtype):
-    cache = random_cache(11, dtype)
-    key, value = random_new()
-    positions = np.broadcast_to(np.arange(T), (B, T))
-    written = append_compiled(cache, 0, key, value, positions, np.ones((B, T), bool))
-    for new, after in ((key, written.k), (value, written.v)):
-        assert after.dtype == dtype
-        expected = np.asarray(new.astype(dtype)).transpose(0, 2, 1, 3)
-        np.testing.assert_array_equal(np.asarray(after)[0, :, :, :T], expected)
-
-
-def test_append_saturates_what_float16_cannot_hold():
-    cache = random_cache(11, jnp.float16)
-    new = jnp.asarray(np.broadcast_to(np.resize([1e6, -1e6, 65504.0], (B, T, 1, 1)), (B, T, C, H)))
-    positions = np.broadcast_to(np.arange(T), (B, T))
-    written = append_compiled(
-        cache, 0, new.astype(jnp.float32), -new.astype(jnp.float32), positions, positions >= 0
-    )
-    np.testing.assert_array_equal(written.k[0, 0, 0, :T, 0], [65504, -65504, 65504])
-    np.testing.assert_array_equal(written.v[0, 0, 0, :T, 0], [-65504, 65504, -65504])
-
-
-def test_chunks_through_the_cache_make_the_whole():
-    length = 9
-    query, (key, value) = random_query(length), random_new(length)
-    k, v = (jnp.asarray(np.asarray(new).transpose(0, 2, 1, 3)[None]) for new in (key, value))
-    whole = KVCache(k, v, jnp.zeros(B, jnp.int32))
-    everywhere = np.broadcast_to(np.arange(length), (B, length))
-    expected = attend_plainly(query, whole, 0, everywhere)
-
-    cache = with_slots(random_cache(11), np.s_[:], k=1e30, v=1e30)
-    outputs = []
-    for start in range(0, length, 3):
-        chunk = slice(start, start + 3)
-        positions = everywhere[:, chunk]
-        cache = append_compiled(
-            cache, 1, key[:, chunk], value[:, chunk], positions, np.ones((B, T), bool)
-        )
-        outputs.append(attend_cached(query[:, chunk], cache, 1, positions))
-    np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, atol=2e-6)
-
-
 @pytest.mark.parametrize(("length", "group"), [(1, 1), (1, 5), (2, 3), (40, 5)])
 def test_native_attention_with_long_rows(length, group):
-    if not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+    skip_unless_it_runs_here("cpp")
     # More than a chunk of keys; a head size with and beyond full vectors.
     batch, heads, capacity, head_dim = 2, 3, 1300, 70
     k, v = (normal(seed, L, batch, heads, capacity, head_dim) for seed in (1, 2))
@@ -438,39 +297,25 @@ def test_native_attention_with_long_rows(length, group):
 # --- what is no number ------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="form")
-def attend_in_form(query, cache, positions, form):
-    layer = jnp.int32(1)
-    return attend_cache(
-        query,
-        cache,
-        layer,
-        Place(jnp.arange(B), positions, jnp.ones(positions.shape, bool)),
-        SCALE,
-        implementation=form,
-    )
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_what_is_no_number_stays_so(form, length, poison):
-    if form == "cpp" and not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+    skip_unless_it_runs_here(form)
     cache, query = random_cache(300), random_query(length) / 5
     positions = np.array([[0], [130], [299 - length]]) + np.arange(length)
-    positions = positions.astype(np.int32)
-    finite = attend_in_form(query, cache, positions, form)
+    place = in_order(positions)
+    finite = attend_by(form, query, cache, 1, place)
     assert np.isfinite(finite).all()
     # In row 2, of head 1: its last query, its first key, the value of its first position.
-    place = np.s_[1, 2, 1, 0]
+    where = np.s_[1, 2, 1, 0]
     poisoned = {
         "query": (query.at[2, length - 1, 1].set(np.nan), cache),
-        "key": (query, with_slots(cache, place, k=np.nan, v=1)),
-        "value": (query, with_slots(cache, place, k=1, v=poison)),
+        "key": (query, with_slots(cache, where, k=np.nan, v=1)),
+        "value": (query, with_slots(cache, where, k=1, v=poison)),
     }
     for name, arguments in poisoned.items():
-        output = np.asarray(attend_in_form(*arguments, positions, form))
+        output = np.asarray(attend_by(form, *arguments, 1, place))
         reached = np.isnan(output) | np.isinf(output)
         expected = np.zeros_like(reached)
         expected[2, -1 if name == "query" else slice(None), 1] = True
@@ -489,7 +334,7 @@ def test_what_an_earlier_text_left_in_the_cache_is_not_mixed_in(form, dtype, len
         cache = random_cache(300, dtype)
     query = random_query(length) / 5
     positions = np.array([[0], [130], [250]]) + np.arange(length)
-    expected = attend_in_form(query, cache, positions.astype(np.int32), form)
+    expected = attend_by(form, query, cache, 1, in_order(positions))
     for b in range(B):
         beyond = np.s_[:, b, :, positions[b, -1] + 1 :]
         if dtype == jnp.int8:
@@ -498,90 +343,8 @@ def test_what_an_earlier_text_left_in_the_cache_is_not_mixed_in(form, dtype, len
             cache = cache._replace(k_scales=k_scales, v_scales=v_scales)
         else:
             cache = with_slots(cache, beyond, k=np.nan, v=np.nan)
-    found = attend_in_form(query, cache, positions.astype(np.int32), form)
+    found = attend_by(form, query, cache, 1, in_order(positions))
     np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.optimised
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.int8])
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_a_cache_of_any_type_keeps_what_is_no_number(dtype, poison):
-    key = normal(1, B, T, C, H).at[1, 2, 0, 3].set(poison)
-    cache = int8_cache(11) if dtype == jnp.int8 else random_cache(11, dtype)
-    positions = np.broadcast_to(np.arange(T), (B, T))
-    written = append_compiled(cache, 1, key, key, positions, np.ones((B, T), bool))
-    if dtype == jnp.int8:
-        written = dequantized(written)
-    for array in (written.k, written.v):
-        finite = np.isfinite(np.asarray(array)[1]).all(axis=-1)
-        expected = np.ones_like(finite)
-        expected[1, 0, 2] = False
-        np.testing.assert_array_equal(finite, expected)
-
-
-# --- int8 -------------------------------------------------------------------------------------
-
-
-def int8_cache(capacity):
-    shape = (L, B, C, capacity, H)
-    values, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1])
-    return KVCache(values, values, jnp.zeros(B, jnp.int32), scales, scales)
-
-
-def dequantized(cache):
-    """The float32 cache that an int8 one stands for."""
-    k, v = (
-        values.astype(jnp.float32) * scales[..., None]
-        for values, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
-    )
-    return KVCache(k, v, cache.length)
-
-
-def filled_int8_cache(capacity):
-    """Layer 1 filled, each position, head and row with vectors of another size, from 0.01 to 10."""
-    key, value = (
-        normal(seed, B, capacity, C, H)
-        * 10.0 ** jnp.asarray(np.random.default_rng(seed).uniform(-2, 1, (B, capacity, C, 1)))
-        for seed in (12, 13)
-    )
-    everywhere = np.broadcast_to(np.arange(capacity), (B, capacity))
-    valid = np.ones((B, capacity), bool)
-    cache = append_compiled(int8_cache(capacity), 1, key, value, everywhere, valid)
-    return cache, key.astype(jnp.float32), value.astype(jnp.float32)
-
-
-def test_append_to_int8_is_within_half_a_step_of_each_vector():
-    cache, key, value = filled_int8_cache(11)
-    assert cache.k.dtype == cache.v.dtype == jnp.int8
-    assert cache.k_scales.dtype == cache.v_scales.dtype == jnp.float32
-    stands_for = dequantized(cache)
-    for new, after in ((key, stands_for.k), (value, stands_for.v)):
-        expected = np.asarray(new).transpose(0, 2, 1, 3)
-        step = np.abs(expected).max(axis=-1, keepdims=True) / 127
-        assert np.all(np.abs(np.asarray(after)[1] - expected) <= step * 0.5001)
-    assert not np.asarray(cache.k)[0].any()
-    assert not np.asarray(cache.v_scales)[0].any()
-
-
-def test_append_to_int8_of_zeros_is_zeros():
-    zeros = jnp.zeros((B, T, C, H))
-    positions = np.broadcast_to(np.arange(T), (B, T))
-    cache = append_compiled(int8_cache(T), 0, zeros, zeros, positions, positions >= 0)
-    assert not np.asarray(dequantized(cache).k).any()
-    output = attend_cached(random_query(), cache, 0, positions)
-    np.testing.assert_array_equal(output, np.zeros((B, T, C, G, H)))
-
-
-def test_append_to_int8_drops_values_and_scales_of_what_is_invalid():
-    key, value = random_new()
-    positions = np.array([[9, 10, 11], [11, 12, 1000], [0, 1, 2]])
-    valid = np.array([[True, True, True], [True, True, True], [False, True, False]])
-    cache = append_compiled(int8_cache(11), 0, key, value, positions, valid)
-    written = np.zeros((L, B, C, 11), bool)
-    written[0, 0, :, 9:] = written[0, 2, :, 1] = True
-    for values, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
-        np.testing.assert_array_equal(np.asarray(values).any(axis=-1), written)
-        np.testing.assert_array_equal(np.asarray(scales) > 0, written)
 
 
 @pytest.mark.optimised
