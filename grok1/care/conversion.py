@@ -289,7 +289,7 @@ def _safetensors_plan(
 
 
 def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: str) -> _Plan:
-    gguf_file.check_model(config, specs)
+    gguf_file.check_model(config)
     layout = gguf_file.layout(config, specs, embedding, dtype)
     report = gguf_file.scale_report(tensors, layout)
     tokenizer_file = tokenizer_path(source, config)

@@ -94,7 +94,7 @@ class ScaleReport(NamedTuple):
     largest_error: float
 
 
-def check_model(config: ModelConfig, manifest: list[TensorSpec]) -> None:
+def check_model(config: ModelConfig) -> None:
     """Checks that llama.cpp can run a model of this shape.
 
     Raises:

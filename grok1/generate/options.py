@@ -144,14 +144,14 @@ class GenerationOptions:
             raise ValueError(f"{len(self.seed)} seeds for {num_prompts} prompts; give one a prompt")
         return [(int(seed), 0) for seed in self.seed]
 
-    def allowed_mask(self, vocab_size: int) -> np.ndarray:
-        """Returns bool `[V]`, True for tokens that may be drawn.
+    def allowed_mask(self, vocab_size: int) -> np.ndarray | None:
+        """Returns bool `[V]`, True for tokens that may be drawn; None where all may.
 
         Raises:
           ValueError: If the ids are out of range, a mask has another size, or nothing is allowed.
         """
         if self.allowed_tokens is None:
-            return np.ones(vocab_size, bool)
+            return None
         given = self.allowed_tokens
         given = np.asarray(list(given) if isinstance(given, Set) else given)
         if given.dtype == bool:

@@ -18,8 +18,7 @@ from grok1.tokenizer import Tokenizer
 Prompt = str | Sequence[int] | np.ndarray | jax.Array
 """Text, or token ids."""
 
-EOS_ID = 2
-"""End of sequence, in the released vocabulary; what ends a request of a model without tokenizer."""
+_RELEASED_EOS_ID = 2
 
 
 class Batch:
@@ -47,41 +46,16 @@ class Batch:
             engine.mesh,
         )
         check_options(options, config, tokenizer)
-        stop_tokens = set(options.stop_tokens())
-        if not options.ignore_eos:
-            stop_tokens.add(EOS_ID if tokenizer is None else tokenizer.eos_id)
         self._engine = engine
         allowed = options.allowed_mask(config.vocab_size)
         self._requests: list[Request] = []
         self.builders: list[CompletionBuilder] = []
-        for prompt, (seed, stream) in zip(prompts, options.seeds(len(prompts)), strict=True):
+        for prompt, draws in zip(prompts, options.seeds(len(prompts)), strict=True):
             tokens = prompt_tokens(prompt, tokenizer, config, options)
             engine.check_length(len(tokens))
             room = config.sequence_len - len(tokens)
-            max_tokens = min(options.max_new_tokens, room)
-            self._requests.append(
-                Request(
-                    tokens=tokens,
-                    max_tokens=max_tokens,
-                    seed=seed,
-                    stream=stream,
-                    sampling=options.sampling(),
-                    allowed=allowed,
-                    ends=tuple(sorted(stop_tokens)),
-                    one_by_one=bool(options.stop_strings()),
-                    num_top=options.logprobs,
-                    processor=options.logits_processor,
-                )
-            )
-            builder = CompletionBuilder(
-                tokenizer,
-                max_tokens=max_tokens,
-                limit_reason="context" if room < options.max_new_tokens else "length",
-                stop_tokens=stop_tokens,
-                stop_strings=options.stop_strings(),
-                with_logprobs=options.logprobs is not None,
-            )
-            builder.num_prompt_tokens = len(tokens)
+            request, builder = as_request(tokens, room, options, tokenizer, draws, allowed)
+            self._requests.append(request)
             self.builders.append(builder)
 
     def run(self) -> Iterator[tuple[int, str]]:
@@ -90,6 +64,58 @@ class Batch:
             piece = self.builders[i].push(sampled)
             self._requests[i].cancelled = self.builders[i].stop_reason is not None
             yield i, piece
+
+
+def as_request(
+    tokens: Sequence[int],
+    room: int,
+    options: GenerationOptions,
+    tokenizer: Tokenizer | None,
+    draws: tuple[int, int],
+    allowed: np.ndarray | None,
+) -> tuple[Request, CompletionBuilder]:
+    """Returns what a prompt asks of the engine, and what makes its completion.
+
+    Args:
+      tokens: The prompt.
+      room: How many tokens there can be behind it, at least one.
+      options: As `check_options` takes them.
+      tokenizer: For text; None for a model without.
+      draws: Its seed and stream, of `GenerationOptions.seeds`.
+      allowed: The options' `allowed_mask`.
+    """
+    ends = set(options.stop_tokens())
+    if not options.ignore_eos:
+        ends.add(end_of_sequence(tokenizer))
+    seed, stream = draws
+    max_tokens = min(options.max_new_tokens, room)
+    request = Request(
+        tokens=tokens,
+        max_tokens=max_tokens,
+        seed=seed,
+        stream=stream,
+        sampling=options.sampling(),
+        allowed=allowed,
+        ends=tuple(sorted(ends)),
+        one_by_one=bool(options.stop_strings()),
+        num_top=options.logprobs,
+        processor=options.logits_processor,
+    )
+    builder = CompletionBuilder(
+        tokenizer,
+        max_tokens=max_tokens,
+        limit_reason="context" if room < options.max_new_tokens else "length",
+        stop_tokens=ends,
+        stop_strings=options.stop_strings(),
+        with_logprobs=options.logprobs is not None,
+    )
+    builder.num_prompt_tokens = len(tokens)
+    return request, builder
+
+
+def end_of_sequence(tokenizer: Tokenizer | None) -> int:
+    """Returns the token that ends a text: the released one where there is no tokenizer."""
+    return _RELEASED_EOS_ID if tokenizer is None else tokenizer.eos_id
 
 
 def check_options(

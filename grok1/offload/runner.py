@@ -252,16 +252,13 @@ class _StreamedProgram:
             bar.close()
 
 
-def is_offloaded(
-    engine: Engine, offload: Offload, memory: float | str | None, say: bool = True
-) -> bool:
-    """Says whether experts are to be read when they are needed.
+def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -> bool:
+    """Says whether experts are to be read when they are needed; on stderr why, if nobody asked.
 
     Args:
       engine: The whole model, of which only the shapes exist, on a mesh of real devices.
       offload: What is asked for.
       memory: The budget, if one is given.
-      say: Tell on stderr why, where nobody has asked for it.
 
     Raises:
       ValueError: If the choice is none of the four, a model that must be resident does not fit, or
@@ -292,8 +289,7 @@ def is_offloaded(
         if needed <= budget(memory):
             return False
         reason = f"the model takes {gigabytes(needed)}"
-    if say:
-        hint(f"{reason}: experts are read when they are needed")
+    hint(f"{reason}: experts are read when they are needed")
     return True
 
 

@@ -14,7 +14,7 @@ from grok1.engine.sampling import SamplingParams
 from grok1.engine.steps import NUM_ENDS
 from grok1.generate.completion import CompletionBuilder
 from grok1.generate.request import Request, Wishes
-from grok1.generate.requests import EOS_ID
+from grok1.generate.requests import end_of_sequence
 from grok1.server.bodies import CompletionBody, SamplingBody
 from grok1.server.core import Server
 from grok1.server.handle import Handle
@@ -255,7 +255,7 @@ class Sampler:
             )
         self._ends = set(checked_ids("stop_token_ids", body.stop_token_ids or (), vocab_size))
         if not body.ignore_eos:
-            self._ends.add(model.tokenizer.eos_id if model.tokenizer else EOS_ID)
+            self._ends.add(end_of_sequence(model.tokenizer))
         self._wishes = _wishes(body, vocab_size, max_tokens)
         self._allowed = None
         if body.allowed_token_ids is not None:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Unpack
 
 from grok1 import keywords
-from grok1.generate.completion import CompletionBuilder
 from grok1.generate.options import GenerationArguments, GenerationOptions
-from grok1.generate.request import Request, Wishes
-from grok1.generate.requests import EOS_ID, Prompt, check_options, prompt_tokens
+from grok1.generate.request import Wishes
+from grok1.generate.requests import Prompt, as_request, check_options, prompt_tokens
 from grok1.machine.jax_settings import own_settings
 from grok1.model import Model
 from grok1.server import sizing, warmup
@@ -224,33 +223,11 @@ class Server:
                 f"logprobs must be at most {self.num_top} here, found {parsed.logprobs}"
             )
         tokens = prompt_tokens(prompt, model.tokenizer, config, parsed)
-        [(seed, stream)] = parsed.seeds(1)
-        stop_tokens = set(parsed.stop_tokens())
-        if not parsed.ignore_eos:
-            stop_tokens.add(EOS_ID if model.tokenizer is None else model.tokenizer.eos_id)
-        room = self.room(tokens)
-        max_tokens = min(parsed.max_new_tokens, room)
-        all_allowed = parsed.allowed_tokens is None
-        request = Request(
-            tokens=tokens,
-            max_tokens=max_tokens,
-            seed=seed,
-            stream=stream,
-            sampling=parsed.sampling(),
-            allowed=None if all_allowed else parsed.allowed_mask(config.vocab_size),
-            ends=tuple(sorted(stop_tokens)),
-            one_by_one=bool(parsed.stop_strings()),
-            num_top=parsed.logprobs,
+        [draws] = parsed.seeds(1)
+        allowed = parsed.allowed_mask(config.vocab_size)
+        request, builder = as_request(
+            tokens, self.room(tokens), parsed, model.tokenizer, draws, allowed
         )
-        builder = CompletionBuilder(
-            model.tokenizer,
-            max_tokens=max_tokens,
-            limit_reason="context" if room < parsed.max_new_tokens else "length",
-            stop_tokens=stop_tokens,
-            stop_strings=parsed.stop_strings(),
-            with_logprobs=parsed.logprobs is not None,
-        )
-        builder.num_prompt_tokens = len(tokens)
         deadline = None if timeout is None else time.monotonic() + timeout
         handle = Handle(request, builder, deadline)
         self.check([handle])

@@ -215,16 +215,16 @@ def test_scales_that_float16_rounds_are_reported(tmp_path):
 
 
 def test_a_shape_that_llama_cpp_cannot_run_is_refused():
-    check_model(TOY_CONFIG, [])
+    check_model(TOY_CONFIG)
     wide = dataclasses.replace(TOY_CONFIG, num_q_heads=16)
     with pytest.raises(CheckpointError, match="found 16 x 16 = 256 and 128; convert with --to saf"):
-        check_model(wide, [])
+        check_model(wide)
     narrow = dataclasses.replace(TOY_CONFIG, widening_factor=2.5)
     with pytest.raises(CheckpointError, match="32 divides, found emb_size 128 and an expert width"):
-        check_model(narrow, [])
+        check_model(narrow)
     capped = dataclasses.replace(TOY_CONFIG, router_softcap=30.0)
     with pytest.raises(CheckpointError, match=r"GGUF has no field for router_softcap.*30\.0 and"):
-        check_model(capped, [])
+        check_model(capped)
 
 
 @pytest.mark.parametrize("embedding", ["f16", "bf16", "q8_0"])

@@ -38,7 +38,7 @@ def screened_and_all():
     return jax.jit(run)
 
 
-def screened_cases(seed, rows, vocab_size, width):
+def screened_cases(seed, rows=512, vocab_size=1203, width=70):
     """Tables and inputs whose logits are flat, peaked or alike, with `random_cases`' parameters."""
     random = np.random.default_rng(seed)
     _, allowed, state = random_cases(seed, rows, vocab_size)
@@ -55,14 +55,14 @@ def screened_cases(seed, rows, vocab_size, width):
 
 def test_a_screened_draw_is_that_of_all_logits():
     for seed in range(4):
-        *arrays, state = screened_cases(seed, 512, 1203, 70)
+        *arrays, state = screened_cases(seed)
         drawn, expected = screened_and_all()(*arrays, state, np.arange(512) + seed)
         np.testing.assert_array_equal(drawn, expected)
         assert len(set(np.asarray(drawn).tolist())) > 100
 
 
 def test_a_screened_draw_does_not_depend_on_its_batch():
-    embedding, x, allowed, state = screened_cases(7, 512, 1203, 70)
+    embedding, x, allowed, state = screened_cases(7)
     positions = np.arange(512)
     drawn, _ = screened_and_all()(embedding, x, allowed, state, positions)
     turned = SamplingState(*(part[::-1] for part in state))
@@ -94,7 +94,7 @@ def logprobs_of(embedding, x):
 @pytest.mark.parametrize("num_top", [0, 5])
 def test_a_measured_draw_is_that_of_all_logits_and_its_log_probabilities_are_the_models(num_top):
     for seed in range(4):
-        embedding, x, allowed, state = screened_cases(seed, 512, 1203, 70)
+        embedding, x, allowed, state = screened_cases(seed)
         positions = np.arange(512) + seed
         drawn, chosen, tokens, top = measured(num_top)(embedding, x, allowed, state, positions)
         _, expected = screened_and_all()(embedding, x, allowed, state, positions)
@@ -115,7 +115,7 @@ def test_a_measured_draw_is_that_of_all_logits_and_its_log_probabilities_are_the
 
 
 def test_a_measured_draw_does_not_depend_on_its_batch():
-    embedding, x, allowed, state = screened_cases(7, 512, 1203, 70)
+    embedding, x, allowed, state = screened_cases(7)
     positions = np.arange(512)
     found = measured(5)(embedding, x, allowed, state, positions)
     turned = SamplingState(*(part[::-1] for part in state))
@@ -127,7 +127,7 @@ def test_a_measured_draw_does_not_depend_on_its_batch():
 
 
 def test_where_logits_are_not_finite_measured_log_probabilities_are_no_numbers():
-    embedding, x, allowed, state = screened_cases(2, 512, 1203, 70)
+    embedding, x, allowed, state = screened_cases(2)
     x[3, 5], x[4, 0] = np.nan, -np.inf
     allowed[9] = False
     drawn, chosen, _, top = measured(5)(embedding, x, allowed, state, np.arange(512))
@@ -142,7 +142,7 @@ def test_where_logits_are_not_finite_measured_log_probabilities_are_no_numbers()
 
 
 def test_where_no_token_can_be_drawn_a_screened_draw_says_why():
-    embedding, x, allowed, state = screened_cases(2, 512, 1203, 70)
+    embedding, x, allowed, state = screened_cases(2)
     x[3, 5], x[4, 0] = np.nan, -np.inf
     allowed[9] = False
     drawn, _ = screened_and_all()(embedding, x, allowed, state, np.arange(512))

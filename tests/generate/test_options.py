@@ -148,7 +148,6 @@ def test_seeds_must_be_one_a_prompt(seeds):
 @pytest.mark.parametrize(
     ("allowed", "expected"),
     [
-        (None, [0, 1, 2, 3, 4]),
         ([1, 3], [1, 3]),
         ((0,), [0]),
         (np.array([4, 4, 2], np.uint8), [2, 4]),
@@ -161,6 +160,10 @@ def test_allowed_mask(allowed, expected):
     assert mask.dtype == bool
     assert mask.shape == (5,)
     assert np.flatnonzero(mask).tolist() == expected
+
+
+def test_without_allowed_tokens_there_is_no_mask():
+    assert make_options(allowed_tokens=None).allowed_mask(5) is None
 
 
 @pytest.mark.parametrize(
