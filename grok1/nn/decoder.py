@@ -29,10 +29,10 @@ from grok1.nn.unembedding import logit_lens
 from grok1.ops.attention import KVCache, Place, attend_cache, attention_map
 from grok1.ops.experts import experts
 from grok1.ops.formats import is_quantized
-from grok1.ops.heads import Projections, append_heads
+from grok1.ops.heads import Attending, Projections, append_and_attend, append_heads
 from grok1.ops.quantized import Weight, matmul_split
 from grok1.ops.residual import add_branch, layer_norm, norm
-from grok1.ops.routing import Routing, route_layer
+from grok1.ops.routing import Routing, Selection, add_and_route, route_layer
 
 Captures = dict[str, Array]
 """Values kept on the way, each with a leading axis L; see `forward`."""
@@ -184,22 +184,26 @@ def attend_and_route(
     branch, cache, maps = _attention(params, layer, run, place, normed, cache)
     captured |= maps
     scales = params.attention_post_norm, params.moe_pre_norm
+    selection = Selection(
+        config.num_selected_experts, config.router_softcap, config.renormalize_gates
+    )
     if _is_unseen(run, "attention_out", "residual_mid"):
-        x, normed = add_branch(x, branch, scales, layer)
+        x, normed, *routed = add_and_route(x, branch, scales, params.router, layer, selection)
     else:
         x += visit("attention_out", layer_norm(branch, scales[0], layer))
         x = visit("residual_mid", x)
         normed = layer_norm(x, scales[1], layer)
+        rows = normed.reshape(-1, config.emb_size)
+        routed = route_layer(rows, params.router, layer, selection)
+    logits_ME, routing = routed
     normed_MD = normed.reshape(-1, config.emb_size)
-    choice = config.num_selected_experts, config.router_softcap, config.renormalize_gates
-    logits_ME, routing = route_layer(normed_MD, params.router, layer, *choice)
     routing = redirect(run.interventions, logits_ME, routing, layer, place.positions.reshape(-1))
-    routed = {
+    kept = {
         "router_probs": routing.probs,
         "expert_indices": routing.expert_indices,
         "expert_weights": routing.expert_weights,
     }
-    captured |= {name: value for name, value in routed.items() if name in run.capture}
+    captured |= {name: value for name, value in kept.items() if name in run.capture}
     return x, cache, normed_MD, routing, captured
 
 
@@ -296,11 +300,14 @@ def _attention(
     projections = Projections(
         (params.query, key_weight[0], value_weight[0]), ((layer,), key_weight[1], value_weight[1])
     )
-    query_RTCGH, cache = append_heads(x, projections, cache, layer, place, dtypes)
     scale = config.attn_output_multiplier
-    mixed = attend_cache(query_RTCGH, cache, layer, place, scale)
     captured: Captures = {}
-    if "attention_probs" in run.capture:
+    if "attention_probs" not in run.capture:
+        attending = Attending(*dtypes, scale)
+        mixed, cache = append_and_attend(x, projections, cache, layer, place, attending)
+    else:
+        query_RTCGH, cache = append_heads(x, projections, cache, layer, place, dtypes)
+        mixed = attend_cache(query_RTCGH, cache, layer, place, scale)
         captured["attention_probs"] = jax.lax.cond(
             jnp.isin(layer, jnp.array(run.capture.attention_layers)),
             lambda: attention_map(query_RTCGH, cache, layer, place, scale),

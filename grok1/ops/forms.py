@@ -43,10 +43,12 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
         "default": ("blocked",),
     },
     "append_heads": {"cuda": ("cuda", "steps"), "default": ("steps",)},
+    "append_and_attend": {"cuda": ("cuda", "apart"), "default": ("apart",)},
     "rotate": {"cpu": ("cpp", "xla"), "default": ("xla",)},
     "norm": {"cpu": ("cpp", "xla"), "cuda": ("cuda", "xla"), "default": ("xla",)},
     "add_norm": {"cpu": ("cpp", "xla"), "cuda": ("cuda", "xla"), "default": ("xla",)},
     "route": {"cpu": ("cpp", "xla"), "cuda": ("cuda", "xla"), "default": ("xla",)},
+    "add_and_route": {"cuda": ("cuda", "apart"), "default": ("apart",)},
     "logits": {
         "cpu": ("cpp", "direct"),
         "cuda": ("three_terms", "direct"),

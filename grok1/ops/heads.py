@@ -1,4 +1,4 @@
-"""The first half of attention: projections, rotary phases, and what goes into the cache.
+"""Attention of a layer's input: projections, rotary phases, and the cache, written and read.
 
 Dimension key: R row of a call, T query position, M = R*T, D model dim, C key/value head held here,
 G query heads that share it, H head dim.
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grok1.ops import forms
-from grok1.ops.attention import KVCache, Place, append, arrays_of
+from grok1.ops.attention import SOFT_CAP, KVCache, Place, append, arrays_of, attend_cache
 from grok1.ops.cpu import rowwise
 from grok1.ops.cuda import calls, calls_of_rows, shapes, shapes_of_rows
 from grok1.ops.layers import apply_rope, rope_frequencies
@@ -118,18 +118,104 @@ def append_heads_cuda(
     dtypes: tuple[Any, Any],
 ) -> tuple[Float[Array, "R T C G H"], KVCache]:
     """In two launches, in CUDA: projections, then phases and cache."""
+    projected = _projected(x, projections, cache, dtypes[0])
+    query = _query_shape(x, projections, cache), dtypes[1]
+    query, arrays = calls_of_rows.place(projected, arrays_of(cache), layer, tuple(place), query)
+    return query, _written(cache, arrays)
+
+
+def _projected(x: Array, projections: Any, cache: KVCache, dtype: Any) -> calls_of_rows.Projected:
     pairs = [
         ((weight.values, weight.scales), index) for weight, index in zip(*projections, strict=True)
     ]
-    precision = calls.precision_of(x.dtype, dtypes[0])
+    precision = calls.precision_of(x.dtype, dtype)
     parts = calls.projected(x.reshape(-1, x.shape[-1]), pairs, precision)
-    query, arrays = calls_of_rows.place(
-        parts,
-        jnp.asarray(rope_frequencies(cache.k.shape[4], np)),
-        arrays_of(cache),
-        layer,
-        tuple(place),
-        (_query_shape(x, projections, cache), dtypes[1]),
-    )
+    frequencies = jnp.asarray(rope_frequencies(cache.k.shape[4], np))
+    return calls_of_rows.Projected(parts, frequencies)
+
+
+def _written(cache: KVCache, arrays: tuple[Array, ...]) -> KVCache:
     names = ("k", "v", "k_scales", "v_scales")[: len(arrays)]
-    return query, cache._replace(**dict(zip(names, arrays, strict=True)))
+    return cache._replace(**dict(zip(names, arrays, strict=True)))
+
+
+class Attending(NamedTuple):
+    """How a layer's input attends.
+
+    Attributes:
+      dtype: Of the products with weights.
+      query_dtype: In which queries are attended with.
+      scale: Factor on the query-key products, before the soft cap.
+    """
+
+    dtype: Any
+    query_dtype: Any
+    scale: float
+
+
+def append_and_attend(
+    x: Float[Array, "R T D"],
+    projections: Projections,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    attending: Attending,
+) -> tuple[Float[Array, "R T C G H"], KVCache]:
+    """`append_heads`, then `attend_cache` with the queries.
+
+    Of its forms "apart" does one and then the other, "cuda" joins what it can of both, for one
+    token a row.
+
+    Args:
+      x: float32.
+      projections: As for `append_heads`.
+      cache: What there is.
+      layer: Which of its layers.
+      place: Where the tokens stand; invalid ones are not written, and what is attended for them
+        means nothing.
+      attending: How.
+
+    Returns:
+      What attention gives, float32, and the cache with the same `length`.
+    """
+    arguments = x, tuple(projections), cache, layer, place
+    return forms.run("append_and_attend", *arguments, attending=attending)
+
+
+@forms.form("append_and_attend", "apart")
+def append_and_attend_apart(
+    x: Float[Array, "R T D"],
+    projections: Any,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    attending: Attending,
+) -> tuple[Float[Array, "R T C G H"], KVCache]:
+    """One and then the other."""
+    *dtypes, scale = attending
+    query, cache = append_heads(x, Projections(*projections), cache, layer, place, tuple(dtypes))
+    return attend_cache(query, cache, layer, place, scale), cache
+
+
+def _is_not_one_token(x, projections, cache, layer, place) -> str | None:
+    if x.shape[1] != 1:
+        return f"it takes one token a row, not {x.shape[1]}"
+    return _is_not_for_cuda(x, projections, cache, layer, place)
+
+
+@forms.form("append_and_attend", "cuda", refuses=_is_not_one_token)
+def append_and_attend_cuda(
+    x: Float[Array, "R 1 D"],
+    projections: Any,
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    attending: Attending,
+) -> tuple[Float[Array, "R 1 C G H"], KVCache]:
+    """In two launches, in CUDA: projections, then all else."""
+    projected = _projected(x, projections, cache, attending.dtype)
+    query, limits = _query_shape(x, projections, cache), (attending.scale, SOFT_CAP)
+    mixed, arrays = calls_of_rows.place_and_attend(
+        projected, arrays_of(cache), layer, tuple(place), (query, attending.query_dtype), limits
+    )
+    return mixed, _written(cache, arrays)

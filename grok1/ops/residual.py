@@ -3,14 +3,12 @@
 Dimension key: M row, D model dim, L layer.
 """
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grok1.ops import forms
 from grok1.ops.cpu import rowwise
-from grok1.ops.cuda import calls_of_rows, shapes, shapes_of_rows
+from grok1.ops.cuda import calls_of_rows, shapes_of_rows
 from grok1.ops.layers import RMS_NORM_EPSILON, rms_norm
 
 
@@ -102,12 +100,7 @@ def add_branch_cpp(
 
 
 def _is_not_for_cuda(x, *others) -> str | None:
-    *rows, width = x.shape
-    if math.prod(rows) > shapes.MOST_ROWS:
-        return f"it norms up to {shapes.MOST_ROWS} rows, not {math.prod(rows)}"
-    if width > shapes_of_rows.MOST_WIDTH:
-        return f"its rows are up to {shapes_of_rows.MOST_WIDTH} wide, not {width}"
-    return None
+    return shapes_of_rows.refusal_of_rows(x.shape)
 
 
 @forms.form("norm", "cuda", refuses=_is_not_for_cuda)

@@ -11,8 +11,23 @@ from jaxtyping import Array, Float, Int
 
 from grok1.ops import forms
 from grok1.ops.cpu import rowwise
-from grok1.ops.cuda import calls_of_rows, shapes, shapes_of_rows
-from grok1.ops.layers import exact_einsum
+from grok1.ops.cuda import calls_of_rows, shapes_of_rows
+from grok1.ops.layers import RMS_NORM_EPSILON, exact_einsum
+from grok1.ops.residual import add_branch
+
+
+class Selection(NamedTuple):
+    """How experts are chosen.
+
+    Attributes:
+      num_selected: A, experts a token.
+      softcap: Bounds the router's logits to (-softcap, softcap); None for no bound, as trained.
+      renormalize: Whether the weights of a token's experts are divided by their sum.
+    """
+
+    num_selected: int
+    softcap: float | None = None
+    renormalize: bool = False
 
 
 class Routing(NamedTuple):
@@ -90,9 +105,7 @@ def route_layer(
     x: Float[Array, "M D"],
     routers: Float[Array, "L D E"],
     layer: Int[Array, ""],
-    num_selected: int,
-    softcap: float | None = None,
-    renormalize: bool = False,
+    selection: Selection,
 ) -> tuple[Float[Array, "M E"], Routing]:
     """`route` by the router of a layer.
 
@@ -100,15 +113,12 @@ def route_layer(
       x: float32, the layer's normed input.
       routers: Those of all layers.
       layer: Which.
-      num_selected: A.
-      softcap: As `ModelConfig.router_softcap`.
-      renormalize: As `ModelConfig.renormalize_gates`.
+      selection: How experts are chosen.
 
     Returns:
       The logits, float32, and the choice.
     """
-    options = {"num_selected": num_selected, "softcap": softcap, "renormalize": renormalize}
-    return forms.run("route", x, routers, layer, **options)
+    return forms.run("route", x, routers, layer, selection=selection)
 
 
 @forms.form("route", "xla")
@@ -116,13 +126,11 @@ def route_by_xla(
     x: Float[Array, "M D"],
     routers: Float[Array, "L D E"],
     layer: Int[Array, ""],
-    num_selected: int,
-    softcap: float | None,
-    renormalize: bool,
+    selection: Selection,
 ) -> tuple[Float[Array, "M E"], Routing]:
     """By XLA, in several kernels."""
-    logits = router_logits(x, routers[layer], softcap)
-    return logits, choose_experts(logits, num_selected, renormalize)
+    logits = router_logits(x, routers[layer], selection.softcap)
+    return logits, choose_experts(logits, selection.num_selected, selection.renormalize)
 
 
 @forms.form("route", "cpp")
@@ -130,22 +138,18 @@ def route_by_cpp(
     x: Float[Array, "M D"],
     routers: Float[Array, "L D E"],
     layer: Int[Array, ""],
-    num_selected: int,
-    softcap: float | None,
-    renormalize: bool,
+    selection: Selection,
 ) -> tuple[Float[Array, "M E"], Routing]:
     """In C++, a token whatever the others are."""
-    options = num_selected, softcap, renormalize
-    logits, *routing = rowwise.route(x.astype(jnp.float32), routers, layer, *options)
+    logits, *routing = rowwise.route(x.astype(jnp.float32), routers, layer, *selection)
     return logits, Routing(*routing)
 
 
 def _is_no_route_for_cuda(x, routers, layer) -> str | None:
-    if len(x) > shapes.MOST_ROWS:
-        return f"it routes up to {shapes.MOST_ROWS} tokens, not {len(x)}"
-    if routers.shape[-1] > shapes_of_rows.MOST_EXPERTS:
+    reason = shapes_of_rows.refusal_of_rows(x.shape)
+    if reason is None and routers.shape[-1] > shapes_of_rows.MOST_EXPERTS:
         return f"it chooses from up to {shapes_of_rows.MOST_EXPERTS} experts"
-    return None
+    return reason
 
 
 @forms.form("route", "cuda", refuses=_is_no_route_for_cuda)
@@ -153,11 +157,70 @@ def route_by_cuda(
     x: Float[Array, "M D"],
     routers: Float[Array, "L D E"],
     layer: Int[Array, ""],
-    num_selected: int,
-    softcap: float | None,
-    renormalize: bool,
+    selection: Selection,
 ) -> tuple[Float[Array, "M E"], Routing]:
     """In one launch, in CUDA."""
-    options = num_selected, softcap, renormalize
-    logits, *routing = calls_of_rows.route(x.astype(jnp.float32), routers, layer, *options)
+    router = shapes_of_rows.Router(*routers.shape[1:], *selection)
+    logits, *routing = calls_of_rows.route(x.astype(jnp.float32), routers, layer, router)
     return logits, Routing(*routing)
+
+
+def add_and_route(
+    x: Float[Array, "*M D"],
+    branch: Float[Array, "*M D"],
+    scales: tuple[Float[Array, "L D"], Float[Array, "L D"]],
+    routers: Float[Array, "L D E"],
+    layer: Int[Array, ""],
+    selection: Selection,
+) -> tuple[Float[Array, "*M D"], Float[Array, "*M D"], Float[Array, "M E"], Routing]:
+    """`residual.add_branch`, then `route_layer` of the norm of the sum.
+
+    Args:
+      x: float32, the residual stream.
+      branch: float32.
+      scales: Of the norm of the branch in all layers, and of the norm of the sum.
+      routers: Those of all layers.
+      layer: Which.
+      selection: How experts are chosen.
+
+    Returns:
+      The stream and its norm, float32; the logits, float32, and the choice.
+    """
+    return forms.run("add_and_route", x, branch, scales, routers, layer, selection=selection)
+
+
+@forms.form("add_and_route", "apart")
+def add_and_route_apart(
+    x: Float[Array, "*M D"],
+    branch: Float[Array, "*M D"],
+    scales: tuple[Float[Array, "L D"], Float[Array, "L D"]],
+    routers: Float[Array, "L D E"],
+    layer: Int[Array, ""],
+    selection: Selection,
+) -> tuple[Float[Array, "*M D"], Float[Array, "*M D"], Float[Array, "M E"], Routing]:
+    """One and then the other."""
+    x, normed = add_branch(x, branch, scales, layer)
+    rows = normed.reshape(-1, normed.shape[-1])
+    return x, normed, *route_layer(rows, routers, layer, selection)
+
+
+def _is_no_sum_for_cuda(x, branch, scales, routers, layer) -> str | None:
+    return _is_no_route_for_cuda(x, routers, layer)
+
+
+@forms.form("add_and_route", "cuda", refuses=_is_no_sum_for_cuda)
+def add_and_route_cuda(
+    x: Float[Array, "*M D"],
+    branch: Float[Array, "*M D"],
+    scales: tuple[Float[Array, "L D"], Float[Array, "L D"]],
+    routers: Float[Array, "L D E"],
+    layer: Int[Array, ""],
+    selection: Selection,
+) -> tuple[Float[Array, "*M D"], Float[Array, "*M D"], Float[Array, "M E"], Routing]:
+    """In one launch, in CUDA."""
+    router = shapes_of_rows.Router(*routers.shape[1:], *selection)
+    rows, of_branch = (array.reshape(-1, x.shape[-1]) for array in (x, branch))
+    added, normed, logits, *routing = calls_of_rows.add_and_route(
+        (rows, of_branch), scales, routers, layer, router, RMS_NORM_EPSILON
+    )
+    return added.reshape(x.shape), normed.reshape(x.shape), logits, Routing(*routing)

@@ -234,6 +234,8 @@ inline void load_once(const void* from, unsigned (&words)[N]) {
   std::memcpy(words, from, 4 * N);
 }
 
+inline void prefetch(const void*) {}
+
 using Shared = unsigned char*;
 inline Shared shared_place(void* of) { return (Shared)of; }
 
@@ -322,6 +324,7 @@ inline bool arrive_last(unsigned* arrivals, unsigned count) {
 }
 inline float read_published(const float* from) { return *from; }
 inline int read_published(const int* from) { return *from; }
+inline float4 read_published(const float4* from) { return *from; }
 
 inline void start_copy_or_zeros(Shared to, const void* from, bool is_copy) {
   alignas(16) static const unsigned char zeros[16] = {};

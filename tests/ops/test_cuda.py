@@ -59,16 +59,6 @@ PROJECTIONS = [
     ("split", 33, 384, (336,), (2,)),
     ("float32", 9, 384, (48,), (1,)),
 ]
-HEADS = [
-    Heads(1, 1, 2, 6, 128, 3, 200, "float32", "float32"),
-    Heads(2, 3, 1, 2, 32, 2, 64, "float16", "float16"),
-    Heads(3, 1, 2, 3, 48, 4, 130, "int8", "bfloat16"),
-    Heads(1, 9, 1, 7, 16, 1, 257, "bfloat16", "float32"),
-    Heads(2, 1, 3, 2, 8, 2, 96, "float32", "float32"),
-    Heads(1, 2, 1, 2, 256, 1, 96, "int8", "float32"),
-]
-ROWS = [(3, 160), (1, 2048), (2, 40)]
-ROUTES = [(5, 96, 8, 2, None, False), (2, 40, 4, 3, 30.0, True), (1, 300, 32, 1, None, False)]
 # Rows, columns, groups: whole blocks and not, groups of a few rows that no power of two divides.
 COPIES = [(128, 256, 1), (37, 264, 1), (96, 8, 8), (45, 520, 3), (320, 512, 16)]
 
@@ -85,30 +75,13 @@ def projection(case):
     return shapes.project(rows, tuple(matrices), precision)
 
 
-def attention(heads):
-    return [kernel for kernel in shapes_of_rows.attend(heads, 0.3, 30.0) if kernel]
-
-
-def placing(heads):
-    return shapes_of_rows.of_layers(shapes_of_rows.place(heads, parts=2), layers=2)
-
-
-def norms(case):
-    names = ("norm", "add_norm", "add_norm_and_norm")
-    return [shapes_of_rows.norms(case[0], case[1], 1e-5, name) for name in names]
-
-
 # A kernel is compiled for each size: in the gate, for one of each way through its source.
 SOME_EXPERTS = EXPERTS if SLOW_TESTS else [EXPERTS[i] for i in (0, 2, 4, 6, 7, 9)]
 SOME_PROJECTIONS = PROJECTIONS if SLOW_TESTS else [PROJECTIONS[i] for i in (0, 1, 3, 6)]
-SOME_HEADS = HEADS if SLOW_TESTS else HEADS[:4]
 SOME_COPIES = COPIES if SLOW_TESTS else COPIES[1:4]
 KERNELS = [
     *(kernel for case in SOME_EXPERTS for kernel in experts_kernels(case)),
     *map(projection, SOME_PROJECTIONS),
-    *(kernel for heads in SOME_HEADS for kernel in (*attention(heads), placing(heads))),
-    *(kernel for case in ROWS for kernel in norms(case)),
-    *(shapes_of_rows.route(*case) for case in ROUTES),
     *(shapes.convert(Matrix(*case), scaled) for case in SOME_COPIES for scaled in (False, True)),
 ]
 
@@ -225,120 +198,6 @@ def test_infinity_and_nan_stay_no_numbers(library, rng):
         assert not np.isfinite(found[values[0, 17] != 0]).any()
 
 
-def cache_of(rng, heads):
-    """Keys, values and their scales, and the keys and values that they stand for."""
-    shape = (2, heads.slots, heads.heads, heads.capacity, heads.size)
-    if heads.cache_dtype != "int8":
-        arrays = [rng.standard_normal(shape).astype(heads.cache_dtype) for _ in "kv"]
-        return arrays, [array.astype(float) for array in arrays]
-    arrays = [rng.integers(-127, 128, shape).astype(np.int8) for _ in "kv"]
-    scales = [0.02 * rng.random(shape[:-1]).astype(np.float32) for _ in "kv"]
-    exact = [of * scale.astype(float)[..., None] for of, scale in zip(arrays, scales, strict=True)]
-    return [*arrays, *scales], exact
-
-
-def place_of(rng, heads, last=None):
-    """Slots, one outside the cache where there are several rows, and positions."""
-    slots = rng.permutation(heads.slots)[: heads.rows].astype(np.int32)
-    if heads.rows > 2:
-        slots[1] = heads.slots
-    starts = rng.integers(0, heads.capacity - heads.length + 1, (heads.rows, 1))
-    if last is not None:
-        starts[:] = last - heads.length + 1
-    return slots, (starts + np.arange(heads.length)).astype(np.int32)
-
-
-def attended(query, keys, values, slots, positions):
-    out = np.zeros(query.shape)
-    for row, time, head in np.ndindex(*query.shape[:3]):
-        if slots[row] < keys.shape[0]:
-            seen = slice(positions[row, time] + 1)
-            logits = query[row, time, head].astype(float) @ keys[slots[row], head, seen].T
-            logits = np.exp(30 * np.tanh(0.3 * logits / 30))
-            weights = logits / logits.sum(axis=-1, keepdims=True)
-            out[row, time, head] = weights @ values[slots[row], head, seen]
-    return out
-
-
-@pytest.mark.parametrize("at", ["anywhere", "first", "last", "border"])
-@pytest.mark.parametrize("heads", SOME_HEADS, ids=str)
-def test_attention(library, rng, heads, at):
-    arrays, (keys, values) = cache_of(rng, heads)
-    last = {"first": heads.length - 1, "last": heads.capacity - 1, "border": 15 + heads.length}
-    slots, positions = place_of(rng, heads, last.get(at))
-    if heads.cache_dtype != "int8":
-        # What is after the last position may be no number.
-        for array in arrays[:2]:
-            array[..., positions.max() + 1 :, :] = np.nan
-    shape = (heads.rows, heads.length, heads.heads, heads.group, heads.size)
-    kind = ml_dtypes.bfloat16 if heads.query_dtype == "bfloat16" else heads.query_dtype
-    query = rng.standard_normal(shape).astype(kind)
-    found = []
-    for backward in (False, True):
-        first, *second = attention(heads)
-        operands = query, *arrays, LAYER, slots, positions
-        mixed, totals = standin.run(library, first, *operands, backward=backward)
-        out = standin.run(library, second[0], mixed, totals)[0] if second else mixed
-        found.append(out.reshape(shape))
-    np.testing.assert_array_equal(*found)
-    expected = attended(query, keys[1], values[1], slots, positions)
-    assert_close(found[0], expected, 3e-6)
-
-
-@pytest.mark.parametrize("heads", SOME_HEADS, ids=str)
-def test_placing(library, rng, heads):
-    arrays, (keys, values) = cache_of(rng, heads)
-    slots, positions = place_of(rng, heads)
-    valid = np.arange(heads.length)[None].repeat(heads.rows, axis=0) != 1
-    in_all = heads.heads * (heads.group + 2)
-    projected = rng.standard_normal((2, heads.rows * heads.length, in_all * heads.size))
-    projected = projected.astype(np.float32)
-    half = heads.size // 2
-    frequencies = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
-    operands = projected, frequencies, LAYER, slots, positions, valid, *arrays
-    query, *cache = standin.run(library, placing(heads), *operands)
-
-    phases = (positions[..., None].astype(np.float32) * frequencies)[:, :, None].astype(float)
-    vectors = projected.sum(axis=0).reshape(heads.rows, heads.length, in_all, heads.size)
-    first, second = np.split(vectors.astype(float), 2, axis=-1)
-    turned = np.concatenate(
-        [
-            first * np.cos(phases) - second * np.sin(phases),
-            second * np.cos(phases) + first * np.sin(phases),
-        ],
-        axis=-1,
-    )
-    kept = heads.heads * heads.group
-    for row, time in np.argwhere(valid & (slots[:, None] < heads.slots)):
-        at = 1, slots[row], slice(None), positions[row, time]
-        keys[at] = turned[row, time, kept : kept + heads.heads]
-        values[at] = vectors[row, time, kept + heads.heads :]
-    # Half of the last place: of float32 with its sums, of 10 bits, of 7 bits, of 254 steps.
-    near = {"float32": 1e-6, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.51 / 127}
-    of_query = near[heads.query_dtype]
-    assert_close(
-        query.astype(float).reshape(turned[:, :, :kept].shape), turned[:, :, :kept], of_query
-    )
-    for number, expected in enumerate((keys, values)):
-        found = cache[number].astype(float)
-        if heads.cache_dtype == "int8":
-            found *= cache[2 + number][..., None]
-        assert_close(found, expected, near[heads.cache_dtype])
-
-
-def test_what_is_too_large_for_float16_saturates_but_for_infinity(library, rng):
-    heads = HEADS[1]
-    arrays, _ = cache_of(rng, heads)
-    slots, positions = np.arange(2, dtype=np.int32), np.zeros((2, 3), np.int32)
-    projected = np.zeros((2, 6, heads.heads * (heads.group + 2) * heads.size), np.float32)
-    projected[0, :, -heads.size :] = [1e5, -1e5, np.inf, np.nan, *np.zeros(heads.size - 4)]
-    valid = np.zeros((2, 3), bool)
-    valid[:, 0] = True
-    operands = projected, np.zeros(16, np.float32), LAYER, slots, positions, valid, *arrays
-    values = standin.run(library, placing(heads), *operands)[2]
-    np.testing.assert_array_equal(values[1, 0, 0, 0, :4], [65504, -65504, np.inf, np.nan])
-
-
 @pytest.mark.parametrize("case", SOME_COPIES)
 def test_a_copy_is_the_matrix_and_with_its_scales_the_nearest(library, rng, case):
     values, scales, exact = weight(rng, (3,), *case)
@@ -347,55 +206,6 @@ def test_a_copy_is_the_matrix_and_with_its_scales_the_nearest(library, rng, case
     np.testing.assert_array_equal(plain.astype(np.float32), values[1])
     expected = exact[1].astype(np.float32).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(scaled.view(ml_dtypes.bfloat16), expected)
-
-
-def normed(x, scale):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
-
-
-@pytest.mark.parametrize("case", ROWS, ids=str)
-def test_norms(library, rng, case):
-    x, branch = (rng.standard_normal(case).astype(np.float32) for _ in "xb")
-    scales = [rng.random((2, case[1])).astype(np.float32) for _ in range(2)]
-    exact, of_branch = x.astype(float), branch.astype(float)
-    norm, add, add_and_norm = norms(case)
-    (alone,) = standin.run(library, norm, x, scales[0], LAYER)
-    assert_close(alone, normed(exact, scales[0][1]), 1e-6)
-    expected = exact + normed(of_branch, scales[0][1])
-    (added,) = standin.run(library, add, x, branch, scales[0], LAYER)
-    assert_close(added, expected, 1e-6)
-    both = standin.run(library, add_and_norm, x, branch, *scales, LAYER)
-    assert_close(both[0], expected, 1e-6)
-    assert_close(both[1], normed(expected, scales[1][1]), 1e-6)
-
-
-@pytest.mark.parametrize("case", ROUTES, ids=str)
-def test_routing(library, rng, case):
-    tokens, width, num_experts, selected, cap, renormalize = case
-    x = rng.standard_normal((tokens, width)).astype(np.float32)
-    routers = rng.standard_normal((2, width, num_experts)).astype(np.float32)
-    routers[1, :, 1] = routers[1, :, 0]  # of equals the first comes first
-    found = standin.run(library, shapes_of_rows.route(*case), x, routers, LAYER)
-    logits = x.astype(float) @ routers[1]
-    logits = logits if cap is None else cap * np.tanh(logits / cap)
-    probs = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probs /= probs.sum(axis=-1, keepdims=True)
-    assert_close(found[0], logits, 1e-6)
-    assert_close(found[1], probs, 1e-5)
-    order = np.argsort(-found[1], axis=-1, kind="stable")[:, :selected]
-    np.testing.assert_array_equal(found[2], order)
-    weights = np.take_along_axis(probs, order, axis=-1)
-    weights = weights / weights.sum(axis=-1, keepdims=True) if renormalize else weights
-    assert_close(found[3], weights, 1e-5)
-
-
-def test_routing_of_no_numbers_chooses_experts_that_exist(library):
-    x, routers = np.full((5, 96), np.nan, np.float32), np.ones((2, 96, 8), np.float32)
-    _, _, indices, weights = standin.run(
-        library, shapes_of_rows.route(*ROUTES[0]), x, routers, LAYER
-    )
-    np.testing.assert_array_equal(indices, [[0, 1]] * 5)
-    assert np.isnan(weights).all()
 
 
 BREAKS = [
@@ -427,7 +237,6 @@ BREAKS = [
         test_projections,
         PROJECTIONS[4],
     ),
-    ("wanted >= end || wanted > upto[m]", "wanted >= end", test_attention, HEADS[1]),
     ("* (1 + tanhf(", "* (1 + erff(", test_experts, EXPERTS[0]),
 ]
 """A text of the sources, what stands there when it is broken, and the test that sees it."""
@@ -442,12 +251,10 @@ def test_a_broken_kernel_is_noticed(rng, text, broken, test, case):
     options = {
         test_experts: {"how": "some to none"},
         test_projections: {},
-        test_attention: {"at": "anywhere"},
     }[test]
     kernels = {
         test_experts: lambda: experts_kernels(case),
         test_projections: lambda: [projection(case)],
-        test_attention: lambda: attention(case),
     }[test]()
     library = standin.build(kernels, [(text, broken)])
     with pytest.raises(AssertionError):
@@ -468,17 +275,20 @@ def of_grok_1(shards, tokens):
     columns = [count * size // shards for count in (queries, keys, keys)]
     stacks = tuple(Matrix(WIDTH, count, 1) for count in columns)
     narrow = heads._replace(cache_dtype="int8", query_dtype="bfloat16")
+    router = shapes_of_rows.Router(WIDTH, 8, 2, None, False)
     return [
         *shapes.experts(tokens, 2, 8, *exact, "bfloat16"),
         shapes.project(tokens, stacks, "split"),
         shapes.project(tokens, (Matrix(columns[0], WIDTH, 8 // shards),), "split"),
-        *attention(heads),
-        attention(narrow)[0],
+        *(shapes_of_rows.attend(of, 0.3, 30.0) for of in (heads, narrow)),
+        *(shapes_of_rows.place_and_attend(of, 2, 0.3, 30.0) for of in (heads, narrow)),
         *(shapes_of_prompts.attend(heads._replace(length=t), 0.3, 30.0) for t in (64, 8192)),
         shapes_of_rows.place(heads, 1),
         shapes_of_rows.place(narrow, 1),
-        *norms((tokens, WIDTH)),
-        shapes_of_rows.route(tokens, WIDTH, 8, 2, None, False),
+        *(shapes_of_rows.norms(tokens, WIDTH, 1e-5, of) for of in ("norm", "add_norm")),
+        shapes_of_rows.norms(tokens, WIDTH, 1e-5, "add_norm_and_norm"),
+        shapes_of_rows.route(tokens, router),
+        shapes_of_rows.add_and_route(tokens, router, 1e-5),
         shapes.convert(exact[0], False),
         shapes.convert(exact[1], True),
         *shapes_of_screening.most_probable(min(tokens, 8), 131072 // shards, WIDTH, tokens > 1),

@@ -71,6 +71,8 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         return x, x, (scales,), jnp.int32(0)
     if operation == "route":
         return x, jnp.ones((2, 8, 4)), jnp.int32(0)
+    if operation == "add_and_route":
+        return x, x, (scales, scales), jnp.ones((2, 8, 4)), jnp.int32(0)
     if operation == "logits":
         return x, jnp.ones((4, 8))
     if operation == "most_probable":
@@ -81,7 +83,7 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
     cache = KVCache(k, k, jnp.zeros(1, jnp.int32))
     zeros = jnp.zeros((1, 1), jnp.int32)
     place = Place(jnp.zeros(1, jnp.int32), zeros, zeros == 0)
-    if operation == "append_heads":
+    if operation in ("append_heads", "append_and_attend"):
         projections = ((weight,) * 3, ((),) * 3)
         return jnp.ones((1, 1, 16)), projections, cache, jnp.int32(0), place
     return jnp.ones((1, 1, 1, 1, 8)), cache, jnp.int32(0), place

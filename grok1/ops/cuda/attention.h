@@ -1,152 +1,150 @@
-// Attention over the filled cache for few queries, and what puts a step's own keys there.
+// Attention over the filled cache for few queries.
 //
 // The cap bounds logits by CAP, so that exp(logit - CAP) needs no running maximum: parts of the
-// sequence are summed up each by itself.
+// sequence are summed up each by itself, and the last of their blocks adds them up.
 //
 // Dimension key: R row of the call, T position of it, B row of the cache, C key/value head held
-// here, G queries that share one, H head dim, S capacity of the cache, P part of the sequence.
+// here, G queries that share one, M = T * G, H head dim, S capacity of the cache, P part of the
+// sequence.
 #pragma once
 
-// How numbers of the cache are stored.
-enum { FLOAT32, FLOAT16, BFLOAT16, INT8 };
-
-template <int KIND>
-struct Stored {
-  using Type = float;
-  static DEVICE float read(unsigned bits) { return float_of_bits(bits); }
-  static DEVICE float write(float value) { return value; }
+// What is read of the cache; scales are of int8 alone.
+template <class S>
+struct Filled {
+  const typename Stored<S::KIND>::Type *keys, *values;
+  const float *key_scales, *value_scales;
 };
 
-template <>
-struct Stored<FLOAT16> {
-  using Type = unsigned short;
-  static DEVICE float read(unsigned bits) { return float_of_half((unsigned short)bits); }
-  static DEVICE unsigned short write(float value) {
-    // One outlier saturates; what is infinite already stays so, and is noticed.
-    const float size = fabsf(value);
-    if (size > 65504.0f && size < float_of_bits(0x7f800000u)) value = copysignf(65504.0f, value);
-    return half_of_float(value);
+// What a block has of a row's filled positions: those from begin to end, part `number` of `count`.
+struct Part {
+  int row, slot, last, number, count, begin, end;
+};
+
+template <class S>
+DEVICE Part part_of_block(const int* slots, const int* positions) {
+  Part part;
+  part.row = blockIdx.y / S::PARTS, part.number = blockIdx.y % S::PARTS;
+  part.slot = slots[part.row], part.last = -1;
+  for (int t = 0; t < S::T; ++t) {
+    const int position = positions[part.row * S::T + t];
+    part.last = position > part.last ? position : part.last;
+  }
+  part.last = part.last < S::CAPACITY ? part.last : S::CAPACITY - 1;
+  if (part.slot < 0 || part.slot >= S::B) part.last = -1;
+  const int filled = part.last + 1, size = (filled + S::PARTS * 16 - 1) / (S::PARTS * 16) * 16;
+  part.count = filled == 0 ? 1 : (filled + size - 1) / size;
+  part.begin = part.number * size;
+  part.end = part.begin + size < filled ? part.begin + size : filled;
+  return part;
+}
+
+// Of the queries of a key head, those of one block, in a warp: half of it has a key, lane l of the
+// half the numbers from l * H / 16 on.
+template <class S>
+struct Queries {
+  static constexpr int EACH = (S::H + 15) / 16, M = S::G * S::T;
+  static constexpr int BLOCKS = (M + S::QUERIES - 1) / S::QUERIES;
+  float numbers[S::QUERIES][EACH];
+  int upto[S::QUERIES];  // which position each sees last; -1 for none
+  int head, first, lane, half;
+  bool has_numbers;  // narrow heads leave lanes without
+
+  DEVICE Queries(const Part& part, const int* positions) {
+    head = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * S::QUERIES;
+    lane = threadIdx.x % 16, half = threadIdx.x / 16 % 2, has_numbers = lane * EACH < S::H;
+#pragma unroll
+    for (int m = 0; m < S::QUERIES; ++m) {
+      upto[m] = first + m < M ? positions[part.row * S::T + (first + m) / S::G] : -1;
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) numbers[m][i] = 0;
+    }
+  }
+
+  // Which of all vectors of H numbers a query is.
+  DEVICE long long vector(const Part& part, int m) const {
+    const int number = first + m < M ? first + m : 0;
+    return (((long long)part.row * S::T + number / S::G) * S::C + head) * S::G + number % S::G;
   }
 };
 
-template <>
-struct Stored<BFLOAT16> {
-  using Type = unsigned short;
-  static DEVICE float read(unsigned bits) { return float_of_bits(bits << 16); }
-  static DEVICE unsigned short write(float value) { return (unsigned short)bfloats(value, 0); }
-};
-
-template <>
-struct Stored<INT8> {
-  using Type = signed char;
-  static DEVICE float read(unsigned bits) { return (signed char)bits; }
-  static DEVICE signed char write(float value) { return (signed char)value; }
-};
-
-// COUNT numbers that lie side by side, aligned to their size or to 16 bytes.
-template <int KIND, int COUNT>
-DEVICE void read_numbers(const typename Stored<KIND>::Type* from, float (&numbers)[COUNT]) {
-  constexpr int SIZE = sizeof(typename Stored<KIND>::Type), BYTES = COUNT * SIZE, IN_WORD = 4 / SIZE;
-  if constexpr (BYTES % 8 == 0) {
-    unsigned words[BYTES / 4];
-    if constexpr (BYTES % 16 == 0) {
+// The sum of the parts of each query. Every thread calls it, of the last block of a result.
+template <class S>
+DEVICE void combine(const Part& part, const Queries<S>& queries, const float* mixed,
+                    const float* totals, float* out) {
+  constexpr long long VECTORS = (long long)S::R * S::T * S::C * S::G;
+  constexpr int FOURS = S::H / 4;
+  __shared__ float shared[S::QUERIES];
+  for (int m = threadIdx.x / 32; m < S::QUERIES; m += S::WARPS) {
+    const float* of_query = totals + queries.vector(part, m);
+    float total = 0;
+    for (int of = threadIdx.x % 32; of < part.count; of += 32)
+      total += read_published(of_query + of * VECTORS);
 #pragma unroll
-      for (int i = 0; i < BYTES / 16; ++i) {
-        const uint4 part = reinterpret_cast<const uint4*>(from)[i];
-        words[4 * i] = part.x, words[4 * i + 1] = part.y;
-        words[4 * i + 2] = part.z, words[4 * i + 3] = part.w;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < BYTES / 8; ++i) {
-        const uint2 part = reinterpret_cast<const uint2*>(from)[i];
-        words[2 * i] = part.x, words[2 * i + 1] = part.y;
-      }
+    for (int mask = 16; mask >= 1; mask /= 2) total += shuffle_xor(total, mask);
+    shared[m] = total;
+  }
+  barrier();
+  for (int i = threadIdx.x; i < S::QUERIES * FOURS; i += 32 * S::WARPS) {
+    const int m = i / FOURS;
+    if (queries.first + m >= Queries<S>::M) continue;
+    const long long at = queries.vector(part, m) * S::H + i % FOURS * 4;
+    float4 sum = {0, 0, 0, 0};
+#pragma unroll 8
+    for (int of = 0; of < part.count; ++of) {
+      const float4 more = read_published(reinterpret_cast<const float4*>(mixed + of * VECTORS * S::H + at));
+      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     }
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      numbers[i] = Stored<KIND>::read(words[i / IN_WORD] >> (i % IN_WORD * 8 * SIZE));
-  } else {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      if constexpr (SIZE == 4) {
-        numbers[i] = from[i];
-      } else {
-        numbers[i] = Stored<KIND>::read((unsigned)from[i]);
-      }
-    }
+    const float total = shared[m];
+    out[at] = sum.x / total, out[at + 1] = sum.y / total;
+    out[at + 2] = sum.z / total, out[at + 3] = sum.w / total;
   }
 }
 
-// Sums over a part of the sequence: of exp(logit - CAP), and of that times the values. Grid: C times
-// blocks of queries, R times P. Half of a warp has a key: lane l its numbers from l * H / 16 on.
-//
-// S has R, T, C, G, H, B, CAPACITY, PARTS, QUERIES (of a block), KIND, QUERY_KIND, SCALE, CAP, WARPS.
+// Sums over a part of the sequence, of exp(logit - CAP), and of that times the values; then the
+// sum of the parts.
 template <class S>
-DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
-                   const typename Stored<S::KIND>::Type* keys,
-                   const typename Stored<S::KIND>::Type* values, const float* key_scales,
-                   const float* value_scales, const int* layer, const int* slots, const int* positions,
-                   float* mixed, float* totals) {
-  constexpr int EACH = (S::H + 15) / 16, M = S::G * S::T, UNROLL = 2, STEP = 2 * UNROLL * S::WARPS;
-  constexpr int BLOCKS = (M + S::QUERIES - 1) / S::QUERIES;
+DEVICE void attend_part(const Part& part, const Queries<S>& queries, const Filled<S>& cache,
+                        const int* layer, float* out, float* mixed, float* totals) {
+  constexpr int EACH = Queries<S>::EACH, UNROLL = 2, STEP = 2 * UNROLL * S::WARPS;
   __shared__ float shared[S::WARPS][S::QUERIES][S::H + 1];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 16, half = threadIdx.x / 16 % 2;
-  const bool has_numbers = lane * EACH < S::H;  // narrow heads leave lanes without
-  const int head = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * S::QUERIES;
-  const int row = blockIdx.y / S::PARTS, part = blockIdx.y % S::PARTS;
-  const int slot = slots[row];
-  int last = -1;
-  for (int t = 0; t < S::T; ++t) {
-    const int position = positions[row * S::T + t];
-    last = position > last ? position : last;
-  }
-  last = last < S::CAPACITY ? last : S::CAPACITY - 1;
-  if (slot < 0 || slot >= S::B) last = -1;
-  const int size = (last + 1 + S::PARTS * 16 - 1) / (S::PARTS * 16) * 16;
-  const int begin = part * size, end = begin + size < last + 1 ? begin + size : last + 1;
-  float q[S::QUERIES][EACH], sums[S::QUERIES][EACH], total[S::QUERIES];
-  int upto[S::QUERIES];
+  const int warp = threadIdx.x / 32, lane = queries.lane, half = queries.half;
+  float sums[S::QUERIES][EACH], total[S::QUERIES];
 #pragma unroll
   for (int m = 0; m < S::QUERIES; ++m) {
-    const int number = first + m, t = number < M ? number / S::G : 0, g = number % S::G;
-    upto[m] = number < M ? positions[row * S::T + t] : -1;
     total[m] = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) q[m][i] = sums[m][i] = 0;
-    if (has_numbers)
-      read_numbers<S::QUERY_KIND>(
-          query + ((((long long)row * S::T + t) * S::C + head) * S::G + g) * S::H + lane * EACH, q[m]);
+    for (int i = 0; i < EACH; ++i) sums[m][i] = 0;
   }
-  const long long heads = ((long long)layer[0] * S::B + (begin < end ? slot : 0)) * S::C + head;
-  const auto* key_rows = keys + heads * S::CAPACITY * S::H;
-  const auto* value_rows = values + heads * S::CAPACITY * S::H;
-  for (int base = begin + warp * 2 * UNROLL; base < end; base += STEP) {
+  const int slot = part.last < 0 ? 0 : part.slot;
+  const long long heads = ((long long)layer[0] * S::B + slot) * S::C + queries.head;
+  const auto* key_rows = cache.keys + heads * S::CAPACITY * S::H;
+  const auto* value_rows = cache.values + heads * S::CAPACITY * S::H;
+  for (int base = part.begin + warp * 2 * UNROLL; base < part.end; base += STEP) {
     float key[UNROLL][EACH], value[UNROLL][EACH];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const int wanted = base + 2 * u + half, at = wanted < end ? wanted : end - 1;
-      const long long start = (long long)at * S::H + (has_numbers ? lane * EACH : 0);
+      const int wanted = base + 2 * u + half, at = wanted < part.end ? wanted : part.end - 1;
+      const long long start = (long long)at * S::H + (queries.has_numbers ? lane * EACH : 0);
       read_numbers<S::KIND>(key_rows + start, key[u]);
       read_numbers<S::KIND>(value_rows + start, value[u]);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const int wanted = base + 2 * u + half, at = wanted < end ? wanted : end - 1;
+      const int wanted = base + 2 * u + half, at = wanted < part.end ? wanted : part.end - 1;
       float key_scale = S::SCALE / S::CAP, value_scale = 1;
       if constexpr (S::KIND == INT8) {
-        key_scale *= key_scales[heads * S::CAPACITY + at];
-        value_scale = value_scales[heads * S::CAPACITY + at];
+        key_scale *= cache.key_scales[heads * S::CAPACITY + at];
+        value_scale = cache.value_scales[heads * S::CAPACITY + at];
       }
 #pragma unroll
       for (int m = 0; m < S::QUERIES; ++m) {
         float product = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) product += q[m][i] * key[u][i];
+        for (int i = 0; i < EACH; ++i) product += queries.numbers[m][i] * key[u][i];
 #pragma unroll
         for (int mask = 8; mask >= 1; mask /= 2) product += shuffle_xor(product, mask);
         float weight = expf(S::CAP * tanhf(product * key_scale) - S::CAP);
-        if (wanted >= end || wanted > upto[m]) weight = 0;
+        if (wanted >= part.end || wanted > queries.upto[m]) weight = 0;
         total[m] += weight;
         weight *= value_scale;
 #pragma unroll
@@ -160,175 +158,124 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       sums[m][i] += shuffle_xor(sums[m][i], 16);
-      if (half == 0 && has_numbers) shared[warp][m][lane * EACH + i] = sums[m][i];
+      if (half == 0 && queries.has_numbers) shared[warp][m][lane * EACH + i] = sums[m][i];
     }
     if (half == 0 && lane == 0) shared[warp][m][S::H] = total[m];
   }
   barrier();
-  for (int i = threadIdx.x; i < S::QUERIES * (S::H + 1); i += blockDim.x) {
-    const int m = i / (S::H + 1), h = i % (S::H + 1), number = first + m;
-    if (number >= M) continue;
+  constexpr long long VECTORS = (long long)S::R * S::T * S::C * S::G;
+  for (int i = threadIdx.x; i < S::QUERIES * (S::H + 1); i += 32 * S::WARPS) {
+    const int m = i / (S::H + 1), h = i % (S::H + 1);
+    if (queries.first + m >= Queries<S>::M) continue;
     float sum = 0, all = 0;
     for (int of = 0; of < S::WARPS; ++of) {
       sum += shared[of][m][h];
       all += shared[of][m][S::H];
     }
-    const long long out = (((long long)row * S::T + number / S::G) * S::C + head) * S::G + number % S::G;
-    constexpr long long VECTORS = (long long)S::R * S::T * S::C * S::G;
-    if (S::PARTS > 1) {
-      if (h < S::H) mixed[(part * VECTORS + out) * S::H + h] = sum;
-      if (h == S::H) totals[part * VECTORS + out] = all;
+    const long long vector = queries.vector(part, m), of_part = part.number * VECTORS + vector;
+    if (part.count > 1) {
+      (h < S::H ? mixed[of_part * S::H + h] : totals[of_part]) = sum;
     } else if (h < S::H) {
-      mixed[out * S::H + h] = last < 0 ? 0 : sum / all;
-    } else {
-      totals[out] = all;
+      out[vector * S::H + h] = part.last < 0 ? 0 : sum / all;
     }
   }
+  if constexpr (S::PARTS > 1) {
+    constexpr int IN_ROW = S::C * Queries<S>::BLOCKS;
+    if (part.count == 1) return;
+    if (!is_last_of<S, S::R * IN_ROW>(part.row * IN_ROW + blockIdx.x, part.count)) return;
+    combine<S>(part, queries, mixed, totals, out);
+  }
+}
+
+// Grid: C times blocks of queries, R times P.
+//
+// S has R, T, C, G, H, B, CAPACITY, PARTS, QUERIES (of a block), KIND, QUERY_KIND, SCALE, CAP, WARPS.
+template <class S>
+DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
+                   const typename Stored<S::KIND>::Type* keys,
+                   const typename Stored<S::KIND>::Type* values, const float* key_scales,
+                   const float* value_scales, const int* layer, const int* slots, const int* positions,
+                   float* out, float* mixed, float* totals) {
+  const Part part = part_of_block<S>(slots, positions);
+  if (part.number >= part.count) return;
+  Queries<S> queries(part, positions);
+#pragma unroll
+  for (int m = 0; m < S::QUERIES; ++m)
+    if (queries.has_numbers)
+      read_numbers<S::QUERY_KIND>(
+          query + queries.vector(part, m) * S::H + queries.lane * Queries<S>::EACH, queries.numbers[m]);
+  const Filled<S> cache = {keys, values, key_scales, value_scales};
+  attend_part<S>(part, queries, cache, layer, out, mixed, totals);
 }
 
 template <class S>
 DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
                    const typename Stored<S::KIND>::Type* keys,
                    const typename Stored<S::KIND>::Type* values, const int* layer, const int* slots,
-                   const int* positions, float* mixed, float* totals) {
+                   const int* positions, float* out, float* mixed, float* totals) {
   const float* none = nullptr;
-  attend<S>(query, keys, values, none, none, layer, slots, positions, mixed, totals);
+  attend<S>(query, keys, values, none, none, layer, slots, positions, out, mixed, totals);
 }
 
-// Adds up the parts. Grid: vectors of H.
-template <class S>
-DEVICE void combine(const float* mixed, const float* totals, float* out) {
-  constexpr long long VECTORS = (long long)S::R * S::T * S::C * S::G;
-  const long long vector = blockIdx.x;
-  float total = 0;
-  for (int part = 0; part < S::PARTS; ++part) total += totals[part * VECTORS + vector];
-  for (int h = threadIdx.x; h < S::H; h += blockDim.x) {
-    float sum = 0;
-    for (int part = 0; part < S::PARTS; ++part) sum += mixed[(part * VECTORS + vector) * S::H + h];
-    out[vector * S::H + h] = total == 0 ? 0 : sum / total;
-  }
-}
-
-// Turns queries and keys by their positions' phases, and writes keys and values to the cache. A warp
-// has one vector: lane l its numbers 2l and 2l + 1 of either half, in turns of 64.
+// Attention of a step's one token a row, after its phases and its place in the cache. The block whose
+// part the position is in writes the key and the value, and reads them as it reads the others.
 //
-// S has R, T, C, G, H, B, CAPACITY, PARTS, KIND, QUERY_KIND, WARPS. Inputs are the sums of PARTS of
-// `[R * T, C * G queries, C keys, C values]`. Grid: blocks of vectors.
+// S has ADDENDS too, and T is 1; inputs are as for `place`.
 template <class S>
-struct Vector {
-  static constexpr int EACH = (S::H / 2 + 31) / 32;
-  float numbers[2][EACH];
-  int lane;
-
-  DEVICE int at(int half, int i) const { return half * (S::H / 2) + lane + 32 * i; }
-  DEVICE bool has(int i) const { return lane + 32 * i < S::H / 2; }
-
-  DEVICE void read(const float* from, long long part) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        float sum = 0;
-        if (has(i))
-          for (int of = 0; of < S::PARTS; ++of) sum += from[of * part + at(half, i)];
-        numbers[half][i] = sum;
-      }
-  }
-
-  DEVICE void turn(const float* frequencies, int position) {
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      if (!has(i)) continue;
-      const float phase = (float)position * frequencies[lane + 32 * i];
-      const float cosine = cosf(phase), sine = sinf(phase);
-      const float first = numbers[0][i], second = numbers[1][i];
-      numbers[0][i] = first * cosine - second * sine;
-      numbers[1][i] = second * cosine + first * sine;
-    }
-  }
-
-  // Scales an int8 vector to its largest number and returns the scale.
-  DEVICE float scale() {
-    float most = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const float size = fabsf(numbers[half][i]);
-        most = size > most || size != size ? size : most;
-      }
-#pragma unroll
-    for (int mask = 16; mask >= 1; mask /= 2) {
-      const float other = shuffle_xor(most, mask);
-      most = other > most || other != other ? other : most;
-    }
-    const float scale = most / 127, divisor = scale == 0 ? 1 : scale;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        numbers[half][i] = fminf(fmaxf(rintf(numbers[half][i] / divisor), -127.0f), 127.0f);
-    return scale;
-  }
-
-  template <int KIND>
-  DEVICE void write(typename Stored<KIND>::Type* to) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        if (has(i)) to[at(half, i)] = Stored<KIND>::write(numbers[half][i]);
-  }
-};
-
-template <class S>
-DEVICE void place_vector(const float* projected, const float* frequencies, const int* layer, const int* slots,
-                  const int* positions, const unsigned char* valid,
-                  typename Stored<S::KIND>::Type* keys, typename Stored<S::KIND>::Type* values,
-                  float* key_scales, float* value_scales,
-                  typename Stored<S::QUERY_KIND>::Type* query) {
-  constexpr int QUERIES = S::G * S::C, HEADS = QUERIES + 2 * S::C, VECTORS = S::R * S::T * HEADS;
-  const int number = blockIdx.x * S::WARPS + threadIdx.x / 32;
-  if (number >= VECTORS) return;
-  const int token = number / HEADS, head = number % HEADS, row = token / S::T;
-  const int position = positions[token], slot = slots[row];
+DEVICE void place_and_attend(const float* projected, const float* frequencies, const int* layer,
+                             const int* slots, const int* positions, const unsigned char* valid,
+                             const Cache<S>& cache, float* out, float* mixed, float* totals) {
+  static_assert(S::T == 1, "a block knows of the key that it writes, not of others");
+  constexpr int HEADS = S::C * (S::G + 2);
+  using Number = typename Stored<S::QUERY_KIND>::Type;
+  alignas(16) __shared__ Number turned[S::QUERIES][S::H];
+  const Part part = part_of_block<S>(slots, positions);
+  if (part.number >= part.count) return;
+  Queries<S> queries(part, positions);
+  const int position = positions[part.row], head = queries.head;
+  const bool is_mine = part.begin <= position && position < part.end && valid[part.row];
+  const long long heads = ((long long)layer[0] * S::B + part.slot) * S::C + head;
   Vector<S> vector;
   vector.lane = threadIdx.x % 32;
-  vector.read(projected + (long long)number * S::H, (long long)VECTORS * S::H);
-  if (head < QUERIES + S::C) vector.turn(frequencies, position);
-  if (head < QUERIES) {
-    vector.template write<S::QUERY_KIND>(query + ((long long)token * QUERIES + head) * S::H);
-    return;
+  for (int of = threadIdx.x / 32; of < S::QUERIES + 2 * is_mine; of += S::WARPS) {
+    const bool is_query = of < S::QUERIES, is_key = of == S::QUERIES;
+    const int query = queries.first + of < S::G ? queries.first + of : 0;
+    const int number = is_query ? head * S::G + query : S::C * (S::G + !is_key) + head;
+    const float* from = projected + ((long long)part.row * HEADS + number) * S::H;
+    vector.read(from, (long long)S::R * HEADS * S::H);
+    if (is_query || is_key) vector.turn(frequencies, position);
+    if (is_query) {
+      vector.template write<S::QUERY_KIND>(turned[of]);
+    } else {
+      cache.keep(vector, is_key, heads * S::CAPACITY + position);
+    }
   }
-  const bool is_kept =
-      valid[token] && slot >= 0 && slot < S::B && position >= 0 && position < S::CAPACITY;
-  const bool is_key = head < QUERIES + S::C;
-  const int of = (head - QUERIES) % S::C;
-  const long long at =
-      (((long long)layer[0] * S::B + slot) * S::C + of) * S::CAPACITY + position;
-  if constexpr (S::KIND == INT8) {
-    const float scale = vector.scale();
-    if (is_kept && vector.lane == 0) (is_key ? key_scales : value_scales)[at] = scale;
-  }
-  if (is_kept) vector.template write<S::KIND>((is_key ? keys : values) + at * S::H);
+  barrier();
+#pragma unroll
+  for (int m = 0; m < S::QUERIES; ++m)
+    if (queries.has_numbers)
+      read_numbers<S::QUERY_KIND>(turned[m] + queries.lane * Queries<S>::EACH, queries.numbers[m]);
+  const Filled<S> filled = {cache.keys, cache.values, cache.key_scales, cache.value_scales};
+  attend_part<S>(part, queries, filled, layer, out, mixed, totals);
 }
 
 // The cache is written in place: an input and an output are the same memory.
 template <class S>
-DEVICE void place(const float* projected, const float* frequencies, const int* layer, const int* slots,
-                  const int* positions, const unsigned char* valid, typename Stored<S::KIND>::Type*,
-                  typename Stored<S::KIND>::Type*, typename Stored<S::QUERY_KIND>::Type* query,
-                  typename Stored<S::KIND>::Type* keys, typename Stored<S::KIND>::Type* values) {
-  float* none = nullptr;
-  place_vector<S>(projected, frequencies, layer, slots, positions, valid, keys, values, none, none, query);
+DEVICE void place_and_attend(const float* projected, const float* frequencies, const int* layer,
+                             const int* slots, const int* positions, const unsigned char* valid,
+                             typename Stored<S::KIND>::Type*, typename Stored<S::KIND>::Type*, float* out,
+                             float* mixed, float* totals, typename Stored<S::KIND>::Type* keys,
+                             typename Stored<S::KIND>::Type* values) {
+  const Cache<S> cache = {keys, values, nullptr, nullptr};
+  place_and_attend<S>(projected, frequencies, layer, slots, positions, valid, cache, out, mixed, totals);
 }
 
 template <class S>
-DEVICE void place(const float* projected, const float* frequencies, const int* layer, const int* slots,
-                  const int* positions, const unsigned char* valid, typename Stored<S::KIND>::Type*,
-                  typename Stored<S::KIND>::Type*, float*, float*,
-                  typename Stored<S::QUERY_KIND>::Type* query, typename Stored<S::KIND>::Type* keys,
-                  typename Stored<S::KIND>::Type* values, float* key_scales, float* value_scales) {
-  place_vector<S>(projected, frequencies, layer, slots, positions, valid, keys, values, key_scales,
-                  value_scales, query);
+DEVICE void place_and_attend(const float* projected, const float* frequencies, const int* layer,
+                             const int* slots, const int* positions, const unsigned char* valid,
+                             typename Stored<S::KIND>::Type*, typename Stored<S::KIND>::Type*, float*, float*,
+                             float* out, float* mixed, float* totals, typename Stored<S::KIND>::Type* keys,
+                             typename Stored<S::KIND>::Type* values, float* key_scales, float* value_scales) {
+  const Cache<S> cache = {keys, values, key_scales, value_scales};
+  place_and_attend<S>(projected, frequencies, layer, slots, positions, valid, cache, out, mixed, totals);
 }

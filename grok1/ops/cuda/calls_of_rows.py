@@ -1,13 +1,27 @@
 """Calls of the CUDA kernels that have no weights; see `calls`."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grok1.ops.cuda import calls, shapes_of_prompts, shapes_of_rows
-from grok1.ops.cuda.shapes_of_rows import Heads
+from grok1.ops.cuda.shapes_of_rows import Heads, Router
 
 CacheArrays = tuple[Array, ...]
 """Keys and values `[L, B, C, S, H]`; for int8 ones then their float32 scales `[L, B, C, S]`."""
+
+
+class Projected(NamedTuple):
+    """A layer's input after the projections, before the phases.
+
+    Attributes:
+      parts: float32 `[P, M, N]`; the sum along P is the queries, keys and values side by side.
+      frequencies: float32 `[H / 2]`, of the phases.
+    """
+
+    parts: Array
+    frequencies: Array
 
 
 def heads_of(query_shape: tuple[int, ...], query_dtype, cache: CacheArrays) -> Heads:
@@ -48,10 +62,9 @@ def attend(
       float32.
     """
     heads = heads_of(query.shape, query.dtype, cache)
-    first, second = shapes_of_rows.attend(heads, *limits)
+    kernel = shapes_of_rows.attend(heads, *limits)
     layer = jnp.asarray(layer, jnp.int32)
-    mixed, totals = calls.call(first, query, *cache, layer, slots, positions)
-    (out,) = (mixed,) if second is None else calls.call(second, mixed, totals)
+    out, *_ = calls.call(kernel, query, *cache, layer, slots, positions)
     return out.reshape(query.shape)
 
 
@@ -72,8 +85,7 @@ def attend_prompt(
 
 
 def place(
-    projected: Float[Array, "P M N"],
-    frequencies: Float[Array, " half"],
+    projected: Projected,
     cache: CacheArrays,
     layer: int | Array,
     place: tuple[Int[Array, " R"], Int[Array, "R T"], Bool[Array, "R T"]],
@@ -82,8 +94,7 @@ def place(
     """Turns queries and keys by their positions' phases, and writes keys and values to the cache.
 
     Args:
-      projected: float32; the sum along P is the queries, keys and values side by side.
-      frequencies: float32, of the phases.
+      projected: What the queries, keys and values are made of.
       cache: Is written in place.
       layer: Which layer of it.
       place: The slot of each row, and each token's position and whether it is real.
@@ -94,11 +105,33 @@ def place(
     """
     shape, dtype = query
     heads = heads_of(shape, dtype, cache)
-    kernel = shapes_of_rows.place(heads, len(projected))
+    kernel = shapes_of_rows.place(heads, len(projected.parts))
     kernel = shapes_of_rows.of_layers(kernel, cache[0].shape[0])
     layer = jnp.asarray(layer, jnp.int32)
-    turned, *written = calls.call(kernel, projected, frequencies, layer, *place, *cache)
+    turned, *written = calls.call(kernel, *projected, layer, *place, *cache)
     return turned, tuple(written)
+
+
+def place_and_attend(
+    projected: Projected,
+    cache: CacheArrays,
+    layer: int | Array,
+    place: tuple[Int[Array, " R"], Int[Array, "R 1"], Bool[Array, "R 1"]],
+    query: tuple[tuple[int, ...], object],
+    limits: tuple[float, float],
+) -> tuple[Float[Array, "R 1 C G H"], CacheArrays]:
+    """`place`, then `attend`, of one token a row; arguments as theirs.
+
+    Returns:
+      What attention gives, float32, and the cache.
+    """
+    shape, dtype = query
+    heads = heads_of(shape, dtype, cache)
+    kernel = shapes_of_rows.place_and_attend(heads, len(projected.parts), *limits)
+    kernel = shapes_of_rows.of_layers(kernel, cache[0].shape[0])
+    layer = jnp.asarray(layer, jnp.int32)
+    out, _, _, *written = calls.call(kernel, *projected, layer, *place, *cache)
+    return out.reshape(shape), tuple(written)
 
 
 def norm(
@@ -124,16 +157,21 @@ def add_norm(
 
 
 def route(
-    x: Float[Array, "M D"],
+    x: Float[Array, "M D"], routers: Float[Array, "L D E"], layer: int | Array, router: Router
+) -> list[Array]:
+    """The router's logits and probabilities `[M, E]`, indices and weights `[M, A]`."""
+    kernel = shapes_of_rows.route(len(x), router)
+    return calls.call(kernel, x, routers, jnp.asarray(layer, jnp.int32))
+
+
+def add_and_route(
+    added: tuple[Float[Array, "M D"], Float[Array, "M D"]],
+    scales: tuple[Float[Array, "L D"], Float[Array, "L D"]],
     routers: Float[Array, "L D E"],
     layer: int | Array,
-    num_selected: int,
-    softcap: float | None,
-    renormalize: bool,
-) -> tuple[Array, Array, Array, Array]:
-    """The router's logits and probabilities `[M, E]`, indices and weights `[M, A]`."""
-    kernel = shapes_of_rows.route(
-        len(x), x.shape[1], routers.shape[-1], num_selected, softcap, renormalize
-    )
-    logits, probs, indices, weights = calls.call(kernel, x, routers, jnp.asarray(layer, jnp.int32))
-    return logits, probs, indices, weights
+    router: Router,
+    epsilon: float,
+) -> list[Array]:
+    """What `add_norm` gives of x, a branch and two scales, then what `route` gives of the last."""
+    kernel = shapes_of_rows.add_and_route(len(added[0]), router, epsilon)
+    return calls.call(kernel, *added, *scales, routers, jnp.asarray(layer, jnp.int32))

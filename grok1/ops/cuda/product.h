@@ -353,22 +353,6 @@ struct Int8Matrix {
   }
 };
 
-// Blocks that have written their part of a tile of columns; the last adds all parts up.
-template <class S, int TILES>
-LASTING unsigned arrivals[TILES];
-
-// Whether this is the last block of one of some tiles of columns; every thread calls it.
-template <class S, int TILES = S::COLUMN_TILES>
-DEVICE bool is_last_of(int tile, int count) {
-  __shared__ bool is_last;
-  publish();
-  barrier();
-  if (threadIdx.x == 0) is_last = arrive_last(arrivals<S, TILES> + tile, count);
-  barrier();
-  publish();
-  return is_last;
-}
-
 // Calls run(Tiles<n>()) for the fewest tiles that hold so many inputs, S::TILES at most.
 template <int TILES>
 struct Tiles {

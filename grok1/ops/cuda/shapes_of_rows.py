@@ -1,14 +1,16 @@
 """Kernels for given shapes that have no weights: attention over the cache, norms, the router."""
 
+import math
 from typing import NamedTuple
 
 from grok1.ops.cuda.kernel import Array, Kernel, struct
+from grok1.ops.cuda.shapes import MOST_ROWS
 
 MOST_QUERIES = 64
 """Of a key head and row, that attention for few queries takes."""
 
 MOST_WIDTH = 16384
-"""Of a row that is normed."""
+"""Of a row that is normed or routed."""
 
 MOST_EXPERTS = 32
 
@@ -82,96 +84,131 @@ def _sizes(heads: Heads) -> dict:
     }
 
 
-def attend(heads: Heads, scale: float, cap: float) -> tuple[Kernel, Kernel | None]:
-    """Attention, and what adds up its parts; None where there is one part.
+def _attention_sizes(heads: Heads, scale: float, cap: float) -> dict:
+    in_all = heads.group * heads.length
+    queries = min(in_all, 8 if heads.size <= 128 else 4)
+    blocks = -(-in_all // queries) * heads.heads * heads.rows
+    return {
+        **_sizes(heads),
+        "PARTS": max(1, min(-(-_BUSY // blocks), heads.capacity // _LEAST_KEYS)),
+        "QUERIES": queries,
+        "WARPS": 4 if heads.size > 128 else _WARPS,
+        "SCALE": float(scale),
+        "CAP": float(cap),
+    }
+
+
+def _attention(name: str, heads: Heads, sizes: dict, inputs: tuple[str, ...]) -> Kernel:
+    """A kernel that attends; its outputs are the result, and what its blocks leave each other."""
+    parts, queries = sizes["PARTS"], sizes["QUERIES"]
+    return Kernel(
+        f"grok1_{name}",
+        ("arrivals.h", "cache.h", "attention.h"),
+        (("S", struct(sizes)),),
+        f"{name}<S>",
+        inputs,
+        (
+            Array((heads.vectors, heads.size), "float32"),
+            Array((parts, heads.vectors, heads.size), "float32"),
+            Array((parts, heads.vectors), "float32"),
+        ),
+        (-(-heads.group * heads.length // queries) * heads.heads, heads.rows * parts),
+        32 * sizes["WARPS"],
+    )
+
+
+def attend(heads: Heads, scale: float, cap: float) -> Kernel:
+    """Attention.
 
     Args:
       heads: Queries and cache.
       scale: Factor on the query-key products.
       cap: Bounds the logits.
     """
-    in_all = heads.group * heads.length
-    queries = min(in_all, 8 if heads.size <= 128 else 4)
-    blocks = -(-in_all // queries) * heads.heads * heads.rows
-    parts = max(1, min(-(-_BUSY // blocks), heads.capacity // _LEAST_KEYS))
-    sizes = {
-        **_sizes(heads),
-        "PARTS": parts,
-        "QUERIES": queries,
-        "WARPS": 4 if heads.size > 128 else _WARPS,
-        "SCALE": float(scale),
-        "CAP": float(cap),
-    }
-    structs = (("S", struct(sizes)),)
-    scales = ("float32",) * 2 * (heads.cache_dtype == "int8")
-    cache = (heads.cache_dtype,) * 2
-    mixed = Array((parts, heads.vectors, heads.size), "float32")
-    totals = Array((parts, heads.vectors), "float32")
-    first = Kernel(
-        "grok1_attend",
-        ("attention.h",),
-        structs,
-        "attend<S>",
-        (heads.query_dtype, *cache, *scales, "int32", "int32", "int32"),
-        (mixed, totals),
-        (-(-in_all // queries) * heads.heads, heads.rows * parts),
-        32 * sizes["WARPS"],
-    )
-    if parts == 1:
-        return first, None
-    out = Array((heads.vectors, heads.size), "float32")
-    inputs = ("float32", "float32")
-    threads = 32 * -(-heads.size // 32)
-    second = Kernel(
-        "grok1_combine",
-        ("attention.h",),
-        structs,
-        "combine<S>",
-        inputs,
-        (out,),
-        (heads.vectors, 1),
-        threads,
-    )
-    return first, second
+    arrays = (array.dtype for array in _cache_arrays(heads))
+    inputs = (heads.query_dtype, *arrays, "int32", "int32", "int32")
+    return _attention("attend", heads, _attention_sizes(heads, scale, cap), inputs)
 
 
-def place(heads: Heads, parts: int) -> Kernel:
+def _cache_arrays(heads: Heads) -> tuple[Array, ...]:
+    """Keys, values and the scales of int8 ones, behind the layers, which the caller knows."""
+    cache = Array((heads.slots, heads.heads, heads.capacity, heads.size), heads.cache_dtype)
+    scales = Array(cache.shape[:-1], "float32")
+    return (cache, cache, *(scales,) * 2 * (heads.cache_dtype == "int8"))
+
+
+_BEFORE_CACHE = ("float32", "float32", "int32", "int32", "int32", "bool")
+"""Of what places tokens: sums, frequencies, layer, slots, positions, which tokens are real."""
+
+
+def _writing(kernel: Kernel, heads: Heads) -> Kernel:
+    """A kernel that takes the cache last, and gives it back last, in the same memory."""
+    arrays = _cache_arrays(heads)
+    first, last = len(kernel.inputs), len(kernel.outputs)
+    return kernel._replace(
+        inputs=(*kernel.inputs, *(array.dtype for array in arrays)),
+        outputs=(*kernel.outputs, *arrays),
+        aliases=tuple((first + i, last + i) for i in range(len(arrays))),
+    )
+
+
+def place(heads: Heads, addends: int) -> Kernel:
     """Turns queries and keys by their phases, and writes keys and values to the cache.
 
     Args:
       heads: Queries and cache.
-      parts: How many parts what is projected is the sum of.
+      addends: How many arrays what is projected is the sum of.
     """
-    structs = (("S", struct({**_sizes(heads), "PARTS": parts, "WARPS": _WARPS})),)
-    cache = Array(
-        (heads.slots, heads.heads, heads.capacity, heads.size), heads.cache_dtype
-    )  # behind the layers, which the caller knows
-    scales = Array(cache.shape[:-1], "float32")
-    kept = (cache, cache, *(scales,) * 2 * (heads.cache_dtype == "int8"))
     vectors = heads.rows * heads.length * heads.heads * (heads.group + 2)
     shape = (heads.rows, heads.length, heads.heads, heads.group, heads.size)
-    before = ("float32", "float32", "int32", "int32", "int32", "bool")
-    return Kernel(
+    kernel = Kernel(
         "grok1_place",
-        ("rows.h", "attention.h"),
-        structs,
+        ("cache.h",),
+        (("S", struct({**_sizes(heads), "ADDENDS": addends, "WARPS": _WARPS})),),
         "place<S>",
-        (*before, *(array.dtype for array in kept)),
-        (Array(shape, heads.query_dtype), *kept),
+        _BEFORE_CACHE,
+        (Array(shape, heads.query_dtype),),
         (-(-vectors // _WARPS), 1),
         32 * _WARPS,
-        aliases=tuple((len(before) + i, 1 + i) for i in range(len(kept))),
     )
+    return _writing(kernel, heads)
+
+
+def place_and_attend(heads: Heads, addends: int, scale: float, cap: float) -> Kernel:
+    """What `place` does, and attention, for one token a row.
+
+    Args:
+      heads: Queries and cache.
+      addends: How many arrays what is projected is the sum of.
+      scale: Factor on the query-key products.
+      cap: Bounds the logits.
+    """
+    sizes = {**_attention_sizes(heads, scale, cap), "ADDENDS": addends}
+    return _writing(_attention("place_and_attend", heads, sizes, _BEFORE_CACHE), heads)
 
 
 def of_layers(kernel: Kernel, layers: int) -> Kernel:
-    """The kernel of `place` with the axis of layers before what it writes in place."""
+    """A kernel with the axis of layers before what it writes in place."""
     aliased = {output for _, output in kernel.aliases}
     outputs = (
         array._replace(shape=(layers, *array.shape)) if i in aliased else array
         for i, array in enumerate(kernel.outputs)
     )
     return kernel._replace(outputs=tuple(outputs))
+
+
+def refusal_of_rows(shape: tuple[int, ...]) -> str | None:
+    """Why rows of this shape, `[*M, D]`, cannot be normed or routed; None if they can."""
+    *rows, width = shape
+    if math.prod(rows) > MOST_ROWS:
+        return f"it takes up to {MOST_ROWS} rows, not {math.prod(rows)}"
+    if width > MOST_WIDTH:
+        return f"its rows are up to {MOST_WIDTH} wide, not {width}"
+    return None
+
+
+def _row_threads(width: int) -> int:
+    return min(1024, 32 * -(-width // 32))
 
 
 def norms(rows: int, width: int, epsilon: float, which: str) -> Kernel:
@@ -184,7 +221,7 @@ def norms(rows: int, width: int, epsilon: float, which: str) -> Kernel:
       which: "norm" of x; "add_norm", x and the norm of a branch; "add_norm_and_norm", that and
         its norm.
     """
-    threads = min(1024, 32 * -(-width // 32))
+    threads = _row_threads(width)
     structs = (("S", struct({"D": width, "EPSILON": float(epsilon), "THREADS": threads})),)
     of_rows = Array((rows, width), "float32")
     reads = {"norm": 2, "add_norm": 3, "add_norm_and_norm": 4}[which]
@@ -201,40 +238,75 @@ def norms(rows: int, width: int, epsilon: float, which: str) -> Kernel:
     )
 
 
-def route(
-    tokens: int, width: int, num_experts: int, selected: int, cap: float | None, renormalize: bool
-) -> Kernel:
-    """The router: logits, probabilities, and the most probable experts with theirs.
+class Router(NamedTuple):
+    """How tokens are routed.
 
-    Args:
-      tokens: M.
+    Attributes:
       width: D.
       num_experts: E.
       selected: A.
       cap: Bounds the logits; None for no bound.
       renormalize: Whether the weights of a token's experts are divided by their sum.
     """
-    threads = min(1024, 32 * -(-width // 32))
-    sizes = {
-        "D": width,
-        "E": num_experts,
-        "A": selected,
-        "CAP": float(cap or 0),
-        "RENORMALIZE": int(renormalize),
-        "THREADS": threads,
-    }
+
+    width: int
+    num_experts: int
+    selected: int
+    cap: float | None
+    renormalize: bool
+
+    @property
+    def sizes(self) -> dict:
+        """The constants of a kernel for it."""
+        return {
+            "D": self.width,
+            "E": self.num_experts,
+            "A": self.selected,
+            "CAP": float(self.cap or 0),
+            "RENORMALIZE": int(self.renormalize),
+            "THREADS": _row_threads(self.width),
+        }
+
+    def outputs(self, tokens: int) -> tuple[Array, ...]:
+        """Logits, probabilities, indices and weights of tokens."""
+        of_experts = Array((tokens, self.num_experts), "float32")
+        weights = Array((tokens, self.selected), "float32")
+        return of_experts, of_experts, weights._replace(dtype="int32"), weights
+
+
+def route(tokens: int, router: Router) -> Kernel:
+    """The router: logits, probabilities, and the most probable experts with theirs.
+
+    Args:
+      tokens: M.
+      router: How.
+    """
     return Kernel(
         "grok1_route",
         ("rows.h",),
-        (("S", struct(sizes)),),
+        (("S", struct(router.sizes)),),
         "route<S>",
         ("float32", "float32", "int32"),
-        (
-            Array((tokens, num_experts), "float32"),
-            Array((tokens, num_experts), "float32"),
-            Array((tokens, selected), "int32"),
-            Array((tokens, selected), "float32"),
-        ),
+        router.outputs(tokens),
         (tokens, 1),
-        threads,
+        _row_threads(router.width),
+    )
+
+
+def add_and_route(tokens: int, router: Router, epsilon: float) -> Kernel:
+    """`norms` in the form "add_norm_and_norm", then `route` of what that norms.
+
+    Args:
+      tokens: M.
+      router: How.
+      epsilon: Added to the mean square.
+    """
+    before = norms(tokens, router.width, epsilon, "add_norm_and_norm")
+    *inputs, layer = before.inputs
+    return before._replace(
+        name="grok1_add_and_route",
+        structs=(("S", struct({**router.sizes, "EPSILON": float(epsilon)})),),
+        call="add_and_route<S>",
+        inputs=(*inputs, "float32", layer),
+        outputs=(*before.outputs, *router.outputs(tokens)),
     )
