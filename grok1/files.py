@@ -26,6 +26,9 @@ LFS_PROBLEM = "is a Git LFS pointer, a few lines of text that stand for the file
 LFS_REMEDY = "fetch the files themselves: `git lfs pull` in that directory"
 
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+LFS_HEAD_BYTES = len(_LFS_HEAD)
+"""Of the beginning of a file, which show a Git LFS pointer."""
+
 _TYPES = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a pipe"),

@@ -15,6 +15,9 @@ from grok1.checkpoint.safetensors_layout import (
     TYPES,
 )
 from grok1.checkpoint.safetensors_tensors import (
+    CONVERSION,
+    DAMAGED,
+    MIXED,
     Found,
     ShardHeader,
     fill_in,
@@ -25,6 +28,7 @@ from grok1.checkpoint.safetensors_tensors import (
 from grok1.checkpoint.storage import StoredTensor
 from grok1.checkpoint.tensor_file import ArraySpan, read_span
 from grok1.files import (
+    LFS_HEAD_BYTES,
     CheckpointError,
     is_lfs_pointer,
     json_object,
@@ -37,10 +41,6 @@ from grok1.machine.safe_files import is_plain
 from grok1.nn.manifest import TensorSpec
 
 _MAX_HEADER = 100_000_000  # The format's own limit.
-_HEAD_BYTES = 64  # that show a Git LFS pointer
-_CONVERSION = "is it a conversion by grok1?"
-_DAMAGED = "the file is damaged: copy it again"
-_MIXED = "these files are of different checkpoints"
 
 
 def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
@@ -54,7 +54,7 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
     with open_file(path) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            head = file.read(_HEAD_BYTES)
+            head = file.read(LFS_HEAD_BYTES)
             length = int.from_bytes(head[:8], "little")
             if is_lfs_pointer(head):
                 raise lfs_pointer(path)
@@ -87,13 +87,13 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
             path,
             f"its header has {error} where a tensor's dtype (F32, BF16, I8, U8 or F16), "
             "shape and data_offsets are expected",
-            _CONVERSION,
+            CONVERSION,
             "foreign",
         ) from None
     except ValueError as error:
         raise CheckpointError(path, f"its header is damaged: {error}", "copy it again") from None
     if end != size:
-        raise CheckpointError(path, f"is {size} bytes long, expected {end} by its header", _DAMAGED)
+        raise CheckpointError(path, f"is {size} bytes long, expected {end} by its header", DAMAGED)
     return ShardHeader(path, size, spans)
 
 
@@ -193,7 +193,7 @@ def _misplaced(directory, weight_map, headers) -> Iterator[CheckpointError]:
     for tensor, name in weight_map.items():
         if name in headers and tensor not in headers[name].spans:
             yield CheckpointError(
-                directory / name, f"lacks {tensor}, which {INDEX_NAME} says is there", _MIXED
+                directory / name, f"lacks {tensor}, which {INDEX_NAME} says is there", MIXED
             )
     for header in headers.values():
         extra = sorted(t for t in header.spans if weight_map.get(t) != header.path.name)
@@ -203,7 +203,7 @@ def _misplaced(directory, weight_map, headers) -> Iterator[CheckpointError]:
             place = weight_map.get(extra[0])
             says = f"says is in {place}" if place else "does not name"
             yield CheckpointError(
-                header.path, f"holds {extra[0]}{more}, which {INDEX_NAME} {says}", _MIXED, "foreign"
+                header.path, f"holds {extra[0]}{more}, which {INDEX_NAME} {says}", MIXED, "foreign"
             )
 
 
@@ -235,7 +235,7 @@ def _untied(found: Found) -> Iterator[CheckpointError]:
     yield CheckpointError(
         file.path,
         f"{problem}, expected the same: Grok-1's head is its embedding",
-        _MIXED,
+        MIXED,
         "foreign",
     )
 
@@ -244,7 +244,7 @@ def _json_object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
     try:
         return json_object(text)
     except ValueError as error:
-        raise CheckpointError(path, f"expected a JSON object: {error!s:.200}", _DAMAGED) from None
+        raise CheckpointError(path, f"expected a JSON object: {error!s:.200}", DAMAGED) from None
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
@@ -252,7 +252,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     weight_map = _json_object(path, read_bounded(path, _MAX_HEADER)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
-            path, "expected a weight_map from tensors to files beside it", _DAMAGED
+            path, "expected a weight_map from tensors to files beside it", DAMAGED
         )
     for tensor, name in weight_map.items():
         if not (is_plain(tensor) and isinstance(name, str) and _is_beside(name)):
@@ -260,7 +260,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
                 path,
                 f"its weight_map has {tensor!r:.80} in {name!r:.80}, expected a weight_map from "
                 "tensors to files beside it, by names without control characters",
-                _DAMAGED,
+                DAMAGED,
             )
     return weight_map
 

@@ -22,9 +22,9 @@ from grok1.nn.manifest import TensorSpec, is_of_experts
 from grok1.ops.formats import INT4, INT8, OF_VALUES, Part
 from grok1.ops.int4 import is_block
 
-_CONVERSION = "is it a conversion by grok1?"
-_DAMAGED = "the file is damaged: copy it again"
-_MIXED = "these files are of different checkpoints"
+CONVERSION = "is it a conversion by grok1?"
+DAMAGED = "the file is damaged: copy it again"
+MIXED = "these files are of different checkpoints"
 
 
 class ShardHeader(NamedTuple):
@@ -136,14 +136,14 @@ def _problem(
     if span.shape != tensor.shape or span.dtype not in types:
         expected = text_of(ArraySpan(0, tensor.shape, spec.dtype))
         problem = f"{name} is {text_of(span)}, expected {expected}"
-        return CheckpointError(file.path, problem, _CONVERSION, "foreign")
+        return CheckpointError(file.path, problem, CONVERSION, "foreign")
     if span.dtype != "int8":
         if scale_name not in found:
             return None
         return CheckpointError(
             file.path,
             f"{name} is {span.dtype} and has scales, expected int8 for a weight with scales",
-            _CONVERSION,
+            CONVERSION,
             "foreign",
         )
     if scale_name not in found:
@@ -164,7 +164,7 @@ def _problem(
             scale_file.path,
             f"{scale_name} is {text_of(scales)}, expected bfloat16[{columns},G] with a G that "
             f"divides {rows}",
-            _CONVERSION,
+            CONVERSION,
             "foreign",
         )
     return None
@@ -180,7 +180,7 @@ def _int4_problem(
     if missing:
         if absent & set(missing):
             return None
-        return CheckpointError(file.path, f"{name} is 4-bit and has no {missing[0]}", _DAMAGED)
+        return CheckpointError(file.path, f"{name} is 4-bit and has no {missing[0]}", DAMAGED)
     blocks = found[f"{name}_scale"][1].shape[0]
     valid = rows % blocks == 0 and is_block(rows // blocks)
     shapes = INT4.part_shapes((rows, columns), blocks)
@@ -192,7 +192,7 @@ def _int4_problem(
                 file.path,
                 f"{name}{part.suffix} is {text_of(span)}, expected {part.dtype}"
                 f"[{counts},{columns}] for 4-bit weights of {rows} rows in B blocks of at most 256",
-                _CONVERSION,
+                CONVERSION,
                 "foreign",
             )
     return None
@@ -237,7 +237,7 @@ def unlike(
         for name, path, storage in dict.fromkeys(members):
             if storage != usual:
                 yield CheckpointError(
-                    path, f"{name} is stored as {storage}, elsewhere as {usual}", _MIXED, "foreign"
+                    path, f"{name} is stored as {storage}, elsewhere as {usual}", MIXED, "foreign"
                 )
 
 

@@ -30,6 +30,7 @@ from grok1.checkpoint.symbolic_pickle import (
     write_notes,
 )
 from grok1.files import (
+    LFS_HEAD_BYTES,
     CheckpointError,
     is_lfs_pointer,
     lfs_pointer,
@@ -120,7 +121,7 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
             if error.hostile:
                 raise CheckpointError(path, problem, _DISTRUST, "hostile") from None
             file.seek(0)
-            if is_lfs_pointer(file.read(_HEAD_BYTES)):
+            if is_lfs_pointer(file.read(LFS_HEAD_BYTES)):
                 raise lfs_pointer(path) from None
             raise CheckpointError(path, problem, _DAMAGED) from None
         except OSError as error:
@@ -289,7 +290,6 @@ def tensor_file_pieces(
 
 _DAMAGED = "the file is damaged or no Grok-1 tensor: download it again"
 _DISTRUST = "nothing was executed. Do not trust this file: download it again"
-_HEAD_BYTES = 64  # that show a Git LFS pointer
 _READ_BYTES = 1 << 26  # Of one call; Linux reads at most 2 GiB at a time.
 _MAX_NDIM = 32  # NumPy 1's own limit.
 _MAX_SIZE = 2**31 - 1  # Of one dimension; larger ones take other opcodes.

@@ -169,8 +169,9 @@ def test_captures_are_those_of_the_resident_model(offloaded, nano):
 def test_without_kernels_it_goes_through_xla(copied, nano_reference, monkeypatch):
     monkeypatch.setattr(bindings, "is_available", lambda: False)
     offloaded = load(copied, 4)
-    tokens = nano_reference["tokens"]
-    assert relative_error(offloaded.logits(tokens), nano_reference["logits_f64"]) <= 2e-5
+    # As many as one chunk takes, in which the prompt runs too: other chunks are other programs.
+    tokens = nano_reference["tokens"][:16]
+    assert relative_error(offloaded.logits(tokens), nano_reference["logits_f64"][:16]) <= 2e-5
     greedy = offloaded.generate(
         nano_reference["greedy_prompt"].tolist(),
         **{**GREEDY, "max_new_tokens": 4},
