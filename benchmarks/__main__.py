@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks import models, report
 from benchmarks.figures import Failure, Result
-from benchmarks.machine import ROOT, BenchmarkError, Worker, available_threads
+from benchmarks.machine import ROOT, BenchmarkError, Worker
 from benchmarks.peers import LlamaCpp
 from benchmarks.setting import FULL, QUICK
 from benchmarks.suite import ACCELERATOR_SECTIONS, CPU_SECTIONS, SECTIONS, Suite
 from grok1 import GROK_1
+from grok1.machine.processor import available_cores
 
 
 def numbers(text: str) -> list[int]:
@@ -108,12 +109,12 @@ def plan(arguments: argparse.Namespace, device: dict) -> list[models.BenchModel]
             if getattr(arguments, option) is not None:
                 raise BenchmarkError(f"--{option} is for CPUs, and this is {device['name']}")
     elif arguments.threads is None:
-        most = available_threads()
+        most = available_cores()
         arguments.threads = [most, 1] if arguments.gguf and most > 1 else [most]
     for threads in arguments.threads or []:
-        if not 0 < threads <= available_threads():
+        if not 0 < threads <= available_cores():
             raise BenchmarkError(
-                f"--threads {threads}: this process may use 1 to {available_threads()} CPUs"
+                f"--threads {threads}: this process may use 1 to {available_cores()} CPUs"
             )
     if arguments.llama_cpp and not arguments.gguf:
         raise BenchmarkError("--llama-cpp needs the model as a file too; give --gguf")

@@ -28,13 +28,6 @@ class BenchmarkError(Exception):
     """What cannot be measured, and what to do about it."""
 
 
-def available_threads() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def on_cpus(threads: int | None) -> Iterator[None]:
     """Lets the processes started inside run on this many of the CPUs; None for all.

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import grok1
-from benchmarks.machine import available_threads
 from grok1.engine import sampling
 from grok1.generate.pace import Call, Pace
 from grok1.generate.requests import Batch
+from grok1.machine.processor import available_cores
 from grok1.nn.sharding import DATA_AXIS
 
 _SECONDS = 0.5  # of one measurement: long enough for many passes, short beside a round
@@ -291,7 +291,7 @@ class HostBandwidth:
     """
 
     def __init__(self):
-        threads = available_threads()
+        threads = available_cores()
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         # Written, not only allocated: untouched pages are all the same page of zeros.
         self._parts = np.array_split(np.ones(_READ_BYTES, np.uint8), threads)

@@ -15,6 +15,7 @@ from grok1.config import ModelConfig
 from grok1.nn.manifest import abstract_params, arrange
 from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import NamedParams, Params, forward
+from grok1.ops.cpu import bindings
 from grok1.ops.quantized import QuantizedArray, refine_groups
 from tests import one_device
 
@@ -28,6 +29,12 @@ covered_by_a_mesh = pytest.mark.skipif(
     not SLOW_TESTS and not one_device.IS_CHOSEN, reason="slow; set GROK1_SLOW_TESTS=1"
 )
 """Marks what is one device's where a test beside it has several."""
+
+
+def skip_unless_it_runs_here(form: str) -> None:
+    """Skips a test of a form in C++ where there are no kernels."""
+    if form == "cpp" and not bindings.is_available():
+        pytest.skip("no native kernels on this machine")
 
 
 def flags_with_devices(number: int) -> str:

@@ -14,9 +14,9 @@ import grok1
 from grok1.__main__ import main
 from grok1.comparison import compare
 from grok1.files import CheckpointError
+from tests.conftest import TOY
 from tests.helpers import slow
 
-TOY = pathlib.Path(__file__).parent.parent / "checkpoints" / "toy"
 TEXT = "The first argument is a string, and the second is the number of bytes to read."
 
 

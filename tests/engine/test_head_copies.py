@@ -12,10 +12,9 @@ from grok1.engine.base import Resident
 from grok1.engine.engine import Engine
 from grok1.engine.head_copies import LEFT_FREE, HeadCopies, fits_beside, table_bytes
 from grok1.ops import forms
-from grok1.ops.cpu import bindings
 from grok1.ops.cuda import calls, presence
 from tests.conftest import TOY as TOY_PATH
-from tests.helpers import slow
+from tests.helpers import skip_unless_it_runs_here, slow
 from tests.ops import standin
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
@@ -84,8 +83,7 @@ def test_processes_make_the_copy_where_all_have_room(toy, on_gpu, monkeypatch):
 
 @pytest.mark.parametrize("mesh", [(1, 1), pytest.param((1, 2), marks=slow)])
 def test_greedy_decoding_by_way_of_the_cuda_kernels(monkeypatch, mesh):
-    if not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+    skip_unless_it_runs_here("cpp")
     lock, launched = threading.Lock(), []
 
     def call(kernel, *inputs):

@@ -16,9 +16,9 @@ from grok1.engine.sampling import (
     sample_measured,
     sample_screened,
 )
-from grok1.ops.cpu import bindings
 from grok1.ops.screening import remainders, screening_table
 from tests.engine.draws import ALL, random_cases
+from tests.helpers import skip_unless_it_runs_here
 
 
 @functools.cache
@@ -33,8 +33,7 @@ def screened_and_all():
         drawn = sample_screened(x, (embedding, *table), factor, allowed, state, positions)
         return drawn, sample(logits, allowed, state, positions)
 
-    if not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+    skip_unless_it_runs_here("cpp")
     return jax.jit(run)
 
 
@@ -80,8 +79,7 @@ def measured(num_top):
         parts = (embedding, table.values, table.scales, *remainders(embedding, table))
         return sample_measured(x, parts, factor, (allowed, state, positions), num_top)
 
-    if not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+    skip_unless_it_runs_here("cpp")
     return jax.jit(run)
 
 

@@ -10,8 +10,8 @@ import grok1
 from grok1.nn.sharding import MODEL_AXIS, make_mesh
 from grok1.nn.unembedding import most_probable
 from grok1.ops import forms, vocabulary
-from grok1.ops.cpu import bindings
 from grok1.ops.screening import Remainders, ScreeningTable, remainders, screening_table
+from tests.helpers import skip_unless_it_runs_here
 
 V, D = 1200, 70
 
@@ -19,8 +19,7 @@ V, D = 1200, 70
 @pytest.fixture(params=["cpp", "direct"])
 def form(request, monkeypatch):
     """The form that computes it; of tests that ask for it."""
-    if request.param == "cpp" and not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+    skip_unless_it_runs_here(request.param)
     table = {"default": ("direct",), "cpu": (request.param,)}
     monkeypatch.setitem(forms.PREFERRED, "most_probable", table)
 

@@ -8,10 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from grok1.ops.attention import KVCache, Place, append, attend, attend_cache
-from grok1.ops.cpu import bindings
 
 B, T, C, G, H, L = 3, 3, 2, 5, 7, 2
 SCALE = 0.6
@@ -69,11 +67,6 @@ def with_slots(cache, where, k, v):
 
 
 FORMS = ["blocked", "sliced", "cpp"]
-
-
-def skip_unless_it_runs_here(form):
-    if form == "cpp" and not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
 
 
 @functools.partial(jax.jit, static_argnames="form")

@@ -8,7 +8,7 @@ import pytest
 from grok1.ops import attention
 from grok1.ops.attention import KVCache, Place, append, attend, attend_cache, attention_map
 from grok1.ops.cpu import bindings
-from tests.helpers import relative_error, slow
+from tests.helpers import relative_error, skip_unless_it_runs_here, slow
 from tests.ops.attention_cases import (
     FORMS,
     SCALE,
@@ -29,7 +29,6 @@ from tests.ops.attention_cases import (
     random_cache,
     random_new,
     random_query,
-    skip_unless_it_runs_here,
     with_slots,
 )
 

@@ -9,11 +9,10 @@ import pytest
 
 from grok1.ops import dispatch
 from grok1.ops import experts as experts_module
-from grok1.ops.cpu import bindings
 from grok1.ops.experts import ExpertWeights, expert_ffn, experts, experts_dense, experts_sparse
 from grok1.ops.quantized import quantize
 from grok1.ops.routing import Routing, route
-from tests.helpers import dequantized, slow
+from tests.helpers import dequantized, skip_unless_it_runs_here, slow
 
 D, F = 7, 11
 
@@ -34,11 +33,6 @@ def sparse(x, weights, index, routing, valid):
 @functools.partial(jax.jit, static_argnames="form")
 def in_form(x, weights, index, routing, valid, form):
     return experts(x, weights, index, routing, valid, implementation=form)
-
-
-def skip_unless_it_runs_here(form):
-    if form == "cpp" and not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
 
 
 def normal(seed, *shape):

@@ -16,7 +16,7 @@ import pytest
 
 from grok1.machine import announcement, cache_directory, native_library
 from grok1.ops.cpu import bindings
-from tests.helpers import slow
+from tests.helpers import skip_unless_it_runs_here, slow
 
 pytestmark = pytest.mark.not_on_gpu("it is of the CPU's form in C++")
 
@@ -310,8 +310,7 @@ def test_without_paths_to_what_is_held_open_the_chain_is_looked_at(
 
 
 def test_a_matrix_beyond_the_stack_is_an_error():
-    if not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
+    skip_unless_it_runs_here("cpp")
     values, scales = jnp.zeros((3, 4, 5), jnp.int8), jnp.zeros((3, 1, 5), jnp.bfloat16)
     product = jax.jit(bindings.quantized_matmul)
     with pytest.raises(jax.errors.JaxRuntimeError, match="matrix 3 of a stack of 3"):

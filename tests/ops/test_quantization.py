@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from grok1.ops import quantized
-from grok1.ops.cpu import bindings
 from grok1.ops.quantized import (
     QuantizedArray,
     dequantize,
@@ -19,7 +18,7 @@ from grok1.ops.quantized import (
     quantize,
     refine_groups,
 )
-from tests.helpers import relative_error, slow
+from tests.helpers import relative_error, skip_unless_it_runs_here, slow
 
 M, K, N = 7, 120, 13  # K: 8 groups of 15 rows
 
@@ -49,11 +48,6 @@ def float64_weight(weight):
     values, scales = float64(weight.values), float64(weight.scales)
     rows_per_group = values.shape[-2] // scales.shape[-2]
     return values * np.repeat(scales, rows_per_group, axis=-2)
-
-
-def skip_unless_it_runs_here(implementation):
-    if implementation == "cpp" and not bindings.is_available():
-        pytest.skip("no native kernels on this machine")
 
 
 # --- quantize ---------------------------------------------------------------------------------
