@@ -143,7 +143,7 @@ class CompletionBuilder:
             # divided into tokens.
             end, begin, self._stop_match = min(ends)
             self.stop_reason = "stop"
-            return self._release(end if self.keeps_stop else begin, drop_rest=True)
+            return self._release(end if self.keeps_stop else begin)
         return self._release(len(self._held) - self._possible_stop_length())
 
     def _finish(self, reason: StopReason, match: int | None = None) -> str:
@@ -153,9 +153,8 @@ class CompletionBuilder:
             certain += self._release(len(self._held))
         return certain
 
-    def _release(self, count: int, *, drop_rest: bool = False) -> str:
-        certain, rest = self._held[:count], self._held[count:]
-        self._held = "" if drop_rest else rest
+    def _release(self, count: int) -> str:
+        certain, self._held = self._held[:count], self._held[count:]
         self._text += certain
         return certain
 

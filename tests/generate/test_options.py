@@ -162,6 +162,11 @@ def test_allowed_mask(allowed, expected):
     assert np.flatnonzero(mask).tolist() == expected
 
 
+def test_one_new_token_and_no_alternatives_are_enough():
+    options = make_options(max_new_tokens=1, logprobs=0)
+    assert (options.max_new_tokens, options.logprobs) == (1, 0)
+
+
 def test_without_allowed_tokens_there_is_no_mask():
     assert make_options(allowed_tokens=None).allowed_mask(5) is None
 

@@ -72,6 +72,21 @@ def test_a_new_subject_finds_its_experts():
     assert hits[-2000:].mean() == pytest.approx(alone[-2000:].mean(), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "uses", "leaves"), [(255, 2, (0, 1)), (256, 2, (0, 0)), (256, 1, (0, 1))]
+)
+def test_uses_count_half_after_256_steps(num_steps, uses, leaves):
+    cache = ExpertCache(1)
+    for _ in range(2):
+        cache.use((0, 0))
+    cache.put((0, 0), "first")
+    for _ in range(num_steps):
+        cache.step()
+    for _ in range(uses):
+        cache.use((0, 1))
+    assert cache.victim((0, 1)) == leaves
+
+
 def test_what_is_in_use_does_not_leave():
     cache = ExpertCache(1)
     cache.use((0, 0))
@@ -88,6 +103,8 @@ def test_shrinking_lets_go_of_what_is_used_least():
         for _ in range(uses):
             cache.use(key)
         cache.put(key, key)
+    cache.shrink(4)
+    assert len(cache) == 3
     cache.shrink(2)
     assert cache.use((0, 1)) is None
     assert cache.use((0, 0)) is not None
