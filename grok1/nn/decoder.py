@@ -52,12 +52,27 @@ class Run(NamedTuple):
         "expert_indices" and "expert_weights" `[L, M, A]`; "lens_tokens" and "lens_logprobs"
         `[L, M, lens_top]`. Of `attention_layers`: "attention_probs" `[layers, R, N, T, S]`.
       interventions: Hooks, as `study.intervention.prepare` makes them.
+      next_norms: float32 `[L, D]`, scales of the norm that comes after each layer, the next one's
+        first or the final one, where a layer ends with it; None where each begins with its own.
     """
 
     config: ModelConfig
     dtype: Any
     capture: Capture = NOTHING
     interventions: Sequence[Any] = ()
+    next_norms: Any = None
+
+
+class Stream(NamedTuple):
+    """The residual stream between two layers.
+
+    Attributes:
+      x: float32 `[R, T, D]`.
+      normed: What is next to see of it, its norm; None if that is still to be taken.
+    """
+
+    x: Any
+    normed: Any = None
 
 
 def forward(
@@ -84,17 +99,22 @@ def forward(
     """
     config, capture = run.config, run.capture
     place = place_of(cache, slots, tokens.shape[1], num_valid)
-    x_RTD = embed(params.embedding, tokens) * config.embedding_multiplier_scale
+    stream = Stream(embed(params.embedding, tokens) * config.embedding_multiplier_scale)
+    if _is_unseen(run, "residual_in", "moe_out", "residual"):
+        first_norms = params.layers.attention_pre_norm
+        next_norms = jnp.concatenate([first_norms[1:], params.final_norm[None]])
+        run = run._replace(next_norms=next_norms)
+        stream = stream._replace(normed=layer_norm(stream.x, first_norms, jnp.int32(0)))
 
     def run_layer(carry, layer):
-        x_RTD, cache, maps = carry
-        x_RTD, cache, captured = decoder_layer(params.layers, layer, run, place, x_RTD, cache)
-        captured |= lens(params, config, x_RTD, capture)
+        stream, cache, maps = carry
+        stream, cache, captured = decoder_layer(params.layers, layer, run, place, stream, cache)
+        captured |= lens(params, config, stream.x, capture)
         if maps is not None:
             # Of the chosen layers alone: a stack of all could be many times as large.
             number = jnp.asarray(numbers)[layer]
             maps = maps.at[number].set(captured.pop("attention_probs"), mode="drop")
-        return (x_RTD, cache, maps), captured
+        return (stream, cache, maps), captured
 
     maps = None
     numbers = np.full(config.num_layers, len(capture.attention_layers), np.int32)
@@ -102,20 +122,21 @@ def forward(
     if "attention_probs" in capture:
         shape = _map_shape(config, tokens.shape, cache)
         maps = jnp.zeros((len(capture.attention_layers), *shape))
-    carry = x_RTD, cache, maps
+    carry = stream, cache, maps
     if capture:
         layers = jnp.arange(config.num_layers)
-        (x_RTD, cache, maps), captured = jax.lax.scan(run_layer, carry, layers)
+        (stream, cache, maps), captured = jax.lax.scan(run_layer, carry, layers)
     else:
         # The loop's own counter is the layer, without a kernel that looks it up.
-        x_RTD, cache, maps = jax.lax.fori_loop(
+        stream, cache, maps = jax.lax.fori_loop(
             0, config.num_layers, lambda layer, carry: run_layer(carry, layer)[0], carry
         )
         captured = {}
     cache = grown(cache, slots, num_valid)
     if maps is not None:
         captured["attention_probs"] = maps
-    return norm(x_RTD, params.final_norm), cache, captured
+    normed = norm(stream.x, params.final_norm) if stream.normed is None else stream.normed
+    return normed, cache, captured
 
 
 def place_of(
@@ -137,9 +158,9 @@ def decoder_layer(
     layer: Int[Array, ""],
     run: Run,
     place: Place,
-    x: Float[Array, "R T D"],
+    stream: Stream,
     cache: KVCache,
-) -> tuple[Float[Array, "R T D"], KVCache, Captures]:
+) -> tuple[Stream, KVCache, Captures]:
     """One layer of a stack: attention, then experts, each between its two norms.
 
     Args:
@@ -147,7 +168,7 @@ def decoder_layer(
       layer: Which layer, in the stack and in the cache.
       run: How.
       place: Where the tokens stand.
-      x: Residual stream, float32.
+      stream: The residual stream before the layer.
       cache: Keys and values so far.
 
     Returns:
@@ -155,12 +176,14 @@ def decoder_layer(
       captured of the layer, as `forward` does without the axis of layers; "attention_probs" are 0
       for a layer that is not of `attention_layers`. The lens is left to `lens`.
     """
-    x, cache, normed_MD, routing, captured = attend_and_route(params, layer, run, place, x, cache)
+    x, cache, normed_MD, routing, captured = attend_and_route(
+        params, layer, run, place, stream, cache
+    )
     branch_MD = experts(
         normed_MD.astype(run.dtype), params.experts, (layer,), routing, place.valid.reshape(-1)
     )
-    x, more = add_experts(params, layer, run, place, x, branch_MD)
-    return x, cache, captured | more
+    stream, more = add_experts(params, layer, run, place, x, branch_MD)
+    return stream, cache, captured | more
 
 
 def attend_and_route(
@@ -168,7 +191,7 @@ def attend_and_route(
     layer: Int[Array, ""],
     run: Run,
     place: Place,
-    x: Float[Array, "R T D"],
+    stream: Stream,
     cache: KVCache,
 ) -> tuple[Float[Array, "R T D"], KVCache, Float[Array, "M D"], Routing, Captures]:
     """The first half of a layer, up to the choice of experts; arguments as for `decoder_layer`.
@@ -179,8 +202,9 @@ def attend_and_route(
     """
     config = run.config
     visit, captured = _visitor(layer, run, place)
-    x = visit("residual_in", x)
-    normed = layer_norm(x, params.attention_pre_norm, layer)
+    x, normed = visit("residual_in", stream.x), stream.normed
+    if normed is None:
+        normed = layer_norm(x, params.attention_pre_norm, layer)
     branch, cache, maps = _attention(params, layer, run, place, normed, cache)
     captured |= maps
     scales = params.attention_post_norm, params.moe_pre_norm
@@ -214,7 +238,7 @@ def add_experts(
     place: Place,
     x: Float[Array, "R T D"],
     branch: Float[Array, "M D"],
-) -> tuple[Float[Array, "R T D"], Captures]:
+) -> tuple[Stream, Captures]:
     """The second half of a layer.
 
     Args:
@@ -230,12 +254,13 @@ def add_experts(
     """
     visit, captured = _visitor(layer, run, place)
     summed = jax.lax.psum(branch, MODEL_AXIS).reshape(x.shape)
+    if run.next_norms is not None:
+        return Stream(*add_branch(x, summed, (params.moe_post_norm, run.next_norms), layer)), {}
     if _is_unseen(run, "moe_out"):
         (x,) = add_branch(x, summed, (params.moe_post_norm,), layer)
     else:
         x += visit("moe_out", layer_norm(summed, params.moe_post_norm, layer))
-    x = visit("residual", x)
-    return x, captured
+    return Stream(visit("residual", x)), captured
 
 
 def _is_unseen(run: Run, *points: str) -> bool:

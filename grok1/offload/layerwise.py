@@ -24,6 +24,7 @@ from grok1.engine.steps import DecodeState, LastHidden, Rows, next_tokens
 from grok1.nn.decoder import (
     Captures,
     Run,
+    Stream,
     add_experts,
     attend_and_route,
     embed,
@@ -64,7 +65,7 @@ class LayerwiseStep:
         def attend(weights, layer, rows, x, cache):
             place = place_of(cache, rows.slots, length, rows.count)
             x, cache, normed, routing, captured = attend_and_route(
-                weights.params.layers, layer, run_of(weights), place, x, cache
+                weights.params.layers, layer, run_of(weights), place, Stream(x), cache
             )
             # Padding goes to none.
             chosen = jnp.where(
@@ -79,7 +80,8 @@ class LayerwiseStep:
 
         def finish(weights, layer, rows, cache, out, x):
             place = place_of(cache, rows.slots, length, rows.count)
-            x, captured = add_experts(weights.params.layers, layer, run_of(weights), place, x, out)
+            layers = weights.params.layers
+            (x, _), captured = add_experts(layers, layer, run_of(weights), place, x, out)
             return x, captured | lens(weights.params, config, x, capture)
 
         def end(weights, state, rows, x, captured, *arguments):

@@ -117,11 +117,10 @@ def run(
 
 def call(kernel: Kernel, *inputs):
     """`calls.call` on the CPU, within a program."""
-    library = _library(kernel)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kernel.outputs]
 
     def on_host(*arrays):
-        return run(library, kernel, *map(np.asarray, arrays))
+        return run(_library(kernel), kernel, *map(np.asarray, arrays))
 
     return jax.pure_callback(on_host, shapes, *inputs)
 
