@@ -183,7 +183,7 @@ def test_a_journal_that_came_with_the_checkpoint_counts_for_nothing(nano_copy):
     assert "0" * 64 not in (nano_copy / "SHA256SUMS").read_text()
 
 
-def test_complete_sums_need_no_place_to_write(nano_copy, tmp_path, monkeypatch):
+def test_complete_sums_need_no_place_to_write(nano_copy, monkeypatch):
     verification.verify(nano_copy, deep=True)
     monkeypatch.setattr(contents.os, "access", lambda *arguments: False)
     assert verification.verify(nano_copy, deep=True).is_good

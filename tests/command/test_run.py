@@ -93,7 +93,7 @@ def test_ctrl_c_ends_cleanly():
 @pytest.mark.parametrize(
     "module", ["jax", *(pytest.param(name, marks=slow) for name in ("numpy", "grok1.factory"))]
 )
-def test_ctrl_c_while_it_imports_ends_without_a_traceback(module, tmp_path):
+def test_ctrl_c_while_it_imports_ends_without_a_traceback(module):
     # A module of that name in front of the real one: the program is interrupted in its midst.
     program = (
         "import builtins, os, signal, sys\n"

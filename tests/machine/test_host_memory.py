@@ -35,7 +35,7 @@ def test_host_memory_is_at_most_the_machines_and_the_containers(monkeypatch):
     assert 12345 <= limited <= available
 
 
-def test_a_control_group_leaves_its_limit_less_what_is_no_file(monkeypatch, tmp_path):
+def test_a_control_group_leaves_its_limit_less_what_is_no_file(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     group = tmp_path / "job"
     group.mkdir()

@@ -117,7 +117,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch, cache, capfd, script, me
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o720, 0o702])
-def test_a_directory_that_others_can_reach_is_refused(monkeypatch, cache, capfd, mode):
+def test_a_directory_that_others_can_reach_is_refused(cache, capfd, mode):
     cache.mkdir()
     cache.chmod(mode)
     assert not ask_again()

@@ -19,7 +19,7 @@ def test_files_and_memory_have_a_rate(nano_path, monkeypatch, is_mapped):
     assert 1e8 < bandwidth.memory_bandwidth() < 1e13
 
 
-def test_a_file_that_vanishes_is_an_error(nano_path, monkeypatch):
+def test_a_file_that_vanishes_is_an_error(nano_path):
     tensors, _ = open_tensors(nano_path, load_config(nano_path))
     array = tensors[2].values
     file, span = array.parts[0]

@@ -261,7 +261,7 @@ def test_a_trace_that_the_host_cannot_hold_is_refused(toy, monkeypatch):
         toy.trace([5] * 20, ALL)
 
 
-def test_arrays_are_filled_in_place(toy, monkeypatch):
+def test_arrays_are_filled_in_place(toy):
     tokens = np.resize(toy.tokenizer.encode(TEXT), 1000)
     toy.trace(tokens, ("residual",))
     tracemalloc.start()
