@@ -277,16 +277,15 @@ def test_the_death_of_one_process_ends_all(victim, how, start, nano_path):
         "    return preadv(*arguments)\n"
         "os.preadv = slow\n"
         "from grok1.checkpoint import native; native.is_available = lambda: False\n"
-        "from grok1.machine import processes; processes._HEARTBEAT_SECONDS = {heartbeat}\n"
+        "from grok1.machine import processes; processes._HEARTBEAT_SECONDS = 5\n"
         + JOIN
         + "print('loading', flush=True)\n"
         + f"grok1.load({str(nano_path)!r})\n"
     )
-    heartbeat = int(os.environ.get("GROK1_TEST_HEARTBEAT", "5"))
     count = victim + 1 if victim else 3
 
     def command(coordinator, rank):
-        program = slow.format(coordinator=coordinator, count=count, rank=rank, heartbeat=heartbeat)
+        program = slow.format(coordinator=coordinator, count=count, rank=rank)
         return ["-c", program]
 
     processes = start(count, 1, command)
