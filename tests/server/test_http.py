@@ -216,11 +216,16 @@ def test_no_token_outside_the_vocabulary_reaches_the_engine(http):
     )
 
 
-def test_other_paths(http, complete, toy, server, monkeypatch):
+def test_the_model_is_listed_under_its_name(http, complete):
     models = http.get("/v1/models").json()["data"]
     assert [(one["id"], one["max_model_len"]) for one in models] == [("toy", 1024)]
     assert http.get("/v1/models/toy").json() == models[0]
     assert complete(404, model="gpt", prompt="a")["error"]["code"] == "model_not_found"
+    assert http.get("/version").json()["version"]
+    assert http.head("/health").status_code == 200
+
+
+def test_texts_become_ids_and_back(http, complete, toy):
     tokens = complete(path="/tokenize", prompt=TEXT)
     assert tokens["tokens"] == toy.tokenizer.encode(TEXT)
     assert tokens["count"] == len(tokens["tokens"])
@@ -228,9 +233,11 @@ def test_other_paths(http, complete, toy, server, monkeypatch):
     assert http.get("/tokenizer_info").json()["eos_token"] == "[EOS]"
     assert complete(path="/tokenize", prompt="[BOS]")["tokens"] == [toy.tokenizer.bos_id]
     assert len(complete(path="/tokenize", prompt="[BOS] ")["tokens"]) > 1
-    trace = complete(path="/v1/trace", prompt=tokens["tokens"])
-    expected = toy.trace(TEXT)
-    assert trace["experts"] == expected.expert_indices.tolist()
+
+
+def test_a_trace_is_the_models_and_runs_in_the_servers_chunks(complete, toy, monkeypatch):
+    trace = complete(path="/v1/trace", prompt=toy.tokenizer.encode(TEXT))
+    assert trace["experts"] == toy.trace(TEXT).expert_indices.tolist()
     chunks, prefill = [], Engine.prefill
 
     def counted(self, state, num_valid, chunk, *more):
@@ -242,15 +249,24 @@ def test_other_paths(http, complete, toy, server, monkeypatch):
         long = complete(path="/v1/trace", prompt=[5] * 40)
     assert chunks == [16, 16, 16], "others wait for longer than a chunk of the server's"
     assert np.shape(long["experts"]) == (6, 40, 2)
-    assert http.get("/version").json()["version"]
-    for method, path, status in (
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
         ("GET", "/v1/completions", 405),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/..%2f..%2fetc/passwd", 404),
-    ):
-        answer = http.request(method, path, json={})
-        assert answer.status_code == status
-        assert answer.json()["error"]["message"]
+    ],
+)
+def test_what_is_no_path_is_an_error(http, method, path, status):
+    answer = http.request(method, path, json={})
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def test_metrics_count_turns_and_tokens(http, complete, server):
+    complete(prompt="a", max_tokens=1)
     text = http.get("/metrics").text
     for name in ("generation_tokens_total", "num_requests_running", "prefix_cache_hits_total"):
         assert f"grok1_{name}" in text
@@ -259,7 +275,6 @@ def test_other_paths(http, complete, toy, server, monkeypatch):
             assert f'grok1_prefix_cache_{name}{{tier="{tier}"}} ' in text
     assert 'grok1_prefix_cache_max_tokens{tier="device"} 1024.0' in text
 
-    # A prompt of 65 tokens is run in four turns; its last token is a step's.
     names = ('grok1_step_seconds_count{kind="prefill"}', "grok1_iteration_tokens_total_sum",
              "grok1_prompt_tokens_total")  # fmt: skip
 
@@ -269,14 +284,14 @@ def test_other_paths(http, complete, toy, server, monkeypatch):
         found = {name: float(value) for name, _, value in parts}
         return [found.get(name, 0.0) for name in names]
 
-    for added in ([4, 64 + 2, 65], [0, 2, 65]):  # then it is found
+    # A prompt of 65 tokens is run in four turns, and its last token is a step's; then it is found.
+    for added in ([4, 64 + 2, 65], [0, 2, 65]):
         idle(server)
         before = counted()
         complete(prompt=[881] * 65, max_tokens=2)
         deadline = time.monotonic() + 5  # the last turn is counted after the answer
         while (now := [new - old for new, old in zip(counted(), before, strict=True)]) != added:
             assert time.monotonic() < deadline, now
-    assert http.head("/health").status_code == 200
 
 
 def test_a_fingerprint_is_that_of_the_bits(server, toy):
