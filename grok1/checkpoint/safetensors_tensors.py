@@ -183,8 +183,9 @@ def _int4_problem(
         return CheckpointError(file.path, f"{name} is 4-bit and has no {missing[0]}", DAMAGED)
     blocks = found[f"{name}_scale"][1].shape[0]
     valid = rows % blocks == 0 and is_block(rows // blocks)
-    shapes = INT4.part_shapes((rows, columns), blocks)
-    for part, shape in zip(INT4.parts, shapes, strict=True):
+    shapes = zip(INT4.parts, INT4.part_shapes((rows, columns), blocks), strict=True)
+    # The scales of blocks first: by their number the others are measured.
+    for part, shape in sorted(shapes, key=lambda pair: pair[0].name != "scales"):
         file, span = found[f"{name}{part.suffix}"]
         if span.shape != shape or span.dtype != part.dtype or not valid:
             counts = "B" if part.name == "scales" else shape[0]

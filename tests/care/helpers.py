@@ -60,3 +60,12 @@ def faults_of(directory, **options) -> dict[str, str]:
     report = verification.verify(directory, progress=False, **options)
     assert len({fault.path for fault in report.faults}) == len(report.faults)
     return {fault.path: f"{fault.problem}; {fault.remedy}" for fault in report.faults}
+
+
+def rewrite_header(path: pathlib.Path, change_text) -> None:
+    """Changes the header of a shard and leaves its tensors where they are."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = change_text(data[8 : 8 + length])
+    assert text != data[8 : 8 + length]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])

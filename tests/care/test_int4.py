@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from grok1.nn.manifest import with_int4_experts
 from grok1.nn.sharding import abstract_mesh
 from grok1.nn.transformer import forward
 from grok1.planning.memory import abstract_engine, one_layer, released_weights, shard_bytes
+from tests.care.helpers import rewrite_header
 from tests.helpers import relative_error, slow
 
 pytest.importorskip("safetensors")
@@ -84,6 +87,32 @@ def test_the_model_is_that_of_the_weights_that_it_stands_for(int4_path):
         model.params._replace(layers=layers), model.config, jnp.asarray(TOKENS[None])
     )
     assert relative_error(model.logits(TOKENS), expected[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "found"),
+    [
+        ("", "[32,128]", "[128,32]", "uint8[128,32], expected uint8[32,128]"),
+        ("_subscale", "[6,128]", "[3,256]", "uint8[3,256], expected uint8[6,128]"),
+        ("_scale", "[1,128]", "[128,1]", "float16[128,1], expected float16[B,128]"),
+        ("_scale", "F16", "BF16", "bfloat16[1,128], expected float16[B,128]"),
+    ],
+)
+def test_a_part_of_another_shape_or_type_is_named(part, old, new, found, int4_path, tmp_path):
+    copy = pathlib.Path(shutil.copytree(int4_path, tmp_path / "copy"))
+    shard = sorted(copy.glob("model-*"))[2]
+    name = b"model.layers.1.moe_block.experts.5.linear.weight"
+
+    def change(text):
+        own = re.search(rb'"%s":\{[^}]*\}' % (name + part.encode()), text)[0]
+        return text.replace(own, own.replace(old.encode(), new.encode()))
+
+    rewrite_header(shard, change)
+    (fault,) = verification.verify(copy, progress=False).faults
+    assert fault.path == shard.name
+    assert f"linear.weight{part} is {found} for 4-bit weights of 64 rows" in fault.problem
+    with pytest.raises(grok1.CheckpointError, match=rf"{shard.name}: .*{re.escape(found)}"):
+        grok1.load(copy, mesh=(1, 1), progress=False)
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), pytest.param((2, 2), marks=slow)])

@@ -17,7 +17,7 @@ from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.checkpoint.safetensors_file import read_shard_header
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
-from tests.care.helpers import faults_of
+from tests.care.helpers import faults_of, rewrite_header
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -163,14 +163,6 @@ def test_a_tensors_name_with_controls_is_refused_and_shown_escaped(name, safeten
     assert "is no name of a tensor" in message
     assert __main__.main(["verify", str(safetensors_copy)]) == 1
     assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
-
-
-def rewrite_header(path: pathlib.Path, change_text) -> None:
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    text = change_text(data[8 : 8 + length])
-    assert text != data[8 : 8 + length]
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def test_deep_reads_the_weights_of_safetensors(safetensors_copy):
