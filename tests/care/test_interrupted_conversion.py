@@ -233,6 +233,35 @@ def test_what_comes_to_the_place_meanwhile_is_not_replaced(tmp_path, monkeypatch
     monkeypatch.undo()
 
 
+def test_stopped_after_its_last_step_it_leaves_no_more_than_what_it_made(tmp_path, monkeypatch):
+    move = staging._move
+
+    def move_and_stop(*arguments):
+        move(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging, "_move", move_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="out: already exists"):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert os.listdir(tmp_path) == ["out"]
+    assert released(tmp_path / "out") == released(TOY)
+
+
+def test_what_is_unfinished_stays_where_something_has_come_to_its_place(tmp_path):
+    left = interrupted(tmp_path / "out", 30)
+    before = tree(left)
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(CheckpointError, match="out: already exists"):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert tree(left) == before
+    (tmp_path / "out").unlink()
+    convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert released(tmp_path / "out") == released(TOY)
+
+
 def test_without_a_private_directory_nothing_is_left_to_continue(tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "grok1").mkdir(mode=0o777)
