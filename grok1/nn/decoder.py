@@ -212,14 +212,15 @@ def attend_and_route(
         config.num_selected_experts, config.router_softcap, config.renormalize_gates
     )
     if _is_unseen(run, "attention_out", "residual_mid"):
-        x, normed, *routed = add_and_route(x, branch, scales, params.router, layer, selection)
+        x, normed, logits_ME, routing = add_and_route(
+            x, branch, scales, params.router, layer, selection
+        )
     else:
         x += visit("attention_out", layer_norm(branch, scales[0], layer))
         x = visit("residual_mid", x)
         normed = layer_norm(x, scales[1], layer)
         rows = normed.reshape(-1, config.emb_size)
-        routed = route_layer(rows, params.router, layer, selection)
-    logits_ME, routing = routed
+        logits_ME, routing = route_layer(rows, params.router, layer, selection)
     normed_MD = normed.reshape(-1, config.emb_size)
     routing = redirect(run.interventions, logits_ME, routing, layer, place.positions.reshape(-1))
     kept = {

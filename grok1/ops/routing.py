@@ -160,7 +160,7 @@ def route_by_cuda(
     selection: Selection,
 ) -> tuple[Float[Array, "M E"], Routing]:
     """In one launch, in CUDA."""
-    router = shapes_of_rows.Router(*routers.shape[1:], *selection)
+    router = _router(routers, selection)
     logits, *routing = calls_of_rows.route(x.astype(jnp.float32), routers, layer, router)
     return logits, Routing(*routing)
 
@@ -204,6 +204,11 @@ def add_and_route_apart(
     return x, normed, *route_layer(rows, routers, layer, selection)
 
 
+def _router(routers: Array, selection: Selection) -> shapes_of_rows.Router:
+    _, width, num_experts = routers.shape
+    return shapes_of_rows.Router(width, num_experts, *selection)
+
+
 def _is_no_sum_for_cuda(x, branch, scales, routers, layer) -> str | None:
     return _is_no_route_for_cuda(x, routers, layer)
 
@@ -218,7 +223,7 @@ def add_and_route_cuda(
     selection: Selection,
 ) -> tuple[Float[Array, "*M D"], Float[Array, "*M D"], Float[Array, "M E"], Routing]:
     """In one launch, in CUDA."""
-    router = shapes_of_rows.Router(*routers.shape[1:], *selection)
+    router = _router(routers, selection)
     rows, of_branch = (array.reshape(-1, x.shape[-1]) for array in (x, branch))
     added, normed, logits, *routing = calls_of_rows.add_and_route(
         (rows, of_branch), scales, routers, layer, router, RMS_NORM_EPSILON

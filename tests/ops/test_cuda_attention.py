@@ -192,7 +192,7 @@ def test_a_step_is_its_parts(library, rng, heads, at):
 BREAKS = [
     ("wanted >= part.end || wanted > queries.upto[m]", "wanted >= part.end", test_attention, 1),
     ("of < part.count; of += 32", "of < part.count - 1; of += 32", test_attention, 0),
-    ("int of = 0; of < part.count", "int of = 1; of < part.count", test_attention, 0),
+    ("int from = 0; from < part.count", "int from = 1; from < part.count", test_attention, 0),
     (
         "part.begin <= position && position",
         "part.begin == position && position",

@@ -72,7 +72,7 @@ template <class S>
 DEVICE void combine(const Part& part, const Queries<S>& queries, const float* mixed,
                     const float* totals, float* out) {
   constexpr long long VECTORS = (long long)S::R * S::T * S::C * S::G;
-  constexpr int FOURS = S::H / 4;
+  constexpr int FOURS = S::H / 4, AT_ONCE = 8;
   __shared__ float shared[S::QUERIES];
   for (int m = threadIdx.x / 32; m < S::QUERIES; m += S::WARPS) {
     const float* of_query = totals + queries.vector(part, m);
@@ -89,10 +89,17 @@ DEVICE void combine(const Part& part, const Queries<S>& queries, const float* mi
     if (queries.first + m >= Queries<S>::M) continue;
     const long long at = queries.vector(part, m) * S::H + i % FOURS * 4;
     float4 sum = {0, 0, 0, 0};
-#pragma unroll 8
-    for (int of = 0; of < part.count; ++of) {
-      const float4 more = read_published(reinterpret_cast<const float4*>(mixed + of * VECTORS * S::H + at));
-      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    for (int from = 0; from < part.count; from += AT_ONCE) {
+      float4 more[AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const int of = from + j < part.count ? from + j : part.count - 1;
+        more[j] = read_published(reinterpret_cast<const float4*>(mixed + of * VECTORS * S::H + at));
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j)
+        if (from + j < part.count)
+          sum.x += more[j].x, sum.y += more[j].y, sum.z += more[j].z, sum.w += more[j].w;
     }
     const float total = shared[m];
     out[at] = sum.x / total, out[at + 1] = sum.y / total;

@@ -183,7 +183,12 @@ def _of_heads(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
 
 def _of_steps(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     def run(form):
-        return lambda *arguments: form(*arguments[:-1], Attending(*arguments[-1], 0.3))
+        def of(x, projections, cache, layer, place, dtypes):
+            dtype, query_dtype = dtypes
+            attending = Attending(dtype, query_dtype, 0.3)
+            return form(x, projections, cache, layer, place, attending)
+
+        return of
 
     forms = map(run, (append_and_attend_cuda, append_and_attend_apart))
     return _of_inputs(rng, forms, [(dtype, rows, 1) for dtype, rows, _ in _CALLS])
@@ -277,16 +282,16 @@ def _of_sums(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
 def _of_routers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     x = rng.standard_normal((3, 300)).astype(np.float32)
     routers = rng.standard_normal((2, 300, 8)).astype(np.float32)
-    forms = map(_as_router, (route_by_cuda, route_by_xla))
-    yield "3 tokens", (*forms, (x, routers, np.int32(1)))
+    kernel, form = map(_as_router, (route_by_cuda, route_by_xla))
+    yield "3 tokens", (kernel, form, (x, routers, np.int32(1)))
 
 
 def _of_sums_with_routers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     x, branch = (rng.standard_normal((3, 300)).astype(np.float32) for _ in "xb")
     scales = tuple(rng.random((2, 300)).astype(np.float32) for _ in range(2))
     routers = rng.standard_normal((2, 300, 8)).astype(np.float32)
-    forms = map(_as_router, (add_and_route_cuda, add_and_route_apart))
-    yield "3 tokens", (*forms, (x, branch, scales, routers, np.int32(1)))
+    kernel, form = map(_as_router, (add_and_route_cuda, add_and_route_apart))
+    yield "3 tokens", (kernel, form, (x, branch, scales, routers, np.int32(1)))
 
 
 def _as_router(form: Callable[..., Any]) -> Callable[..., Any]:

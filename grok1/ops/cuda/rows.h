@@ -158,7 +158,7 @@ struct Router {
       float sum = 0;
 #pragma unroll
       for (int of = 0; of < S::THREADS / 32; ++of) sum += shared[of][lane];
-      if (S::CAP > 0) sum = S::CAP * tanhf(sum / S::CAP);
+      if constexpr (S::CAP > 0) sum = S::CAP * tanhf(sum / S::CAP);
       logits[token * S::E + lane] = logit = sum;
     }
     const float most = largest_of_warp(logit), weight = lane < S::E ? expf(logit - most) : 0;
