@@ -25,6 +25,13 @@ def test_weights_are_counted_as_they_lie_in_memory(toy):
     assert shard_bytes(engine.params) == sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params))
 
 
+def test_the_least_is_weights_and_the_smallest_cache():
+    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 1)), "float32")
+    # 2 (keys and values) x 6 layers x 256 positions x 4 heads of 16 numbers, of 4 bytes each.
+    cache = 2 * 6 * 256 * 4 * 16 * 4
+    assert least_bytes(engine) - shard_bytes(engine.params) == pytest.approx(cache, rel=0.01)
+
+
 def test_the_output_heads_table_and_working_memory_are_needed_too(monkeypatch):
     monkeypatch.setattr(memory.forms, "has_kernels", lambda platform: True)
     mesh = make_mesh(GROK_1, (1, 1))

@@ -104,6 +104,8 @@ def test_a_cpu_shares_its_memory_and_bandwidth_between_devices(compiled):
     assert (found.dtype, found.cache_dtype) == ("float32", "float32")
     (estimate,) = found.estimates
     assert estimate.tokens_per_second == pytest.approx(100e9 / found.decode_bytes)
+    # A GPU's is its own, however many of them are used.
+    assert grok1.plan(TOY, devices=4, memory=80, mesh=(1, 2)).memory_bytes == 80e9
     silent = grok1.plan(TOY, device="cpu", memory=400)
     assert not silent.estimates
     assert "--bandwidth" in silent.lines()[-2]
