@@ -81,6 +81,18 @@ def test_golden_cases(released, case):
     assert released.decode(case["ids"]) == case["text"]
 
 
+@pytest.mark.parametrize("case", CASES, ids=[repr(case["text"]) for case in CASES])
+def test_the_bytes_of_tokens_are_those_of_the_text(released, case):
+    found = b"".join(released.token_bytes(token) for token in case["ids"])
+    # Before a text stands the space that its first word is spelled with.
+    assert found == (" " + case["text"] if case["text"] else "").encode()
+
+
+def test_control_pieces_add_no_bytes(released):
+    controls = released.pad_id, released.bos_id, released.eos_id
+    assert [released.token_bytes(token) for token in controls] == [b""] * 3
+
+
 def test_released_sizes_and_special_ids(released):
     assert released.vocab_size == 131072
     assert [released.pad_id, released.bos_id, released.eos_id, released.unk_id] == [0, 1, 2, 3]
