@@ -295,10 +295,12 @@ class Sampler:
         """
         tokens, capacity = prompt.tokens, self._server.sizes.capacity
         wanted = self._max_tokens
-        if len(tokens) + min(wanted, 1) > capacity:
+        excess = len(tokens) + min(wanted, 1) - capacity
+        if excess > 0:
+            free = ", of which one must stay free for a new token" if wanted else ""
             raise RefusalError(
-                f"the prompt has {len(tokens)} tokens and the context holds {capacity}, of which "
-                "one must stay free for a new token; shorten it",
+                f"the prompt has {len(tokens)} tokens and the context holds {capacity}{free}; "
+                f"shorten it by {excess}",
                 code="context_length_exceeded",
                 param="prompt",
             )

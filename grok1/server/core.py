@@ -254,11 +254,13 @@ class Server:
         return room
 
     def check(self, handles: Sequence[Handle]) -> None:
-        """Checks that what intervenes in the model fits these prompts.
+        """Checks that what intervenes in the model fits these prompts, and they can ever wait.
 
         Raises:
-          ValueError: If it does not.
+          ValueError: If it does not, or they are too many.
         """
+        if len(handles) > (most := self._max_queue + self.sizes.num_slots):
+            raise ValueError(f"{len(handles)} requests are asked for at once, of at most {most}")
         for handle in handles:
             self.model.engine.check_length(len(handle.request.tokens))
 

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -36,6 +37,8 @@ _BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\nconnection: close\r\n\r\n"
 )
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/]+")
+_HOST_NAME = re.compile(r"[^\s/]+")
 _log = logging.getLogger("grok1.server")
 
 
@@ -70,8 +73,8 @@ class HttpOptions:
     api_key_file: str | pathlib.Path | None = None
     metrics_key: str | None = None
     no_auth: bool = False
-    allowed_host: Sequence[str] = ()
-    cors: Sequence[str] = ()
+    allowed_host: str | Sequence[str] = ()
+    cors: str | Sequence[str] = ()
     chat_template: str | None = None
     add_bos: bool = False
     ignore_unknown: bool = False
@@ -99,9 +102,24 @@ class HttpOptions:
           CheckpointError: If the file of keys cannot be read.
           FileNotFoundError: If there is no template.
         """
-        keys = [self.api_key] if isinstance(self.api_key, str) else list(self.api_key)
-        if not all(keys):
-            raise ValueError("api_key must not be empty; leave it out, or give one")
+        keys = _each(self.api_key)
+        for name, value in [("name", self.name), ("metrics_key", self.metrics_key)] + [
+            ("api_key", key) for key in keys
+        ]:
+            if value == "":
+                raise ValueError(f"{name} must not be empty; leave it out, or give one")
+        # What a browser never sends would let nobody in, without a word.
+        for origin in _each(self.cors):
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    "cors must be *, or an origin as browsers send it, such as "
+                    f"https://grok.example, found {origin!r:.80}"
+                )
+        for host in _each(self.allowed_host):
+            if not _HOST_NAME.fullmatch(host):
+                raise ValueError(
+                    f"allowed_host must be a name alone, such as grok.example, found {host!r:.80}"
+                )
         if not 0 <= self.port < 1 << 16:
             raise ValueError(f"port must be from 0 to 65535, found {self.port}")
         for name in ("max_tokens", "max_body"):
@@ -123,8 +141,8 @@ class HttpOptions:
         access = Access(
             of_clients,
             Keys([self.metrics_key] if self.metrics_key else []),
-            loopback_hosts([*self.allowed_host, self.host]) if self.is_local() else None,
-            self.cors,
+            loopback_hosts([*_each(self.allowed_host), self.host]) if self.is_local() else None,
+            _each(self.cors),
             self.max_body,
             self.ignore_unknown,
             self.page,
@@ -134,6 +152,10 @@ class HttpOptions:
         )
         template = None if self.chat_template is None else load_template(self.chat_template)
         return App(self.name, limits, access, template)
+
+
+def _each(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
 
 
 def run(make: Callable[[], Server], options: HttpOptions, program: str = "grok1") -> None:

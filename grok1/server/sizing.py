@@ -12,7 +12,7 @@ from grok1.checkpoint.pinned import has_pinned_memory
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.machine.agreement import exchange
-from grok1.machine.host_memory import host_bytes_available
+from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.sharding import DATA_AXIS
 from grok1.server.replica import Sizes
 
@@ -81,7 +81,8 @@ def sizes_for(
       row_counts: Numbers of rows that decode steps run.
 
     Raises:
-      ValueError: If the devices have no memory of the host's that they copy to.
+      ValueError: If the devices have no memory of the host's that they copy to, or not enough of
+        their own for what is asked for.
     """
     context, groups = engine.config.sequence_len, engine.mesh.shape[DATA_AXIS]
     capacity = engine.capacity_for(context if capacity is None else capacity)
@@ -100,6 +101,7 @@ def sizes_for(
             f"host_prefix_tokens is {on_host}, but these devices have no memory of the host's that "
             "they copy to by themselves; leave it out"
         )
+    _check_memory(engine, num_slots, capacity, kept)
     rows = tuple(sorted({n for n in row_counts if 0 < n < num_slots and n % groups == 0}))
     return Sizes(num_slots, capacity, rows, 0, kept, host_prefix_tokens=on_host)
 
@@ -144,9 +146,29 @@ def state_bytes(engine: Engine, num_slots: int, capacity: int) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
+def _check_memory(engine: Engine, num_slots: int, capacity: int, kept: int) -> None:
+    """Refuses what XLA would fail to take, once the model is loaded."""
+    of_slots = state_bytes(engine, num_slots, capacity)
+    of_position = state_bytes(engine, engine.mesh.shape[DATA_AXIS], capacity) / capacity
+    needed = (of_slots + kept * of_position) / engine.mesh.devices.size
+    free = _bytes_free(engine)
+    if needed > free:
+        in_words, left = gigabytes_apart(needed, free)
+        raise ValueError(
+            f"{num_slots} slots of {capacity} tokens and {kept} tokens of prompts take {in_words} "
+            f"on each device, which has {left} left; give a smaller max_slots, capacity or "
+            "prefix_tokens"
+        )
+
+
 def _fits(engine: Engine, num_slots: int, capacity: int) -> bool:
-    devices = engine.mesh.local_devices
     needed = 1.5 * state_bytes(engine, num_slots, capacity) / engine.mesh.devices.size
+    return needed <= _SHARE * _bytes_free(engine)
+
+
+def _bytes_free(engine: Engine) -> float:
+    """What the fullest of this process's devices has left; infinity where that is not known."""
+    devices = engine.mesh.local_devices
     free = []
     for device in devices:
         stats = device.memory_stats() or {} if device.platform != "cpu" else {}
@@ -155,4 +177,4 @@ def _fits(engine: Engine, num_slots: int, capacity: int) -> bool:
     if not free:
         host = host_bytes_available()
         free = [math.inf if host is None else host / len(devices)]
-    return needed <= _SHARE * min(free)
+    return min(free)

@@ -1,6 +1,5 @@
 """Tokens as the protocol shows them: each in its context, so that no two of a text are alike."""
 
-import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -165,5 +164,5 @@ def special_id(tokenizer: Tokenizer, text: str) -> int | None:
 def utf8_escape(data: bytes) -> bytes:
     """Escapes the line ends of Unicode in JSON, at which some readers of events break lines."""
     for character in ("\u2028", "\u2029", "\u0085"):
-        data = data.replace(character.encode(), codecs.encode(character, "unicode_escape"))
-    return data.replace(b"\\x85", b"\\u0085")
+        data = data.replace(character.encode(), b"\\u%04x" % ord(character))
+    return data

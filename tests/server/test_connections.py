@@ -113,9 +113,25 @@ def test_who_may_come_in(start, server, tmp_path):
         ({"max_tokens": 0}, "max_tokens must be 1 or more, found 0"),
         ({"request_timeout": 0}, "request_timeout must be above 0 seconds"),
         ({"drain": float("nan")}, "drain must be 0 seconds or more, found nan"),
+        ({"name": ""}, "^name must not be empty"),
+        ({"metrics_key": ""}, "^metrics_key must not be empty"),
+        ({"cors": ["http://a", "b.example"]}, "cors must be .*, found 'b.example'"),
+        ({"cors": "http://a/"}, "cors must be .*, found 'http://a/'"),
+        ({"cors": ""}, "cors must be .*, found ''"),
+        ({"allowed_host": ["http://a"]}, "allowed_host must be a name .*, found 'http://a'"),
+        ({"allowed_host": ""}, "allowed_host must be a name .*, found ''"),
     ):
         with pytest.raises(ValueError, match=words):
             running.HttpOptions(**options).app()
+
+
+def test_one_host_and_one_origin_need_no_list(start, server):
+    client, _, _ = start(lambda: server, cors="http://a", allowed_host="grok.example")
+    headers = {"origin": "http://a", "host": "grok.example"}
+    answer = client.get("/version", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "http://a"
+    assert client.get("/version", headers={"host": "g"}).status_code == 421
 
 
 def test_a_request_that_comes_slowly_is_given_up(start, server, monkeypatch):

@@ -184,6 +184,8 @@ def test_what_no_request_may_ask(server, toy):
         ({"max_stall": 0}, "max_stall must be above 0"),
         ({"max_queue": 0}, "max_queue must be 1 or more"),
         ({"prefix_tokens": -1}, "prefix_tokens must be 0"),
+        ({"max_slots": 10**7}, "10000000 slots of 1024 tokens and .* GB left; give a smaller max_"),
+        ({"max_slots": 1, "prefix_tokens": 10**11}, "1 slots of 1024 .* left; give a smaller max_"),
         ({"host_prefix_tokens": -1}, "host_prefix_tokens must be 0"),
         ({"host_prefix_tokens": 9, "prefix_tokens": 0}, "9 and prefix_tokens 0.* some of both"),
     ):

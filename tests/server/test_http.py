@@ -181,7 +181,19 @@ BAD = [
     ({"prompt": "a", "use_beam_search": True}, "no beam search", "use_beam_search"),
     ({"prompt": "a", "allowed_token_ids": []}, "at least one token id", "allowed_token_ids"),
     ({"prompt": "a", "temprature": 1}, "the field 'temprature' is unknown", "temprature"),
-    ({"prompt": [5] * 1024}, "has 1024 tokens and the context holds 1024", "prompt"),
+    (
+        {"prompt": [5] * 1024},
+        "has 1024 tokens and the context holds 1024, of which one must stay free for a new token; "
+        "shorten it by 1",
+        "prompt",
+    ),
+    (
+        {"prompt": [5] * 1027, "max_tokens": 0, "echo": True},
+        "has 1027 tokens and the context holds 1024; shorten it by 3",
+        "prompt",
+    ),
+    # To come again, as 429 says, would not help.
+    ({"prompt": "a", "n": 69}, "69 requests are asked for at once, of at most 68", "prompt"),
 ]
 
 
@@ -353,6 +365,14 @@ def test_a_stream_is_events_that_every_reader_takes(http, server):
     assert answer.headers["x-accel-buffering"] == "no"
     assert line_end not in text
     assert events_of(text)[0]["choices"][0]["text"].startswith(f"a{line_end}b")
+    # What only spells an escape stays as it is.
+    for prompt in ("\x85 \u2029 \u2028", r"\x85", r"\\x85 \u2028 \u0085", r'"\x85"', "\\\x85"):
+        body = {"prompt": prompt, "echo": True, "max_tokens": 0}
+        text = http.post("/v1/completions", json={**body, "stream": True}).text
+        assert not {"\x85", line_end, "\u2029"} & set(text)
+        told = "".join(part["choices"][0]["text"] for part in events_of(text))
+        whole = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        assert told == whole == prompt
     body = {"prompt": ["a", "b"], "n": 2, "stream": True, "logprobs": 1, "max_tokens": 5,
             "ignore_eos": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
