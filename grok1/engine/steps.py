@@ -204,7 +204,7 @@ def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Hea
         elif processor is None:
             drawn = sample(logits, allowed, sampling, length)
         else:
-            processed = processor(logits, state.tokens[rows.slots], length)
+            processed = _processed(processor, logits, state.tokens[rows.slots], length)
             drawn = sample(processed, allowed, sampling, length)
             drawn = jnp.where(drawn == NOT_FINITE, PROCESSED_NOT_FINITE, drawn)
         drawn = jnp.where(jnp.isfinite(logits).all(axis=-1), drawn, NOT_FINITE)
@@ -214,6 +214,25 @@ def sampling_head(num_top: int | None, processor: LogitsProcessor | None) -> Hea
         return _advanced(state, rows, drawn), step
 
     return draw
+
+
+def _processed(
+    processor: LogitsProcessor,
+    logits: Float[Array, "R V"],
+    tokens: Int[Array, "R S"],
+    length: Int[Array, " R"],
+) -> Float[Array, "R V"]:
+    # The kernels that draw read as many float32 as there are logits, whatever they are given.
+    made = processor(logits, tokens, length)
+    is_array = hasattr(made, "shape") and hasattr(made, "dtype")
+    if not is_array or made.shape != logits.shape or not jnp.issubdtype(made.dtype, jnp.floating):
+        name = getattr(processor, "__qualname__", None) or repr(processor)
+        found = f"{made.dtype}{list(made.shape)}" if is_array else type(made).__name__
+        raise ValueError(
+            f"logits_processor {name} must return logits as it gets them, "
+            f"{logits.dtype}{list(logits.shape)}, found {found}"
+        )
+    return jnp.asarray(made, logits.dtype)
 
 
 def greedy_head(

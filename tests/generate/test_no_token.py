@@ -65,6 +65,39 @@ def test_a_processor_that_leaves_nothing_is_named(nano, processor, allowed, temp
         )
 
 
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda logits: None, "NoneType"),
+        (lambda logits: (logits, logits), "tuple"),
+        (lambda logits: 0.0, "float"),
+        (lambda logits: logits[:, :10], r"float32\[1, 10\]"),
+        (lambda logits: logits[0], r"float32\[128\]"),
+        (lambda logits: logits > 0, r"bool\[1, 128\]"),
+        (lambda logits: logits.astype(jnp.int32), r"int32\[1, 128\]"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_processor_returns_logits_as_it_gets_them(nano, made, found, temperature):
+    def processor(logits, tokens, length):
+        return made(logits)
+
+    # JAX adds a note of its own to what is raised while it traces.
+    message = rf"^logits_processor .*must return logits .*float32\[1, 128\], found {found}(\n|$)"
+    with pytest.raises(ValueError, match=message):
+        nano.generate([5, 7], temperature=temperature, logits_processor=processor)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_what_a_processor_rounds_is_drawn_from(nano, dtype):
+    options = {"max_new_tokens": 3, "ignore_eos": True}
+    rounded = nano.generate([5, 7], **options, logits_processor=lambda x, *_: x.astype(dtype))
+    expected = nano.generate(
+        [5, 7], **options, logits_processor=lambda x, *_: x.astype(dtype).astype(jnp.float32)
+    )
+    assert rounded.tokens == expected.tokens
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"logprobs": 2}])
 @pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=slow)])
 def test_logits_that_are_not_finite_end_a_request(nano, options, value):
