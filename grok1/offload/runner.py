@@ -274,7 +274,7 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
     on_one = engine.mesh.size == 1
     if offload in ("disk", "host"):
         if not on_one:
-            raise ValueError(f"offloading runs on one device, found mesh {sizes}; give mesh=(1, 1)")
+            raise ValueError(f"offloading runs on one device, found mesh {sizes}; give mesh='1x1'")
         return True
     try:
         require_memory(engine)

@@ -142,6 +142,7 @@ def test_other_backslashes_are_refused(text):
         ("window=5 is no option of this command", "window=5 is no option of this command"),
         ("the temperature of the room", "the temperature of the room"),
         ("mesh 1x99 needs 99 devices", "mesh 1x99 needs 99 devices"),
+        ("one device; give mesh='1x1'", "one device; give --mesh 1x1"),
     ],
 )  # fmt: skip
 def test_advice_speaks_of_options(message, expected):

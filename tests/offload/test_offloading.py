@@ -257,7 +257,11 @@ def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
             grok1.load(nano_path, progress=False, **options)
 
     refused("offload must be 'auto', 'none', 'host' or 'disk', found 'gpu'", offload="gpu")
-    refused(r"offloading runs on one device, found mesh 1x2", offload="disk", mesh=(1, 2))
+    refused(
+        r"offloading runs on one device, found mesh 1x2; give mesh=.1x1.$",
+        offload="disk",
+        mesh=(1, 2),
+    )
     refused("memory is a budget for offload", offload="none", memory="16GB")
     on_disk = {"offload": "disk", "mesh": (1, 1)}
     refused("memory must be a number of GB above 0, as 16 or '16GB', found 'all'",
