@@ -102,7 +102,10 @@ class Model:
             lambda: {"tokens": tokens, "interventions": self.engine.interventions},
             self.mesh,
         )
-        array = np.asarray(tokens)
+        try:
+            array = np.asarray(tokens)
+        except ValueError:  # rows of different lengths
+            array = np.asarray(tokens, object)
         rows = array[None] if array.ndim == 1 else array
         if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(

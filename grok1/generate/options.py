@@ -73,22 +73,22 @@ class GenerationOptions:
 
     def __post_init__(self):
         self._check_types()
-        if not _is_int(self.max_new_tokens) or self.max_new_tokens < 1:
+        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(
                 f"max_new_tokens must be a whole number above 0, found {self.max_new_tokens!r}"
             )
-        if self.logprobs is not None and (not _is_int(self.logprobs) or self.logprobs < 0):
+        if self.logprobs is not None and (not is_whole(self.logprobs) or self.logprobs < 0):
             raise ValueError(
                 f"logprobs must be a number of alternatives from 0, or None, found "
                 f"{self.logprobs!r}"
             )
-        if not isinstance(self.seed, (int, np.integer, Sequence, np.ndarray)):
+        if not isinstance(self.seed, (int, np.integer)) and not _is_several(self.seed):
             raise TypeError(f"seed takes a whole number, or one a prompt, found {self.seed!r}")
         for seed in [self.seed] if isinstance(self.seed, (int, np.integer)) else self.seed:
-            if not _is_int(seed) or not 0 <= seed < 2**32:
+            if not is_whole(seed) or not 0 <= seed < 2**32:
                 raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}")
         for stop in self._stops():
-            if not _is_int(stop) and not isinstance(stop, str):
+            if not is_whole(stop) and not isinstance(stop, str):
                 raise TypeError(
                     f"stop takes strings and token ids, found {stop!r} of type "
                     f"{type(stop).__name__}"
@@ -103,9 +103,9 @@ class GenerationOptions:
             is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             if not is_number and (name != "min_p" or value is not None):
                 raise TypeError(f"{name} must be a number, found {value!r}")
-        for name in ("ignore_eos", "add_bos", "allow_control"):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
+        check_flags(
+            ignore_eos=self.ignore_eos, add_bos=self.add_bos, allow_control=self.allow_control
+        )
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise TypeError(
                 "logits_processor must be a function of (logits, tokens, length), found "
@@ -174,7 +174,7 @@ class GenerationOptions:
             return []
         if isinstance(self.stop, (str, int, np.integer)):
             return [self.stop]
-        if not isinstance(self.stop, (Sequence, np.ndarray)) or isinstance(self.stop, bytes):
+        if not _is_several(self.stop) or isinstance(self.stop, bytes):
             raise TypeError(
                 f"stop takes strings and token ids, one or a list, found {self.stop!r} of type "
                 f"{type(self.stop).__name__}"
@@ -197,5 +197,22 @@ def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
         )
 
 
-def _is_int(value: Any) -> bool:
+def check_flags(**given: Any) -> None:
+    """Checks arguments that are True or False, by their names: any text would count as True.
+
+    Raises:
+      TypeError: If one is something else.
+    """
+    for name, value in given.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, found {value!r:.80}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or NumPy."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_several(value: Any) -> bool:
+    # An array without axes is of NumPy's sequences, and none.
+    return isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)

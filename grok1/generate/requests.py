@@ -9,7 +9,7 @@ import numpy as np
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.generate.completion import CompletionBuilder
-from grok1.generate.options import GenerationOptions, check_ids
+from grok1.generate.options import GenerationOptions, check_flags, check_ids
 from grok1.generate.request import Request
 from grok1.generate.scheduler import generate
 from grok1.machine.agreement import agree
@@ -185,9 +185,10 @@ def encode_prompt(
       allow_control: As in `Tokenizer.encode`, for text.
 
     Raises:
-      TypeError: If it is neither text nor a sequence.
+      TypeError: If it is neither text nor a sequence, or a switch is neither True nor False.
       ValueError: If ids are out of range or no such sequence, or a text has no tokenizer.
     """
+    check_flags(add_bos=add_bos, allow_control=allow_control)
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(

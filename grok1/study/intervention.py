@@ -93,7 +93,8 @@ class Intervention:
 
     def _numbers(self, what: str, given: Any, limit: int) -> list[int]:
         """Whole numbers from 0 to below `limit`, given as one or several."""
-        single = not isinstance(given, (Iterable, np.ndarray)) or isinstance(given, str)
+        single = not isinstance(given, Iterable) or isinstance(given, str)
+        single = single or getattr(given, "ndim", 1) == 0  # an array without axes
         array = np.array([given] if single else list(given))
         if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
             raise self._error(f"{what} must be whole numbers, found {given!r:.80}")
@@ -104,7 +105,11 @@ class Intervention:
 
     def _floats(self, what: str, given: Any) -> np.ndarray:
         try:
-            array = np.asarray(given, np.float32)
+            array = np.asarray(given)
+            # NumPy would read texts, and None as NaN, and drop imaginary parts.
+            if array.dtype.kind in "OSUc":
+                raise TypeError
+            array = array.astype(np.float32)
         except (TypeError, ValueError):
             raise self._error(f"{what} must be numbers, found {given!r:.80}") from None
         if not np.isfinite(array).all():

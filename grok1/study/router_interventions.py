@@ -39,6 +39,8 @@ class AblateExperts(Intervention):
         experts = np.zeros(config.num_experts, bool)
         experts[self._numbers("experts", self.experts, config.num_experts)] = True
         where = self._where(config)
+        if not isinstance(self.reroute, (bool, np.bool_)):
+            raise self._error(f"reroute must be True or False, found {self.reroute!r:.80}")
         if not self.reroute:
             return [hooks.Ablate(where, experts)]
         if not experts.any():

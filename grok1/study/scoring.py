@@ -15,6 +15,7 @@ import numpy as np
 
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
+from grok1.generate.options import is_whole
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
 from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
@@ -73,13 +74,15 @@ def score(
     top_k, window, stride, add_bos, allow_control = options
     context, vocab_size = engine.config.sequence_len, engine.config.vocab_size
     window = context if window is None else window
-    if not 1 <= window <= context:
-        raise ValueError(f"window must be from 1 to the context of {context}, found {window}")
+    if not is_whole(window) or not 1 <= window <= context:
+        raise ValueError(f"window must be from 1 to the context of {context}, found {window!r:.80}")
     stride = max(1, window // 2) if stride is None else stride
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride must be from 1 to the window of {window}, found {stride}")
-    if not 0 <= top_k <= vocab_size:
-        raise ValueError(f"top_k must be from 0 to the vocabulary of {vocab_size}, found {top_k}")
+    if not is_whole(stride) or not 1 <= stride <= window:
+        raise ValueError(f"stride must be from 1 to the window of {window}, found {stride!r:.80}")
+    if not is_whole(top_k) or not 0 <= top_k <= vocab_size:
+        raise ValueError(
+            f"top_k must be from 0 to the vocabulary of {vocab_size}, found {top_k!r:.80}"
+        )
     many = is_batch(text)
     texts: list[Any] = list(text) if many else [text]
     ids = []
@@ -140,12 +143,15 @@ def choose(
         },
         engine.mesh,
     )
-    if isinstance(options, (str, bytes)) or not len(options) or not is_batch(options):
-        raise TypeError("options must be a list of continuations, texts or sequences of token ids")
+    if not _is_list(options):
+        raise TypeError(
+            "options must be a list of continuations, texts or sequences of token ids, found "
+            f"{options!r:.80}"
+        )
     limit = engine.config.sequence_len + 1
     pairs = []
     for number, option in enumerate(options):
-        if len(option) == 0:
+        if (len(option) if isinstance(option, (str, Sequence)) else np.size(option)) == 0:
             raise ValueError(f"option {number} is empty; give every option at least one token")
         pair = encode_pair(
             tokenizer,
@@ -174,6 +180,15 @@ def choose(
         None if None in sizes else logprobs / np.maximum(np.asarray(sizes, float), 1),
         is_greedy,
     )
+
+
+def _is_list(options: Any) -> bool:
+    if isinstance(options, (str, bytes)):
+        return False
+    try:
+        return is_batch(options)
+    except (TypeError, ValueError):  # neither a prompt nor several, or empty
+        return False
 
 
 def encode_pair(

@@ -8,7 +8,7 @@ V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_TOKENS
 from grok1.generate.completion import Completion
-from grok1.generate.options import GenerationOptions
+from grok1.generate.options import GenerationOptions, is_whole
 from grok1.generate.requests import Batch, Prompt, encode_prompt, is_batch
 from grok1.machine.agreement import agree
 from grok1.machine.host_memory import gigabytes, host_bytes_available
@@ -204,8 +204,7 @@ def trace(
     for chunk in observed.chunks(
         batch, len(tokens), with_logits=logits is not None, most_tokens=most_tokens
     ):
-        num_valid = np.zeros(batch, np.int32)
-        num_valid[0] = chunk.num_tokens
+        num_valid = np.where(np.arange(batch) == 0, chunk.num_tokens, 0).astype(np.int32)
         if logits is None:
             state = observed.prefill(state, num_valid, chunk.length)
         else:
@@ -250,14 +249,14 @@ def trace_generation(
       TypeError, ValueError: As `trace` and `Model.generate`; and ValueError for "logits".
     """
     config = engine.config
-    if _LOGITS in capture:
-        raise ValueError(
-            "logits are not kept during a generation; trace the finished text, or give logprobs="
-        )
     parsed = GenerationOptions(**options)
     tokens = _encode_one(prompt, tokenizer, config, parsed.add_bos, parsed.allow_control)
     longest = min(len(tokens) + parsed.max_new_tokens, config.sequence_len)
     wanted = _capture(config, capture, attention_layers, lens_top, longest)
+    if _LOGITS in capture:
+        raise ValueError(
+            "logits are not kept during a generation; trace the finished text, or give logprobs="
+        )
     recorder = _Recorder(config, wanted, longest)
     observed = engine.observed(wanted, engine.capacity_for(longest), recorder)
     batch = Batch(observed, tokenizer, [tokens], parsed)
@@ -357,6 +356,8 @@ def _capture(
     known = (*GROUPS, _LOGITS)
     if isinstance(names, str):
         raise ValueError(f"capture takes a sequence of names, found {names!r}; give ({names!r},)")
+    if not isinstance(names, Collection):
+        raise TypeError(f"capture takes a sequence of names, found {names!r:.80}")
     for name in names:
         if name not in known:
             raise ValueError(f"capture takes any of {', '.join(known)}, found {name!r}")
@@ -371,12 +372,11 @@ def _capture(
                 f"{num_tokens} tokens take {size:,} bytes, more than the {ATTENTION_BYTES:,} that "
                 "a trace may; name fewer layers with attention_layers=, or give a shorter text"
             )
-    if "logit_lens" in names and not 1 <= lens_top <= config.vocab_size:
-        raise ValueError(f"lens_top must be from 1 to {config.vocab_size}, found {lens_top!r}")
+    if "logit_lens" in names and not (is_whole(lens_top) and 1 <= lens_top <= config.vocab_size):
+        raise ValueError(f"lens_top must be from 1 to {config.vocab_size}, found {lens_top!r:.80}")
     capture = Capture(arrays, layers, lens_top if "logit_lens" in names else 0)
     needed = capture.bytes_on_host(config, num_tokens)
-    if _LOGITS in names:
-        needed += 4 * num_tokens * config.vocab_size
+    needed += 4 * num_tokens * config.vocab_size * (_LOGITS in names)
     available = host_bytes_available()
     if available is not None and needed > available:
         raise ValueError(
@@ -387,17 +387,17 @@ def _capture(
     return capture
 
 
-def _attention_layers(config: ModelConfig, given: int | Sequence[int] | None) -> tuple[int, ...]:
+def _attention_layers(config: ModelConfig, given: Any) -> tuple[int, ...]:
     if given is None:
         return tuple(range(config.num_layers))
-    layers = [given] if isinstance(given, (int, np.integer)) else list(given)
+    is_one = not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
+    layers: list[Any] = [given] if is_one else list(given)
+    for layer in layers:
+        if not is_whole(layer) or not 0 <= layer < config.num_layers:
+            most = config.num_layers - 1
+            raise ValueError(f"attention_layers must be from 0 to {most}, found {layer!r:.80}")
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"attention_layers must name different layers, found {given!r:.80}")
-    for layer in layers:
-        if not isinstance(layer, (int, np.integer)) or not 0 <= layer < config.num_layers:
-            raise ValueError(
-                f"attention_layers must be from 0 to {config.num_layers - 1}, found {layer!r}"
-            )
     return tuple(int(layer) for layer in layers)
 
 

@@ -109,6 +109,10 @@ def test_stop_takes_strings_and_tokens_one_or_several(stop, strings, tokens):
         (2.5, "stop takes strings and token ids, one or a list, found 2.5 of type float"),
         (b"x", "stop takes strings and token ids, one or a list, found b'x' of type bytes"),
         ([["a"]], "stop takes strings and token ids, found ['a'] of type list"),
+        (
+            np.array(3),
+            "stop takes strings and token ids, one or a list, found array(3) of type ndarray",
+        ),
     ],
 )
 def test_stop_of_another_type_is_refused(stop, message):
@@ -127,6 +131,12 @@ def test_a_sequence_of_seeds_gives_each_prompt_the_draws_it_would_have_alone():
     seeds = make_options(seed=[5, 6, 5]).seeds(3)
     assert seeds == [(5, 0), (6, 0), (5, 0)]
     assert seeds[1:2] == make_options(seed=6).seeds(1)
+
+
+def test_an_array_without_axes_is_no_seed():
+    message = "seed takes a whole number, or one a prompt, found array(5)"
+    with pytest.raises(TypeError, match=exactly(message)):
+        make_options(seed=np.array(5))
 
 
 def test_seeds_are_python_integers():

@@ -469,6 +469,10 @@ def of_any_type(value: Any) -> Any:
             "^AblateExperts: experts must be whole numbers, found '12'$",
         ),
         (AblateExperts(range(8), reroute=True), "^AblateExperts: reroute leaves no expert"),
+        (
+            AblateExperts(1, reroute=of_any_type("no")),
+            "^AblateExperts: reroute must be True or False, found 'no'$",
+        ),
         (AblateExperts(1, layers=12), "^AblateExperts: layers must be from 0 to 11, found 12$"),
         (
             AblateExperts(1, layers=(0, -1)),
@@ -502,6 +506,10 @@ def of_any_type(value: Any) -> Any:
         ),
         (AddToResidual(np.full(64, np.nan)), "^AddToResidual: vector must be finite numbers$"),
         (AddToResidual(["a"]), "^AddToResidual: vector must be numbers, found"),
+        (AddToResidual(["1"] * 64), "^AddToResidual: vector must be numbers, found"),
+        (AddToResidual(np.ones(64, complex)), "^AddToResidual: vector must be numbers, found"),
+        (Patch("residual", of_any_type(None)), "^Patch: values must be numbers, found None$"),
+        (ScaleHeads(1, of_any_type(None)), "^ScaleHeads: factor must be numbers, found None$"),
         (
             AddToResidual(np.zeros(64), "moe_out"),
             "^AddToResidual: point must be one of residual_in, residual_mid, residual, found",
@@ -530,6 +538,13 @@ def of_any_type(value: Any) -> Any:
 def test_bad_input(nano, intervention, message):
     with pytest.raises(ValueError, match=message), nano.intervene(intervention):
         pass
+
+
+def test_arrays_without_axes_are_numbers(nano, tokens):
+    for three in (np.int64(3), np.array(3), jnp.int32(3)):
+        given = AblateExperts(of_any_type(three), layers=of_any_type(three))
+        expected = nano.intervene(AblateExperts(3, layers=3)).logits(tokens)
+        np.testing.assert_array_equal(nano.intervene(given).logits(tokens), expected)
 
 
 def test_only_interventions_intervene(nano):

@@ -249,11 +249,30 @@ def test_a_model_without_tokenizer_scores_ids(nano):
         ([5, 6], {"window": 8, "stride": 9}, "stride must be from 1 to the window of 8, found 9"),
         ([5, 6], {"stride": 0}, "stride must be from 1 to the window of 1024, found 0"),
         ([5, 6], {"top_k": -1}, "top_k must be from 0 to the vocabulary of 1280, found -1"),
+        ([5, 6], {"top_k": 2.0}, "top_k must be from 0 to the vocabulary of 1280, found 2.0"),
+        ([5, 6], {"top_k": "2"}, "top_k must be from 0 to the vocabulary of 1280, found '2'"),
+        ([5, 6], {"window": 2.5}, "window must be from 1 to the context of 1024, found 2.5"),
+        ([5, 6], {"window": True}, "window must be from 1 to the context of 1024, found True"),
+        ([5, 6], {"stride": 1.5}, "stride must be from 1 to the window of 1024, found 1.5"),
     ],
 )
 def test_scores_refuse(toy, text, options, message):
     with pytest.raises(ValueError, match=message):
         toy.score(text, **options)
+
+
+@pytest.mark.parametrize("name", ["add_bos", "allow_control"])
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_switches_are_true_or_false_wherever_a_text_is_read(toy, name, value):
+    given = {name: value}
+    for read in (
+        lambda: toy.generate(TEXT, **given),
+        lambda: toy.score(TEXT, **given),
+        lambda: toy.choose(TEXT, [" a"], **given),
+        lambda: toy.trace(TEXT, **given),
+    ):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False, found {value!r}$"):
+            read()
 
 
 def test_choices_are_sums_of_scores(toy):
@@ -365,6 +384,12 @@ def test_what_has_no_finite_probability_is_an_error(nano, poison):
         ("a", ["b", ""], ValueError, "option 1 is empty; give every option at least one token"),
         ("a", "b", TypeError, "options must be a list of continuations"),
         ("a", [], TypeError, "options must be a list of continuations"),
+        ("a", None, TypeError, "options must be a list of continuations, .* found None"),
+        ("a", 3, TypeError, "options must be a list of continuations, .* found 3"),
+        ("a", iter(["b"]), TypeError, "options must be a list of continuations"),
+        ("a", np.array(3), TypeError, "options must be a list of continuations"),
+        ("a", ["b", 3], TypeError, "context and options must both be text, or both be token ids"),
+        ([5], [[6], 3], TypeError, "a prompt is text or a sequence of token ids, found int"),
         ("a", [[5]], TypeError, "context and options must both be text, or both be token ids"),
         ([], [[5]], ValueError, "the context is empty; begin it with the id of .BOS."),
         ([5] * 1000, [[6] * 26], ValueError, "option 0 have 1026 tokens, 1 more than can be"),

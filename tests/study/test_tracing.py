@@ -232,7 +232,19 @@ def test_nothing_captured(nano):
             {"capture": ("attention",), "attention_layers": ()},
             r"^attention_layers must name different layers, found \(\)$",
         ),
+        (
+            {"capture": ("attention",), "attention_layers": slice(1, 3)},
+            r"^attention_layers must be from 0 to 5, found slice\(1, 3, None\)$",
+        ),
+        (
+            {"capture": ("attention",), "attention_layers": True},
+            "^attention_layers must be from 0 to 5, found True$",
+        ),
         ({"capture": ("logit_lens",), "lens_top": 0}, "^lens_top must be from 1 to 1280, found 0$"),
+        (
+            {"capture": ("logit_lens",), "lens_top": 2.0},
+            "^lens_top must be from 1 to 1280, found 2.0$",
+        ),
         ({"text": []}, "^there is no prompt in an empty sequence"),
         ({"text": [5] * 1025}, "^1025 tokens are 1 more than the context of 1024; give fewer$"),
         ({"text": [1280]}, "must be token ids from 0 to 1279, found 1280"),
@@ -241,6 +253,12 @@ def test_nothing_captured(nano):
 def test_bad_input(toy, options, message):
     with pytest.raises(ValueError, match=message):
         toy.trace(**({"text": TEXT} | options))
+
+
+@pytest.mark.parametrize("trace", ["trace", "trace_generation"])
+def test_what_is_captured_is_a_sequence(toy, trace):
+    with pytest.raises(TypeError, match=r"^capture takes a sequence of names, found None$"):
+        getattr(toy, trace)(TEXT, None)
 
 
 def test_attention_maps_that_are_too_large_are_refused(toy, monkeypatch):
