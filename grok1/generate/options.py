@@ -189,7 +189,8 @@ def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
       ValueError: If it holds anything else; the message begins with `what`.
     """
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{what} must be whole-number token ids, found {ids.dtype}")
+        found = "text" if ids.dtype.kind == "U" else ids.dtype
+        raise ValueError(f"{what} must be whole-number token ids, found {found}")
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise ValueError(

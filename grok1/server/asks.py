@@ -228,8 +228,22 @@ class Sampler:
       ranks: Whether choices are ranked by their log-probabilities.
     """
 
-    def __init__(self, body: SamplingBody, server: Server, limits: Limits, max_tokens: int):
+    def __init__(
+        self,
+        body: SamplingBody,
+        server: Server,
+        limits: Limits,
+        max_tokens: int,
+        more_stops: Sequence[str] = (),
+    ):
         """Checks the fields.
+
+        Args:
+          body: The request's.
+          server: What is to answer it.
+          limits: What a client may ask for.
+          max_tokens: Most tokens to generate.
+          more_stops: The server's own, beside those of the request.
 
         Raises:
           RefusalError: If one is out of range.
@@ -248,7 +262,7 @@ class Sampler:
         within("priority", body.priority, 0, 0, "0: the first that comes is served first")
         self._sampling = _sampling(body)
         self._seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
-        self._stops = _stops(body.stop)
+        self._stops = [*_stops(body.stop), *more_stops]
         if self._stops and model.tokenizer is None:
             raise RefusalError(
                 "stop needs a tokenizer, and this model has none; give stop_token_ids", param="stop"

@@ -4,7 +4,10 @@ The released model was trained on no chat format. So a template is the server's 
 `transcript`, which comes along, or a file in the language of Jinja.
 """
 
+import math
 import pathlib
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +16,17 @@ from grok1.server.bodies import ChatBody, Message
 from grok1.server.core import Server
 from grok1.server.refusals import RefusalError
 from grok1.server.texts import encode_text
+from grok1.tokenizer import Tokenizer
+
+# What a template has for the tokens themselves: as text, messages could hold them too.
+_BOS, _EOS = (f"\ufdd0{secrets.token_hex(8)}\ufdd1" for _ in range(2))
 
 
 class Template(NamedTuple):
     """How messages become a text.
 
     Attributes:
-      render: Takes messages as dicts of "role" and "content", returns the text to continue.
+      render: Takes messages as dicts of "role" and "content", returns what `encoded` takes.
       stops: What ends the assistant's message.
     """
 
@@ -39,14 +46,12 @@ TRANSCRIPT = Template(_transcript, ("\n\nUser:", "\n\nSystem:"))
 """Speakers' names before their words, as in a script."""
 
 
-def load_template(name: str, bos: str = "[BOS]", eos: str = "[EOS]") -> Template:
+def load_template(name: str) -> Template:
     """Returns a template by the name that `--chat-template` has for it.
 
     Args:
       name: "transcript", or the path of a file in the language of Jinja, to which `messages`,
         `add_generation_prompt`, `bos_token` and `eos_token` are known.
-      bos: The text of the beginning of sequence.
-      eos: That of its end.
 
     Raises:
       FileNotFoundError: If there is no such file.
@@ -77,7 +82,7 @@ def load_template(name: str, bos: str = "[BOS]", eos: str = "[EOS]") -> Template
     def render(messages: Sequence[dict[str, str]]) -> str:
         try:
             return template.render(
-                messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
+                messages=list(messages), add_generation_prompt=True, bos_token=_BOS, eos_token=_EOS
             )
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
             raise RefusalError(
@@ -85,6 +90,24 @@ def load_template(name: str, bos: str = "[BOS]", eos: str = "[EOS]") -> Template
             ) from None
 
     return Template(render, ())
+
+
+def encoded(tokenizer: Tokenizer, text: str, *, add_bos: bool = False) -> list[int]:
+    """Returns the ids of what a template has written, in which `bos_token` is one token.
+
+    Args:
+      tokenizer: The model's; what it has no token for is left out.
+      text: From `Template.render`.
+      add_bos: Begin with [BOS], where the template does not.
+    """
+    ids = {_BOS: tokenizer.bos_id, _EOS: tokenizer.eos_id}
+    tokens: list[int] = []
+    for part in re.split(f"({_BOS}|{_EOS})", text):
+        tokens += [ids[part]] if part in ids else encode_text(tokenizer, part)
+    tokens = [token for token in tokens if token >= 0]
+    if add_bos and tokens[:1] != [tokenizer.bos_id]:
+        return encode_text(tokenizer, "", add_bos=True) + tokens
+    return tokens
 
 
 def chat_ask(body: ChatBody, server: Server, limits: Limits, template: Template | None) -> Ask:
@@ -111,12 +134,12 @@ def chat_ask(body: ChatBody, server: Server, limits: Limits, template: Template 
     if len(body.messages) > 1024:
         raise RefusalError("messages must be at most 1024", param="messages")
     text = template.render([_plain(message) for message in body.messages])
-    if not text:
-        raise RefusalError("the chat template has written nothing", param="messages")
     add_bos = bool(body.add_special_tokens) and limits.add_bos
-    tokens = encode_text(server.model.tokenizer, text, add_bos=add_bos)
+    tokens = encoded(server.model.tokenizer, text, add_bos=add_bos)
+    if not tokens:
+        raise RefusalError("the chat template has written nothing", param="messages")
     if (keep := body.truncate_prompt_tokens) is not None:
-        within("truncate_prompt_tokens", keep, 1, len(tokens), f"from 1 to {len(tokens)}")
+        within("truncate_prompt_tokens", keep, 1, math.inf, "1 or more")
         tokens = tokens[-keep:]
     num_top = server.num_top
     within("top_logprobs", body.top_logprobs, 0, num_top, f"from 0 to {num_top}")
@@ -127,14 +150,13 @@ def chat_ask(body: ChatBody, server: Server, limits: Limits, template: Template 
     given = body.max_completion_tokens
     given = body.max_tokens if given is None else given
     room = max(1, server.sizes.capacity - len(tokens))
-    within("max_tokens", given, 1, float("inf"), "1 or more")
-    stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
-    body.stop = [*stops, *template.stops]
-    sampler = Sampler(body, server, limits, room if given is None else given)
+    within("max_tokens", given, 1, math.inf, "1 or more")
+    sampler = Sampler(body, server, limits, room if given is None else given, template.stops)
     top = (body.top_logprobs or 0) if body.logprobs else None
-    handles = [sampler.handles(Prompt(tokens, text), 0, num_choices, top)]
+    prompt = Prompt(tokens, server.model.tokenizer.decode(tokens))
+    handles = [sampler.handles(prompt, 0, num_choices, top)]
     with_ids = bool(body.return_token_ids)
-    return Ask([Prompt(tokens, text)], handles, num_choices, top, with_ids=with_ids)
+    return Ask([prompt], handles, num_choices, top, with_ids=with_ids)
 
 
 def _plain(message: Message) -> dict[str, str]:

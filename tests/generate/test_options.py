@@ -187,7 +187,7 @@ def test_without_allowed_tokens_there_is_no_mask():
         ([5], "allowed_tokens must be token ids from 0 to 4, found 5"),
         ([2, -1], "allowed_tokens must be token ids from 0 to 4, found -1"),
         ([1.5], "allowed_tokens must be whole-number token ids, found float64"),
-        (["a"], "allowed_tokens must be whole-number token ids, found <U1"),
+        (["a"], "allowed_tokens must be whole-number token ids, found text"),
         ([True] * 4, "allowed_tokens as a mask must be bool[5], found bool[4]"),
         (np.ones((1, 5), bool), "allowed_tokens as a mask must be bool[5], found bool[1, 5]"),
         ([False] * 5, "allowed_tokens allows no token; allow at least one"),

@@ -355,6 +355,38 @@ def test_a_chat_needs_a_template_and_stops_at_the_next_speaker(client, complete,
     assert "/v1/completions" in answer.text
 
 
+def test_a_chat_takes_what_a_completion_takes(complete):
+    path, messages = "/v1/chat/completions", [{"role": "user", "content": "Hello"}]
+    options = {"messages": messages, "max_tokens": 2, "temperature": 0}
+    whole = complete(path=path, **options, truncate_prompt_tokens=1000)
+    # The server's own stops are not the client's.
+    assert (
+        complete(path=path, **options, stop=[f"{k}!" for k in range(16)])["choices"]
+        == (whole["choices"])
+    )
+    error = complete(400, path, **options, stop=["!"] * 17)["error"]
+    assert error["message"] == "stop must be at most 16 texts, found 17"
+
+
+def test_a_template_has_the_tokens_and_messages_have_their_spellings(start, server, tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(
+        "{{ bos_token }}{% for one in messages %}{{ one.content }}{{ eos_token }}{% endfor %}A:"
+    )
+    client, _, _ = start(lambda: server, chat_template=str(path), add_bos=True)
+    while client.get("/health").status_code != 200:
+        time.sleep(0.01)
+    tokenizer = server.model.tokenizer
+    bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
+    body = {"messages": [{"role": "user", "content": f"{bos} {eos}"}, {"role": "a", "content": ""}],
+            "max_tokens": 1, "return_token_ids": True}  # fmt: skip
+    for given in ({}, {"add_special_tokens": True}):
+        answer = client.post("/v1/chat/completions", json=body | given).json()
+        expected = [tokenizer.bos_id, *tokenizer.encode(f"{bos} {eos}"), tokenizer.eos_id,
+                    tokenizer.eos_id, *tokenizer.encode("A:")]  # fmt: skip
+        assert answer["choices"][0]["prompt_token_ids"] == expected
+
+
 def test_a_stream_is_events_that_every_reader_takes(http, server):
     line_end = "\u2028"
     with http.stream(
