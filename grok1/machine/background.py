@@ -19,6 +19,7 @@ _LOOK_SECONDS = 0.5
 
 _lock = threading.Lock()
 _working: list[threading.Thread] = []
+_endless: list[tuple[threading.Thread, Callable[[], float | None]]] = []
 _status: int | None = None
 
 
@@ -47,6 +48,26 @@ def in_background(function: Callable[[], Any]) -> Future:
         _working[:] = [*filter(threading.Thread.is_alive, _working), thread]
         thread.start()
     return future
+
+
+def start_endless(
+    function: Callable[[], Any], name: str, end: Callable[[], float | None]
+) -> threading.Thread:
+    """Starts a thread that goes on until it is told to end, at the latest at the end of Python.
+
+    Args:
+      function: What it runs.
+      name: Its name.
+      end: Tells it, and returns the seconds that it may take; None for any number.
+    """
+    thread = threading.Thread(target=function, name=name, daemon=True)
+    with _lock:
+        _endless[:] = [*(one for one in _endless if one[0].is_alive()), (thread, end)]
+        thread.start()
+    # Before what JAX and others, imported since, have to do at the end.
+    atexit.unregister(_finish)
+    atexit.register(_finish)
+    return thread
 
 
 _interruptions: list[int] = []
@@ -113,7 +134,9 @@ def do_not_wait(status: int) -> None:
 @atexit.register
 def _finish() -> None:
     """Lets no thread be in the middle of C++ when Python ends."""
+    endless = [(thread, end()) for thread, end in _endless if thread.is_alive()]
     working = [thread for thread in _working if thread.is_alive()]
+    working += [thread for thread, seconds in endless if seconds is None]
     is_interrupted = getattr(sys, "last_type", None) is KeyboardInterrupt
     if working and (is_interrupted or _status is not None):
         for stream in (sys.stdout, sys.stderr):
@@ -126,3 +149,5 @@ def _finish() -> None:
         os.kill(os.getpid(), signal.SIGINT)
     for thread in working:
         thread.join()
+    for thread, seconds in endless:
+        thread.join(seconds)

@@ -11,6 +11,7 @@ from grok1 import keywords
 from grok1.generate.options import GenerationArguments, GenerationOptions
 from grok1.generate.request import Wishes
 from grok1.generate.requests import Prompt, as_request, check_options, prompt_tokens
+from grok1.machine.background import start_endless
 from grok1.machine.jax_settings import own_settings
 from grok1.model import Model
 from grok1.server import sizing, warmup
@@ -137,8 +138,7 @@ class Server:
         if self._state == "closed":
             raise UnavailableError("a closed server does not start again; make another")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="grok1-engine", daemon=True)
-            self._thread.start()
+            self._thread = start_endless(self._run, "grok1-engine", self._end)
         if wait:
             with self._wake:
                 self._wake.wait_for(lambda: self._state not in ("loading", "compiling"))
@@ -154,11 +154,14 @@ class Server:
         self.drain()
         with self._wake:
             self._wake.wait_for(lambda: not self._desk.num_open or self._state == "dead", drain)
+        seconds, thread, self._thread = self._end(), self._thread, None
+        if thread is not None:
+            thread.join(seconds)
+
+    def _end(self) -> float | None:
         self.leave()
-        if self._thread is not None:
-            # A thread that waits for a process that is gone does not end.
-            self._thread.join(1.0 if self._state == "dead" else None)
-            self._thread = None
+        # A thread that waits for a process that is gone does not end.
+        return 1.0 if self._state == "dead" else None
 
     def leave(self) -> None:
         """Ends the server without waiting for what it does: a step, or a program that compiles."""

@@ -365,6 +365,41 @@ def test_a_platform_that_is_not_there_is_one_line(platforms, cause):
     assert "Traceback" not in result.stderr
 
 
+# --- threads that go on -------------------------------------------------------------------------
+
+ENDLESS = """
+import threading, time
+from grok1.machine import background
+told = threading.Event()
+def turns():
+    told.wait()
+    time.sleep(0.2)  # in the middle of a turn
+    print("ended")
+def end():
+    told.set()
+    return {seconds}
+background.start_endless(turns, "turns", end)
+{more}
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "more", "status", "printed"),
+    [
+        (None, "", 0, "ended\n"),
+        (5.0, "", 0, "ended\n"),
+        (0.01, "", 0, ""),  # it may never end
+        (None, "background.do_not_wait(143); raise SystemExit(143)", 143, ""),
+    ],
+)
+def test_a_thread_that_goes_on_is_told_to_end_with_python(seconds, more, status, printed):
+    program = ENDLESS.format(seconds=seconds, more=more)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (status, printed, "")
+
+
 # --- what an interruption leaves behind ----------------------------------------------------------
 
 

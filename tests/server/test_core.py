@@ -16,6 +16,7 @@ import pytest
 import grok1
 from grok1.engine import compilation
 from grok1.generate.prefix import PrefixStore
+from grok1.machine import background
 from grok1.server import sizing, warmup
 from grok1.server.core import Server
 from grok1.server.errors import (
@@ -413,6 +414,12 @@ def test_a_chunk_is_as_long_as_the_pause_allows(
     sizes = Sizes(4, 4096, (), 0, 0)
     assert warmup.chunks_for(Engine(), sizes, max_stall) == pytest.approx(expected, abs=1)
     assert set(filled) == {4096}, "not where it takes longest"
+
+
+def test_a_server_that_nobody_closes_ends_with_python(server):
+    # In the middle of a step, in C++, its thread would take the process with it.
+    ends = {thread: end for thread, end in background._endless}
+    assert ends[server._thread] == server._end
 
 
 @pytest.mark.not_on_gpu("it starts a process, of which no device is asked")
