@@ -75,10 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _job(arguments: argparse.Namespace) -> _Job:
     """Checks everything that can be wrong before a weight is read."""
-    if arguments.interactive and arguments.json:
-        raise ValueError(
-            "--json is for prompts that are given, not typed; leave it out, or give --batch-file -"
-        )
     given = {name: getattr(arguments, name) for name in _SAMPLING}
     options = GenerationOptions(**given)
     checkpoint = checkpoint_of(arguments)

@@ -58,6 +58,8 @@ def parse(arguments: Sequence[str], program: str, command: str | None = None) ->
         parser.refuse(unknown)
     if unknown:
         parsed.parser.refuse(unknown)
+    if parsed.command == "generate" and parsed.interactive and parsed.json:
+        parsed.parser.error("argument --json: not allowed with argument --interactive")
     return parsed
 
 
