@@ -19,9 +19,7 @@ from grok1.server.replica import Sizes
 _MOST_SLOTS = 16  # of each group of devices
 _SHARE = 0.5  # of the memory that is free, for slots and kept prompts
 _HOST_SHARE = 0.25  # of the host's: XLA's allocator may take twice what it is asked for
-_MOST_HOST_BYTES = (
-    48_000_000_000  # a process has 64 GiB of such memory, which transfers take of too
-)
+_MOST_HOST_BYTES = 48_000_000_000  # of 64 GiB of such memory a process, which transfers take of too
 _MOST_SHARE = 0.8  # of the host's, whatever is asked for
 _TIMES_ON_DEVICES = 4  # as many tokens as there, at most, where nothing is asked for
 
