@@ -7,17 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 import grok1
 from grok1.engine import compilation
 from grok1.generate.prefix import PrefixStore
 from grok1.machine import background
-from grok1.server import sizing, warmup
+from grok1.server import warmup
 from grok1.server.core import Server
 from grok1.server.errors import (
     CancelledError,
@@ -215,49 +213,6 @@ def test_prompts_move_to_the_host_and_back(toy, server, monkeypatch):
     assert load.prefix_found == sum(tier.num_found for tier in load.prefix_tiers.values()) > 0
     assert load.prefix_tiers["host"].num_kept == 10
     assert load.prefix_tiers["host"].num_found > 0
-
-
-GIGABYTES = 10**9
-
-
-@pytest.mark.parametrize(
-    ("asked", "platform", "free", "expected"),
-    [
-        (None, "cpu", 100, 0),
-        (None, "gpu", 100, 40_000),  # four times what the devices have
-        (None, "gpu", 4, 20_000),  # a quarter, 50 kB each
-        (None, "gpu", None, 0),
-        (0, "gpu", 100, 0),
-        (70_000, "cpu", 100, 70_000),
-        (70_000, "cpu", 1, 16_000),
-        (70_000, "gpu", None, 70_000),
-    ],
-)
-def test_the_host_gives_what_it_can(asked, platform, free, expected, monkeypatch):
-    monkeypatch.setattr(
-        sizing, "host_bytes_available", lambda: None if free is None else free * GIGABYTES
-    )
-    monkeypatch.setattr(sizing, "state_bytes", lambda engine, groups, capacity: 50_000 * capacity)
-    [memory, device, mesh, engine] = [types.SimpleNamespace() for _ in range(4)]
-    memory.kind, device.platform, engine.mesh, engine.runs_ahead = (
-        "pinned_host",
-        platform,
-        mesh,
-        True,
-    )
-    device.addressable_memories = lambda: [memory]
-    mesh.shape, mesh.local_devices, mesh.devices = {"data": 1}, [device], np.array([device])
-    sizes = Sizes(4, 4096, (), 16, 10_000, host_prefix_tokens=asked)
-    assert sizing.host_prefix_tokens(engine, sizes) == expected
-    if asked == 70_000 and free:
-        # Another process has less of the same machine's memory.
-        words = {"free": str(free * GIGABYTES // 2), "bytes": "100000"}
-
-        def exchange(what, own, mesh):
-            return {0: own(), 1: {**own(), **words}}
-
-        monkeypatch.setattr(sizing, "exchange", exchange)
-        assert sizing.host_prefix_tokens(engine, sizes) == min(70_000, free * 2_000)
 
 
 def test_a_host_without_memory_makes_a_smaller_server(toy, monkeypatch, capsys):
