@@ -40,8 +40,8 @@ class HeadCopies:
           weights: What is copied.
           has_room: Whether accelerators have memory for copies.
         """
-        self._programs, self._embedding = programs, weights.params.embedding
-        self._weights, self._has_room = weights, has_room
+        self._programs, self._has_room = programs, has_room
+        self._embedding = weights.params.embedding
 
     @functools.cached_property
     def table(self) -> ScreeningTable | None:
@@ -60,16 +60,18 @@ class HeadCopies:
 
     def table_program(self) -> Program:
         """The program that makes a table of the embedding."""
-        spec = specs_of(self._weights).params.embedding
-        make = self._programs.per_device(screening_table, (spec,), self.table_specs)
+        make = self._programs.per_device(screening_table, (self._spec,), self.table_specs)
         key = Key(kind=Kind.SCREENING_TABLE)
         return self._programs.get(key, lambda: self._programs.compiled(key, jax.jit(make)))
 
     @property
+    def _spec(self) -> P:
+        return specs_of(self._embedding)
+
+    @property
     def table_specs(self) -> ScreeningTable:
         """How it lies, or would lie, over the devices."""
-        spec = specs_of(self._weights).params.embedding
-        return ScreeningTable(spec, P(spec[0]), P(spec[0]))
+        return ScreeningTable(self._spec, P(self._spec[0]), P(self._spec[0]))
 
     @property
     def draws(self) -> bool:
@@ -79,9 +81,9 @@ class HeadCopies:
     @functools.cached_property
     def remainders(self) -> Remainders:
         """What is read beside the table, if there is one, for log-probabilities."""
-        spec = specs_of(self._weights).params.embedding
-        specs = spec, self.table_specs
-        make = self._programs.per_device(remainders, specs, Remainders(spec, P(spec[0])))
+        specs = self._spec, self.table_specs
+        copies = Remainders(self._spec, P(self._spec[0]))
+        make = self._programs.per_device(remainders, specs, copies)
         key = Key(kind=Kind.REMAINDERS)
         program = self._programs.get(key, lambda: self._programs.compiled(key, jax.jit(make)))
         made = program(self._embedding, self.table)
