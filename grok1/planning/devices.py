@@ -101,7 +101,7 @@ def find(devices: int | Sequence[Any] | None, memory: float | None, device: str 
         each = (local.memory_stats() or {}).get("bytes_limit", 0) / share
     if not each:
         raise ValueError(
-            "the memory of a device is not known; give memory (GB), or device, one of "
+            "the memory of a device is not known; give memory= (GB), or device=, one of "
             f"{', '.join(DEVICE_KINDS)}"
         )
     return Devices(count, platform, each, share)

@@ -16,12 +16,13 @@ from typing import Any
 
 import jax
 
-from grok1.checkpoint.directory import load_config, open_tensors
+from grok1.checkpoint.directory import is_safetensors, load_config, open_tensors
 from grok1.checkpoint.loading import expert_arrays
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.files import CheckpointError
 from grok1.generate.scheduler import MAX_ROWS
+from grok1.machine.announcement import hint
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec, in_memory, with_int4_experts
 from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, abstract_mesh, mesh_sizes
@@ -193,12 +194,17 @@ def _stored_tensors(
         return with_int4_experts(expected)
     if checkpoint is None:
         return expected
-    # Of a directory with the configuration alone, or part of a download, the sizes are enough.
-    with contextlib.suppress(CheckpointError):
+    try:
         _, specs = open_tensors(checkpoint, config)
-        found = {spec.name: spec for spec in specs}
-        return [found[spec.name] for spec in expected]
-    return expected
+    except CheckpointError as error:
+        # Of a directory with the configuration alone, or part of a download, the sizes are enough.
+        if is_safetensors(checkpoint) or pathlib.Path(checkpoint, "ckpt-0").exists():
+            hint(
+                f"{error}; until the files are whole, the plan counts weights as released, in int8"
+            )
+        return expected
+    found = {spec.name: spec for spec in specs}
+    return [found[spec.name] for spec in expected]
 
 
 def _num_weights(weights: Params) -> int:

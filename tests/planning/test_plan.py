@@ -120,7 +120,7 @@ def test_the_devices_present_are_the_default(compiled, monkeypatch):
     gpu = types.SimpleNamespace(platform="cuda", process_index=0, memory_stats=lambda: stats)
     assert grok1.plan(TOY, devices=[gpu]).memory_bytes == 80e9
     gpu.memory_stats = lambda: None
-    with pytest.raises(ValueError, match=r"memory of a device is not known; give memory \(GB\)"):
+    with pytest.raises(ValueError, match=r"memory of a device is not known; give memory= \(GB\)"):
         grok1.plan(TOY, devices=[gpu])
 
 
@@ -172,7 +172,7 @@ def test_beyond_one_device_a_head_only_its_own_key_columns_are_read():
         ({"batch": 33}, "batch must be between 1 and 32, the most prompts that run side by side"),
         ({"context": 1025}, "context must be between 1 and 1024, the model's, found 1025"),
         ({"device": "k80"}, "device must be one of a100-80, h100, .*, cpu, found 'k80'"),
-        ({"devices": 8}, r"memory of a device is not known; give memory \(GB\), or device"),
+        ({"devices": 8}, r"memory of a device is not known; give memory= \(GB\), or device=,"),
         ({"devices": 8, "memory": 80, "mesh": (1, 16)}, "mesh 1x16 needs 16 devices, found 8"),
         ({"devices": 3, "memory": 80, "mesh": (1, 3)}, "mesh 1x3 does not divide the model"),
         ({"devices": 8, "memory": 80, "dtype": "int4"}, 'dtype must be "float32" or "bfloat16"'),
@@ -293,7 +293,7 @@ def test_a_plan_round_trips_through_json(compiled):
     assert read["needed_bytes"] == found.weights_bytes + found.cache_bytes + found.working_bytes
 
 
-def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path):
+def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path, capsys):
     path = tmp_path / "bf"
     convert(TOY_PATH, path, to="safetensors", dtype="bfloat16", progress=False)
     for options in {}, {"layers": 2, "embedding_dtype": "bfloat16"}:
@@ -305,6 +305,21 @@ def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path):
     stored, _ = open_tensors(path, TOY)
     assert whole.checkpoint_bytes == sum(tensor.values.nbytes for tensor in stored)
     assert grok1.plan(checkpoint=path, device="cpu", memory=0.001).streaming is None
+    capsys.readouterr()
+    (path / "model.safetensors.index.json").write_text("{}")
+    damaged = grok1.plan(checkpoint=path, device="cpu", memory=1)
+    assert damaged.weights_bytes < whole.weights_bytes
+    said = capsys.readouterr().err
+    assert "model.safetensors.index.json: expected a weight_map" in said
+    assert said.endswith(
+        "until the files are whole, the plan counts weights as released, in int8\n"
+    )
+
+
+def test_a_plan_of_a_configuration_alone_says_nothing(compiled, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(TOY.to_json())
+    grok1.plan(checkpoint=tmp_path, device="cpu", memory=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_types_in_memory_are_compiled(monkeypatch):
