@@ -296,13 +296,13 @@ class App:
 
     async def _trace(self, request: Request) -> Response:
         body = await self._read(request, bodies.TraceBody)
-        server = self._ready()
+        server, limits = self._ready(), self._limits
         if not server.model.engine.setup.is_alone:
             raise RefusalError("a model of several processes is not traced here", status=501)
         lens_top = 3 if body.lens_top is None else body.lens_top
         asks.within("lens_top", lens_top, 1, 10, "from 1 to 10")
         sampling = bodies.SamplingBody(add_special_tokens=body.add_special_tokens)
-        [prompt] = asks.read_prompts(body.prompt, server, self._limits, sampling)
+        [prompt] = await asyncio.to_thread(asks.read_prompts, body.prompt, server, limits, sampling)
         most = min(_MOST_TRACED, server.sizes.capacity)
         if len(prompt.tokens) > most:
             raise RefusalError(
@@ -351,7 +351,7 @@ class App:
         body = await self._read(request, bodies.DetokenizeBody)
         tokenizer = self._tokenizer()
         tokens = asks.checked_ids("tokens", body.tokens, tokenizer.vocab_size)
-        return Json({"prompt": tokenizer.decode(tokens)})
+        return Json({"prompt": await asyncio.to_thread(tokenizer.decode, tokens)})
 
     async def _tokenizer_info(self, request: Request) -> Response:
         tokenizer = self._tokenizer()
@@ -413,8 +413,8 @@ async def _all(ask: Ask) -> None:
 
 
 def _num_characters(source: Any) -> int:
-    if isinstance(source, str):
+    if isinstance(source, list) and not (source and isinstance(source[0], int)):
+        return sum(map(_num_characters, source))
+    if isinstance(source, (str, list)):
         return len(source)
-    if not isinstance(source, list):
-        return 0
-    return sum(len(one) if isinstance(one, str) else 1 for one in source)
+    return _num_characters(getattr(source, "content", None) or getattr(source, "text", None) or "")

@@ -1,5 +1,6 @@
 """The protocol over HTTP, by OpenAI's own client and by hand."""
 
+import asyncio
 import dataclasses
 import json
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from grok1.engine.engine import Engine
 from grok1.server import running
+from grok1.tokenizer import Tokenizer
 from tests.server.test_core import idle
 
 TEXT = "The answer to life"
@@ -275,6 +277,48 @@ def test_what_is_no_path_is_an_error(http, method, path, status):
     answer = http.request(method, path, json={})
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
+
+
+LONG_TEXT, LONG_IDS = "x " * 12_000, [5] * 24_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": LONG_TEXT}),
+        ("/v1/completions", {"prompt": ["a", LONG_TEXT]}),
+        ("/v1/completions", {"prompt": LONG_IDS}),
+        ("/v1/completions", {"prompt": [[5], LONG_IDS]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG_TEXT}]}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": LONG_TEXT}]}]},
+        ),
+        ("/v1/score", {"prompt": LONG_TEXT}),
+        ("/v1/trace", {"prompt": LONG_TEXT}),
+        ("/v1/trace", {"prompt": LONG_IDS}),
+        ("/tokenize", {"prompt": LONG_TEXT}),
+        ("/detokenize", {"tokens": LONG_IDS}),
+    ],
+)
+def test_long_texts_keep_nobody_else_waiting(http, monkeypatch, path, body):
+    names = []
+
+    def noted(function):
+        def note(*arguments, **options):
+            try:
+                asyncio.get_running_loop()
+                names.append("the event loop")
+            except RuntimeError:
+                names.append("beside it")
+            return function(*arguments, **options)
+
+        return note
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(Tokenizer, name, noted(getattr(Tokenizer, name)))
+    assert http.post(path, json=body).status_code in (200, 400)
+    assert set(names) == {"beside it"}
 
 
 def test_metrics_count_turns_and_tokens(http, complete, server):
