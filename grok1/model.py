@@ -76,6 +76,17 @@ class Model:
         ]
         return f"Model({', '.join(parts)})"
 
+    def __copy__(self) -> "Model":
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a model lies on its devices, and is neither pickled nor deeply copied; load it in the "
+            "process that needs it, or take copy.copy(model), which shares its weights"
+        )
+
     @property
     def offload_stats(self) -> OffloadStats | None:
         """What streaming experts from their files has cost so far; None for a resident model."""

@@ -1,7 +1,9 @@
 """What a user of `grok1.load` relies on: batches, streams, stops, seeds, and clear refusals."""
 
+import copy
 import dataclasses
 import pathlib
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -253,6 +255,20 @@ def test_options_that_are_refused(nano, options, error, message):
 def test_logits_refuses_what_is_no_token_array(nano, tokens, message):
     with pytest.raises(ValueError, match=message):
         nano.logits(tokens)
+
+
+def test_a_model_is_copied_with_its_weights_and_not_without(nano):
+    changed = nano.intervene(grok1.AblateExperts(1))
+    for model in (nano, changed):
+        for take in (pickle.dumps, copy.deepcopy, lambda one: copy.deepcopy([one])):
+            with pytest.raises(
+                TypeError, match=r"^a model lies on its devices, and is neither pick"
+            ):
+                take(model)
+        made = copy.copy(model)
+        assert type(made) is type(model)
+        assert made.params is model.params
+        np.testing.assert_array_equal(made.logits([5, 7]), model.logits([5, 7]))
 
 
 def test_stream_needs_a_tokenizer_and_one_prompt(nano, toy):
