@@ -26,7 +26,8 @@ import grok1
 from benchmarks.figures import Figure
 from benchmarks.gpu_timing import Timed, bandwidth, share_of_several
 from benchmarks.machine import ROOT
-from grok1.ops.cuda import check, presence
+from grok1.ops.check import comparison
+from grok1.ops.cuda import presence
 
 SECONDS = 360.0
 """What the whole may take; what has not begun by then is left out, and named."""
@@ -129,11 +130,13 @@ def _kernels() -> Iterator[Figure]:
     runs = presence.kernels()
     for operation in presence.OPERATIONS:
         worst, where = 0.0, ""
-        for name, difference in check.differences(operation):
+        for name, difference in comparison.differences(operation):
             if not difference <= worst:
                 worst, where = difference, name
         details = {"worst on": where, "chosen": operation in runs}
-        yield Figure(f"kernel {operation}", worst, "relative", check.TOLERANCE, details=details)
+        yield Figure(
+            f"kernel {operation}", worst, "relative", comparison.TOLERANCE, details=details
+        )
 
 
 def _error(found: Any, expected: Any) -> float:

@@ -29,6 +29,7 @@ from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
 from grok1.nn.manifest import TensorSpec
+from grok1.ops.attention import SOFT_CAP
 from grok1.ops.formats import INT4
 from grok1.ops.int4 import CODE_ROWS, Int4Array, unpack
 from grok1.tokenizer import Tokenizer, is_control_spelling
@@ -42,7 +43,6 @@ _BLOCKS = {"q8_0": (_BLOCK, _BLOCK_BYTES), "iq4_xs": (256, 136)}
 _ELSE = "convert with --to safetensors instead"
 # Types of pieces, in llama.cpp as in SentencePiece.
 _ORDINARY, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-_SOFT_CAP = 30.0  # Of attention logits, as trained.
 _EPSILON = 1e-5  # Of the norms, as trained.
 _NAMES = {
     "language_model/in_out_embed/embeddings": "token_embd",
@@ -191,7 +191,7 @@ def header(
     writer.add_layer_norm_rms_eps(_EPSILON)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_selected_experts)
-    writer.add_attn_logit_softcapping(_SOFT_CAP)
+    writer.add_attn_logit_softcapping(SOFT_CAP)
     writer.add_attn_output_scale(config.attn_output_multiplier)
     writer.add_embedding_scale(config.embedding_multiplier_scale)
     writer.add_logit_scale(config.output_multiplier_scale)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from grok1.ops import forms
 from grok1.ops.cpu import rowwise
-from grok1.ops.cuda import calls_of_rows, shapes_of_rows
+from grok1.ops.cuda import calls_of_rows, shapes, shapes_of_rows
 from grok1.ops.layers import RMS_NORM_EPSILON, exact_einsum
 from grok1.ops.residual import add_branch
 
@@ -147,8 +147,8 @@ def route_by_cpp(
 
 def _is_no_route_for_cuda(x, routers, layer) -> str | None:
     reason = shapes_of_rows.refusal_of_rows(x.shape)
-    if reason is None and routers.shape[-1] > shapes_of_rows.MOST_EXPERTS:
-        return f"it chooses from up to {shapes_of_rows.MOST_EXPERTS} experts"
+    if reason is None and routers.shape[-1] > shapes.MOST_EXPERTS:
+        return f"it chooses from up to {shapes.MOST_EXPERTS} experts"
     return reason
 
 

@@ -15,7 +15,7 @@ def test_the_check_of_a_gpu_keeps_every_figure_and_goes_on_after_a_failure(tmp_p
         raise RuntimeError("no device\nand more")
         yield
 
-    monkeypatch.setattr(gpu_check.check, "differences", fails)
+    monkeypatch.setattr(gpu_check.comparison, "differences", fails)
     figures = gpu_check.run(tmp_path, only=("kernels", "nano in float32"))
     named = {figure.name: figure for figure in figures}
     assert named["kernels"].value is None

@@ -23,13 +23,13 @@ from grok1.ops.cuda.shapes import Matrix
 from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
+from tests.ops.cuda_cases import LAYER, assert_close, choices, gelu, inputs
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 
 EXACT = 2e-6  # float32 inputs in three terms, or of bfloat16
 TWO_TERMS = 1e-5
 BFLOAT16 = 4e-3  # hidden numbers of many tokens
-LAYER = np.array([1], np.int32)
 
 # What of the inputs counts, tokens, experts a token, experts, model dim, hidden dim, groups of
 # gate and up, groups of down: one tile and several, no multiples of a tile, groups that end within
@@ -102,33 +102,6 @@ def weight(rng, lead, rows, columns, groups):
     scales = (0.005 + 0.01 * rng.random((*lead, groups, columns))).astype(ml_dtypes.bfloat16)
     grouped = values.astype(np.float64).reshape(*lead, groups, rows // groups, columns)
     return values, scales, (grouped * scales.astype(float)[..., None, :]).reshape(values.shape)
-
-
-def inputs(rng, shape, precision):
-    x = rng.standard_normal(shape).astype(np.float32)
-    return x.astype(ml_dtypes.bfloat16).astype(np.float32) if precision == "bfloat16" else x
-
-
-def assert_close(found, expected, relative):
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=relative * np.abs(expected).max())
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def choices(rng, tokens, selected, num_experts, how):
-    """Experts of each token, and which tokens are real."""
-    if how == "all to one":
-        first = np.full((tokens, 1), num_experts - 1)
-        others = np.arange(selected - 1)[None].repeat(tokens, axis=0)
-        return np.concatenate([first, others], axis=1).astype(np.int32), np.ones(tokens, bool)
-    indices = np.stack([rng.permutation(num_experts)[:selected] for _ in range(tokens)])
-    if how == "some to none":
-        indices[:: max(2, tokens // 2), -1] = num_experts
-        return indices.astype(np.int32), np.arange(tokens) % 3 != 1
-    return indices.astype(np.int32), np.ones(tokens, bool)
 
 
 @pytest.mark.parametrize("how", ["at random", "all to one", "some to none"])

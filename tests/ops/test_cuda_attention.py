@@ -8,7 +8,7 @@ from grok1.ops.cuda import shapes_of_rows
 from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
-from tests.ops.test_cuda import LAYER, assert_close
+from tests.ops.cuda_cases import LAYER, assert_close
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 

@@ -13,7 +13,8 @@ import pytest
 
 from grok1.machine import announcement
 from grok1.ops import forms
-from grok1.ops.cuda import build, calls, check, presence
+from grok1.ops.check import comparison
+from grok1.ops.cuda import build, calls, presence
 from grok1.ops.experts import ExpertWeights, experts
 from grok1.ops.quantized import quantize
 from grok1.ops.routing import choose_experts
@@ -38,9 +39,9 @@ def on_cpu(monkeypatch):
 )
 def test_the_check_of_a_device_finds_no_fault(operation, monkeypatch):
     most = None if SLOW_TESTS else 1
-    all_of = check.cases
-    monkeypatch.setattr(check, "cases", lambda of: itertools.islice(all_of(of), most))
-    assert check.problem_of(operation) == ""
+    all_of = comparison.cases
+    monkeypatch.setattr(comparison, "cases", lambda of: itertools.islice(all_of(of), most))
+    assert comparison.problem_of(operation) == ""
 
 
 def test_experts_by_tiles_give_nothing_to_padding_and_to_no_expert():
@@ -58,7 +59,7 @@ def test_experts_by_tiles_give_nothing_to_padding_and_to_no_expert():
     with presence.assumed():
         found = experts(x, weights, (), routing, valid, "cuda_tiles")
     expected = experts(x, weights, (), routing, valid, "sparse")
-    assert check.relative_difference(found, expected) < check.TOLERANCE
+    assert comparison.relative_difference(found, expected) < comparison.TOLERANCE
     np.testing.assert_array_equal(np.asarray(found)[~valid], 0)
 
 
@@ -67,19 +68,19 @@ def test_the_check_of_a_device_names_a_fault(monkeypatch):
         return [jnp.zeros(array.shape, array.dtype) for array in kernel.outputs]
 
     monkeypatch.setattr(calls, "call", wrong)
-    assert check.problem_of("norm") == "on 3 rows it is 1.0e+00 away"
+    assert comparison.problem_of("norm") == "on 3 rows it is 1.0e+00 away"
 
     def not_a_number(kernel, *inputs):
         return [jnp.full(array.shape, jnp.nan, array.dtype) for array in kernel.outputs]
 
     monkeypatch.setattr(calls, "call", not_a_number)
-    assert check.problem_of("add_norm") == "on 1 norms it is nan away"
+    assert comparison.problem_of("add_norm") == "on 1 norms it is nan away"
 
     def fails(kernel, *inputs):
         raise RuntimeError("CUDA_ERROR_INVALID_PTX\nand more")
 
     monkeypatch.setattr(calls, "call", fails)
-    assert check.problem_of("route") == "RuntimeError: CUDA_ERROR_INVALID_PTX"
+    assert comparison.problem_of("route") == "RuntimeError: CUDA_ERROR_INVALID_PTX"
 
 
 def test_the_check_of_a_device_says_each_verdict(monkeypatch, capsys):
@@ -92,7 +93,7 @@ def test_the_check_of_a_device_says_each_verdict(monkeypatch, capsys):
 
     monkeypatch.setattr(presence, "OPERATIONS", ("route", "experts_prompt", "norm"))
     monkeypatch.setattr(calls, "call", fails)
-    check.main()
+    comparison.main()
     lines = map(json.loads, capsys.readouterr().out.splitlines())
     found = {line["operation"]: line["problem"] for line in lines}
     # The second is for devices of another kind.

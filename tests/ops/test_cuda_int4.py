@@ -11,7 +11,7 @@ from grok1.ops.cuda import shapes, shapes_int4
 from grok1.ops.cuda.shapes import Matrix
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
-from tests.ops.test_cuda import LAYER, assert_close, choices, gelu, inputs
+from tests.ops.cuda_cases import LAYER, assert_close, choices, gelu, inputs
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 

@@ -8,10 +8,10 @@ from grok1.ops.cuda import shapes_of_prompts
 from grok1.ops.cuda.shapes import Matrix
 from tests.helpers import slow
 from tests.ops import standin
+from tests.ops.cuda_cases import LAYER, gelu
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 
-LAYER = np.array([1], np.int32)
 NEAR = 2e-3  # weights with scales of groups, and hidden numbers, are rounded to bfloat16
 
 # Rows of each expert, width, hidden width, groups of gate and of down: one of each number of
@@ -42,10 +42,6 @@ def weight(rng, num_experts, rows, columns, groups):
     grouped = values.astype(np.float32).reshape(2, num_experts, groups, -1, columns)
     exact = (grouped * scales.astype(np.float32)[..., None, :]).reshape(values.shape)
     return values, scales, exact if groups == 1 else exact.astype(ml_dtypes.bfloat16)
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def found_and_expected(library, case, backward=False):

@@ -7,10 +7,10 @@ from grok1.ops.cuda import shapes_of_prompts
 from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import slow
 from tests.ops import standin
+from tests.ops.cuda_cases import LAYER
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 
-LAYER = np.array([1], np.int32)
 HALF = 2**-10  # weights and values have 11 bits
 
 # Several rows of a cache that is no multiple of a tile; one block whose last warps have few rows;

@@ -6,7 +6,7 @@ import pytest
 from grok1.ops.cuda import shapes_of_rows
 from grok1.ops.cuda.shapes_of_rows import Router
 from tests.ops import standin
-from tests.ops.test_cuda import LAYER, assert_close
+from tests.ops.cuda_cases import LAYER, assert_close
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 

@@ -129,7 +129,9 @@ def _capability(device: Any) -> tuple[int, int] | None:
 
 def _verdicts(kinds: list[str]) -> dict[str, str]:
     """For each operation what is wrong with its kernels on these devices, empty for nothing."""
-    sources = [path for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".py")]
+    folders = SOURCES, SOURCES.parent / "check"
+    files = sorted(path for folder in folders for path in folder.iterdir())
+    sources = [path for path in files if path.suffix in (".h", ".py")]
     digest = hashlib.sha256()
     for path in sources:
         digest.update(path.read_bytes())
@@ -150,9 +152,9 @@ def _verdicts(kinds: list[str]) -> dict[str, str]:
 
 
 def _checked() -> tuple[dict[str, str], bool]:
-    """Runs `check` in a process of its own; (verdicts, whether it came to one for each)."""
+    """Runs `ops.check` in a process of its own; (verdicts, whether it came to one for each)."""
     # This process has taken most of the device's memory; the other needs little of the rest.
-    command = [sys.executable, "-c", "from grok1.ops.cuda.check import main; main()"]
+    command = [sys.executable, "-c", "from grok1.ops.check.comparison import main; main()"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -14,7 +14,6 @@
 // A warp reads rows of the copy together, a piece of each at a time: columns, and bytes.
 constexpr int PIECE = 256, ROWS_OF_WARP = 16;
 
-DEVICE float no_number() { return float_of_bits(0x7fc00000u); }
 DEVICE float lowest() { return float_of_bits(0xff800000u); }
 
 // The largest over all threads of a block, in each of them, or what is no number; `shared` has a

@@ -12,8 +12,6 @@ MOST_QUERIES = 64
 MOST_WIDTH = 16384
 """Of a row that is normed or routed."""
 
-MOST_EXPERTS = 32
-
 _KINDS = {"float32": "FLOAT32", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int8": "INT8"}
 _WARPS = 8
 _BUSY = 96  # blocks that keep the memory busy

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from grok1.machine.processor import available_cores
+from grok1.ops.check.cases import cases
 from grok1.ops.cuda import presence
-from grok1.ops.cuda.cases import cases
 
 TOLERANCE = 2e-3
 """Largest difference, relative to the largest number: between what rounds otherwise and a fault."""

@@ -1,4 +1,4 @@
-"""Small random cases of every operation that has a CUDA kernel, and XLA's form; see `check`."""
+"""Small random cases of every operation that has a CUDA kernel, and XLA's form of it."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -219,31 +219,29 @@ def _of_inputs(
         yield f"{rows} x {length} into {dtype}", (kernel, by_xla, arguments)
 
 
+def _attended(query: Any, *arguments: Any) -> Any:
+    return attend_blocked(query.astype(jnp.float32), *arguments, 0.3)
+
+
 def _of_attention(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     def kernel(*arguments):
         return attend_cuda(*arguments, 0.3)
-
-    def form(query, *arguments):
-        return attend_blocked(query.astype(jnp.float32), *arguments, 0.3)
 
     for dtype, rows, length in _CALLS:
         query = rng.standard_normal((rows, length, 2, 3, 64)).astype(np.float32)
         cache, place = _cache(rng, dtype, rows), _place(rng, rows, length)
         arguments = (query, cache, np.int32(1), place)
-        yield f"{rows} x {length} in {dtype}", (kernel, form, arguments)
+        yield f"{rows} x {length} in {dtype}", (kernel, _attended, arguments)
 
 
 def _of_prompts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     def kernel(*arguments):
         return attend_cuda_tiles(*arguments, 0.3)
 
-    def form(query, *arguments):
-        return attend_blocked(query.astype(jnp.float32), *arguments, 0.3)
-
     rows, length = 2, 100
     query = rng.standard_normal((rows, length, 2, 3, 64)).astype(np.float16)
     cache, place = _cache(rng, "float16", rows), _place(rng, rows, length)
-    yield f"{rows} x {length}", (kernel, form, (query, cache, np.int32(1), place))
+    yield f"{rows} x {length}", (kernel, _attended, (query, cache, np.int32(1), place))
 
 
 def _of_many_tokens(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
