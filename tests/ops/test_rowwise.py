@@ -13,7 +13,7 @@ from grok1.ops import forms, int4
 from grok1.ops.cpu import bindings
 from grok1.ops.experts import ExpertWeights, experts
 from grok1.ops.quantized import QuantizedArray
-from grok1.ops.routing import choose_experts
+from grok1.ops.routing import Selection, choose_experts
 from tests.helpers import SLOW_TESTS, slow
 
 pytestmark = pytest.mark.not_on_gpu("a row has the same bits in any batch in the CPU's form alone")
@@ -149,8 +149,7 @@ def test_the_router(num_experts):
     x, routers = normal(0, NUM_ROWS, 100), jnp.asarray(normal(1, 2, 100, num_experts))
 
     def run(x):
-        options = {"num_selected": 2, "softcap": 30.0, "renormalize": True}
-        how = {"implementation": "cpp", **options}
+        how = {"implementation": "cpp", "selection": Selection(2, 30.0, True)}
         return forms.run("route", x, routers, jnp.int32(1), **how)
 
     logits, probs, indices, weights = assert_rows_are_alike(run, x)
@@ -169,7 +168,7 @@ def test_the_router(num_experts):
 def test_the_router_takes_the_lower_of_equal_experts_and_survives_what_is_no_number():
     x = jnp.array([[1.0, 0.0], [0.0, 1.0], [np.nan, 1.0], [0.0, 0.0]])
     routers = jnp.array([[[0.0, 2.0, 2.0, 1.0], [3.0, 1.0, 3.0, 3.0]]])
-    options = {"num_selected": 3, "softcap": None, "renormalize": False}
+    options = {"selection": Selection(3)}
     for form in ("cpp", "xla"):
         _, routing = forms.run("route", x, routers, jnp.int32(0), implementation=form, **options)
         indices = np.asarray(routing.expert_indices)
