@@ -145,7 +145,10 @@ def place_of(
     """Where the next `length` tokens of some rows stand, of which `num_valid` are real."""
     filled = cache.length.at[slots].get(mode="fill", fill_value=0)
     offsets = jnp.arange(length)
-    return Place(slots, filled[:, None] + offsets, offsets < num_valid[:, None])
+    # Padding stands where the last real token does: behind that the cache holds what an earlier
+    # text has left, which may be no number, and times a weight of 0 it would be none.
+    seen = jnp.minimum(offsets, jnp.maximum(num_valid - 1, 0)[:, None])
+    return Place(slots, filled[:, None] + seen, offsets < num_valid[:, None])
 
 
 def grown(cache: KVCache, slots: Int[Array, " R"], num_valid: Int[Array, " R"]) -> KVCache:

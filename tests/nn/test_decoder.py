@@ -88,6 +88,22 @@ def test_chunks_and_single_steps_equal_one_forward_pass(nano, nano_reference):
     assert relative_error(np.concatenate(found), whole) <= 2e-5
 
 
+def test_what_an_earlier_text_has_left_behind_a_chunk_does_not_matter(nano, nano_reference):
+    tokens = nano_reference["tokens"][:5]
+    expected, _ = run(nano.engine, tokens, 16)
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, :5] = tokens
+    state = nano.engine.new_state(padded)
+    cache = state.cache
+    no_numbers = {
+        name: jax.device_put(np.full(of.shape, np.nan, of.dtype), of.sharding)
+        for name, of in (("k", cache.k), ("v", cache.v))
+    }
+    state = state._replace(cache=cache._replace(**no_numbers))
+    _, logits, _ = nano.engine.score(state, np.array([5], np.int32), 16)
+    np.testing.assert_array_equal(np.asarray(logits)[0, :5], expected)
+
+
 @pytest.mark.parametrize(
     ("mesh", "cache_dtypes"),
     [
