@@ -105,11 +105,13 @@ static void run_fiber() {
   _longjmp(scheduler, 1);
 }
 
-// Runs one block after the other; `backward` lets the last thread go first.
+// Runs one block after the other; `backward` lets the last block and thread go first.
 static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threads, bool backward) {
   body = kernel, arguments = buffers;
   gridDim = grid, blockDim = {threads, 1, 1};
-  for (int number = 0; number < grid.x * grid.y * grid.z; ++number) {
+  const int blocks = grid.x * grid.y * grid.z;
+  for (int turn_of_block = 0; turn_of_block < blocks; ++turn_of_block) {
+    const int number = backward ? blocks - 1 - turn_of_block : turn_of_block;
     blockIdx = {number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
     fibers.resize(threads);
     warps.assign((threads + 31) / 32, Warp());

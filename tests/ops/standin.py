@@ -89,7 +89,7 @@ def run(
       library: Of `build`.
       kernel: One of its kernels.
       *inputs: As the kernel's.
-      backward: Whether the last threads go first.
+      backward: Whether the last blocks and threads go first.
     """
     arrays = [np.ascontiguousarray(array) for array in inputs]
     assert [str(array.dtype) for array in arrays] == list(kernel.inputs)

@@ -211,6 +211,8 @@ BREAKS = [
         test_a_step_is_its_parts,
         0,
     ),
+    # Any block may be the last.
+    ("of < part.count; of += 32", "of <= part.number; of += 32", test_attention, 0),
 ]
 """A text of the sources, what stands there when it is broken, the test that sees it, and of which
 heads."""
