@@ -77,11 +77,8 @@ def token_statistics(
         # The maximum is of the whole vocabulary, so that no exponential overflows on any device.
         largest = jax.lax.pmax(logits.max(axis=-1), MODEL_AXIS)
         shifted = logits - largest[:, None]
-        exponentials = jnp.exp(shifted)
-        total, weighted = jax.lax.psum(
-            (exponentials.sum(axis=-1), (exponentials * shifted).sum(axis=-1)), MODEL_AXIS
-        )
-        log_total = jnp.log(total)
+        total, weighted = jax.lax.psum(vocabulary.exponential_sums(shifted), MODEL_AXIS)
+        log_total = vocabulary.log(total)
 
         local = tokens - first
         is_here = (local >= 0) & (local < vocab_here)
@@ -142,8 +139,10 @@ def logit_lens(
     """
     logits = unembed(embedding, config, norm(x, final_norm))
     best, tokens = jax.lax.top_k(logits, num_top)
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return tokens.astype(jnp.int32), best - total
+    largest = logits.max(axis=-1, keepdims=True)
+    total, _ = vocabulary.exponential_sums(logits - largest)
+    # As of the head that scores: first what is exact between neighbours, then the rounding.
+    return tokens.astype(jnp.int32), best - largest - vocabulary.log(total)[:, None]
 
 
 def most_probable(

@@ -59,6 +59,8 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
         "cuda": ("cuda", "direct"),
         "default": ("direct",),
     },
+    "exponential_sums": {"cpu": ("cpp", "xla"), "default": ("xla",)},
+    "log": {"cpu": ("cpp", "xla"), "default": ("xla",)},
     "convert": {"cuda": ("cuda", "xla"), "default": ("xla",)},
     "convert_int4": {"cuda": ("cuda", "xla"), "default": ("xla",)},
 }

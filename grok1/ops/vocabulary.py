@@ -1,4 +1,5 @@
-"""Products with the rows of the embedding: all of them, or the largest by way of an int8 copy.
+"""Products with the rows of the embedding, all of them or the largest by way of an int8 copy, and
+what normalises them.
 
 Dimension key: M row, V rows of the embedding, D columns.
 """
@@ -19,6 +20,23 @@ Largest = tuple[Int[Array, " M"], Float[Array, " M"]]
 def logits(x: Float[Array, "M D"], embedding: Float[Array, "V D"]) -> Float[Array, "M V"]:
     """The products with all rows, in float32."""
     return forms.run("logits", x, embedding)
+
+
+def exponential_sums(
+    shifted: Float[Array, "M V"], implementation: str | None = None
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    """The sum of `exp(shifted)` over each row, and that of `exp(shifted) * shifted`; float32.
+
+    Args:
+      shifted: float32, not above 0.
+      implementation: "xla" or "cpp"; None for that of `forms.PREFERRED`.
+    """
+    return forms.run("exponential_sums", shifted, implementation=implementation)
+
+
+def log(x: Float[Array, " M"], implementation: str | None = None) -> Float[Array, " M"]:
+    """The natural logarithm of each row's number; arguments as for `exponential_sums`."""
+    return forms.run("log", x, implementation=implementation)
 
 
 def most_probable(
@@ -80,6 +98,31 @@ def _logits_by_three_terms(
     # cores. Those of float32 on ordinary cores take three times as long as the table is read.
     algorithm = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return jnp.einsum("MD,VD->MV", x, embedding, precision=algorithm)
+
+
+@forms.form("exponential_sums", "xla")
+def _exponential_sums_by_xla(
+    shifted: Float[Array, "M V"],
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    exponentials = jnp.exp(shifted)
+    return exponentials.sum(axis=-1), (exponentials * shifted).sum(axis=-1)
+
+
+@forms.form("exponential_sums", "cpp")
+def _exponential_sums_cpp(
+    shifted: Float[Array, "M V"],
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    return rowwise.exponential_sums(shifted)
+
+
+@forms.form("log", "xla")
+def _log_by_xla(x: Float[Array, " M"]) -> Float[Array, " M"]:
+    return jnp.log(x)
+
+
+@forms.form("log", "cpp")
+def _log_cpp(x: Float[Array, " M"]) -> Float[Array, " M"]:
+    return rowwise.log(x)
 
 
 @forms.form("most_probable", "direct")

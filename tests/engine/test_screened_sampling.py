@@ -118,10 +118,23 @@ def test_a_measured_draw_does_not_depend_on_its_batch():
     found = measured(5)(embedding, x, allowed, state, positions)
     turned = SamplingState(*(part[::-1] for part in state))
     again = measured(5)(embedding, x[::-1], allowed[::-1], turned, positions[::-1])
-    np.testing.assert_array_equal(again[0], found[0][::-1])
-    np.testing.assert_array_equal(again[2], found[2][::-1])
-    for one, other in ((1, 1), (3, 3)):
-        np.testing.assert_allclose(again[one], found[other][::-1], rtol=1e-6, atol=1e-6)
+    for one, other in zip(again, found, strict=True):
+        np.testing.assert_array_equal(one, other[::-1])
+
+
+# Inputs are multiplied by four, by two and one by one.
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_measured_draw_does_not_depend_on_how_many_rows_there_are(count):
+    for seed in range(2):
+        embedding, x, allowed, state = screened_cases(seed, 32, width=200)
+        positions = np.arange(32)
+        whole = measured(5)(embedding, x, allowed, state, positions)
+        for first in range(0, 32 - count, count):
+            rows = slice(first, first + count)
+            few = SamplingState(*(part[rows] for part in state))
+            part = measured(5)(embedding, x[rows], allowed[rows], few, positions[rows])
+            for one, of_all in zip(part, whole, strict=True):
+                np.testing.assert_array_equal(one, of_all[rows])
 
 
 def test_where_logits_are_not_finite_measured_log_probabilities_are_no_numbers():

@@ -85,8 +85,8 @@ void products() {
   for (int64_t row = 0; row < kColumns; ++row) {
     const int8_t* of_row = values.data() + row * kDepth;
     grok1::dot<1>(grok1::PlainRow<int8_t>{of_row}, x.data(), kDepth, &plain[row]);
-    grok1::dot_fine<1>(of_row, remainders.data() + row * grok1::remainders_size(kDepth), x.data(),
-                       kDepth, &sum, &fine[row]);
+    grok1::dot_fine<1, 1>(of_row, remainders.data() + row * grok1::remainders_size(kDepth),
+                          x.data(), kDepth, &sum, &fine[row]);
   }
   write("dot", "<f4", plain);
   write("dot_fine", "<f4", fine);

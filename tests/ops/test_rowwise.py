@@ -4,11 +4,17 @@ The router must not send a token elsewhere for its neighbours' sake, nor an answ
 load of a server.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+from grok1 import TOY
+from grok1.nn.sharding import MODEL_AXIS, make_mesh
+from grok1.nn.unembedding import logit_lens, token_statistics
 from grok1.ops import forms, int4
 from grok1.ops.cpu import bindings
 from grok1.ops.experts import ExpertWeights, experts
@@ -187,3 +193,39 @@ def test_logits(depth, size):
     (found,) = assert_rows_are_alike(run, x)
     exact = x.astype(np.float64) @ table.astype(np.float64).T
     np.testing.assert_allclose(found, exact, rtol=1e-6, atol=4e-5)
+
+
+@pytest.mark.parametrize("size", [3, 1280, 5003])
+def test_sums_of_exponentials_and_their_logarithms(size):
+    shifted = np.minimum(3 * normal(0, NUM_ROWS, size) - 4, 0)
+
+    def run(shifted):
+        sums = forms.run("exponential_sums", shifted, implementation="cpp")
+        return sums, forms.run("log", sums[0], implementation="cpp")
+
+    total, weighted, log_total = assert_rows_are_alike(run, shifted)
+    powers = np.exp(shifted.astype(np.float64))
+    np.testing.assert_allclose(total, powers.sum(-1), rtol=5e-7)
+    np.testing.assert_allclose(weighted, (powers * shifted).sum(-1), rtol=2e-6, atol=1e-9)
+    np.testing.assert_allclose(log_total, np.log(np.asarray(total, np.float64)), atol=1e-6)
+
+
+# Few logits a row XLA sums up otherwise for one row than for many.
+@pytest.mark.optimised
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_scores_of_tokens(num_devices):
+    config = dataclasses.replace(TOY, vocab_size=1280)
+    x, embedding = normal(0, NUM_ROWS, 64), normal(1, config.vocab_size, 64)
+    tokens = np.arange(NUM_ROWS, dtype=np.int32)
+    final_norm = np.ones(64, np.float32)
+
+    def run(embedding, x, tokens):
+        scored = token_statistics(embedding, config, x, tokens, 5)
+        return scored, logit_lens(embedding, final_norm, config, x, 5)
+
+    mesh = make_mesh(config, (1, num_devices))
+    specs = (PartitionSpec(MODEL_AXIS), PartitionSpec(), PartitionSpec())
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )
+    assert_rows_are_alike(lambda x, tokens: sharded(jnp.asarray(embedding), x, tokens), x, tokens)

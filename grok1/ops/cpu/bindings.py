@@ -43,6 +43,8 @@ ADD_NORM = "grok1_add_norm"
 ROTATE = "grok1_rotate"
 ROUTE = "grok1_route"
 TABLE_PRODUCTS = "grok1_table_products"
+EXPONENTIAL_SUMS = "grok1_exponential_sums"
+LOG = "grok1_log"
 # Called by `draws`.
 SAMPLE = "grok1_sample"
 DRAW = "grok1_draw"
@@ -95,6 +97,8 @@ def _is_available() -> bool:
             ROTATE,
             ROUTE,
             TABLE_PRODUCTS,
+            EXPONENTIAL_SUMS,
+            LOG,
             SAMPLE,
             DRAW,
             DRAW_MEASURED,

@@ -42,6 +42,36 @@ inline double sum_of_exponentials(const float* logits, int64_t size, float large
   return total;
 }
 
+// Of each row of shifted[R, V], logits below the largest: the sum of their exponentials, and of these
+// times what they are of. As above in float32 within blocks.
+inline void exponential_sums(xla::ffi::ThreadPool& pool, const float* shifted, int64_t num_rows,
+                             int64_t size, float* totals, float* weighted) {
+  constexpr int64_t kBlock = 64 * kLanes;
+  run_units(pool, num_rows, [&](int64_t row) {
+    const float* logits = shifted + row * size;
+    double total = 0, of_weighted = 0;
+    int64_t i = 0;
+    while (i + kLanes <= size) {
+      Floats sum{}, weighted_sum{};
+      const int64_t end = std::min(i + kBlock, size);
+      for (; i + kLanes <= end; i += kLanes) {
+        const Floats here = load(logits + i), power = exp(here);
+        sum += power;
+        weighted_sum = multiply_add(power, here, weighted_sum);
+      }
+      total += sum_of(sum);
+      of_weighted += sum_of(weighted_sum);
+    }
+    for (; i < size; ++i) {
+      const double power = std::exp(double{logits[i]});
+      total += power;
+      of_weighted += power * logits[i];
+    }
+    totals[row] = static_cast<float>(total);
+    weighted[row] = static_cast<float>(of_weighted);
+  });
+}
+
 // The ids of the `count` largest, best first.
 inline std::vector<int32_t> largest_of(const float* logits, int64_t size, int64_t count) {
   constexpr int64_t kFew = 256;

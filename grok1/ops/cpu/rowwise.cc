@@ -1,7 +1,10 @@
 // What is computed of each row by itself, as XLA sees it: norms, rotary phases, the choice of experts,
-// logits. A row's results have the same bits whatever rows come with it.
+// logits, sums of exponentials. A row's results have the same bits whatever rows come with it.
+
+#include <cmath>
 
 #include "buffers.h"
+#include "log_probabilities.h"
 #include "logits.h"
 #include "norm.h"
 #include "rotate.h"
@@ -44,6 +47,21 @@ ffi::Error TableProducts(Pool pool, Floats x, Floats table, FloatsOut out) {
   auto sizes = table.dimensions();
   grok1::table_products(pool, x.typed_data(), table.typed_data(), x.dimensions()[0], sizes[0],
                         sizes[1], out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error ExponentialSums(Pool pool, Floats shifted, FloatsOut totals, FloatsOut weighted) {
+  auto sizes = shifted.dimensions();
+  grok1::exponential_sums(pool, shifted.typed_data(), sizes[0], sizes[1], totals->typed_data(),
+                          weighted->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error Log(Floats x, FloatsOut out) {
+  const int64_t count = x.element_count();
+  for (int64_t i = 0; i < count; ++i) {
+    out->typed_data()[i] = static_cast<float>(std::log(double{x.typed_data()[i]}));
+  }
   return ffi::Error::Success();
 }
 
@@ -112,3 +130,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_route, Route,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_exponential_sums, ExponentialSums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<Pool>()
+                                  .Arg<Floats>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grok1_log, Log,
+                              ffi::Ffi::Bind().Arg<Floats>().Ret<ffi::Buffer<ffi::F32>>());

@@ -131,3 +131,28 @@ def table_products(x: Float[Array, "M D"], table: Float[Array, "V D"]) -> Float[
     bindings.require()
     out = jax.ShapeDtypeStruct((len(x), len(table)), jnp.float32)
     return jax.ffi.ffi_call(bindings.TABLE_PRODUCTS, out)(x, table)
+
+
+def exponential_sums(shifted: Float[Array, "M V"]) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    """Sums `exp(shifted)`, and `exp(shifted) * shifted`, over each row; all float32.
+
+    Args:
+      shifted: Not above 0.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    bindings.require()
+    out = jax.ShapeDtypeStruct((len(shifted),), jnp.float32)
+    total, weighted = jax.ffi.ffi_call(bindings.EXPONENTIAL_SUMS, (out, out))(shifted)
+    return total, weighted
+
+
+def log(x: Float[Array, " M"]) -> Float[Array, " M"]:
+    """The natural logarithm; float32.
+
+    Raises:
+      RuntimeError: If there is no library.
+    """
+    bindings.require()
+    return jax.ffi.ffi_call(bindings.LOG, jax.ShapeDtypeStruct(x.shape, jnp.float32))(x)

@@ -70,55 +70,73 @@ constexpr float kRemainderSteps = 15;
 constexpr int64_t kHalfLine = kCacheLine / 2;
 constexpr int kLineVectors = kCacheLine / kLanes;
 
-// Sums of an input, several for the latency of an addition.
-template <int kCount>
-constexpr int kSumsFine = std::min(8 / kCount, kLineVectors);
+// Sums of an input and a row, as many whatever is beside them: a product has the same bits then. For
+// the latency of an addition there are `kSideFine` of inputs and rows side by side.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kSumsFine = 4;
+constexpr int kSideFine = 1;
+#else
+constexpr int kSumsFine = 2;
+constexpr int kSideFine = 4;
+#endif
 
 inline int64_t remainders_size(int64_t depth) {
   return (depth + kCacheLine - 1) / kCacheLine * kHalfLine;
 }
 
-// parts[kCount, kSumsFine] += the products of a line's columns. All loops are of known length and
-// unrolled, or the sums would not stay in registers.
-template <int kCount>
+// parts[kRows, kCount, kSumsFine] += the products of a line's columns. All loops are of known length
+// and unrolled, or the sums would not stay in registers.
+template <int kRows, int kCount>
 __attribute__((always_inline)) inline void multiply_line_fine(
     const int8_t* values, const uint8_t* remainders, const float* x, int64_t depth,
-    Floats (&parts)[kCount][kSumsFine<kCount>]) {
+    Floats (&parts)[kRows][kCount][kSumsFine]) {
 #pragma GCC unroll 16
   for (int v = 0; v < kLineVectors; ++v) {
     const int column = v * kLanes;
-    const Floats weight = load(values + column) * kRemainderSteps +
-                          load_four_bits(remainders + column % kHalfLine, column < kHalfLine ? 0 : 4);
 #pragma GCC unroll 4
-    for (int m = 0; m < kCount; ++m) {
-      parts[m][v % kSumsFine<kCount>] += weight * load(x + m * depth + column);
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* codes = remainders + r * remainders_size(depth) + column % kHalfLine;
+      const Floats weight = load(values + r * depth + column) * kRemainderSteps +
+                            load_four_bits(codes, column < kHalfLine ? 0 : 4);
+#pragma GCC unroll 4
+      for (int m = 0; m < kCount; ++m) {
+        Floats& part = parts[r][m][v % kSumsFine];
+        part = multiply_add(weight, load(x + m * depth + column), part);
+      }
     }
   }
 }
 
-// Products with a row of the copy and what that leaves out, without its scale; `sums` are those of
-// the inputs' elements.
-template <int kCount>
+// products[kRows, kCount] with rows of the copy and what that leaves out, without their scales;
+// `sums` are those of the inputs' elements.
+template <int kRows, int kCount>
 void dot_fine(const int8_t* values, const uint8_t* remainders, const float* x, int64_t depth,
               const float* sums, float* products) {
-  Floats parts[kCount][kSumsFine<kCount>] = {};
+  const int64_t stride = remainders_size(depth);
+  Floats parts[kRows][kCount][kSumsFine] = {};
   int64_t k = 0;
   for (; k + kCacheLine <= depth; k += kCacheLine, remainders += kHalfLine) {
-    // Beyond the row comes the next one; an address past the table is harmless.
-    __builtin_prefetch(values + k + kAhead, 0, 2);
-    __builtin_prefetch(remainders + kAhead / 2, 0, 2);
-    multiply_line_fine<kCount>(values + k, remainders, x + k, depth, parts);
-  }
-  for (int m = 0; m < kCount; ++m) {
-    Floats sum = parts[m][0];
-    for (int s = 1; s < kSumsFine<kCount>; ++s) sum += parts[m][s];
-    float total = sum_of(sum);
-    for (int64_t column = 0; k + column < depth; ++column) {
-      const int shift = column < kHalfLine ? 0 : 4;
-      const int code = remainders[column % kHalfLine] >> shift & 15;
-      total += (values[k + column] * kRemainderSteps + code) * x[m * depth + k + column];
+    // Beyond these rows come the next ones; an address past the table is harmless.
+    for (int r = 0; r < kRows; ++r) {
+      __builtin_prefetch(values + r * depth + k + kAhead, 0, 2);
+      __builtin_prefetch(remainders + r * stride + kAhead / 2, 0, 2);
     }
-    products[m] = (total - kRemainderSteps / 2 * sums[m]) / kRemainderSteps;
+    multiply_line_fine<kRows, kCount>(values + k, remainders, x + k, depth, parts);
+  }
+  for (int r = 0; r < kRows; ++r, values += depth, remainders += stride) {
+    for (int m = 0; m < kCount; ++m) {
+      Floats sum = parts[r][m][0];
+      for (int s = 1; s < kSumsFine; ++s) sum += parts[r][m][s];
+      float total = sum_of(sum);
+      for (int64_t column = 0; k + column < depth; ++column) {
+        const int shift = column < kHalfLine ? 0 : 4;
+        const int code = remainders[column % kHalfLine] >> shift & 15;
+        const float weight = values[k + column] * kRemainderSteps + code;
+        total = multiply_add(weight, x[m * depth + k + column], total);
+      }
+      total = multiply_add(-kRemainderSteps / 2, sums[m], total);
+      products[r * kCount + m] = total / kRemainderSteps;
+    }
   }
 }
 
@@ -265,10 +283,11 @@ void screen_fine(const ScreenedTable& table, int64_t begin, const InputBlock& bl
                  float* products) {
   float sums[kCount];
   for (int m = 0; m < kCount; ++m) sums[m] = block.inputs[m].sum;
-  for (int64_t row = begin; row < begin + kRows; ++row, products += kCount) {
-    dot_fine<kCount>(table.values + row * table.depth,
-                     table.remainders + row * remainders_size(table.depth), block.inputs[0].x,
-                     table.depth, sums, products);
+  constexpr int kSide = std::min(kRows, std::max(1, kSideFine / kCount));
+  for (int64_t row = begin; row < begin + kRows; row += kSide, products += kSide * kCount) {
+    dot_fine<kSide, kCount>(table.values + row * table.depth,
+                            table.remainders + row * remainders_size(table.depth),
+                            block.inputs[0].x, table.depth, sums, products);
   }
 }
 
