@@ -166,7 +166,7 @@ def json_object(text: bytes | str) -> dict[str, Any]:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        found = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        found = json.loads(text, object_pairs_hook=unique_names, parse_int=_integer)
     except RecursionError:
         raise ValueError("is not JSON that can be read: it is nested too deeply") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -190,7 +190,12 @@ def _integer(digits: str) -> int | LongInteger:
     return int(digits) if len(digits) <= _MOST_DIGITS else LongInteger(digits)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dictionary of a JSON object's pairs: an `object_pairs_hook`.
+
+    Raises:
+      ValueError: If a name occurs twice, of which one value would be lost.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         name = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]

@@ -199,6 +199,15 @@ def test_a_comparison_in_a_notebook(toy, other):
         assert text in shown
 
 
+def test_comparisons_are_compared_by_value(toy, other):
+    found = grok1.compare(toy, other, "Of one text")
+    again = found._replace(divergences=found.divergences.copy(), tokens=[*found.tokens])
+    assert found == again
+    assert not found != again
+    assert found != found._replace(divergences=found.divergences + 1)
+    assert found != found._replace(a="another")
+
+
 def test_positions_and_values_must_fit_the_text(nano):
     tokens = np.arange(100) % 128
     patch = grok1.Patch("residual", np.zeros((12, 5, 64)))

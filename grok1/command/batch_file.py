@@ -10,6 +10,7 @@ import numpy as np
 from grok1 import keywords
 from grok1.command.advice import FileError
 from grok1.command.answers import Answer, answers
+from grok1.files import unique_names
 from grok1.generate.options import GenerationOptions
 from grok1.model import Model
 
@@ -87,7 +88,7 @@ def run(model: Model, lines: list[Line]) -> Iterator[tuple[Line, Answer]]:
 
 def _line(raw: str, index: int, defaults: GenerationOptions, encode: Encode) -> Line:
     try:
-        given = json.loads(raw)
+        given = json.loads(raw, object_pairs_hook=unique_names)
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from None
     if not isinstance(given, dict) or "prompt" not in given:

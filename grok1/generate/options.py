@@ -97,6 +97,12 @@ class GenerationOptions:
                 raise ValueError("stop must not hold an empty string: it would end at once")
         self.sampling()
 
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        names = [field.name for field in dataclasses.fields(self)]
+        return all(_is_same(getattr(self, name), getattr(other, name)) for name in names)
+
     def _check_types(self) -> None:
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
@@ -212,6 +218,12 @@ def check_flags(**given: Any) -> None:
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, of Python or NumPy."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if hasattr(one, "shape") or hasattr(other, "shape"):
+        return np.array_equal(one, other)
+    return one == other
 
 
 def _is_several(value: Any) -> bool:

@@ -3,10 +3,13 @@
 A field that is null is as one that is not there.
 """
 
+import json
+import re
 from typing import Any, TypeVar
 
 import msgspec
 
+from grok1.files import unique_names
 from grok1.server.refusals import RefusalError
 
 B = TypeVar("B", bound="Body")
@@ -160,7 +163,9 @@ def decode(data: bytes, kind: type[B], ignore_unknown: bool = False) -> B:
     """
     taken = _lenient(kind) if ignore_unknown else kind
     try:
-        return msgspec.json.decode(data, type=taken)
+        body = msgspec.json.decode(data, type=taken)
+        _check_names(data)
+        return body
     except msgspec.ValidationError as error:
         message = str(error)
         path = message.partition(" - at `$")[2].rstrip("`").lstrip(".") or None
@@ -170,6 +175,23 @@ def decode(data: bytes, kind: type[B], ignore_unknown: bool = False) -> B:
         raise RefusalError(message, param=path) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RefusalError(f"the body must be a JSON object: {error}") from None
+
+
+_NAME = re.compile(rb'"([^"]{1,256})"[ \t\r\n]*:')
+
+
+def _check_names(data: bytes) -> None:
+    """Refuses a name that an object has twice: msgspec takes the last, as if it were alone."""
+    names = _NAME.findall(data)
+    # Lists of a million ids have few names, and need not be read once more.
+    if len(set(names)) == len(names):
+        return
+    try:
+        json.loads(data, object_pairs_hook=unique_names)
+    except RecursionError:
+        return  # in a field that nobody reads
+    except ValueError as error:
+        raise RefusalError(f"the body {error}; leave out one") from None
 
 
 _LENIENT: dict[type, type] = {}

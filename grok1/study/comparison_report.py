@@ -93,6 +93,17 @@ class Comparison(NamedTuple):
     notes: list[str]
     forced: ForcedComparison | None = None
 
+    # As a tuple, it would ask an array whether it is true.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Comparison):
+            return NotImplemented
+        mine, its = self._asdict(), other._asdict()
+        divergences = mine.pop("divergences"), its.pop("divergences")
+        return np.array_equal(*divergences, equal_nan=True) and mine == its
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     @property
     def mean_divergence(self) -> float:
         """Mean of KL(A || B) over the positions."""

@@ -300,6 +300,7 @@ def test_a_batch_file_gives_each_line_its_own_options(capsys, toy, tmp_path):
         ),
         ('{"prompt": "a", "metadata": 0}', "has no argument 'metadata'; it takes id, add_bos"),
         ('{"prompt": "a", "temperature": "0"}', "line 2: temperature must be a number, found '0'"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', "must have each name once, found 'seed' twice"),
         ('{"prompt": ""}', "line 2: the prompt is empty"),
         ('{"prompt": [-1]}', "line 2: the prompt must be token ids"),
         ('{"prompt": 5}', "line 2: the prompt must be text or a list of token ids, found 5"),

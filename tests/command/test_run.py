@@ -129,3 +129,12 @@ def test_a_reader_that_has_enough_ends_it_quietly():
     assert result.returncode == 141
     assert "Broken pipe" not in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("option", ["", pytest.param("-u", marks=slow)])
+def test_standard_output_is_named_where_it_is_full(option):
+    command = f'"$0" {option} -m grok1 verify toy >/dev/full'
+    result = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "grok1: standard output: No space left on device\n"

@@ -219,3 +219,15 @@ def test_check_ids_takes_integers_of_any_width_and_no_ids_at_all():
 def test_check_ids_names_what_it_checks(ids, message):
     with pytest.raises(ValueError, match=exactly(message)):
         check_ids(ids, 7, "the prompt")
+
+
+def test_options_that_hold_arrays_are_compared_by_value():
+    def made(seed, allowed):
+        return GenerationOptions(seed=np.array([seed, 2]), allowed_tokens=np.array(allowed))
+
+    assert made(1, [3, 4]) == made(1, [3, 4])
+    assert made(1, [3, 4]) != made(5, [3, 4])
+    assert made(1, [3, 4]) != made(1, [3])
+    assert made(1, [3]) != GenerationOptions()
+    assert GenerationOptions(stop="a") == GenerationOptions(stop="a")
+    assert GenerationOptions() != "text"

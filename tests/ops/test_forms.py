@@ -75,6 +75,10 @@ def arguments_of(operation, quantized_weights=True, cache_dtype=jnp.float32):
         return x, x, (scales, scales), jnp.ones((2, 8, 4)), jnp.int32(0)
     if operation == "logits":
         return x, jnp.ones((4, 8))
+    if operation == "exponential_sums":
+        return (-x,)
+    if operation == "log":
+        return (jnp.ones(3),)
     if operation == "most_probable":
         table = ScreeningTable(jnp.ones((4, 16), jnp.int8), jnp.ones(4), jnp.ones(4))
         return jnp.ones((3, 16)), jnp.ones((4, 16)), table, jnp.ones(4, bool)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grok1.server.bodies import CompletionBody, decode
+from grok1.server.bodies import ChatBody, CompletionBody, decode
 from grok1.server.refusals import RefusalError
 
 UNKNOWN = b'{"prompt": "a", "max_tokens": 3, "temprature": 1}'
@@ -28,3 +28,24 @@ def test_a_field_of_another_type_is_an_error_all_the_same(ignore_unknown):
 def test_what_is_no_json_is_an_error(data):
     with pytest.raises(RefusalError, match=r"the body must be a JSON object: |Expected `object`"):
         decode(data, CompletionBody)
+
+
+@pytest.mark.parametrize("ignore_unknown", [False, True])
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b'{"prompt": "a", "max_tokens": 3, "max_tokens" : 4}', "max_tokens"),
+        (b'{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}', "5"),
+        (b'{"prompt": "a", "prompt": "b"}', "prompt"),
+    ],
+)
+def test_a_name_that_an_object_has_twice_is_an_error(data, name, ignore_unknown):
+    with pytest.raises(RefusalError, match=f"must have each name once, found '{name}' twice"):
+        decode(data, CompletionBody, ignore_unknown)
+
+
+def test_texts_and_other_objects_may_have_the_same_names():
+    message = rb'{"role": "user", "content": "\"role\": 1, \"role\": 2"}'
+    body = decode(b'{"messages": [' + message + b", " + message + b"]}", ChatBody)
+    assert isinstance(body, ChatBody)
+    assert len(body.messages) == 2
