@@ -244,7 +244,7 @@ def _are_stored() -> bool:
     ):
         return False
     # One process's part of an executable is of no use to another process.
-    return os.name == "posix" and jax.process_count() == 1 and _source_hash() is not None
+    return os.name == "posix" and jax.process_count() == 1 and source_hash() is not None
 
 
 def _environment(devices: list[Any]) -> str:
@@ -265,7 +265,7 @@ def _environment(devices: list[Any]) -> str:
     cores = available_cores() if client.platform == "cpu" else None
     return "\n".join(
         (
-            _source_hash() or "",
+            source_hash() or "",
             f"{jax.__version__} {version('jaxlib')} {np.__version__} {platform.python_version()}",
             f"{client.platform} {client.platform_version} {client.device_count()} {kinds} {cores}",
             instructions(),
@@ -286,8 +286,8 @@ _IMPORTED = _sources()
 
 
 @functools.cache
-def _source_hash() -> str | None:
-    """A hash of the package's files; None when they are not what this process has imported."""
+def source_hash() -> str | None:
+    """Returns a hash of the package's files; None if they are not what this process imported."""
     if not _IMPORTED or _sources() != _IMPORTED:
         return None
     digest = hashlib.sha256()

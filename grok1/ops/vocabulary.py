@@ -1,5 +1,4 @@
-"""Products with the rows of the embedding, all of them or the largest by way of an int8 copy, and
-what normalises them.
+"""Products with the rows of the embedding, or the largest by way of an int8 copy; their normaliser.
 
 Dimension key: M row, V rows of the embedding, D columns.
 """

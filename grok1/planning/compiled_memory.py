@@ -6,9 +6,9 @@ are abstract.
 """
 
 import concurrent.futures
-import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from grok1.config import ModelConfig
@@ -18,6 +18,7 @@ from grok1.generate.scheduler import MAX_ROWS
 from grok1.nn.manifest import TensorSpec
 from grok1.nn.sharding import DATA_AXIS, make_mesh
 from grok1.planning.memory import abstract_engine, released_weights, state_bytes
+from grok1.planning.stored_figures import Figures
 
 
 def working_bytes(engine: Engine, batch: int, capacity: int, platform: str = "cpu") -> int:
@@ -47,7 +48,7 @@ def working_bytes(engine: Engine, batch: int, capacity: int, platform: str = "cp
     )
 
 
-def answer(request: dict[str, Any]) -> dict[str, int]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Compiles what a request asks for.
 
     Args:
@@ -58,7 +59,7 @@ def answer(request: dict[str, Any]) -> dict[str, int]:
     Returns:
       "working", bytes on a device for that batch and capacity; "largest_batch" of that capacity and
       "largest_context" at that batch that fit, 0 for none, in the usual room if the request does,
-      otherwise in the most.
+      otherwise in the most. "figures", everything that was compiled: [batch, capacity, bytes].
     """
     config = ModelConfig(**request["config"])
     mesh = make_mesh(config, request["mesh"])
@@ -68,10 +69,29 @@ def answer(request: dict[str, Any]) -> dict[str, int]:
     ]
     weights = released_weights(config, tensors)
     engine = abstract_engine(weights, config, mesh, request["dtype"], request["cache_dtype"])
+    figures: Figures = {}
+
+    def working(batch: int, capacity: int) -> int:
+        if (batch, capacity) not in figures:
+            found = working_bytes(engine, batch, capacity, platform=request["platform"])
+            figures[batch, capacity] = found
+        return figures[batch, capacity]
+
+    found = largest(engine, request, working)
+    return {**found, "figures": [[*shape, size] for shape, size in figures.items()]}
+
+
+def largest(
+    engine: Engine, request: dict[str, Any], working: Callable[[int, int], int]
+) -> dict[str, int]:
+    """Returns what `answer` does, but for the figures.
+
+    Args:
+      engine: The model, of which only the shapes exist.
+      request: As for `answer`.
+      working: Bytes on a device for a batch and a capacity.
+    """
     batch, capacity = request["batch"], request["capacity"]
-    working = functools.cache(
-        functools.partial(working_bytes, engine, platform=request["platform"])
-    )
 
     def fits(batch: int, capacity: int, room: int) -> bool:
         state = state_bytes(engine, batch, capacity)
@@ -79,11 +99,11 @@ def answer(request: dict[str, Any]) -> dict[str, int]:
 
     usual, most = request["rooms"]
     room = usual if fits(batch, capacity, usual) else most
-    batches = [mesh.shape[DATA_AXIS]]
+    batches = [engine.mesh.shape[DATA_AXIS]]
     while batches[-1] < MAX_ROWS:
         batches.append(2 * batches[-1])
     capacities = sorted(
-        {engine.capacity_for(256 << i) for i in range(config.sequence_len.bit_length())}
+        {engine.capacity_for(256 << i) for i in range(engine.config.sequence_len.bit_length())}
     )
     return {
         "working": working(batch, capacity),

@@ -30,6 +30,7 @@ from grok1.nn.transformer import Params
 from grok1.ops.cuda import shapes_of_screening
 from grok1.ops.experts import fetched_parts
 from grok1.ops.formats import FORMATS, INT4, is_quantized
+from grok1.planning import compiled_memory, stored_figures
 from grok1.planning import devices as device_table
 from grok1.planning.bandwidth import file_bandwidth, memory_bandwidth
 from grok1.planning.budget import SHARE, resident_bytes, without_experts
@@ -71,7 +72,8 @@ def plan(
 ) -> Plan:
     """Says how a model would lie on some devices, what fits there and how fast it can be at most.
 
-    Takes some seconds: the programs are compiled, in a child process with as many virtual devices.
+    Takes some seconds where nobody has planned for this model and mesh before: the programs are
+    compiled, in a child process with as many virtual devices.
 
     Args:
       config: The model; None for that of `checkpoint`, or Grok-1.
@@ -289,6 +291,13 @@ def _compile(
         ),
     }
     environment.pop("JAX_NUM_CPU_DEVICES", None)
+    places = ("batch", "capacity", "rooms")
+    model = {key: value for key, value in request.items() if key not in places}
+    name = stored_figures.name_of(model, environment)
+    known = stored_figures.read(name)
+    # Other rooms may ask for shapes that have not been compiled.
+    with contextlib.suppress(KeyError):
+        return compiled_memory.largest(engine, request, lambda *shape: known[shape])
     result = subprocess.run(
         [sys.executable, "-m", "grok1.planning.compiled_memory", json.dumps(request)],
         env=environment,
@@ -301,7 +310,10 @@ def _compile(
         raise RuntimeError(
             f"compiling the model's programs ended with status {result.returncode}: {said[-1]}"
         )
-    return json.loads(result.stdout.splitlines()[-1])
+    answer = json.loads(result.stdout.splitlines()[-1])
+    new = {(batch, capacity): size for batch, capacity, size in answer.pop("figures")}
+    stored_figures.keep(name, known | new)
+    return answer
 
 
 def _rates(

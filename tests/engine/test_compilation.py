@@ -159,7 +159,7 @@ def test_what_the_machine_code_depends_on_is_told_apart(cache, monkeypatch):
     for name, value in [
         ("instructions", lambda: "another"),
         ("available_cores", lambda: 1000),
-        ("_source_hash", lambda: "another"),
+        ("source_hash", lambda: "another"),
         ("platform", type("", (), {"python_version": lambda: "2.7"})),
     ]:
         with monkeypatch.context() as patch:
@@ -271,11 +271,11 @@ def sources(tmp_path, monkeypatch):
 
 
 def test_a_file_dated_in_the_future_is_no_reason_not_to_store(cache, sources, monkeypatch):
-    found = compilation._source_hash.__wrapped__()
+    found = compilation.source_hash.__wrapped__()
     assert len(found) == 64
     os.utime(sources / "module.py", (0, 0))
     monkeypatch.setattr(compilation, "_IMPORTED", compilation._sources())
-    assert compilation._source_hash.__wrapped__() == found
+    assert compilation.source_hash.__wrapped__() == found
 
 
 @pytest.mark.parametrize(
@@ -292,8 +292,8 @@ def test_nothing_is_stored_once_the_sources_have_changed_under_the_process(
     cache, sources, monkeypatch, change
 ):
     change(sources)
-    assert compilation._source_hash.__wrapped__() is None
-    monkeypatch.setattr(compilation, "_source_hash", lambda: None)
+    assert compilation.source_hash.__wrapped__() is None
+    monkeypatch.setattr(compilation, "source_hash", lambda: None)
     twice()(np.zeros(1, np.float32))
     assert not cache.exists()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 
@@ -9,7 +10,7 @@ import grok1
 from grok1.config import GROK_1, TOY
 from grok1.nn.manifest import in_memory
 from grok1.nn.sharding import make_mesh
-from grok1.planning import compiled_memory, memory
+from grok1.planning import compiled_memory, memory, planning, stored_figures
 from grok1.planning.memory import abstract_engine, released_weights, shard_bytes, state_bytes
 from tests.helpers import count_collectives, slow
 
@@ -98,6 +99,7 @@ def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
         "platform": "cpu",
     }
     found = compiled_memory.answer(request)
+    assert sorted(found.pop("figures")) == [[4, 512, 4000], [4, 1024, 4000], [8, 512, 8000]]
     assert found == {"working": 4000, "largest_batch": 8, "largest_context": 1024}
     # Nothing is compiled of which the cache alone is too large, and nothing twice.
     assert sorted(asked) == [(4, 512), (4, 1024), (8, 512)]
@@ -124,3 +126,83 @@ def test_the_child_lays_out_the_tensors_that_it_is_given(monkeypatch):
     whole = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 1)), "float32")
     halved = TOY.vocab_size * TOY.emb_size * 2
     assert found["working"] == shard_bytes(whole.params) - halved
+
+
+@pytest.fixture
+def child(monkeypatch, tmp_path):
+    """Stands in for the child process; holds how often it was asked, and keeps figures apart."""
+    asked = []
+
+    def run(command, **options):
+        asked.append(json.loads(command[-1]))
+        text = json.dumps(compiled_memory.answer(asked[-1]))
+        return types.SimpleNamespace(returncode=0, stdout=text, stderr="")
+
+    monkeypatch.setattr(planning.subprocess, "run", run)
+    monkeypatch.setattr(
+        compiled_memory, "working_bytes", lambda engine, batch, capacity, platform: 1000 * batch
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return asked
+
+
+def test_a_second_plan_takes_its_figures_from_the_first(child, tmp_path):
+    first = grok1.plan(TOY, devices=1, memory=1)
+    assert grok1.plan(TOY, devices=1, memory=1) == first
+    assert len(child) == 1
+    # Rooms change with every look at the memory; shapes that are not known are compiled.
+    tight = grok1.plan(TOY, devices=1, memory=0.03)
+    assert len(child) == 2
+    assert tight.largest_batch < first.largest_batch
+    assert grok1.plan(TOY, devices=1, memory=0.03) == tight
+    assert grok1.plan(TOY, devices=1, memory=1) == first
+    assert len(child) == 2
+    [kept] = (tmp_path / "grok1").glob("plan-*")
+    for damaged in ("", "[", "[[1, 2]]", "{}", "3"):
+        kept.write_text(damaged)
+        assert grok1.plan(TOY, devices=1, memory=1) == first
+    assert len(child) == 2 + 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cache_dtype": "float32"},
+        {"dtype": "float32"},
+        {"devices": 2},
+        {"layers": 2},
+        {"embedding_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_a_plan_of_another_kind_takes_no_figures(child, change):
+    options = {"devices": 1, "memory": 1}
+    for _ in range(2):
+        grok1.plan(TOY, **options)
+        grok1.plan(TOY, **options | change)
+    assert len(child) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(stored_figures, "source_hash", lambda: "another"),
+        lambda patch: patch.setattr(stored_figures, "source_hash", lambda: None),
+        lambda patch: patch.setattr(stored_figures, "available_cores", lambda: 77),
+        lambda patch: patch.setattr(stored_figures.jax, "__version__", "0.0.1"),
+        lambda patch: patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false"),
+        lambda patch: patch.setenv("GROK1_COMPILATION_CACHE", "0"),
+    ],
+)
+def test_where_something_else_compiles_nothing_is_taken(child, monkeypatch, change):
+    grok1.plan(TOY, devices=1, memory=1)
+    change(monkeypatch)
+    grok1.plan(TOY, devices=1, memory=1)
+    assert len(child) == 2
+
+
+def test_without_a_place_to_keep_figures_a_plan_is_made_all_the_same(child, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert grok1.plan(TOY, devices=1, memory=1) == grok1.plan(TOY, devices=1, memory=1)
+    assert len(child) == 2

@@ -327,7 +327,9 @@ def test_the_types_in_memory_are_compiled(monkeypatch):
 
     def run(command, **options):
         asked.append(json.loads(command[-1]))
-        return types.SimpleNamespace(returncode=0, stdout=json.dumps(ROOM), stderr="")
+        return types.SimpleNamespace(
+            returncode=0, stdout=json.dumps(ROOM | {"figures": []}), stderr=""
+        )
 
     monkeypatch.setattr(planning.subprocess, "run", run)
     grok1.plan(TOY, devices=1, memory=1, layers=3, embedding_dtype="bfloat16")
