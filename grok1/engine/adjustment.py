@@ -27,6 +27,8 @@ class Adjustment(NamedTuple):
       begin: int32 `[R]`, the length of the prompt.
       ends: int32 `[R, ends]`, tokens that are not drawn before position `open`; -1 for none.
       open: int32 `[R]`.
+      is_measured: bool `[R]`, whether the row adjusts nothing and reports log-probabilities: they
+        come from the copies of the head then, as in a call in which no row adjusts anything.
     """
 
     tokens: Any
@@ -37,6 +39,7 @@ class Adjustment(NamedTuple):
     begin: Any
     ends: Any
     open: Any
+    is_measured: Any
 
 
 def adjusted(

@@ -52,6 +52,8 @@ from grok1.nn.unembedding import TokenStatistics
 from grok1.ops.screening import ScreeningTable
 
 _MOST_STEPS = 8  # of a call that decodes: what the host costs is an eighth then
+_SAMPLING = SamplingState(*(ROWS,) * len(SamplingState._fields))
+_ADJUSTMENT = (Adjustment(*(ROWS,) * len(Adjustment._fields)),)
 _CAPTURED_BYTES = 1 << 28  # most that the captures of one chunk of an observed engine take
 
 Observer = Callable[[np.ndarray, Captures], None]
@@ -306,8 +308,9 @@ class EngineBase:
         return self.head_copies.table
 
     def is_screened(self, draw: Draw) -> bool:
-        """Whether `decode` draws so by way of the `head_copies`."""
-        if self.mesh.shape[MODEL_AXIS] > 1 or not draw.takes_logits_as_they_are:
+        """Whether `decode` draws, or measures, by way of the `head_copies`."""
+        other = draw if draw.num_top is None else draw._replace(adjustment=None)
+        if self.mesh.shape[MODEL_AXIS] > 1 or not other.takes_logits_as_they_are:
             return False
         has_room = draw.num_top is None or self.runner.has_room
         return has_room and self.head_copies.draws
@@ -371,13 +374,10 @@ class EngineBase:
             masks_differ=masks_differ,
             adjusts=adjusts,
         )
-        sampling = SamplingState(*(ROWS,) * len(SamplingState._fields))
-        specs = (ROWS if masks_differ else P(), sampling)
-        if adjusts:
-            specs = (*specs, Adjustment(*(ROWS,) * len(Adjustment._fields)))
+        specs = (ROWS if masks_differ else P(), _SAMPLING, *(_ADJUSTMENT if adjusts else ()))
         return self._decode_step(key, sampling_head(num_top, processor), specs)
 
-    def screened_program(self, num_top: int | None = None, masks_differ: bool = False):
+    def screened_program(self, num_top: int | None = None, masks_differ=False, adjusts=False):
         """As `decode_program` where a draw `is_screened`.
 
         Before the allowed tokens it takes the `screening_table`, for log-probabilities a pair of
@@ -389,15 +389,15 @@ class EngineBase:
             capture=self.capture,
             num_top=num_top,
             masks_differ=masks_differ,
+            adjusts=adjusts,
             is_screened=True,
         )
-        sampling = SamplingState(*(ROWS,) * len(SamplingState._fields))
-        table = self.head_copies.table_specs
-        masks = ROWS if masks_differ else P()
+        table, masks = self.head_copies.table_specs, ROWS if masks_differ else P()
         if num_top is None:
-            return self._decode_step(key, screened_head, (table, masks, sampling))
+            return self._decode_step(key, screened_head, (table, masks, _SAMPLING))
         tables = table, specs_of(self.head_copies.remainders)
-        return self._decode_step(key, measured_head(num_top), (tables, masks, sampling))
+        specs = (tables, masks, _SAMPLING, *(_ADJUSTMENT if adjusts else ()))
+        return self._decode_step(key, measured_head(num_top), specs)
 
     def greedy_program(self, masks_differ: bool = False):
         """The program behind `decode_greedily`; `masks_differ` as for `decode_program`."""

@@ -265,12 +265,13 @@ class Engine(EngineBase):
         """
         rows = self._decoding_rows(num_steps, slots)
         adjusts, masks_differ = draw.adjustment is not None, draw.allowed.ndim > 1
-        if self.is_screened(draw):
-            program, copies = self.screened_program(draw.num_top, masks_differ), self.head_copies
-            table = copies.table if draw.num_top is None else (copies.table, copies.remainders)
-            return self._run(program, state, rows, ends, table, draw.allowed, draw.sampling)
-        program = self.decode_program(draw.num_top, draw.processor, masks_differ, adjusts)
         more = (draw.adjustment,) if adjusts else ()
+        if self.is_screened(draw):
+            program = self.screened_program(draw.num_top, masks_differ, adjusts)
+            copies = self.head_copies
+            table = copies.table if draw.num_top is None else (copies.table, copies.remainders)
+            return self._run(program, state, rows, ends, table, draw.allowed, draw.sampling, *more)
+        program = self.decode_program(draw.num_top, draw.processor, masks_differ, adjusts)
         return self._run(program, state, rows, ends, draw.allowed, draw.sampling, *more)
 
     def _decoding_rows(self, num_steps: np.ndarray, slots: np.ndarray | None) -> Rows:

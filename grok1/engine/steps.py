@@ -269,7 +269,11 @@ def screened_head(
 
 
 def measured_head(num_top: int) -> Head:
-    """Returns the head that draws as `screened_head` does, with log-probabilities."""
+    """Returns the head that draws as `screened_head` does, with log-probabilities.
+
+    With an `Adjustment` it draws as `sampling_head` does. What a row reports does not depend on
+    whether others adjust their logits: those that do not are measured all the same.
+    """
 
     def draw(
         hidden: LastHidden,
@@ -278,16 +282,37 @@ def measured_head(num_top: int) -> Head:
         tables: tuple[ScreeningTable, Remainders],
         allowed: Bool[Array, "*R vocab"],
         sampling: SamplingState,
+        *adjustment: Adjustment,
     ) -> tuple[DecodeState, Step]:
         table, remainders = tables
-        step = sample_measured(
-            hidden.values[:, 0],
-            (hidden.embedding, table.values, table.scales, *remainders),
-            hidden.config.output_multiplier_scale,
-            (allowed, sampling, lengths(state, rows.slots)),
-            num_top,
+
+        def measured() -> Step:
+            step = sample_measured(
+                hidden.values[:, 0],
+                (hidden.embedding, table.values, table.scales, *remainders),
+                hidden.config.output_multiplier_scale,
+                (allowed, sampling, lengths(state, rows.slots)),
+                num_top,
+            )
+            return Step(*step)
+
+        if not adjustment:
+            step = measured()
+            return _advanced(state, rows, step.tokens), step
+        advanced, step = sampling_head(num_top, None)(
+            hidden, state, rows, allowed, sampling, *adjustment
         )
-        return _advanced(state, rows, step[0]), Step(*step)
+        is_measured = adjustment[0].is_measured
+        own = jax.lax.cond(is_measured.any(), measured, lambda: step)
+        # The same tokens are drawn either way.
+        found = jax.tree.map(
+            lambda one, other: jnp.where(
+                is_measured.reshape(-1, *(1,) * (one.ndim - 1)), one, other
+            ),
+            own._replace(tokens=step.tokens),
+            step,
+        )
+        return advanced, found
 
     return draw
 

@@ -199,10 +199,12 @@ def adjustment(requests: Sequence[Request], rows: np.ndarray, num_rows: int) -> 
         begin=full(0, np.int32),
         ends=full(-1, np.int32, NUM_ENDS),
         open=full(0, np.int32),
+        is_measured=full(False, bool),
     )
     for request, row in zip(requests, rows, strict=True):
         made.begin[row] = len(request.tokens)
         if (wishes := request.wishes) is None:
+            made.is_measured[row] = request.num_top is not None
             continue
         count = len(wishes.biases)
         made.tokens[row, :count] = list(wishes.biases)

@@ -8,9 +8,10 @@ from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams
 from grok1.engine.slots import Slots
 from grok1.generate import pace
-from grok1.generate.request import Request
+from grok1.generate.request import Request, Wishes
 from grok1.generate.scheduler import Scheduler
-from tests.helpers import SLOW_TESTS, covered_by_a_mesh
+from tests.conftest import TOY
+from tests.helpers import SLOW_TESTS, covered_by_a_mesh, skip_unless_it_runs_here
 
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=1.2, top_p=0.9)
@@ -216,3 +217,31 @@ def test_a_row_lies_where_its_slot_does(slots, expected, rows):
     layout = Slots(8, 2).layout(slots, [2, 4, 8])
     assert layout.slots.tolist() == expected
     assert layout.rows.tolist() == rows
+
+
+@pytest.mark.not_on_gpu("a row has the same bits in any batch in the CPU's form alone")
+def test_log_probabilities_are_the_same_bits_whoever_runs_beside(kernels):
+    skip_unless_it_runs_here("cpp")
+    engine = grok1.load(TOY, mesh=(1, 1), dtype="float32").engine
+
+    def made(seed, **options):
+        sampling = SamplingParams(temperature=1.0)
+        return Request(tokens=[7, 8, 9], max_tokens=6, seed=seed, sampling=sampling, **options)
+
+    def run(*others):
+        # Of one number of rows, so that one program is compiled of each kind.
+        scheduler, first = Scheduler(engine, 4, 64, (4,)), made(0, num_top=3)
+        for each in (first, *others):
+            scheduler.submit(each)
+        found = []
+        while not scheduler.is_idle:
+            found += [sampled for each, sampled in scheduler.step() if each is first]
+        return found
+
+    alone = run()
+    assert len(alone) == 6
+    assert all(sampled.logprob < 0 for sampled in alone)
+    # As many alternatives, or the program is another.
+    biased = made(1, num_top=3, wishes=Wishes(biases={5: 9.0}))
+    assert run(made(1), made(2), made(3)) == alone
+    assert run(biased) == alone
