@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from typing import Any
 
 import pytest
 
@@ -176,10 +177,10 @@ def test_a_second_plan_takes_its_figures_from_the_first(child, tmp_path):
     ids=str,
 )
 def test_a_plan_of_another_kind_takes_no_figures(child, change):
-    options = {"devices": 1, "memory": 1}
+    usual: dict[str, Any] = {"devices": 1, "memory": 1}
     for _ in range(2):
-        grok1.plan(TOY, **options)
-        grok1.plan(TOY, **options | change)
+        grok1.plan(TOY, **usual)
+        grok1.plan(TOY, **usual | change)
     assert len(child) == 2
 
 
