@@ -101,7 +101,7 @@ def attended(query, keys, values, slots, positions):
 @pytest.mark.parametrize("heads", SOME_HEADS, ids=str)
 def test_attention(library, rng, heads, at):
     arrays, (keys, values) = cache_of(rng, heads)
-    last = {"first": heads.length - 1, "last": heads.capacity - 1, "border": 15 + heads.length}
+    last = {"first": heads.length - 1, "last": heads.capacity - 1, "border": 31 + heads.length}
     slots, positions = place_of(rng, heads, last.get(at))
     if heads.cache_dtype != "int8":
         # What is after the last position may be no number.
@@ -174,7 +174,7 @@ def test_what_is_too_large_for_float16_saturates_but_for_infinity(library, rng):
 @pytest.mark.parametrize("heads", STEPS, ids=str)
 def test_a_step_is_its_parts(library, rng, heads, at):
     arrays, _ = cache_of(rng, heads)
-    last = {"first": 0, "last": heads.capacity - 1, "border": 16}
+    last = {"first": 0, "last": heads.capacity - 1, "border": 32}
     slots, positions = place_of(rng, heads, last.get(at))
     projected, frequencies = inputs_of(rng, heads)
     valid = np.ones((heads.rows, 1), bool)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -156,8 +156,20 @@ def _of_projections(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         yield f"{rows} rows", (kernel, form, (x, np.int32(1), *stacks))
 
 
-def _cache(rng: np.random.Generator, dtype: str, rows: int) -> KVCache:
-    shape = (2, rows + 1, 2, 300, 64)
+class _Shape(NamedTuple):
+    """Of a cache for one row, and of the queries that see it."""
+
+    heads: int = 2
+    group: int = 3
+    size: int = 64
+    capacity: int = 300
+
+
+_NARROW, _DEEP = _Shape(), _Shape(1, 6, 128, 1200)  # the second like one device's share of several
+
+
+def _cache(rng: np.random.Generator, dtype: str, rows: int, of: _Shape = _NARROW) -> KVCache:
+    shape = (2, rows + 1, of.heads, of.capacity, of.size)
     length = jnp.zeros(rows + 1, jnp.int32)
     if dtype != "int8":
         k, v = (rng.standard_normal(shape).astype(dtype) for _ in "kv")
@@ -167,9 +179,9 @@ def _cache(rng: np.random.Generator, dtype: str, rows: int) -> KVCache:
     return KVCache(k, v, length, *scales)
 
 
-def _place(rng: np.random.Generator, rows: int, length: int) -> Place:
+def _place(rng: np.random.Generator, rows: int, length: int, of: _Shape = _NARROW) -> Place:
     slots = np.arange(rows, dtype=np.int32)
-    starts = rng.integers(0, 300 - length, (rows, 1)).astype(np.int32)
+    starts = rng.integers(of.capacity // 2, of.capacity + 1 - length, (rows, 1)).astype(np.int32)
     valid = np.ones((rows, length), bool)
     return Place(slots, starts + np.arange(length, dtype=np.int32), valid)
 
@@ -178,7 +190,8 @@ _CALLS = (("float32", 1, 1), ("float16", 2, 4), ("int8", 3, 1))
 
 
 def _of_heads(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
-    return _of_inputs(rng, (append_heads_cuda, append_heads_by_steps), _CALLS)
+    forms = append_heads_cuda, append_heads_by_steps
+    return _of_inputs(rng, forms, [(*call, _NARROW) for call in _CALLS])
 
 
 def _of_steps(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
@@ -191,17 +204,16 @@ def _of_steps(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
         return of
 
     forms = map(run, (append_and_attend_cuda, append_and_attend_apart))
-    return _of_inputs(rng, forms, [(dtype, rows, 1) for dtype, rows, _ in _CALLS])
+    calls = [(dtype, rows, 1, _NARROW) for dtype, rows, _ in _CALLS]
+    return _of_inputs(rng, forms, [("float16", 1, 1, _DEEP), *calls])
 
 
 def _of_inputs(
     rng: np.random.Generator,
     forms: Iterable[Callable[..., Any]],
-    calls: Iterable[tuple[str, int, int]],
+    calls: Iterable[tuple[str, int, int, _Shape]],
 ) -> Iterator[tuple[str, Case]]:
-    width, size = 256, 64
-    columns = (2 * 3 * size, 2 * size, 2 * size)
-    weights = tuple(_weight(rng, (2,), width, count, 1) for count in columns)
+    width = 256
 
     def run(form):
         def of(x, weights, cache, layer, place):
@@ -212,11 +224,15 @@ def _of_inputs(
         return of
 
     kernel, by_xla = map(run, forms)
-    for dtype, rows, length in calls:
+    for dtype, rows, length, of in calls:
+        columns = of.heads * of.size
+        counts = of.group * columns, columns, columns
+        weights = tuple(_weight(rng, (2,), width, count, 1) for count in counts)
         x = rng.standard_normal((rows, length, width)).astype(np.float32)
-        cache, place = _cache(rng, dtype, rows), _place(rng, rows, length)
+        cache, place = _cache(rng, dtype, rows, of), _place(rng, rows, length, of)
         arguments = (x, weights, cache, np.int32(1), place)
-        yield f"{rows} x {length} into {dtype}", (kernel, by_xla, arguments)
+        name = f"{rows} x {length} into {of.capacity} of {dtype}"
+        yield name, (kernel, by_xla, arguments)
 
 
 def _attended(query: Any, *arguments: Any) -> Any:

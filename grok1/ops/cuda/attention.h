@@ -15,6 +15,9 @@ struct Filled {
   const float *key_scales, *value_scales;
 };
 
+// Of a warp: two in each half.
+constexpr int KEYS_AT_ONCE = 4;
+
 // What a block has of a row's filled positions: those from begin to end, part `number` of `count`.
 struct Part {
   int row, slot, last, number, count, begin, end;
@@ -31,7 +34,8 @@ DEVICE Part part_of_block(const int* slots, const int* positions) {
   }
   part.last = part.last < S::CAPACITY ? part.last : S::CAPACITY - 1;
   if (part.slot < 0 || part.slot >= S::B) part.last = -1;
-  const int filled = part.last + 1, size = (filled + S::PARTS * 16 - 1) / (S::PARTS * 16) * 16;
+  constexpr int STEP = KEYS_AT_ONCE * S::WARPS;
+  const int filled = part.last + 1, size = (filled + S::PARTS * STEP - 1) / (S::PARTS * STEP) * STEP;
   part.count = filled == 0 ? 1 : (filled + size - 1) / size;
   part.begin = part.number * size;
   part.end = part.begin + size < filled ? part.begin + size : filled;
@@ -112,7 +116,7 @@ DEVICE void combine(const Part& part, const Queries<S>& queries, const float* mi
 template <class S>
 DEVICE void attend_part(const Part& part, const Queries<S>& queries, const Filled<S>& cache,
                         const int* layer, float* out, float* mixed, float* totals) {
-  constexpr int EACH = Queries<S>::EACH, UNROLL = 2, STEP = 2 * UNROLL * S::WARPS;
+  constexpr int EACH = Queries<S>::EACH, UNROLL = KEYS_AT_ONCE / 2, STEP = KEYS_AT_ONCE * S::WARPS;
   __shared__ float shared[S::WARPS][S::QUERIES][S::H + 1];
   const int warp = threadIdx.x / 32, lane = queries.lane, half = queries.half;
   float sums[S::QUERIES][EACH], total[S::QUERIES];
@@ -126,7 +130,7 @@ DEVICE void attend_part(const Part& part, const Queries<S>& queries, const Fille
   const long long heads = ((long long)layer[0] * S::B + slot) * S::C + queries.head;
   const auto* key_rows = cache.keys + heads * S::CAPACITY * S::H;
   const auto* value_rows = cache.values + heads * S::CAPACITY * S::H;
-  for (int base = part.begin + warp * 2 * UNROLL; base < part.end; base += STEP) {
+  for (int base = part.begin + warp * KEYS_AT_ONCE; base < part.end; base += STEP) {
     float key[UNROLL][EACH], value[UNROLL][EACH];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {

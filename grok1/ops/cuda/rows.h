@@ -85,11 +85,11 @@ DEVICE void add_norm(const float* x, const float* branch, const float* scales, c
   rows.write(sum + start);
 }
 
-// Returns the thread's part of the norm of the sum.
-template <class S>
+// Returns the thread's part of the norm of the sum; calls `meanwhile` while what it reads is coming.
+template <class S, class Meanwhile>
 DEVICE Norms<S> add_norm_and_norm(const float* x, const float* branch, const float* scales,
                                   const float* next_scales, const int* layer, float* sum,
-                                  float* normed) {
+                                  float* normed, Meanwhile meanwhile) {
   __shared__ float shared[S::THREADS / 32];
   const long long start = (long long)blockIdx.x * S::D;
   Norms<S> rows, scale, next_scale, others;
@@ -97,12 +97,19 @@ DEVICE Norms<S> add_norm_and_norm(const float* x, const float* branch, const flo
   others.read(x + start);
   scale.read(scales + (long long)layer[0] * S::D);
   next_scale.read(next_scales + (long long)layer[0] * S::D);
+  meanwhile();
   rows.norm(scale, shared);
   rows.add(others);
   rows.write(sum + start);
   rows.norm(next_scale, shared);
   rows.write(normed + start);
   return rows;
+}
+
+template <class S>
+DEVICE void add_norm_and_norm(const float* x, const float* branch, const float* scales,
+                              const float* next_scales, const int* layer, float* sum, float* normed) {
+  add_norm_and_norm<S>(x, branch, scales, next_scales, layer, sum, normed, [] {});
 }
 
 DEVICE float largest_of_warp(float value) {
@@ -200,8 +207,10 @@ DEVICE void add_and_route(const float* x, const float* branch, const float* scal
                           const float* next_scales, const float* routers, const int* layer, float* sum,
                           float* normed, float* logits, float* probs, int* indices, float* weights) {
   const float* router = routers + (long long)layer[0] * S::D * S::E;
-  for (int d = threadIdx.x; d < S::D; d += S::THREADS) prefetch(router + (long long)d * S::E);
-  const Norms<S> row = add_norm_and_norm<S>(x, branch, scales, next_scales, layer, sum, normed);
+  const Norms<S> row = add_norm_and_norm<S>(
+      x, branch, scales, next_scales, layer, sum, normed, [&] {
+        for (int d = threadIdx.x; d < S::D; d += S::THREADS) prefetch(router + (long long)d * S::E);
+      });
   Router<S> sums;
 #pragma unroll
   for (int i = 0; i < Norms<S>::EACH; ++i) {
