@@ -138,3 +138,13 @@ def test_standard_output_is_named_where_it_is_full(option):
     result = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "grok1: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("optimisation", ["1", pytest.param("2", marks=slow)])
+def test_without_asserts_it_says_so_and_calls_no_checkpoint_incomplete(monkeypatch, optimisation):
+    monkeypatch.setenv("PYTHONOPTIMIZE", optimisation)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    command = [sys.executable, "-m", "grok1", "verify", "toy"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("grok1: grok1 needs Python's asserts, by which Haiku names the")
