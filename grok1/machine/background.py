@@ -83,13 +83,13 @@ def interruptible() -> Iterator[Callable[[Future], Any]]:
     """Lets no interruption be lost in a block, such as one that starts work and waits for it.
 
     Python raises it wherever the main thread is, and what is raised while garbage is collected, in
-    a finaliser or a callback, is only printed.
+    a finaliser or a callback, is only printed. It is not printed here, since it is raised again.
 
     Yields:
       Takes what `in_background` returned and waits for its result; an interruption since the
       outermost block began is raised there, or at the end of the block, if it was not before.
     """
-    handler = signal.getsignal(signal.SIGINT)
+    handler, print_lost = signal.getsignal(signal.SIGINT), sys.unraisablehook
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or handler not in (signal.default_int_handler, _note):
         yield Future.result
@@ -101,6 +101,10 @@ def interruptible() -> Iterator[Callable[[Future], Any]]:
         if _interruptions:
             raise KeyboardInterrupt
 
+    def print_others(lost):
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            print_lost(lost)
+
     def wait(future: Future) -> Any:
         while not _interruptions:
             with contextlib.suppress(TimeoutError):
@@ -110,6 +114,7 @@ def interruptible() -> Iterator[Callable[[Future], Any]]:
         return future.result()
 
     try:
+        sys.unraisablehook = print_others
         signal.signal(signal.SIGINT, _note)
         yield wait
         raise_lost()
@@ -119,6 +124,7 @@ def interruptible() -> Iterator[Callable[[Future], Any]]:
         raise
     finally:
         signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = print_lost
 
 
 def do_not_wait(status: int) -> None:
