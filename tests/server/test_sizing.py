@@ -82,3 +82,9 @@ def test_the_host_gives_what_it_can(asked, platform, free, expected, monkeypatch
 
         monkeypatch.setattr(sizing, "exchange", exchange)
         assert sizing.host_prefix_tokens(engine, sizes) == min(70_000, free * 2_000)
+
+
+def test_slots_and_rows_are_as_many_for_each_group_of_devices(nano_on_mesh):
+    engine = nano_on_mesh((2, 4)).engine
+    found = sizing.sizes_for(engine, 3, 16, (0, 0), (1, 2, 3, 4, 8))
+    assert (found.num_slots, found.row_counts) == (4, (2,))
