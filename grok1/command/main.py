@@ -46,7 +46,7 @@ def _run(
 ) -> int:
     parsed = argparse.Namespace()
     try:
-        parsed = parse(arguments, program, command)
+        parsed = _parsed(arguments, program, command)
         parsed.program, parsed.checkpoints = program, checkpoints
         _check_directories(parsed)
         with _interruptible_imports():
@@ -74,6 +74,15 @@ def _run(
         print(f"{program}: {message}", file=sys.stderr)
         streams.hush()
         return 1
+
+
+def _parsed(arguments: Sequence[str], program: str, command: str | None) -> argparse.Namespace:
+    try:
+        return parse(arguments, program, command)
+    except SystemExit:
+        # Of --help and --version: what they print may not have got through yet.
+        sys.stdout.flush()
+        raise
 
 
 def _check_directories(parsed: argparse.Namespace) -> None:

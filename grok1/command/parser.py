@@ -1,7 +1,9 @@
 """The commands and their options, without JAX: help and mistakes are answered at once."""
 
 import argparse
+import os
 import pathlib
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -15,6 +17,7 @@ FORMATS = ("grok1", "safetensors", "int4", "gguf")
 EMBEDDING_TYPES = ("f32", "f16", "bf16", "q8_0")
 DEVICES = ("a100-80", "h100", "h200", "b200", "mi300x", "tpu-v5p", "tpu-v6e", "cpu")
 
+_UNREAD = re.compile("[\udc80-\udcff]")  # bytes that were not of the locale's encoding
 _TYPES = ("float32", "bfloat16")
 _CACHE_TYPES = ("float32", "float16", "int8")
 _COMMANDS = {
@@ -80,9 +83,23 @@ def _device_ids(text: str) -> list[int]:
         ) from None
 
 
+def _text(text: str) -> str:
+    """The text of an argument: UTF-8 whatever the locale says, unless that has read it."""
+    try:
+        data = os.fsencode(text)
+        return data.decode() if _UNREAD.search(text) else text
+    except UnicodeEncodeError:
+        return text  # None of a shell's.
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be UTF-8, found the byte 0x{error.object[error.start]:02x} at {error.start}; "
+            "convert it, for instance with: iconv -f ISO-8859-1 -t UTF-8"
+        ) from None
+
+
 def _stop(text: str) -> str:
     try:
-        return escapes.decoded(text)
+        return escapes.decoded(_text(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -95,8 +112,9 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts")
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="text to continue; several run as a batch"
-    )
+        "--prompt", action="append", type=_text, metavar="TEXT",
+        help="text to continue; several run as a batch",
+    )  # fmt: skip
     prompts.add_argument(
         "--prompt-file", metavar="FILE", help="UTF-8 text to continue, to its last line end; - is "
         "standard input"
@@ -359,7 +377,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="the text, in UTF-8; - is standard input")
-    source.add_argument("--prompt", metavar="TEXT", help="the text itself")
+    source.add_argument("--prompt", type=_text, metavar="TEXT", help="the text itself")
     for side in "ab":
         which = f"of {side.upper()}"
         parser.add_argument(f"--dtype-{side}", choices=_TYPES, help=which)

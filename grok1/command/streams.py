@@ -30,7 +30,10 @@ def prepare() -> None:
     if type(sys.stdout) is io.TextIOWrapper and sys.stdout is sys.__stdout__:
         sys.stdout = _named(sys.stdout)
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+        errors = getattr(stream, "errors", "")
+        # The second is Python's choice for LC_ALL=C: bytes as they are, letters not at all.
+        fails = errors == "strict" or (errors == "surrogateescape" and not _is_utf8(stream))
+        if fails and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -105,9 +108,13 @@ def piped_text() -> str | None:
 
 def print_json(value: Any) -> None:
     """Prints a line of JSON: letters as they are where the output can hold them, no infinities."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    is_utf8 = codecs.lookup(encoding).name.startswith("utf")
-    print(json.dumps(_finite(value), ensure_ascii=not is_utf8, allow_nan=False), flush=True)
+    ascii = not _is_utf8(sys.stdout)
+    print(json.dumps(_finite(value), ensure_ascii=ascii, allow_nan=False), flush=True)
+
+
+def _is_utf8(stream: Any) -> bool:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return codecs.lookup(encoding).name.startswith("utf")
 
 
 def _finite(value: Any) -> Any:

@@ -10,11 +10,13 @@ from grok1.care.rounding import Calibrated
 from grok1.checkpoint.directory import load_config
 from grok1.command import streams
 from grok1.config import GROK_1
+from grok1.machine.startup import check_environment
 from grok1.planning import planning
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command that `arguments` name and returns the exit status."""
+    check_environment()
     # The others run no model; an accelerator is left to who needs it.
     if arguments.command not in ("compare", "plan"):
         jax.config.update("jax_platforms", "cpu")

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 
 _DESCRIPTORS = pathlib.Path("/proc/self/fd")
+_ELSEWHERE = "set XDG_CACHE_HOME to a directory that you can write to"
 
 
 class PrivateDirectory:
@@ -151,11 +152,11 @@ def held_directory() -> Iterator[PrivateDirectory]:
     """
     if not hasattr(os, "O_DIRECTORY"):
         raise OSError("a directory that is no one else's can be held open on Unix alone")
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored.
-    root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
-    path = root / "grok1"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = _place()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be made: {error.strerror}; {_ELSEWHERE}") from error
     advice = f"{path} is not private; make it a directory of yours, mode 700"
     try:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -169,6 +170,17 @@ def held_directory() -> Iterator[PrivateDirectory]:
         yield PrivateDirectory(path, descriptor)
     finally:
         os.close(descriptor)
+
+
+def _place() -> pathlib.Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    if os.path.isabs(base):
+        return pathlib.Path(base) / "grok1"
+    try:
+        return pathlib.Path.home() / ".cache" / "grok1"
+    except RuntimeError as error:
+        raise RuntimeError(f"this user has no home directory; {_ELSEWHERE}") from error
 
 
 def private_directory() -> pathlib.Path:

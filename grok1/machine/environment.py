@@ -6,6 +6,7 @@ no steps as CUDA graphs, GROK1_CUDA_GRAPHS=unrolled the turns of their loops one
 GROK1_NUM_THREADS is the number of threads of a kernel.
 """
 
+import difflib
 import os
 import sys
 
@@ -18,6 +19,21 @@ CHOICES = {
 
 _NUM_THREADS = "GROK1_NUM_THREADS"
 _MOST_THREADS = 4096
+_PREFIX = "GROK1_"
+_OF_TESTS = ("GROK1_SLOW_TESTS", "GROK1_TEST_PLATFORM")
+
+
+def unknown() -> list[str]:
+    """Returns a sentence about each variable that is named as one of ours and is none."""
+    names = (*CHOICES, _NUM_THREADS)
+    found = []
+    for name in sorted(os.environ):
+        if not name.upper().startswith(_PREFIX) or name in (*names, *_OF_TESTS):
+            continue
+        near = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.75)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        found.append(f"the variable {name!r:.80} of the environment is not known; {meant}")
+    return found
 
 
 def choice(name: str) -> str:

@@ -7,6 +7,7 @@ import jax
 from jax._src import xla_bridge
 
 from grok1.machine import environment
+from grok1.machine.announcement import hint
 
 _TASKS = "/proc/self/task"  # a directory for each thread of this process
 
@@ -44,6 +45,17 @@ def check_not_forked() -> None:
         )
 
 
+def check_environment() -> None:
+    """Checks the variables that are ours, and says on stderr, once, which are not known.
+
+    Raises:
+      ValueError: If one has a value that means nothing.
+    """
+    environment.check()
+    for words in environment.unknown():
+        hint(words)
+
+
 def start_jax() -> None:
     """Starts JAX, if it is not running, on the platform that is asked for.
 
@@ -51,7 +63,7 @@ def start_jax() -> None:
       ValueError: If a variable of the environment has a value that means nothing.
       RuntimeError: If that is not there, or the process was forked after JAX had started.
     """
-    environment.check()
+    check_environment()
     check_not_forked()
     try:
         jax.devices()

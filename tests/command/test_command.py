@@ -38,6 +38,25 @@ GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
 # --- the parser -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--stop"])
+def test_a_text_is_utf_8_whatever_the_locale_reads(monkeypatch, option):
+    # As Python has arguments under LC_ALL=C without its UTF-8 mode.
+    unread = "caf\u00e9".encode().decode("ascii", "surrogateescape")
+    for given in (unread, "caf\u00e9"):
+        (found,) = vars(parser.parse(["generate", option, given], "grok1"))[option[2:]]
+        assert found == "caf\u00e9"
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--stop"])
+def test_a_text_that_is_not_utf_8_is_refused(capsys, option):
+    latin = os.fsdecode(b"caf\xe9")
+    with pytest.raises(SystemExit):
+        parser.parse(["generate", option, latin], "grok1")
+    assert f"argument {option}: must be UTF-8, found the byte 0xe9 at 3; convert it" in (
+        capsys.readouterr().err
+    )
+
+
 def test_choices_are_the_librarys():
     assert parser.FORMATS == conversion.FORMATS
     assert parser.EMBEDDING_TYPES == gguf_file.EMBEDDING_TYPES
@@ -327,17 +346,20 @@ def test_json_has_no_number_that_json_has_not(capsys):
     assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "ü": {"1": null}}\n'
 
 
-def test_output_in_another_encoding_is_replaced_and_json_escaped(toy):
+@pytest.mark.parametrize(
+    ("encoding", "errors"), [("cp1252", "strict"), ("ascii", "surrogateescape")]
+)
+def test_output_in_another_encoding_is_replaced_and_json_escaped(toy, encoding, errors):
     for arguments, expected in (([], "The ?"), (["--json"], r"The \u2192")):
         data = io.BytesIO()
-        shown = io.TextIOWrapper(data, encoding="cp1252", errors="strict")
+        shown = io.TextIOWrapper(data, encoding=encoding, errors=errors)
         with mock.patch.object(sys, "stdout", shown):
             status = main(
                 ["generate", "--checkpoint", "toy", *GREEDY, "--prompt", "The →", *arguments]
             )
             shown.flush()
         assert status == 0
-        assert expected in data.getvalue().decode("cp1252")
+        assert expected in data.getvalue().decode(encoding)
 
 
 def test_a_warning_is_one_line_of_the_program():

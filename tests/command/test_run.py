@@ -132,9 +132,18 @@ def test_a_reader_that_has_enough_ends_it_quietly():
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("option", ["", pytest.param("-u", marks=slow)])
-def test_standard_output_is_named_where_it_is_full(option):
-    command = f'"$0" {option} -m grok1 verify toy >/dev/full'
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("", "verify toy"),
+        ("", "serve --help"),
+        pytest.param("", "--version", marks=slow),
+        pytest.param("-u", "verify toy", marks=slow),
+        pytest.param("-u", "--help", marks=slow),
+    ],
+)
+def test_standard_output_is_named_where_it_is_full(option, arguments):
+    command = f'"$0" {option} -m grok1 {arguments} >/dev/full'
     result = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "grok1: standard output: No space left on device\n"

@@ -13,6 +13,7 @@ import grok1
 from grok1.machine import announcement, environment, progress
 from grok1.machine.announcement import announced, hint
 from grok1.machine.progress import progress_bar
+from grok1.machine.startup import check_environment
 from tests.conftest import TOY
 from tests.helpers import slow
 
@@ -166,6 +167,38 @@ def test_graphs_have_a_third_way(monkeypatch):
         expected = f"{name} must be 0, 1 or unrolled, found {setting!r}; set one of them or unset"
         with pytest.raises(ValueError, match=expected):
             grok1.load(TOY)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("GROK1_NATVIE", "did you mean GROK1_NATIVE?"),
+        ("grok1_native", "did you mean GROK1_NATIVE?"),
+        ("GROK1_THREADS", "did you mean GROK1_NUM_THREADS?"),
+        ("GROK1_COMPILE_CACHE", "did you mean GROK1_COMPILATION_CACHE?"),
+        ("GROK1_HOME", "there are GROK1_NATIVE, GROK1_COMPILATION_CACHE, GROK1_CUDA_GRAPHS, "),
+    ],
+)
+def test_a_variable_that_is_not_known_is_told(monkeypatch, capsys, name, said):
+    monkeypatch.setenv(name, "0")
+    for _ in range(2):
+        check_environment()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"grok1: the variable '{name}' of the environment is not known; {said}")
+
+
+def test_variables_that_are_known_are_not_told(monkeypatch, capsys):
+    for name in (*environment.CHOICES, "GROK1_NUM_THREADS", "GROK1_SLOW_TESTS"):
+        monkeypatch.setenv(name, "1")
+    check_environment()
+    assert capsys.readouterr().err == ""
+
+
+def test_every_variable_is_in_the_documentation():
+    page = (TOY.parent.parent / "docs" / "running-grok-1.md").read_text()
+    table = page[page.index("| variable |") :].partition("\n\n")[0]
+    for name in (*environment.CHOICES, "GROK1_NUM_THREADS", "XDG_CACHE_HOME"):
+        assert f"| `{name}` |" in table
 
 
 # As any other error that a command ends with.

@@ -253,6 +253,17 @@ def test_a_stored_library_that_cannot_be_loaded_is_not_built_by_every_process(
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+def test_a_place_that_cannot_be_made_is_named_with_what_to_do(monkeypatch, tmp_path, variable):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    path = re.escape(str(tmp_path / "file"))
+    message = rf"{path}.*/grok1 cannot be made: Not a directory; set XDG_CACHE_HOME to a directory"
+    with pytest.raises(OSError, match=message), cache_directory.held_directory():
+        pass
+
+
 # --- a directory below one that another user can change ------------------------------------------
 
 
