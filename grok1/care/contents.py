@@ -31,12 +31,14 @@ class CheckedFile(NamedTuple):
       name: Its path, relative to the checkpoint.
       path: Where it is.
       file_size: Its length in bytes.
+      modified: When it had been written to last, in nanoseconds.
       arrays: What it holds, each with what to call it.
     """
 
     name: str
     path: pathlib.Path
     file_size: int
+    modified: int
     arrays: list[tuple[str, ArraySpan]]
 
 

@@ -187,11 +187,13 @@ def _safetensors_files(
             shard.path.name,
             shard.path,
             shard.file_size,
+            shard.modified,
             [(f"{_part_of(name)} of {name}", span) for name, span in shard.spans.items()],
         )
         for shard in found.shards
     ]
-    files.append(CheckedFile(INDEX_NAME, index, index.stat().st_size, []))
+    found = index.stat()
+    files.append(CheckedFile(INDEX_NAME, index, found.st_size, found.st_mtime_ns, []))
     return [file for file in files if file.name not in bad], faults
 
 
@@ -251,7 +253,8 @@ def _tensor_files(
 def _file(header: TensorHeader) -> CheckedFile:
     spans = [("values", header.values), ("scales", header.scales)]
     arrays = [(what, span) for what, span in spans if span is not None]
-    return CheckedFile(f"ckpt-0/{header.path.name}", header.path, header.file_size, arrays)
+    name = f"ckpt-0/{header.path.name}"
+    return CheckedFile(name, header.path, header.file_size, header.modified, arrays)
 
 
 def _header_fault(path: pathlib.Path, spec: TensorSpec, error: CheckpointError) -> Fault:

@@ -2,7 +2,7 @@
 
 A mapped file that cannot be read ends the process when it is touched. Here every page of a window
 is asked for first, by `MADV_POPULATE_READ`, which reports what fails; the window is then used at
-once and closed. What remains is a file cut off within that moment.
+once, looked at once more, and closed. What remains is a file cut off within that moment.
 """
 
 import ctypes
@@ -36,8 +36,8 @@ class Window:
         """Maps a part of a file; nothing is read yet.
 
         Raises:
-          CheckpointError: If the file cannot be mapped, or its length has changed since its header
-            was read.
+          CheckpointError: If the file cannot be mapped, or has changed since its header was
+            read.
         """
         self.nbytes = nbytes
         self._file = file
@@ -72,6 +72,15 @@ class Window:
     def close(self) -> None:
         """Gives the window up; its address is no longer valid."""
         self._map.close()
+
+    def check(self) -> None:
+        """Checks that what it shows has not been written to since the header was read.
+
+        Raises:
+          CheckpointError: If it has been, or nobody can say.
+        """
+        with open_unchanged(self._file):
+            pass
 
     def bytes(self) -> np.ndarray:
         """Returns its bytes as int8, valid until it is closed."""

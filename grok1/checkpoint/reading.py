@@ -107,8 +107,8 @@ class Reader:
         """Waits until what `submit` returned this number for is in its place; None: everything.
 
         Raises:
-          CheckpointError: If a file cannot be read, or its length has changed since its header was
-            read; what a check raised.
+          CheckpointError: If a file cannot be read, or has changed since its header was read; what
+            a check raised.
           CancelledError: After `stop`.
         """
         number = self._num_submitted if number is None else number

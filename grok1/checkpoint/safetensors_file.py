@@ -53,7 +53,8 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
     path = pathlib.Path(path)
     with open_file(path) as file:
         try:
-            size = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            size = found.st_size
             head = file.read(LFS_HEAD_BYTES)
             length = int.from_bytes(head[:8], "little")
             if is_lfs_pointer(head):
@@ -94,7 +95,7 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
         raise CheckpointError(path, f"its header is damaged: {error}", "copy it again") from None
     if end != size:
         raise CheckpointError(path, f"is {size} bytes long, expected {end} by its header", DAMAGED)
-    return ShardHeader(path, size, spans)
+    return ShardHeader(path, size, found.st_mtime_ns, spans)
 
 
 def _checked_place(name: str, entry: Any) -> tuple[int, int]:

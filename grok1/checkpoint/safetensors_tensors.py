@@ -33,11 +33,13 @@ class ShardHeader(NamedTuple):
     Attributes:
       path: The file.
       file_size: Its length in bytes when it was read.
+      modified: When it had been written to last, in nanoseconds.
       spans: Its arrays by name.
     """
 
     path: pathlib.Path
     file_size: int
+    modified: int
     spans: dict[str, ArraySpan]
 
 

@@ -49,7 +49,7 @@ DTYPES = {
 }
 """The types of stored arrays, by name."""
 
-CHANGED = "do not change a checkpoint while it is read"
+CHANGED = "do not change a checkpoint that is in use; load it again"
 """The remedy where a file is not as it was."""
 
 
@@ -85,6 +85,11 @@ class DataFile(Protocol):
         """Its length in bytes when it was read."""
         ...
 
+    @property
+    def modified(self) -> int:
+        """When it had been written to last, in nanoseconds, as its file system says."""
+        ...
+
 
 class TensorHeader(NamedTuple):
     """What one tensor file holds.
@@ -92,12 +97,14 @@ class TensorHeader(NamedTuple):
     Attributes:
       path: The file.
       file_size: Its length in bytes when it was read.
+      modified: When it had been written to last, in nanoseconds.
       values: The float32 or int8 elements.
       scales: The bfloat16 scales of an int8 tensor, else None.
     """
 
     path: pathlib.Path
     file_size: int
+    modified: int
     values: ArraySpan
     scales: ArraySpan | None
 
@@ -114,8 +121,8 @@ def read_header(path: str | os.PathLike[str]) -> TensorHeader:
     path = pathlib.Path(path)
     with open_file(path) as file:
         try:
-            size = os.fstat(file.fileno()).st_size
-            return _header(path, size, read_notes(file, size, _ALLOWED))
+            found = os.fstat(file.fileno())
+            return _header(path, found, read_notes(file, found.st_size, _ALLOWED))
         except PickleRefusedError as error:
             problem = f"byte {error.offset}: {error.problem}"
             if error.hostile:
@@ -133,21 +140,34 @@ def open_unchanged(file: DataFile) -> Iterator[int]:
     """Opens a file for `read_at` and yields its descriptor.
 
     Raises:
-      CheckpointError: If it cannot be opened, or its length has changed since its header was read.
+      CheckpointError: If it cannot be opened, or has changed since its header was read, or while it
+        was open.
     """
     descriptor = open_regular(file.path)
     try:
-        size = os.fstat(descriptor).st_size
-        if size != file.file_size:
-            raise CheckpointError(
-                file.path,
-                f"has {size} bytes, expected the {file.file_size} bytes it had when its header was "
-                "read",
-                CHANGED,
-            )
+        check_unchanged(file, descriptor)
         yield descriptor
+        check_unchanged(file, descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_unchanged(file: DataFile, descriptor: int) -> None:
+    """Checks that what is open is the file whose header was read, and as it was then.
+
+    Raises:
+      CheckpointError: If its length is another, or it has been written to.
+    """
+    found = os.fstat(descriptor)
+    if found.st_size != file.file_size:
+        raise CheckpointError(
+            file.path,
+            f"has {found.st_size} bytes, expected the {file.file_size} bytes it had when its "
+            "header was read",
+            CHANGED,
+        )
+    if found.st_mtime_ns != file.modified:
+        raise CheckpointError(file.path, "has been written to since its header was read", CHANGED)
 
 
 def read_at(file: DataFile, descriptor: int, offset: int, buffer: memoryview) -> None:
@@ -350,14 +370,15 @@ def _weight(values: Object, scales: Object) -> Object:
     return Object("NEWOBJ", _QUANTIZED, (), {"weight": values, "scales": scales})
 
 
-def _header(path: pathlib.Path, size: int, root: Any) -> TensorHeader:
+def _header(path: pathlib.Path, status: os.stat_result, root: Any) -> TensorHeader:
     """Checks the note of the pickled object and takes the arrays from it."""
+    file = path, status.st_size, status.st_mtime_ns
     if isinstance(root, Object) and root.function == _QUANTIZED:
         _check(root, _weight(_array("int8"), _array("bfloat16")))
         weight, scales = root.state["weight"], root.state["scales"]
-        return TensorHeader(path, size, _span(weight, "int8"), _span(scales, "bfloat16"))
+        return TensorHeader(*file, _span(weight, "int8"), _span(scales, "bfloat16"))
     _check(root, _array("float32"))
-    return TensorHeader(path, size, _span(root, "float32"), None)
+    return TensorHeader(*file, _span(root, "float32"), None)
 
 
 def _check(found: Any, valid: Any, what: str = "the object", offset: int = 0) -> None:

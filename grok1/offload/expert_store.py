@@ -215,6 +215,15 @@ class ExpertStore:
             self._current = None
         self._spare = []
 
+    def check(self) -> None:
+        """Checks that the files of the expert handed over last are as they were, if it is mapped.
+
+        Raises:
+          CheckpointError: If what was computed with may have been written to meanwhile.
+        """
+        for window in self._current.windows if self._current is not None else ():
+            window.check()
+
     def take(self, layer: int, expert: int, following: int | None) -> Buffer:
         """Returns an expert, good until the next call, while another one is got ready.
 
@@ -258,6 +267,7 @@ class ExpertStore:
 
     def _next(self, layer: int, expert: int, following: int | None) -> _Fetched:
         # Whoever asks for an expert is done with the one before.
+        self.check()
         if self._current is not None:
             self._release(self._current)
             self._current = None
@@ -325,6 +335,8 @@ class ExpertStore:
                     jobs.append((target[part], source[part]))
             for _ in self._pools[1].map(lambda job: np.copyto(*job), jobs):
                 pass
+            for window in mapped.windows:
+                window.check()
         finally:
             self._release(mapped)
 

@@ -242,6 +242,7 @@ class _StreamedProgram:
         self._store.begin(self._traffic, lambda layer: bar.update(layer + 1 - bar.n))
         try:
             yield
+            self._store.check()
         except Exception:
             # The program's own words are that it was not given the weights.
             if self._store.error is not None:

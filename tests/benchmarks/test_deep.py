@@ -37,7 +37,7 @@ def test_pages_are_forgotten_before_each_part_of_a_file_is_mapped(tmp_path, monk
     path.write_bytes(bytes(range(256)) * 256)
     forgotten = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: forgotten.append(what))
-    file = types.SimpleNamespace(path=path, file_size=1 << 16)
+    file = types.SimpleNamespace(path=path, file_size=1 << 16, modified=path.stat().st_mtime_ns)
     with deep.from_disk():
         window = expert_store.Window(file, 5000, 300)
     assert forgotten == [(5000, 300, os.POSIX_FADV_DONTNEED)]

@@ -155,7 +155,9 @@ def test_what_changed_since_an_interruption_is_read_again(change, nano_copy):
         shutil.copy2(path, path.with_name(".copy"))
         path.with_name(".copy").replace(path)
     reading = contents.read_contents(
-        file, contents.Journal(nano_copy / "SHA256SUMS"), lambda num_bytes: None
+        verification._file(read_header(path)),
+        contents.Journal(nano_copy / "SHA256SUMS"),
+        lambda num_bytes: None,
     )
     assert (reading.digest == "0" * 64) == (change == "nothing")
 

@@ -29,8 +29,9 @@ def stored(path, values: np.ndarray, transposed=False, apart=False) -> StoredArr
         data = part.swapaxes(-1, -2) if transposed else part
         file = path / f"part{i}"
         file.write_bytes(b"-" * 7 + np.ascontiguousarray(data).tobytes())
+        found = file.stat()
         span = ArraySpan(7, data.shape, str(values.dtype))
-        parts.append((TensorHeader(file, file.stat().st_size, span, None), span))
+        parts.append((TensorHeader(file, found.st_size, found.st_mtime_ns, span, None), span))
     return StoredArray(values.shape, str(values.dtype), tuple(parts), transposed)
 
 

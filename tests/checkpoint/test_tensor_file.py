@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pathlib
 import pickle
 import struct
@@ -108,6 +109,17 @@ def test_a_file_that_changed_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="file: cannot be read: No such file"):
         read_span(header, header.values)
+
+
+def test_a_file_that_is_written_to_while_it_is_open_is_refused(tmp_path):
+    path = tmp_path / "file"
+    write_tensor(path, VALUES)
+    header = read_header(path)
+    with (
+        pytest.raises(CheckpointError, match="file: has been written to since its header was read"),
+        tensor_file.open_unchanged(header),
+    ):
+        os.utime(path, ns=(0, header.modified + 1))
 
 
 def test_accepts_what_numpy_2_pickles(tmp_path, monkeypatch):

@@ -301,22 +301,81 @@ def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, offloaded):
     assert model.generate(prompt, **GREEDY) == before
 
 
+def times_of(path):
+    return path.stat().st_atime_ns, path.stat().st_mtime_ns
+
+
+def as_it_is(path):
+    """A file as its header's reader has found it."""
+    return SimpleNamespace(
+        path=path, file_size=path.stat().st_size, modified=path.stat().st_mtime_ns
+    )
+
+
+@pytest.mark.parametrize("way", ["replaced", "written to"])
+def test_another_file_of_the_same_size_is_an_error_and_not_its_tokens(copied, offloaded, way):
+    path = copied / "ckpt-0" / file_name(3)
+    whole, times = path.read_bytes(), times_of(path)
+    try:
+        if way == "replaced":
+            path.with_name("new").write_bytes(whole)
+            path.with_name("new").rename(path)
+        else:
+            path.write_bytes(whole)
+        os.utime(path, ns=(0, times[1] + 1))
+        with pytest.raises(grok1.CheckpointError, match="tensor00003_000: has been written to sin"):
+            offloaded.generate([1, 2, 3], **GREEDY)
+    finally:
+        os.utime(path, ns=times)
+    assert threads() == []
+    offloaded.generate([1, 2, 3], **GREEDY)
+
+
+@pytest.mark.parametrize("held", [0, 64])
+def test_the_last_expert_is_written_to_while_it_is_computed_with(
+    copied, offloaded, monkeypatch, held
+):
+    populate, populated, touched = mapping.Window.populate, [], {}
+
+    def written_to(window, place):
+        populate(window, place)
+        populated.append(window)
+        path = window._file.path
+        if len(populated) == 2 * num_blocks:
+            touched[path] = times_of(path)
+            os.utime(path, ns=(0, touched[path][1] + 1))
+
+    monkeypatch.setattr(mapping.Window, "populate", written_to)
+    num_blocks = 0
+    with_room(offloaded, held).logits([1])
+    num_blocks = len(populated)
+    try:
+        with pytest.raises(grok1.CheckpointError, match="has been written to since its header"):
+            with_room(offloaded, held).logits([1])
+    finally:
+        for path, times in touched.items():
+            os.utime(path, ns=times)
+    assert len(touched) == 1
+    assert threads() == []
+
+
 def test_a_file_that_is_cut_off_is_an_error(copied, offloaded):
     path = copied / "ckpt-0" / file_name(4)
-    whole = path.read_bytes()
+    whole, times = path.read_bytes(), times_of(path)
     try:
         os.truncate(path, 1000)
         with pytest.raises(grok1.CheckpointError, match="tensor00004_000: has 1000 bytes, expec"):
             offloaded.generate([1, 2, 3], **GREEDY)
     finally:
         path.write_bytes(whole)
+        os.utime(path, ns=times)
     assert threads() == []
 
 
 def test_a_file_that_is_cut_off_after_it_was_mapped_is_an_error(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
-    window = mapping.Window(SimpleNamespace(path=path, file_size=1 << 20), 5000, 900_000)
+    window = mapping.Window(as_it_is(path), 5000, 900_000)
     os.truncate(path, 4096)
     [(_, place)] = window.blocks()
     with pytest.raises(grok1.CheckpointError, match="file: has 4096 bytes, expected the 1048576"):
@@ -340,7 +399,7 @@ def test_a_window_is_populated_once_in_blocks_that_end_where_huge_pages_do(
         return 0
 
     monkeypatch.setattr(mapping, "_madvise", advise)
-    window = mapping.Window(SimpleNamespace(path=path, file_size=size), offset, nbytes)
+    window = mapping.Window(as_it_is(path), offset, nbytes)
     for of_window, place in window.blocks():
         of_window.populate(place)
     [whole] = asked[mapping._MADV_HUGEPAGE]
