@@ -27,7 +27,7 @@ from grok1.server.errors import ServingError
 from grok1.server.events import ClientGoneError, EventStream, Json, unless_gone
 from grok1.server.failures import http_error, nobody, refused
 from grok1.server.gate import Gate, Keys
-from grok1.server.metrics import CONTENT_TYPE, Metrics
+from grok1.server.metrics import CONTENT_TYPE, Answers, Metrics
 from grok1.server.page import PAGE, page
 from grok1.server.refusals import RefusalError
 from grok1.server.texts import TokenTexts, encode_text, special_id
@@ -98,6 +98,7 @@ class App:
         ]
         if access.page:
             routes += [Route(path, page) for path in PAGE]
+        self._answers = Answers(route.path for route in routes)
         middleware = [
             Middleware(
                 Gate,
@@ -105,6 +106,7 @@ class App:
                 metrics_keys=access.metrics_keys,
                 hosts=access.hosts,
                 most_bytes=access.most_bytes,
+                on_answer=self._answers.count,
             )
         ]
         if access.origins:
@@ -128,7 +130,8 @@ class App:
     def serve(self, server: Server) -> None:
         """Answers with a server from now on."""
         self.server = server
-        self._texts, self._measured = TokenTexts(server.model.tokenizer), Metrics(server)
+        self._texts = TokenTexts(server.model.tokenizer)
+        self._measured = Metrics(server, self._name, self._answers)
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -181,7 +184,7 @@ class App:
 
     async def _asked(self, make: Callable[..., Ask], body: Any, source: Any, *more: Any) -> Ask:
         arguments = (body, self._ready(), self._limits, *more)
-        if _num_characters(source) > _LONG_TEXT:
+        if asks.num_characters(source) > _LONG_TEXT:
             return await asyncio.to_thread(make, *arguments)
         return make(*arguments)
 
@@ -410,11 +413,3 @@ async def _first(events: AsyncIterator[Any]) -> Any:
 async def _all(ask: Ask) -> None:
     """Waits for all choices; where one fails, the others are cancelled by who waits for this."""
     await asyncio.gather(*(handle.wait() for handle in ask.every_handle))
-
-
-def _num_characters(source: Any) -> int:
-    if isinstance(source, list) and not (source and isinstance(source[0], int)):
-        return sum(map(_num_characters, source))
-    if isinstance(source, (str, list)):
-        return len(source)
-    return _num_characters(getattr(source, "content", None) or getattr(source, "text", None) or "")

@@ -402,3 +402,12 @@ def _wishes(body: SamplingBody, vocab_size: int, max_tokens: int) -> Wishes | No
     )
     is_neutral = wishes == Wishes() and body.allowed_token_ids is None
     return None if is_neutral else wishes
+
+
+def num_characters(source: Any) -> int:
+    """Returns how many characters or token ids prompts or messages have."""
+    if isinstance(source, list) and not (source and isinstance(source[0], int)):
+        return sum(map(num_characters, source))
+    if isinstance(source, (str, list)):
+        return len(source)
+    return num_characters(getattr(source, "content", None) or getattr(source, "text", None) or "")

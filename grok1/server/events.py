@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -9,12 +10,13 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from grok1.server.errors import CancelledError
-from grok1.server.refusals import refusal_of
+from grok1.server.errors import CancelledError, ServingError
+from grok1.server.refusals import RefusalError, refusal_of
 from grok1.server.texts import utf8_escape
 
 T = TypeVar("T")
 
+_log = logging.getLogger("grok1.server")
 _SEND_SECONDS = 30.0  # that a client can keep an event waiting
 
 
@@ -118,6 +120,8 @@ class EventStream(Response):
             raise
         except Exception as error:
             if not isinstance(error, CancelledError):
+                if not isinstance(error, (ServingError, RefusalError)):
+                    _log.exception("a stream failed")
                 await put(_event(refusal_of(error).body()))
             self._cancel()
         await put(b"data: [DONE]\n\n", more=False)

@@ -5,7 +5,7 @@ import hmac
 import pathlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,11 +13,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from grok1.files import CheckpointError, read_bounded, unreadable
+from grok1.machine.announcement import say
 from grok1.server.refusals import RefusalError
 
 _OPEN = ("/health", "/ping")
 _PAGE = ("/", "/app.js", "/style.css")
 _LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+_NEVER, _GONE = (0, 0, 0), (0, 0, 1)  # stamps that no file has
 _MOST_KEYS = 1 << 20  # bytes of a file
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -27,7 +29,7 @@ class Keys:
 
     def __init__(self, keys: Sequence[str] = (), file: pathlib.Path | None = None):
         self._given = [_hash(key) for key in keys]
-        self._file, self._stamp = file, (0, 0)
+        self._file, self._stamp = file, _NEVER
         self._of_file: list[bytes] = []
         if file is not None:
             self._read()
@@ -49,19 +51,22 @@ class Keys:
             return
         try:
             found = self._file.stat()
-            stamp = (found.st_mtime_ns, found.st_size)
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
             if stamp != self._stamp:
                 data = read_bounded(self._file, _MOST_KEYS)
                 words = map(str.strip, data.decode("utf-8", "surrogateescape").splitlines())
                 self._of_file = [_hash(word) for word in words if word and not word.startswith("#")]
+                if self._stamp != _NEVER:
+                    say(f"grok1: {self._file}: read again, keys: {len(self._of_file)}")
                 self._stamp = stamp
         except (OSError, CheckpointError) as error:
-            # Without the file nobody is known by it.
-            if self._stamp == (0, 0):
-                if isinstance(error, CheckpointError):
-                    raise
-                raise unreadable(self._file, error) from error
-            self._of_file = []
+            refusal = unreadable(self._file, error) if isinstance(error, OSError) else error
+            if self._stamp == _NEVER:
+                raise refusal from error
+            # Without the file nobody is known by it, until it is there, as it was or otherwise.
+            if self._stamp != _GONE:
+                say(f"grok1: {refusal}; none of its keys is taken until it can be read")
+            self._of_file, self._stamp = [], _GONE
 
 
 def _hash(key: str) -> bytes:
@@ -78,6 +83,7 @@ class Gate:
         metrics_keys: Keys,
         hosts: Sequence[str] | None,
         most_bytes: int,
+        on_answer: Callable[[str, int], None],
     ):
         """Wraps an application.
 
@@ -87,7 +93,9 @@ class Gate:
           metrics_keys: Who may read the metrics; with none, everybody.
           hosts: The names that this server is reached by; None for any.
           most_bytes: Largest body.
+          on_answer: Called with the path and the status of each answer when it begins.
         """
+        self._on_answer = on_answer
         self._app, self._keys, self._metrics_keys = app, keys, metrics_keys
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._most_bytes = most_bytes
@@ -104,6 +112,7 @@ class Gate:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
+                self._on_answer(scope["path"], message["status"])
                 own = MutableHeaders(scope=message)
                 own["x-request-id"] = name
                 own.setdefault("x-content-type-options", "nosniff")

@@ -1,14 +1,23 @@
 """What Prometheus reads of a server; names are those of vLLM's metrics behind `grok1_`."""
 
+import collections
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from grok1.server.core import Server
 from grok1.server.handle import Handle
+from grok1.version import __version__
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -16,10 +25,43 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 _LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
+class Answers(Collector):
+    """Counts the answers of HTTP by path and status, those that the server refused included."""
+
+    def __init__(self, paths: Iterable[str]):
+        """Takes the paths that there are, in Starlette's spelling; others are one together."""
+        self._paths = {path: path.partition("{")[0] for path in paths}
+        self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def count(self, path: str, status: int) -> None:
+        """Counts an answer to a request for a path."""
+        known = path if path in self._paths else "other"
+        for pattern, begin in self._paths.items():
+            if pattern != begin and path.startswith(begin):
+                known = pattern
+        self._counts[known, status] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields what was counted."""
+        answers = CounterMetricFamily(
+            "grok1_http_requests", "Requests answered", labels=["handler", "status"]
+        )
+        for (path, status), count in list(self._counts.items()):
+            answers.add_metric([path, str(status)], count)
+        yield answers
+
+
 class Metrics:
     """Counts what a server does, from when it is made."""
 
-    def __init__(self, server: Server):
+    def __init__(self, server: Server, name: str, answers: Answers):
+        """Counts from now on.
+
+        Args:
+          server: What does it.
+          name: The model's in the protocol.
+          answers: Counts what HTTP answers.
+        """
         self._registry = registry = CollectorRegistry()
 
         def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
@@ -62,7 +104,9 @@ class Metrics:
         self._last = Gauge(
             "grok1_last_step_timestamp_seconds", "When the last turn ended", registry=registry
         )
-        registry.register(_Load(server))
+        registry.register(_Load(server, name))
+        registry.register(answers)
+        ProcessCollector(registry=registry)
         server.on_finish.append(self._finished)
         server.on_turn.append(self._turned)
 
@@ -86,7 +130,6 @@ class Metrics:
             self._prefill.observe(times.prefilled - times.admitted)
         if times.first:
             count = handle.builder.num_tokens
-            self._new.inc(count)
             self._first.observe(times.first - times.submitted)
             self._decode.observe(times.last - times.first)
             if count > 1:
@@ -95,6 +138,7 @@ class Metrics:
     def _turned(self, seconds: float, num_drawn: int, num_of_prompts: int) -> None:
         if not num_drawn and not num_of_prompts:
             return
+        self._new.inc(num_drawn)
         self._turn.labels("prefill" if num_of_prompts else "decode").observe(seconds)
         self._turn_tokens.observe(num_drawn + num_of_prompts)
         self._last.set(time.time())
@@ -103,11 +147,16 @@ class Metrics:
 class _Load(Collector):
     """What a server has to do when it is asked."""
 
-    def __init__(self, server: Server):
-        self._server = server
+    def __init__(self, server: Server, name: str):
+        self._server, self._name = server, name
 
     def collect(self) -> Iterator[Metric]:
         load = self._server.load()
+        info = GaugeMetricFamily("grok1_info", "What answers", labels=["version", "model_name"])
+        info.add_metric([__version__, self._name], 1)
+        yield info
+        is_ready = load.state == "ready" and not self._server.is_stuck
+        yield GaugeMetricFamily("grok1_ready", "Whether /health says 200: 1 or 0", int(is_ready))
         for name, words, value in (
             ("num_requests_running", "Requests that have a slot", load.num_running),
             ("num_requests_waiting", "Requests that wait for a slot", load.num_waiting),

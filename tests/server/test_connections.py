@@ -10,7 +10,7 @@ import pytest
 
 from grok1.files import CheckpointError
 from grok1.server import events as events_module
-from grok1.server import running
+from grok1.server import gate, running
 from tests.server.test_core import LONG, PROMPTS, idle
 
 
@@ -123,6 +123,35 @@ def test_who_may_come_in(start, server, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             running.HttpOptions(**options).app()
+
+
+@pytest.mark.parametrize("way", ["moved away", "emptied", "a directory"])
+def test_keys_are_taken_again_when_their_file_is_back_as_it_was(tmp_path, capsys, way):
+    path, away = tmp_path / "keys", tmp_path / "away"
+    path.write_text("alpha\nbeta\n")
+    keys = gate.Keys(file=path)
+    assert keys.has("alpha")
+    assert capsys.readouterr().err == ""
+    path.rename(away)
+    if way == "emptied":
+        path.touch()
+        said = f"grok1: {path}: read again, keys: 0\n"
+    elif way == "a directory":
+        path.mkdir()
+        said = f"grok1: {path}: not a regular file but a directory; move it away; none of its keys"
+    else:
+        said = f"grok1: {path}: cannot be read: No such file or directory; check the path"
+    for _ in range(3):
+        assert not keys.has("alpha")
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert len(err.splitlines()) == 1
+    if way == "a directory":
+        path.rmdir()
+    away.rename(path)
+    for _ in range(3):
+        assert keys.has("alpha")
+    assert capsys.readouterr().err == f"grok1: {path}: read again, keys: 2\n"
 
 
 def test_one_host_and_one_origin_need_no_list(start, server):

@@ -10,8 +10,10 @@ import numpy as np
 import openai
 import pytest
 
+import grok1
 from grok1.engine.engine import Engine
 from grok1.server import running
+from grok1.server.events import EventStream
 from grok1.tokenizer import Tokenizer
 from tests.server.test_core import idle
 
@@ -348,6 +350,84 @@ def test_metrics_count_turns_and_tokens(http, complete, server):
         deadline = time.monotonic() + 5  # the last turn is counted after the answer
         while (now := [new - old for new, old in zip(counted(), before, strict=True)]) != added:
             assert time.monotonic() < deadline, now
+
+
+def metric(http, name: str) -> float:
+    lines = [line.rpartition(" ") for line in http.get("/metrics").text.splitlines()]
+    return float({name: value for name, _, value in lines}.get(name, 0))
+
+
+def test_metrics_count_answers_by_path_and_status(http):
+    asked = [
+        ("/v1/models", 200, "/v1/models"),
+        ("/v1/models/toy", 200, "/v1/models/{name:path}"),
+        ("/v1/models/xai-org/grok", 404, "/v1/models/{name:path}"),
+        ("/v1/completions", 405, "/v1/completions"),
+        *[(f"/{number}", 404, "other") for number in range(3)],
+    ]
+    for path, status, handler in asked:
+        name = f'grok1_http_requests_total{{handler="{handler}",status="{status}"}}'
+        before = metric(http, name)
+        assert http.get(path).status_code == status
+        assert metric(http, name) == before + 1, name
+    name = 'grok1_http_requests_total{handler="/v1/completions",status="415"}'
+    before = metric(http, name)
+    # What does not come in is counted too.
+    assert http.post("/v1/completions", content="{}").status_code == 415
+    assert metric(http, name) == before + 1
+
+
+def test_metrics_say_what_answers_and_whether(http, server, monkeypatch):
+    assert metric(http, f'grok1_info{{model_name="toy",version="{grok1.__version__}"}}') == 1
+    assert metric(http, "grok1_ready") == 1
+    assert metric(http, "process_resident_memory_bytes") > 1e6
+    monkeypatch.setattr(type(server), "is_stuck", True)
+    assert metric(http, "grok1_ready") == 0
+
+
+def test_tokens_are_counted_as_they_come(http, server, monkeypatch):
+    name, ended = "grok1_generation_tokens_total", "grok1_e2e_request_latency_seconds_count"
+    before, over = metric(http, name), metric(http, ended)
+    monkeypatch.setattr(server, "on_turn", [*server.on_turn, lambda *_: time.sleep(0.02)])
+    body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        deadline = time.monotonic() + 20
+        while metric(http, name) < before + 2:
+            assert time.monotonic() < deadline
+        assert metric(http, ended) == over
+
+
+def test_every_metric_has_one_type_and_ends_as_its_type_does(http):
+    kinds = {}
+    for line in http.get("/metrics").text.splitlines():
+        if line.startswith("# TYPE"):
+            _, _, name, kind = line.split(" ")
+            assert kinds.setdefault(name, kind) is kind
+    for name, kind in kinds.items():
+        if name != "grok1_iteration_tokens_total":  # a histogram that vLLM names so
+            assert name.endswith("_total") == (kind == "counter"), name
+
+
+def test_a_stream_that_fails_for_no_known_reason_is_logged(caplog):
+    async def events():
+        raise ZeroDivisionError("of ours")
+        yield
+
+    async def stream() -> bytes:
+        sent = []
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        await EventStream(None, events(), lambda: None)({"type": "http"}, receive, send)
+        return b"".join(sent)
+
+    assert b"the server has failed to answer" in asyncio.run(stream())
+    assert "ZeroDivisionError: of ours" in caplog.text
 
 
 def test_a_fingerprint_is_that_of_the_bits(server, toy):
