@@ -387,6 +387,7 @@ def test_metrics_say_what_answers_and_whether(http, server, monkeypatch):
 
 def test_tokens_are_counted_as_they_come(http, server, monkeypatch):
     name, ended = "grok1_generation_tokens_total", "grok1_e2e_request_latency_seconds_count"
+    idle(server)
     before, over = metric(http, name), metric(http, ended)
     monkeypatch.setattr(server, "on_turn", [*server.on_turn, lambda *_: time.sleep(0.02)])
     body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
