@@ -15,6 +15,7 @@ from grok1.checkpoint.safetensors_file import (
 )
 from grok1.checkpoint.safetensors_layout import (
     INDEX_NAME,
+    TYPES,
     index_json,
     shard_header,
     shard_name,
@@ -25,6 +26,7 @@ from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
 from grok1.nn.manifest import EMBEDDING, manifest
+from grok1.ops.formats import INT4
 
 CONFIG = ModelConfig(
     vocab_size=32, emb_size=16, widening_factor=3, key_size=8, num_q_heads=2, num_kv_heads=1,
@@ -34,6 +36,7 @@ SPECS = manifest(CONFIG)
 FIRST, SECOND, THIRD = (shard_name(number, 3) for number in range(3))
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 KEY = "model.layers.0.attn.k_proj.weight"
+GATE = "model.layers.0.moe_block.experts.0.linear.weight"
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize 9\n" % (b"0" * 64)
 
@@ -55,12 +58,12 @@ def model(tmp_path) -> dict[str, Tensors]:
 
 def write(directory: pathlib.Path, found: dict[str, Tensors], weight_map=None) -> pathlib.Path:
     """Writes shards, and the index that belongs to them or another one."""
-    codes = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8"}
+    codes = {dtype: code for code, dtype in TYPES.items()}
     for name, tensors in found.items():
         header, end = {}, 0
         for tensor, values in tensors.items():
             end += values.nbytes
-            code = codes.get(values.dtype, "BF16")
+            code = codes[values.dtype.name]
             offsets = [end - values.nbytes, end]
             header[tensor] = {"dtype": code, "shape": values.shape, "data_offsets": offsets}
         text = json.dumps(header).encode()
@@ -137,6 +140,19 @@ def test_what_is_in_another_shard_than_the_index_says_is_one_fault(model, tmp_pa
     names = {name: shard for shard, tensors in model.items() for name in tensors} | {KEY: THIRD}
     write(tmp_path, model, names)
     assert refusal(tmp_path).startswith(f"{THIRD}: lacks {KEY}, which {INDEX_NAME} says is there")
+
+
+# Of 16 rows: blocks of two that leave some over, and blocks of a single one.
+@pytest.mark.parametrize("blocks", [6, 16])
+def test_a_number_of_blocks_that_4_bit_weights_cannot_have_is_refused(blocks, model, tmp_path):
+    shapes = INT4.part_shapes((16, 32), blocks)
+    for part, shape in zip(INT4.parts, shapes, strict=True):
+        model[SECOND][f"{GATE}{part.suffix}"] = np.zeros(shape, part.dtype)
+    write(tmp_path, model)
+    assert refusal(tmp_path) == (
+        f"{SECOND}: {GATE}_scale is float16[{blocks},32], expected float16[B,32] for 4-bit weights "
+        "of 16 rows in B blocks of at most 256; is it a conversion by grok1?"
+    )
 
 
 # ------------------------------------------------------------------------------- the head
