@@ -126,6 +126,26 @@ void attention() {
   }
 }
 
+// A block of weights of which a group is small, rounded to 4 bits.
+void rounding() {
+  constexpr int64_t kBlock = 64, kGroup = 32;
+  int64_t place = 0;
+  auto weights = drawn<float>("weights", "<f4", kBlock * kColumns, [&] {
+    return uniform(place++ < kGroup * kColumns ? 1 : 0.1f);
+  });
+  std::vector<uint8_t> values(kBlock / 2 * kColumns), subscales(grok1::kCodeRows * kColumns);
+  std::vector<uint16_t> scales(kColumns);
+  const grok1::RoundedMatrix to = {values.data(), subscales.data(), scales.data(),
+                                   kColumns,      kBlock,           kGroup};
+  for (int64_t column = 0; column < kColumns; column += grok1::kRoundedColumns) {
+    const int64_t width = std::min<int64_t>(grok1::kRoundedColumns, kColumns - column);
+    to.round(weights.data() + column, 0, column, width);
+  }
+  write("rounded_to_4_bits", "u1", values);
+  write("rounded_to_4_bits", "u1", subscales);
+  write("rounded_to_4_bits", "<u2", scales);
+}
+
 template <typename Function>
 void elements(const char* name, const std::vector<float>& from, Function function) {
   std::vector<float> out(from.size());
@@ -175,5 +195,6 @@ void functions() {
 int main() {
   products();
   attention();
+  rounding();
   functions();
 }

@@ -14,6 +14,7 @@ import pytest
 from grok1.machine import native_library
 from grok1.ops.cpu import bindings
 from grok1.ops.int4 import Int4Array, dequantize_int4
+from grok1.ops.int4_rounding import round_weight
 from tests.helpers import relative_error
 
 SOURCES = bindings._SOURCES.directory
@@ -24,6 +25,8 @@ OPTIONS = [
     f"-I{SOURCES}",
     f"-I{jax.ffi.include_dir()}",
 ]
+# What the language leaves undefined ends the program, with no library that says what it was.
+TRAPS = ["-fsanitize=undefined,float-cast-overflow", "-fsanitize-undefined-trap-on-error"]
 TARGETS = [
     ["clang++", "-march=x86-64-v3"],
     ["clang++", "--target=aarch64-linux-gnu"],
@@ -113,7 +116,7 @@ def found(request, tmp_path_factory):
         if request.param != "aarch64":
             command = ["clang++", "--target=aarch64-linux-gnu", "-mcpu=apple-m1"]
     static = [] if platform.system() == "Darwin" else ["-static"]
-    compiled(command, ["-O1", *static, str(PROGRAM), "-o", str(program)])
+    compiled(command, ["-O1", *TRAPS, *static, str(PROGRAM), "-o", str(program)])
     result = subprocess.run([*runner, program], capture_output=True, check=True)
     return records(result.stdout)
 
@@ -159,6 +162,12 @@ def test_attention_against_float64(found):
     expected = weights @ values / weights.sum(axis=-1, keepdims=True)
     for out in found["attention"]:
         assert relative_error(out.reshape(7, 3, 71), expected) <= 2e-6
+
+
+def test_weights_are_rounded_as_by_xla(found):
+    rounded = round_weight(found["weights"][0].reshape(64, 75), 1, "xla")
+    for part, expected in zip(found["rounded_to_4_bits"], rounded, strict=True):
+        np.testing.assert_array_equal(part.reshape(expected.shape), expected.view(part.dtype))
 
 
 def test_functions_against_float64(found):

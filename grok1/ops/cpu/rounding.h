@@ -227,10 +227,10 @@ struct BlockScales {
     }
     for (int c = 0; c < kRoundedColumns; ++c) {
       shift[c] = largest[c] == 0 ? 0 : __builtin_clz(std::abs(largest[c])) - 17;
-      largest[c] <<= shift[c];
+      largest[c] *= 1 << shift[c];
     }
     for (int64_t i = 0; i < pairs; ++i) {
-      for (int lane = 0; lane < kPair; ++lane) whole[i * kPair + lane] <<= shift[lane / 2];
+      for (int lane = 0; lane < kPair; ++lane) whole[i * kPair + lane] *= 1 << shift[lane / 2];
     }
     FloatLanes best, gain;
     std::fill_n(best, kRoundedColumns, 0.0f);
