@@ -14,6 +14,7 @@ from typing import Any
 
 from grok1 import reprs
 from grok1.files import CheckpointError, LongInteger, json_object, read_bounded
+from grok1.keywords import shown
 
 _DERIVED = float("nan")  # stands for a multiplier that was not given
 _MOST_FILE_BYTES = 1 << 20
@@ -303,33 +304,26 @@ def _check_field(field: dataclasses.Field[Any], value: Any) -> None:
     name = field.name
     if field.type is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, found {_shown(value)}")
+            raise ValueError(f"{name} must be true or false, found {shown(value)}")
     elif value is _DERIVED or (value is None and field.default is None):
         return
     elif field.type is int:
         _check_size(name, value, _MOST[name])
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f"{name} must be a number above 0, found {_shown(value)}")
+        raise ValueError(f"{name} must be a number above 0, found {shown(value)}")
     elif not value < 1e30:
-        raise ValueError(f"{name} must be a finite number, found {_shown(value)}")
+        raise ValueError(f"{name} must be a finite number, found {shown(value)}")
     elif value > _MOST.get(name, math.inf):
-        raise ValueError(f"{name} must be at most {_MOST[name]:,}, found {_shown(value)}")
+        raise ValueError(f"{name} must be at most {_MOST[name]:,}, found {shown(value)}")
 
 
 def _check_size(name: str, value: Any, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, LongInteger)):
-        raise ValueError(f"{name} must be a whole number above 0, found {_shown(value)}")
+        raise ValueError(f"{name} must be a whole number above 0, found {shown(value)}")
     if isinstance(value, LongInteger) or value > most:
-        raise ValueError(f"{name} must be at most {most:,}, found {_shown(value)}")
+        raise ValueError(f"{name} must be at most {most:,}, found {shown(value)}")
     if value < 1:
-        raise ValueError(f"{name} must be a whole number above 0, found {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    # Python refuses to write more digits than it would read.
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of some {value.bit_length() * math.log10(2):,.0f} digits"
-    return f"{value!r:.80}"
+        raise ValueError(f"{name} must be a whole number above 0, found {shown(value)}")
 
 
 def _for_people(value: Any) -> str:

@@ -1,9 +1,11 @@
-"""Keyword arguments of public functions: what there is, and what a mistyped one may have meant."""
+"""Arguments of public functions: what a mistyped one may have meant, how a wrong one is shown."""
 
 import dataclasses
 import difflib
 import functools
 import inspect
+import math
+import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -21,6 +23,15 @@ def check(given: Collection[str], known: Collection[str], function: str) -> None
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
             raise TypeError(f"{function} has no argument {name!r}; {hint}")
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Returns what a value is for a message: on one line, and not all of one that is long."""
+    # Python refuses to write more digits than it would read.
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of some {value.bit_length() * math.log10(2):,.0f} digits"
+    # An array is written over several lines.
+    return re.sub(r"\s*\n\s*", " ", repr(value))[:most]
 
 
 def suggesting(options: type | None = None) -> Callable[[F], F]:

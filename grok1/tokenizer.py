@@ -20,6 +20,7 @@ from typing import Any, SupportsIndex
 import sentencepiece
 
 from grok1.files import CheckpointError, read_bounded
+from grok1.keywords import shown
 
 _MOST_BYTES = 1 << 28  # of a file; the released one has 2.2 MB
 _SPACE = "▁"  # U+2581, as pieces spell it
@@ -266,7 +267,7 @@ def _token_id(token: Any, vocab_size: int) -> int:
     except TypeError:
         index = None
     if index is None:
-        raise ValueError(f"token id must be an integer in [0, {vocab_size}), found {token!r:.80}")
+        raise ValueError(f"token id must be an integer in [0, {vocab_size}), found {shown(token)}")
     if not 0 <= index < vocab_size:
         raise ValueError(f"token id {index} is out of range, expected [0, {vocab_size})")
     return index

@@ -9,9 +9,42 @@ import pytest
 
 import grok1
 from grok1.generate.options import GenerationArguments, GenerationOptions
+from tests.conftest import TOY
 from tests.generate.test_options import make_options
 
 OPTIONS = {field.name: field for field in dataclasses.fields(GenerationOptions)}
+
+
+LONG = [np.zeros((40, 40)), np.ma.array([1, 2], mask=[0, 1]), "x" * 9000, -(10**5000)]
+
+
+@pytest.mark.parametrize("value", LONG, ids=["array", "masked array", "text", "integer"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(lambda m, v, name=name: m.generate([5], **{name: v}) for name in
+          ("max_new_tokens", "temperature", "top_p", "min_p", "seed", "ignore_eos", "logprobs",
+           "logits_processor")),
+        lambda m, v: m.generate([5], stop=[{"a": v}]),
+        lambda m, v: m.score([5, 6], window=v),
+        lambda m, v: m.score([5, 6], top_k=v),
+        lambda m, v: m.trace([5, 6], [v]),
+        lambda m, v: m.trace([5, 6], ["logit_lens"], lens_top=v),
+        lambda m, v: m.intervene(grok1.SelectExperts(v)),
+        lambda m, v: m.intervene(grok1.AddToResidual(np.zeros(128), point=v)),
+        lambda m, v: m.intervene(grok1.Patch(v, np.zeros(128))),
+        lambda m, v: m.intervene(grok1.ScaleHeads(np.array([[1, 2]] * 90))),
+        lambda m, v: m.tokenizer.piece(v),
+        lambda m, v: grok1.load(TOY, mesh=v, progress=False),
+        lambda m, v: grok1.load(TOY, offload=v, progress=False),
+        lambda m, v: grok1.load(TOY, memory=v, offload="disk", progress=False),
+    ],
+)  # fmt: skip
+def test_a_long_value_is_shown_in_part_and_on_one_line(toy, call, value):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call(toy, value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_arguments_are_the_options():

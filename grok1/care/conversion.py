@@ -33,6 +33,7 @@ from grok1.checkpoint.storage import (
 from grok1.checkpoint.tensor_file import DTYPES, tensor_file_pieces
 from grok1.config import ModelConfig
 from grok1.files import CheckpointError
+from grok1.keywords import shown
 from grok1.machine.float_errors import as_numpy_comes
 from grok1.nn.manifest import TensorSpec, file_name, manifest, with_int4_experts
 from grok1.ops.formats import INT4
@@ -149,9 +150,9 @@ def convert(
 
 def _check_options(to: str, dtype: str | None, embedding: str | None) -> None:
     if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}, found {to!r}")
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, found {shown(to)}")
     if dtype not in (None, "int8", "bfloat16"):
-        raise ValueError(f'dtype must be "int8" or "bfloat16", found {dtype!r}')
+        raise ValueError(f'dtype must be "int8" or "bfloat16", found {shown(dtype)}')
     if to == "int4" and dtype is not None:
         raise ValueError("int4 says what the experts become; leave out the dtype")
     if to == "grok1" and dtype == "bfloat16":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from grok1.keywords import shown
 from grok1.ops import race
 from grok1.ops.cpu import bindings, draws
 
@@ -43,15 +44,17 @@ class SamplingParams:
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise ValueError(
                 f"temperature must be 0 (the most probable token) or above, found "
-                f"{self.temperature!r}"
+                f"{shown(self.temperature)}"
             )
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p!r}")
+            raise ValueError(f"top_p must be above 0 and at most 1, found {shown(self.top_p)}")
         whole = _is_number(self.top_k) and isinstance(self.top_k, numbers.Integral)
         if self.top_k is not None and not (whole and self.top_k >= 1):
-            raise ValueError(f"top_k must be a whole number above 0, or None, found {self.top_k!r}")
+            raise ValueError(
+                f"top_k must be a whole number above 0, or None, found {shown(self.top_k)}"
+            )
         if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
-            raise ValueError(f"min_p must be from 0 to 1, or None, found {self.min_p!r}")
+            raise ValueError(f"min_p must be from 0 to 1, or None, found {shown(self.min_p)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from grok1.engine.sampling import SamplingParams
 from grok1.engine.steps import LogitsProcessor
+from grok1.keywords import shown
 
 
 class GenerationArguments(TypedDict, total=False):
@@ -75,22 +76,24 @@ class GenerationOptions:
         self._check_types()
         if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(
-                f"max_new_tokens must be a whole number above 0, found {self.max_new_tokens!r}"
+                f"max_new_tokens must be a whole number above 0, found {shown(self.max_new_tokens)}"
             )
         if self.logprobs is not None and (not is_whole(self.logprobs) or self.logprobs < 0):
             raise ValueError(
                 f"logprobs must be a number of alternatives from 0, or None, found "
-                f"{self.logprobs!r}"
+                f"{shown(self.logprobs)}"
             )
         if not isinstance(self.seed, (int, np.integer)) and not _is_several(self.seed):
-            raise TypeError(f"seed takes a whole number, or one a prompt, found {self.seed!r}")
+            raise TypeError(f"seed takes a whole number, or one a prompt, found {shown(self.seed)}")
         for seed in [self.seed] if isinstance(self.seed, (int, np.integer)) else self.seed:
             if not is_whole(seed) or not 0 <= seed < 2**32:
-                raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, found {seed!r}")
+                raise ValueError(
+                    f"seed must be a whole number from 0 to 2**32 - 1, found {shown(seed)}"
+                )
         for stop in self._stops():
             if not is_whole(stop) and not isinstance(stop, str):
                 raise TypeError(
-                    f"stop takes strings and token ids, found {stop!r} of type "
+                    f"stop takes strings and token ids, found {shown(stop)} of type "
                     f"{type(stop).__name__}"
                 )
             if stop == "":
@@ -108,14 +111,14 @@ class GenerationOptions:
             value = getattr(self, name)
             is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             if not is_number and (name != "min_p" or value is not None):
-                raise TypeError(f"{name} must be a number, found {value!r}")
+                raise TypeError(f"{name} must be a number, found {shown(value)}")
         check_flags(
             ignore_eos=self.ignore_eos, add_bos=self.add_bos, allow_control=self.allow_control
         )
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise TypeError(
                 "logits_processor must be a function of (logits, tokens, length), found "
-                f"{self.logits_processor!r}"
+                f"{shown(self.logits_processor)}"
             )
 
     def sampling(self) -> SamplingParams:
@@ -182,8 +185,8 @@ class GenerationOptions:
             return [self.stop]
         if not _is_several(self.stop) or isinstance(self.stop, bytes):
             raise TypeError(
-                f"stop takes strings and token ids, one or a list, found {self.stop!r} of type "
-                f"{type(self.stop).__name__}"
+                "stop takes strings and token ids, one or a list, found "
+                f"{shown(self.stop)} of type {type(self.stop).__name__}"
             )
         return list(self.stop)
 
@@ -212,7 +215,7 @@ def check_flags(**given: Any) -> None:
     """
     for name, value in given.items():
         if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{name} must be True or False, found {value!r:.80}")
+            raise TypeError(f"{name} must be True or False, found {shown(value)}")
 
 
 def is_whole(value: Any) -> bool:

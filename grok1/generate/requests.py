@@ -12,6 +12,7 @@ from grok1.generate.completion import CompletionBuilder
 from grok1.generate.options import GenerationOptions, check_flags, check_ids
 from grok1.generate.request import Request
 from grok1.generate.scheduler import generate
+from grok1.keywords import shown
 from grok1.machine.agreement import agree
 from grok1.tokenizer import Tokenizer
 
@@ -202,7 +203,7 @@ def encode_prompt(
         array = np.asarray(prompt, object)
     if array.ndim != 1 or array.dtype == object:
         raise ValueError(
-            f"a prompt of token ids must be one sequence of whole numbers, found {prompt!r:.80}"
+            f"a prompt of token ids must be one sequence of whole numbers, found {shown(prompt)}"
         )
     check_ids(array, vocab_size, "the prompt")
     return array.tolist()

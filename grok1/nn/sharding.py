@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.config import ModelConfig
+from grok1.keywords import shown
 from grok1.machine.startup import start_jax
 from grok1.nn.transformer import LayerParams, Params
 from grok1.ops.attention import KVCache
@@ -138,7 +139,9 @@ def mesh_sizes(
     if isinstance(sizes, str):
         found = tuple(int(size) for size in sizes.split("x") if size.isdecimal())
     if len(found) != 2 or any(not isinstance(n, int) or n < 1 for n in found):
-        raise ValueError(f"mesh must be two sizes above 0, (data, model), as 1x8, found {sizes!r}")
+        raise ValueError(
+            f"mesh must be two sizes above 0, (data, model), as 1x8, found {shown(sizes)}"
+        )
     if found[0] * found[1] > num_devices:
         raise ValueError(
             f"mesh {found[0]}x{found[1]} needs {found[0] * found[1]} devices, "

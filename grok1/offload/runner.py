@@ -28,6 +28,7 @@ from grok1.engine.base import EngineBase
 from grok1.engine.compilation import Program
 from grok1.engine.engine import Engine
 from grok1.engine.programs import Programs, StepSpec
+from grok1.keywords import shown
 from grok1.machine import announcement
 from grok1.machine.announcement import hint
 from grok1.machine.cuda_driver import copier_of
@@ -266,7 +267,9 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
         one that must not be lies on several devices.
     """
     if offload not in get_args(Offload):
-        raise ValueError(f"offload must be 'auto', 'none', 'host' or 'disk', found {offload!r}")
+        raise ValueError(
+            f"offload must be 'auto', 'none', 'host' or 'disk', found {shown(offload)}"
+        )
     if memory is not None and offload in ("none", "host"):
         raise ValueError(
             f"memory is a budget for offload='disk' or 'auto', found it with offload={offload!r}"

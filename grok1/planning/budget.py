@@ -3,6 +3,7 @@
 from typing import Any
 
 from grok1.engine.base import EngineBase
+from grok1.keywords import shown
 from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.transformer import Params
 from grok1.ops.experts import FetchedExperts, FetchedInt4Experts
@@ -52,7 +53,7 @@ def budget(memory: float | str | None) -> int:
         found = 0.0
     if not 0 < found < float("inf"):
         raise ValueError(
-            f"memory must be a number of GB above 0, as 16 or '16GB', found {memory!r}"
+            f"memory must be a number of GB above 0, as 16 or '16GB', found {shown(memory)}"
         )
     if available is not None and found * 1e9 > available:
         asked, there_are = gigabytes_apart(found * 1e9, available)

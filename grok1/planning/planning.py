@@ -22,6 +22,7 @@ from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.files import CheckpointError
 from grok1.generate.scheduler import MAX_ROWS
+from grok1.keywords import shown
 from grok1.machine.announcement import hint
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec, in_memory, with_int4_experts
@@ -191,7 +192,7 @@ def _stored_tensors(
     """The tensors of one layer and outside of layers, with the types that the files have."""
     expected = one_layer(config)
     if weights not in (None, *FORMATS):
-        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, found {weights!r}")
+        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, found {shown(weights)}")
     if weights == INT4.name:
         return with_int4_experts(expected)
     if checkpoint is None:
@@ -217,7 +218,7 @@ def _num_weights(weights: Params) -> int:
 def _check_devices(devices: int | Sequence[Any] | None, device: str | None) -> None:
     if device not in (None, "cpu", *DEVICE_KINDS):
         raise ValueError(
-            f"device must be one of {', '.join([*DEVICE_KINDS, 'cpu'])}, found {device!r}"
+            f"device must be one of {', '.join([*DEVICE_KINDS, 'cpu'])}, found {shown(device)}"
         )
     if isinstance(devices, int) and devices < 1:
         raise ValueError(f"devices must be a whole number above 0, found {devices}")

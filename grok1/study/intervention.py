@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grok1.config import ModelConfig
+from grok1.keywords import shown
 from grok1.nn import hooks
 
 Places = int | Iterable[int] | None
@@ -97,7 +98,7 @@ class Intervention:
         single = single or getattr(given, "ndim", 1) == 0  # an array without axes
         array = np.array([given] if single else list(given))
         if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
-            raise self._error(f"{what} must be whole numbers, found {given!r:.80}")
+            raise self._error(f"{what} must be whole numbers, found {shown(given)}")
         outside = array[(array < 0) | (array >= limit)] if array.size else array
         if outside.size:
             raise self._error(f"{what} must be from 0 to {limit - 1}, found {outside[0]}")
@@ -111,7 +112,7 @@ class Intervention:
                 raise TypeError
             array = array.astype(np.float32)
         except (TypeError, ValueError):
-            raise self._error(f"{what} must be numbers, found {given!r:.80}") from None
+            raise self._error(f"{what} must be numbers, found {shown(given)}") from None
         if not np.isfinite(array).all():
             raise self._error(f"{what} must be finite numbers")
         return array

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from grok1.config import ModelConfig
+from grok1.keywords import shown
 from grok1.nn import hooks
 from grok1.study.intervention import Intervention, everywhere
 
@@ -40,7 +41,7 @@ class AblateExperts(Intervention):
         experts[self._numbers("experts", self.experts, config.num_experts)] = True
         where = self._where(config)
         if not isinstance(self.reroute, (bool, np.bool_)):
-            raise self._error(f"reroute must be True or False, found {self.reroute!r:.80}")
+            raise self._error(f"reroute must be True or False, found {shown(self.reroute)}")
         if not self.reroute:
             return [hooks.Ablate(where, experts)]
         if not experts.any():
@@ -141,5 +142,5 @@ class SelectExperts(Intervention):
         count = self.count
         whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
         if not whole or not 1 <= count <= config.num_experts:
-            raise self._error(f"count must be from 1 to {config.num_experts}, found {count!r}")
+            raise self._error(f"count must be from 1 to {config.num_experts}, found {shown(count)}")
         return [hooks.Select(self._where(config), int(count), config.renormalize_gates)]

@@ -17,6 +17,7 @@ from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.generate.options import is_whole
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
+from grok1.keywords import shown
 from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
 from grok1.nn.sharding import DATA_AXIS
@@ -75,13 +76,15 @@ def score(
     context, vocab_size = engine.config.sequence_len, engine.config.vocab_size
     window = context if window is None else window
     if not is_whole(window) or not 1 <= window <= context:
-        raise ValueError(f"window must be from 1 to the context of {context}, found {window!r:.80}")
+        raise ValueError(
+            f"window must be from 1 to the context of {context}, found {shown(window)}"
+        )
     stride = max(1, window // 2) if stride is None else stride
     if not is_whole(stride) or not 1 <= stride <= window:
-        raise ValueError(f"stride must be from 1 to the window of {window}, found {stride!r:.80}")
+        raise ValueError(f"stride must be from 1 to the window of {window}, found {shown(stride)}")
     if not is_whole(top_k) or not 0 <= top_k <= vocab_size:
         raise ValueError(
-            f"top_k must be from 0 to the vocabulary of {vocab_size}, found {top_k!r:.80}"
+            f"top_k must be from 0 to the vocabulary of {vocab_size}, found {shown(top_k)}"
         )
     many = is_batch(text)
     texts: list[Any] = list(text) if many else [text]
@@ -146,7 +149,7 @@ def choose(
     if not _is_list(options):
         raise TypeError(
             "options must be a list of continuations, texts or sequences of token ids, found "
-            f"{options!r:.80}"
+            f"{shown(options)}"
         )
     limit = engine.config.sequence_len + 1
     pairs = []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grok1.config import ModelConfig
+from grok1.keywords import shown
 from grok1.nn import hooks
 from grok1.nn.hooks import STREAM_POINTS
 from grok1.study.intervention import Intervention, everywhere
@@ -56,7 +57,9 @@ class AddToResidual(Intervention):
         """As `Intervention.prepare`."""
         points = [point for point in STREAM_POINTS if point.startswith("residual")]
         if self.point not in points:
-            raise self._error(f"point must be one of {', '.join(points)}, found {self.point!r}")
+            raise self._error(
+                f"point must be one of {', '.join(points)}, found {shown(self.point)}"
+            )
         vector = self._floats("vector", self.vector)
         if vector.ndim not in (1, 2) or vector.shape[-1] != config.emb_size:
             raise self._error(
@@ -125,7 +128,7 @@ class Patch(Intervention):
     def _values(self) -> np.ndarray:
         if self.point not in STREAM_POINTS:
             points = ", ".join((*STREAM_POINTS, "router"))
-            raise self._error(f"point must be one of {points}, found {self.point!r}")
+            raise self._error(f"point must be one of {points}, found {shown(self.point)}")
         given = self.values
         if isinstance(given, Mapping):
             given = self._recorded(self.point)

@@ -21,6 +21,7 @@ from grok1.engine.shapes import CHUNK_TOKENS
 from grok1.generate.completion import Completion
 from grok1.generate.options import GenerationOptions, is_whole
 from grok1.generate.requests import Batch, Prompt, encode_prompt, is_batch
+from grok1.keywords import shown
 from grok1.machine.agreement import agree
 from grok1.machine.host_memory import gigabytes, host_bytes_available
 from grok1.machine.jax_settings import own_settings
@@ -31,8 +32,7 @@ from grok1.tokenizer import Tokenizer
 ATTENTION_BYTES = 2 << 30
 """Most memory on the host that the attention maps of a trace take, float32."""
 
-_LOGITS = "logits"
-_LOGITS_AXES = ("token", "vocabulary")
+_LOGITS, _LOGITS_AXES = "logits", ("token", "vocabulary")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -357,10 +357,10 @@ def _capture(
     if isinstance(names, str):
         raise ValueError(f"capture takes a sequence of names, found {names!r}; give ({names!r},)")
     if not isinstance(names, Collection):
-        raise TypeError(f"capture takes a sequence of names, found {names!r:.80}")
+        raise TypeError(f"capture takes a sequence of names, found {shown(names)}")
     for name in names:
-        if name not in known:
-            raise ValueError(f"capture takes any of {', '.join(known)}, found {name!r}")
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"capture takes any of {', '.join(known)}, found {shown(name)}")
     arrays = tuple(array for group in GROUPS if group in names for array in GROUPS[group])
     layers: tuple[int, ...] = ()
     if "attention" in names:
@@ -373,7 +373,7 @@ def _capture(
                 "a trace may; name fewer layers with attention_layers=, or give a shorter text"
             )
     if "logit_lens" in names and not (is_whole(lens_top) and 1 <= lens_top <= config.vocab_size):
-        raise ValueError(f"lens_top must be from 1 to {config.vocab_size}, found {lens_top!r:.80}")
+        raise ValueError(f"lens_top must be from 1 to {config.vocab_size}, found {shown(lens_top)}")
     capture = Capture(arrays, layers, lens_top if "logit_lens" in names else 0)
     needed = capture.bytes_on_host(config, num_tokens)
     needed += 4 * num_tokens * config.vocab_size * (_LOGITS in names)
@@ -395,9 +395,9 @@ def _attention_layers(config: ModelConfig, given: Any) -> tuple[int, ...]:
     for layer in layers:
         if not is_whole(layer) or not 0 <= layer < config.num_layers:
             most = config.num_layers - 1
-            raise ValueError(f"attention_layers must be from 0 to {most}, found {layer!r:.80}")
+            raise ValueError(f"attention_layers must be from 0 to {most}, found {shown(layer)}")
     if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"attention_layers must name different layers, found {given!r:.80}")
+        raise ValueError(f"attention_layers must name different layers, found {shown(given)}")
     return tuple(int(layer) for layer in layers)
 
 
