@@ -283,7 +283,15 @@ def _processors(
     Only pieces that stand for characters take part in encoding: in the second the `<|...|>` pieces
     are of the kind of [BOS], which no text becomes.
     """
-    return _processor(model_proto), _processor(_with_control_spellings_inert(model_proto))
+    processor = _processor(model_proto)
+    try:
+        processor.id_to_piece(list(range(processor.vocab_size())))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not a SentencePiece model that is whole: a piece is not UTF-8, {error.object!r:.80}; "
+            "copy the file again"
+        ) from None
+    return processor, _processor(_with_control_spellings_inert(model_proto))
 
 
 def _processor(model_proto: bytes) -> sentencepiece.SentencePieceProcessor:

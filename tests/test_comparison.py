@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import zipfile
 from unittest import mock
 
 import jax
@@ -339,6 +340,8 @@ def saved(file: pathlib.Path) -> pathlib.Path:
         lambda data: data[:70] + bytes(60) + data[130:],
         lambda data: b"",
         lambda data: b"PK\x05\x06" + bytes(18),
+        # The directory is said to begin later: so does the first file, before the beginning.
+        lambda data: data[:-6] + (int.from_bytes(data[-6:], "little") + 8).to_bytes(6, "little"),
     ],
 )
 def test_damaged_files_of_logits_are_one_line(damage, tmp_path, capsys):
@@ -375,6 +378,25 @@ def test_damaged_logits_alone_are_one_line(length, tmp_path):
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:length])
     with pytest.raises(ValueError, match=r"a\.npy: not a \.npy file, or a damaged one: [^\n]*$"):
         compare(tmp_path / "a.npy", saved(tmp_path / "b.npz"))
+
+
+@pytest.mark.parametrize("at", [b"{", b"<f4", b"(3, 7)"])
+def test_logits_with_a_header_that_is_no_text_of_python_are_one_line(at, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((3, 7), np.float32))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data.replace(at, b"\x7f" + at[1:]))
+    with pytest.raises(ValueError, match=r"a\.npy: not a \.npy file, or a damaged one: [^\n]*$"):
+        compare(tmp_path / "a.npy", saved(tmp_path / "b.npz"))
+
+
+def test_tokens_that_are_said_to_be_huge_take_no_memory(tmp_path):
+    with zipfile.ZipFile(saved(tmp_path / "a.npz"), "a") as archive:
+        tokens = archive.read("tokens.npy").replace(b"(3,), }" + b" " * 14, b"(%d,), }" % 10**14)
+    np.savez(tmp_path / "a.npz", logits=np.zeros((3, 7), np.float32))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("tokens.npy", tokens)
+    with pytest.raises(ValueError, match=r"a\.npz: not a \.npz file, or a damaged one: [^\n]*$"):
+        compare(tmp_path / "a.npz", saved(tmp_path / "b.npz"))
 
 
 def test_logits_are_saved_over_nothing_and_through_no_link(tmp_path, monkeypatch):

@@ -369,6 +369,13 @@ def test_load_file_that_is_no_model(tmp_path, capfd, content):
     assert capfd.readouterr() == ("", "")
 
 
+def test_model_with_a_piece_that_is_no_text(tmp_path):
+    path = tmp_path / "damaged.model"
+    path.write_bytes(RELEASED_MODEL.read_bytes().replace("▁the".encode(), b"\xe2\x96\xffthe", 1))
+    with pytest.raises(grok1.CheckpointError, match=r"a piece is not UTF-8, b'.*the'; copy"):
+        Tokenizer.load(path)
+
+
 def test_model_with_a_field_of_no_known_kind():
     # A protobuf group, number 1000: the format's obsolete kind, which no such model has.
     model = RELEASED_MODEL.read_bytes() + b"\xc3\x3e\xc4\x3e"

@@ -3,8 +3,10 @@
 Dimension key: T position, V vocabulary.
 """
 
+import errno
 import os
 import pathlib
+import tokenize
 import zipfile
 import zlib
 
@@ -88,7 +90,8 @@ def _arrays(path: pathlib.Path, files: pathlib.Path) -> tuple[np.ndarray, np.nda
                 names = set(archive.namelist())
                 if names >= {"logits.npy", "tokens.npy"}:
                     logits_path = pathlib.Path(archive.extract("logits.npy", files))
-                    tokens = np.load(archive.extract("tokens.npy", files))
+                    # Mapped, an array that is said to be huge takes no memory.
+                    tokens = np.load(archive.extract("tokens.npy", files), mmap_mode="r")
         if "logits.npy" in names and "tokens.npy" in names:
             return np.load(logits_path, mmap_mode="r"), tokens
     # All that zipfile and NumPy make of bytes that are none of theirs.
@@ -99,7 +102,12 @@ def _arrays(path: pathlib.Path, files: pathlib.Path) -> tuple[np.ndarray, np.nda
         ValueError,
         SyntaxError,
         RuntimeError,
+        tokenize.TokenError,
+        OSError,
     ) as error:
+        # Of the system's errors this one comes of a place that no file has.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(
             f"{path}: not a {path.suffix} file, or a damaged one: {printable(reason):.200}; save "
