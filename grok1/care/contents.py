@@ -15,7 +15,7 @@ from grok1.checkpoint.elements import MOST_SCALE, are_scales, is_finite
 from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, open_unchanged, read_at
 from grok1.files import CheckpointError, read_bounded
 from grok1.machine.cache_directory import private_directory
-from grok1.machine.safe_files import is_plain, replacing
+from grok1.machine.safe_files import absolute, is_plain, replacing
 
 _READ_BYTES = 1 << 24  # A thread holds as much.
 _MOST_SUMS_BYTES = 1 << 24
@@ -64,7 +64,7 @@ class Journal:
     """
 
     def __init__(self, sums_path: pathlib.Path):
-        place = os.path.abspath(sums_path)
+        place = absolute(sums_path)
         self._path: pathlib.Path | None = None
         self._done: dict[tuple[str, str], str] = {}
         with contextlib.suppress(OSError, RuntimeError):

@@ -35,6 +35,7 @@ from grok1.config import ModelConfig
 from grok1.files import CheckpointError
 from grok1.keywords import shown
 from grok1.machine.float_errors import as_numpy_comes
+from grok1.machine.safe_files import absolute
 from grok1.nn.manifest import TensorSpec, file_name, manifest, with_int4_experts
 from grok1.ops.formats import INT4
 from grok1.tokenizer import Tokenizer
@@ -131,7 +132,7 @@ def convert(
         if tokenizer:
             plan.files.append(content("tokenizer.model", tokenizer))
     identity = {
-        "source": os.path.abspath(source),
+        "source": str(absolute(source)),
         "to": to,
         "dtype": dtype,
         "embedding": embedding,
@@ -295,7 +296,8 @@ def _gguf_plan(source, config: ModelConfig, tensors, specs, dtype, embedding: st
     report = gguf_file.scale_report(tensors, layout)
     tokenizer_file = tokenizer_path(source, config)
     tokenizer = Tokenizer.load(tokenizer_file) if tokenizer_file is not None else None
-    name = pathlib.Path(os.path.abspath(source)).name
+    # A name that is not UTF-8 cannot be one in the file.
+    name = absolute(source).name.encode(errors="replace").decode()
     data, alignment = gguf_file.header(name, config, layout, tokenizer)
     pieces = content("", data).pieces
     for entry in layout:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from grok1.care.unfinished import Journal, noted
 from grok1.files import CheckpointError
 from grok1.machine.progress import progress_bar
-from grok1.machine.safe_files import move_new, open_plain
+from grok1.machine.safe_files import absolute, move_new, open_plain
 
 _READ_BYTES = 1 << 26
 
@@ -82,7 +82,7 @@ def write_files(
       CheckpointError: If the target exists, another process writes it, the disk refuses or is too
         small, or does not return what was written; the message says how to go on.
     """
-    place = pathlib.Path(os.path.abspath(target))
+    place = absolute(target)
     total = sum(piece.nbytes for file in files for piece in file.pieces)
     staging = None
     try:

@@ -18,7 +18,7 @@ from grok1.checkpoint.tensor_file import (
     write_tensor,
 )
 from grok1.files import CheckpointError
-from grok1.machine.safe_files import move_new, scratch_directory
+from grok1.machine.safe_files import absolute, move_new, scratch_directory
 from grok1.nn.manifest import TensorSpec, file_name
 
 LAYER = re.compile(r"decoder_layer_\d+")
@@ -119,7 +119,7 @@ def save_checkpoint(
         these names or a checkpoint in safetensors; or if the disk refuses.
       ValueError: If a tensor is of a type or shape that no tensor file has.
     """
-    target = pathlib.Path(os.path.abspath(directory))
+    target = absolute(directory)
     step, written = "creating the directory", 0
     try:
         _check_nothing_is_replaced(target, beside)

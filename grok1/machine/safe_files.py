@@ -29,6 +29,20 @@ def is_plain(name: str) -> bool:
     return not _CONTROL.search(name)
 
 
+def absolute(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns a path from the root that leads where the system goes by this one.
+
+    It goes through a link before it goes back by a `..` behind it.
+    """
+    path = pathlib.Path(path)
+    if ".." not in path.parts:
+        return pathlib.Path(os.path.abspath(path))
+    if path.name == "..":
+        return pathlib.Path(os.path.realpath(path))
+    # The last one is not followed: what takes its place takes that of a link.
+    return pathlib.Path(os.path.realpath(path.parent)) / path.name
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yields a new file that takes the place of `path` once it is whole.
@@ -39,7 +53,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
       OSError: If it cannot be written.
     """
-    with _unfinished(pathlib.Path(os.path.abspath(path)), os.replace) as file:
+    with _unfinished(absolute(path), os.replace) as file:
         yield file
 
 
@@ -53,7 +67,7 @@ def creating(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       FileExistsError: If there is anything at `path`, a link that leads nowhere included.
       OSError: If it cannot be written.
     """
-    path = pathlib.Path(os.path.abspath(path))
+    path = absolute(path)
     if os.path.lexists(path):
         raise _exists(path)
     with _unfinished(path, move_new) as file:
@@ -72,7 +86,7 @@ def scratch_directory(beside: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     Raises:
       OSError: If it cannot be made.
     """
-    place = pathlib.Path(os.path.abspath(beside))
+    place = absolute(beside)
     parent = next(path for path in (place, *place.parents) if path.is_dir())
     directory = new_directory(parent, place.name)
     try:

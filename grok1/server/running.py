@@ -223,7 +223,8 @@ class _Protocol(H11Protocol):
 
 def _is_no_stranger(record: logging.LogRecord) -> bool:
     """Keeps quiet of what anybody who reaches the port can cause as often as they like."""
-    return record.msg != "Invalid HTTP request received."
+    # uvicorn's warnings are about requests, its errors about this program.
+    return record.levelno != logging.WARNING
 
 
 class Running(uvicorn.Server):

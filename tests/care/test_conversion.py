@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 
+import gguf
 import jax
 import ml_dtypes
 import numpy as np
@@ -155,6 +156,17 @@ def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
         CheckpointError, match=r"4,\d+,\d+ bytes are still to be written and the disk has 1,000 fr"
     ):
         convert(TOY, tmp_path / "out", to="grok1", progress=False)
+
+
+def test_names_that_are_not_utf_8_are_taken(tmp_path, capfd):
+    odd = tmp_path / os.fsdecode(b"caf\xe9\nnew")
+    try:
+        convert(TOY, odd / "model", to="safetensors", progress=False)
+    except OSError as error:  # a file system may know better
+        pytest.skip(str(error))
+    (odd / "model").rename(odd / os.fsdecode(b"\xff"))
+    convert(odd / os.fsdecode(b"\xff"), odd / "a.gguf", to="gguf", progress=False)
+    assert gguf.GGUFReader(odd / "a.gguf").fields["general.name"].contents() == "?"
 
 
 def test_an_existing_target_is_refused_and_left_alone(tmp_path):

@@ -94,6 +94,37 @@ def test_what_is_written_is_as_open_as_any_other_file(tmp_path):
     assert len(modes) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("new", "here/new"),
+        ("./new/", "here/new"),
+        ("../new", "new"),
+        ("link/../new", "far/new"),
+        ("absent/../new", "here/new"),
+        ("../here/link/new", "far/away/new"),
+        ("../here/link", "here/link"),
+        ("link/..", "far"),
+    ],
+)
+def test_a_path_leads_where_the_system_goes(tmp_path, monkeypatch, path, expected):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path / "here")
+    assert safe_files.absolute(path) == tmp_path / expected
+
+
+def test_a_file_behind_a_link_and_back_is_written_where_the_system_looks(tmp_path, monkeypatch):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path)
+    for number, kind in enumerate((replacing, creating)):
+        write(kind, f"link/../{number}")
+        assert os.path.exists(f"link/../{number}")
+        assert not os.path.exists(str(number))
+
+
 def test_a_directory_moves_to_where_nothing_is(tmp_path):
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()

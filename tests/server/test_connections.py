@@ -192,6 +192,13 @@ def test_what_is_no_http_gets_an_error_like_the_others_and_is_not_logged(http, s
     assert not caplog.records
 
 
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_a_wish_for_another_protocol_is_not_logged(http, protocol, caplog):
+    headers = {"connection": "Upgrade", "upgrade": protocol}
+    assert http.get("/health", headers=headers).status_code == 200
+    assert not caplog.records
+
+
 def test_a_full_queue_says_when_to_come_again(http, server):
     handles = [server.submit("A", **LONG) for _ in range(68)]
     answer = http.post("/v1/completions", json={"prompt": "A"})
