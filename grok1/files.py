@@ -25,6 +25,7 @@ Kind = Literal[
 LFS_PROBLEM = "is a Git LFS pointer, a few lines of text that stand for the file"
 LFS_REMEDY = "fetch the files themselves: `git lfs pull` in that directory"
 
+_BLOCK_BYTES = 1 << 20
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 LFS_HEAD_BYTES = len(_LFS_HEAD)
 """Of the beginning of a file, which show a Git LFS pointer."""
@@ -118,9 +119,12 @@ def read_bounded(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     Raises:
       CheckpointError: If it is longer, is a Git LFS pointer, is no regular file, or cannot be read.
     """
+    data = bytearray()
     with open_file(path) as file:
         try:
-            data = file.read(most_bytes + 1)
+            # Python takes the memory of what is asked for, however little there is.
+            while len(data) <= most_bytes and (block := file.read(_BLOCK_BYTES)):
+                data += block
         except OSError as error:
             raise unreadable(path, error) from error
     if len(data) > most_bytes:
@@ -132,10 +136,10 @@ def read_bounded(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         )
     if is_lfs_pointer(data):
         raise lfs_pointer(path)
-    return data
+    return bytes(data)
 
 
-def is_lfs_pointer(data: bytes) -> bool:
+def is_lfs_pointer(data: bytes | bytearray) -> bool:
     """Whether the content of a file, or its beginning, is that of a Git LFS pointer."""
     return data.startswith(_LFS_HEAD)
 

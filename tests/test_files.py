@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import socket
 import threading
+import tracemalloc
 
 import pytest
 
@@ -114,6 +115,15 @@ def test_reading_is_bounded(tmp_path):
     assert read_bounded(tmp_path / "file", 10) == b"0123456789"
     with pytest.raises(CheckpointError, match="file: is longer than 9 bytes, which no such file"):
         read_bounded(tmp_path / "file", 9)
+
+
+def test_reading_takes_no_memory_that_a_file_does_not_fill(tmp_path):
+    (tmp_path / "file").write_bytes(b"0123456789" * 300_000)
+    tracemalloc.start()
+    assert len(read_bounded(tmp_path / "file", 1 << 28)) == 3_000_000
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 16e6
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize 12345\n" % (b"0" * 64)

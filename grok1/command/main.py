@@ -65,8 +65,10 @@ def _run(
         print(f"\n{program}: interrupted{after}", file=sys.stderr)
         background.do_not_wait(INTERRUPTED)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         message = str(error)
+        if isinstance(error, MemoryError):
+            message = f"out of memory{message and ': '}{message}; `grok1 plan` says what it takes"
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             message = f"{os.fsdecode(error.filename)}: {error.strerror}"
         if not isinstance(error, advice.FileError):

@@ -362,6 +362,15 @@ def test_output_in_another_encoding_is_replaced_and_json_escaped(toy, encoding, 
         assert expected in data.getvalue().decode(encoding)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [((), "out of memory; "), (("no 3 GB",), "out of memory: no 3 GB; ")]
+)
+def test_memory_that_is_not_there_is_one_line(capsys, words, said):
+    with mock.patch.object(generate, "run", side_effect=MemoryError(*words)):
+        assert main(["generate"]) == 1
+    assert capsys.readouterr().err == f"grok1: {said}`grok1 plan` says what it takes\n"
+
+
 def test_a_warning_is_one_line_of_the_program():
     program = (
         "import sys, warnings\n"
