@@ -1,6 +1,7 @@
 """How JAX starts in this process, and where it cannot."""
 
 import os
+import sys
 import threading
 
 import jax
@@ -9,6 +10,7 @@ from jax._src import xla_bridge
 from grok1.machine import environment
 from grok1.machine.announcement import hint
 
+_PROCESSOR = "/proc/cpuinfo"
 _TASKS = "/proc/self/task"  # a directory for each thread of this process
 
 
@@ -65,6 +67,8 @@ def start_jax() -> None:
     """
     check_environment()
     check_not_forked()
+    if sys.platform == "linux" and not os.path.exists(_PROCESSOR):
+        hint(f"there is no {_PROCESSOR}, without which XLA fails on CPUs; mount /proc")
     try:
         jax.devices()
     # JAX's own words where a plugin is there and fails; where there is none it has no words.

@@ -10,10 +10,10 @@ import types
 import pytest
 
 import grok1
-from grok1.machine import announcement, environment, progress
+from grok1.machine import announcement, environment, progress, startup
 from grok1.machine.announcement import announced, hint
 from grok1.machine.progress import progress_bar
-from grok1.machine.startup import check_environment
+from grok1.machine.startup import check_environment, start_jax
 from tests.conftest import TOY
 from tests.helpers import slow
 
@@ -192,6 +192,15 @@ def test_variables_that_are_known_are_not_told(monkeypatch, capsys):
         monkeypatch.setenv(name, "1")
     check_environment()
     assert capsys.readouterr().err == ""
+
+
+def test_a_missing_proc_is_told(monkeypatch, capsys):
+    for path in ("/proc/cpuinfo", "/absent/cpuinfo"):
+        monkeypatch.setattr(startup, "_PROCESSOR", path)
+        start_jax()
+    assert capsys.readouterr().err == (
+        "grok1: there is no /absent/cpuinfo, without which XLA fails on CPUs; mount /proc\n"
+    )
 
 
 def test_every_variable_is_in_the_documentation():
