@@ -34,7 +34,7 @@ from grok1.machine.announcement import announced, hint
 from grok1.machine.background import in_background, interruptible
 from grok1.machine.cache_directory import held_directory
 from grok1.machine.jax_settings import Settings, own_settings, settings_of_thread, under
-from grok1.machine.processor import available_cores, instructions
+from grok1.machine.processor import instructions, schedulable_cores
 from grok1.machine.startup import check_not_forked
 from grok1.ops import forms
 
@@ -262,7 +262,7 @@ def _environment(devices: list[Any]) -> str:
     ]
     kinds = [(device.id, device.device_kind) for device in devices]
     # XLA cuts its own loops on a CPU by the number of threads that it may have.
-    cores = available_cores() if client.platform == "cpu" else None
+    cores = schedulable_cores() if client.platform == "cpu" else None
     return "\n".join(
         (
             source_hash() or "",

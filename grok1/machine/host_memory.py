@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Iterator
 
+from grok1.machine import control_groups
+
 _GROUP_FILES = "memory.max", ("anon", "shmem")
 _FIRST_GROUP_FILES = "memory.limit_in_bytes", ("total_rss", "total_shmem")
 
@@ -25,31 +27,16 @@ def host_bytes_available() -> int | None:
 
 def _group_limits(
     swap: int,
-    root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
-    own: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
+    root: pathlib.Path = control_groups.ROOT,
+    own: pathlib.Path = control_groups.OWN,
 ) -> Iterator[int]:
     """Yields what each control group of this process that has a limit leaves it."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        # The second version has no names of controllers, the first has a tree for each.
-        if not controllers:
-            names, top = _GROUP_FILES, root
-        elif "memory" in controllers.split(","):
-            names, top = _FIRST_GROUP_FILES, root / "memory"
-        else:
-            continue
-        group = top / path.lstrip("/")
-        for directory in (group, *group.parents):
-            if not directory.is_relative_to(top):
-                break
-            try:
-                yield _left_by_group(directory, *names) + swap
-            except (OSError, ValueError, KeyError):
-                continue  # no limit is the word "max"
+    for version, directory in control_groups.directories("memory", root, own):
+        names = _GROUP_FILES if version == 2 else _FIRST_GROUP_FILES
+        try:
+            yield _left_by_group(directory, *names) + swap
+        except (OSError, ValueError, KeyError):
+            continue  # no limit is the word "max"
 
 
 def _left_by_group(directory: pathlib.Path, limit_name: str, counts: tuple[str, str]) -> int:

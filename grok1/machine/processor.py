@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import pathlib
 import platform
 from collections.abc import Iterator
+
+from grok1.machine import control_groups
 
 
 def instructions() -> str:
@@ -20,11 +23,45 @@ def instructions() -> str:
     return "\n".join(sorted(lines))
 
 
-def available_cores() -> int:
+def schedulable_cores() -> int:
     """Returns how many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_cores(
+    root: pathlib.Path = control_groups.ROOT, own: pathlib.Path = control_groups.OWN
+) -> int:
+    """Returns how many cores this process may use all the time.
+
+    A container may run on every core of its host and have the time of two: threads for all would be
+    stopped together, for most of every tenth of a second, while they wait for each other.
+
+    Args:
+      root: Where control groups are mounted.
+      own: What says which one is this process's.
+    """
+    cores = schedulable_cores()
+    for version, directory in control_groups.directories("cpu", root, own):
+        try:
+            quota, period = _quota(directory, version)
+        except (OSError, ValueError):
+            continue
+        # Without a limit the first is -1, or the word "max".
+        if quota > 0 and period > 0:
+            cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def _quota(directory: pathlib.Path, version: int) -> tuple[int, int]:
+    """Microseconds of a core that a group has in a period, and those of the period."""
+    if version == 2:
+        quota, period = (directory / "cpu.max").read_text().split()
+        return int(quota), int(period)
+    names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+    quota, period = (int((directory / name).read_text()) for name in names)
+    return quota, period
 
 
 @contextlib.contextmanager

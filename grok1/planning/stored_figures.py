@@ -19,7 +19,7 @@ import numpy as np
 from grok1.engine.compilation import source_hash
 from grok1.machine import environment
 from grok1.machine.cache_directory import held_directory
-from grok1.machine.processor import available_cores, instructions
+from grok1.machine.processor import instructions, schedulable_cores
 
 MAX_STORED = 64
 """Files of figures; the ones that were unused for the longest time give way."""
@@ -49,7 +49,7 @@ def name_of(model: dict[str, Any], variables: dict[str, str]) -> str | None:
         if name.startswith(("GROK1_", "JAX_", "XLA_", "LIBTPU_"))
     }
     versions = jax.__version__, version("jaxlib"), np.__version__, platform.python_version()
-    here = sources, versions, instructions(), available_cores(), settings, model
+    here = sources, versions, instructions(), schedulable_cores(), settings, model
     return _PREFIX + hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()
 
 

@@ -158,7 +158,7 @@ def test_what_the_machine_code_depends_on_is_told_apart(cache, monkeypatch):
         twice()(x)
     for name, value in [
         ("instructions", lambda: "another"),
-        ("available_cores", lambda: 1000),
+        ("schedulable_cores", lambda: 1000),
         ("source_hash", lambda: "another"),
         ("platform", type("", (), {"python_version": lambda: "2.7"})),
     ]:

@@ -16,6 +16,45 @@ needs_policies = pytest.mark.skipif(
 )
 
 
+@pytest.mark.parametrize(
+    ("files", "own", "expected"),
+    [
+        ({"job/cpu.max": "200000 100000"}, "0::/job", 2),
+        ({"job/cpu.max": "350000 100000"}, "0::/job", 3),
+        ({"job/cpu.max": "50000 100000"}, "0::/job", 1),
+        ({"job/cpu.max": "max 100000"}, "0::/job", 64),
+        ({"job/cpu.max": "max 100000", "cpu.max": "400000 100000"}, "0::/job", 4),
+        # In a container without a namespace of its own the path is the host's.
+        ({"cpu.max": "400000 100000"}, "0::/docker/abc", 4),
+        ({"job/cpu.max": "9900000 100000"}, "0::/job", 64),
+        ({"job/cpu.max": "nonsense"}, "0::/job", 64),
+        (
+            {"cpu/job/cpu.cfs_quota_us": "600000", "cpu/job/cpu.cfs_period_us": "200000"},
+            "1:name=systemd:/\n4:cpu,cpuacct:/job\n5:memory:/other",
+            3,
+        ),
+        (
+            {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"},
+            "4:cpu:/job",
+            64,
+        ),
+        ({}, "0::/job", 64),
+    ],
+)
+def test_a_container_has_no_more_threads_than_time(tmp_path, monkeypatch, files, own, expected):
+    monkeypatch.setattr(processor, "schedulable_cores", lambda: 64)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    assert processor.available_cores(tmp_path, tmp_path / "own") == expected
+
+
+def test_where_nothing_is_known_of_groups_there_is_no_limit(tmp_path):
+    absent = tmp_path / "absent"
+    assert processor.available_cores(absent, absent) == processor.schedulable_cores()
+
+
 @needs_policies
 def test_the_policy_is_another_one_while_waiting():
     before = os.sched_getscheduler(0)

@@ -189,7 +189,7 @@ def test_a_plan_of_another_kind_takes_no_figures(child, change):
     [
         lambda patch: patch.setattr(stored_figures, "source_hash", lambda: "another"),
         lambda patch: patch.setattr(stored_figures, "source_hash", lambda: None),
-        lambda patch: patch.setattr(stored_figures, "available_cores", lambda: 77),
+        lambda patch: patch.setattr(stored_figures, "schedulable_cores", lambda: 77),
         lambda patch: patch.setattr(stored_figures.jax, "__version__", "0.0.1"),
         lambda patch: patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false"),
         lambda patch: patch.setenv("GROK1_COMPILATION_CACHE", "0"),
