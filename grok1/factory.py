@@ -17,6 +17,7 @@ from grok1.checkpoint.loading import load_params
 from grok1.checkpoint.released import save_checkpoint
 from grok1.checkpoint.stacking import random_params, unstack
 from grok1.config import ModelConfig
+from grok1.engine.compilation import source_hash
 from grok1.engine.engine import Engine
 from grok1.machine.agreement import agree, exchange
 from grok1.machine.announcement import hint
@@ -32,6 +33,7 @@ from grok1.ops.cuda import presence
 from grok1.ops.formats import INT4
 from grok1.planning.memory import abstract_engine, abstract_weights
 from grok1.tokenizer import Tokenizer
+from grok1.version import __version__
 
 MeshLike = Mesh | Sequence[int] | str | None
 """A mesh with axes (data, model), its two sizes as (1, 8) or "1x8", or None for every device."""
@@ -185,9 +187,12 @@ def _agree_on_model(engine: Engine, what: str, items: Callable[[], dict[str, Any
     is_of_one = {device.process_index for device in devices} == {jax.process_index()}
 
     def described() -> dict[str, Any]:
+        # Other versions make other calls, and wait for each other, or round otherwise.
+        versions = {"grok1": f"{__version__} {(source_hash() or '')[:12]}", "jax": jax.__version__}
         if is_of_one:
-            return {"mesh": "of the process's own devices"}
+            return {**versions, "mesh": "of the process's own devices"}
         return {
+            **versions,
             "mesh": list(engine.mesh.devices.shape),
             "devices": [device.id for device in devices],
             "dtype": engine.dtype.name,

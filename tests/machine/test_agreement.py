@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import grok1
+from grok1 import factory
 from grok1.machine import agreement
 from grok1.machine.processes import OtherProcessError
 
@@ -103,6 +104,18 @@ def test_every_difference_is_named_with_those_who_have_it(service):
     with pytest.raises(OtherProcessError) as error:
         agreement.agree("load", lambda: {"seed": 0, "dtype": "float32", "layers": None})
     assert str(error.value) == message
+
+
+def test_a_model_is_made_by_one_version_of_the_library(monkeypatch):
+    said = []
+    monkeypatch.setattr(factory, "agree", lambda what, items: said.append((what, items())))
+    for sources in ("a" * 64, "b" * 64):
+        monkeypatch.setattr(factory, "source_hash", lambda sources=sources: sources)
+        grok1.random_model(grok1.TOY, mesh=(1, 1))
+    (what, first), (_, second) = said
+    assert (what, first["jax"]) == ("random_model", jax.__version__)
+    assert first["grok1"] == f"{grok1.__version__} {'a' * 12}"
+    assert {name for name in first if first[name] != second[name]} == {"grok1"}
 
 
 def test_another_call_is_named(service):
