@@ -25,6 +25,7 @@ from grok1.server.app import Access, App
 from grok1.server.asks import Limits
 from grok1.server.chat import load_template
 from grok1.server.core import Server
+from grok1.server.errors import UnavailableError
 from grok1.server.gate import Keys, loopback_hosts
 from grok1.server.refusals import RefusalError
 
@@ -358,21 +359,23 @@ class Running(uvicorn.Server):
                     else ""
                 )
             )
-            if not server.model.engine.setup.is_alone:
-                self._end_with(server)
+            self._end_with(server)
         except BaseException as error:
             if not self._is_draining:
                 self._error = error
             self.should_exit = True
 
     def _end_with(self, server: Server) -> None:
-        """Waits until another process is lost, tells the clients, and ends this one."""
+        """Waits until the model is given up, lets clients hear of it, and ends the program.
+
+        What has started it starts it again; a server that is up and refuses all would be left so.
+        """
         while server.state != "dead":
-            if server.state == "closed":
+            if self.should_exit or server.state == "closed":
                 return
             time.sleep(_CHECK_SECONDS)
         time.sleep(_CHECK_SECONDS)
-        self._error = server.error
+        self._error = server.error or UnavailableError("the server has failed, see its log")
         self.should_exit = True
 
     def _say(self, words: str) -> None:

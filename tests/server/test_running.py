@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 
+import httpx
 import pytest
 
 from grok1.server import running
 from grok1.server.core import Server
+from grok1.server.errors import UnavailableError
 from tests.server.conftest import SIZES
 
 
@@ -85,6 +87,37 @@ def test_a_model_that_cannot_be_loaded_ends_the_program(capsys):
             running.run(lambda: loads.append(1), running.HttpOptions(port=port))
         assert not loads
     assert not capsys.readouterr().err.count("in use")
+
+
+def test_a_model_that_cannot_go_on_ends_the_program(toy, monkeypatch):
+    servers, answers = [], []
+
+    def make():
+        servers.append(Server(toy, **SIZES))
+        return servers[-1]
+
+    one = running.Running(make, running.HttpOptions(port=0))
+
+    def ask():
+        while not servers or servers[0].state in ("loading", "compiling"):
+            time.sleep(0.01)
+
+        def failing():
+            if servers[0]._desk.num_open:
+                servers[0]._replica.scheduler._forget()
+                raise RuntimeError("for good")
+            return []
+
+        monkeypatch.setattr(servers[0]._replica.scheduler, "step", failing)
+        url = f"http://127.0.0.1:{one.port}/v1/completions"
+        answers.append(httpx.post(url, json={"prompt": "A"}).status_code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with pytest.raises(UnavailableError, match="3 steps failed one after the other"):
+        one.run_all()
+    asking.join(20)
+    assert answers == [503]  # before the end
 
 
 def test_a_signal_before_it_is_ready_ends_it_at_once(monkeypatch):
