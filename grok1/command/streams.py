@@ -11,6 +11,8 @@ import stat
 import sys
 from typing import Any
 
+from grok1.machine.output import on_descriptor
+
 _LONGEST_TEXT = 1 << 26  # bytes, of which no context holds a hundredth
 _PATIENCE = 3.0  # seconds that standard input may stay silent before it is left alone
 
@@ -28,35 +30,13 @@ def prepare() -> None:
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8")
     if type(sys.stdout) is io.TextIOWrapper and sys.stdout is sys.__stdout__:
-        sys.stdout = _named(sys.stdout)
+        sys.stdout = on_descriptor(sys.stdout, sys.stdout.fileno())
     for stream in (sys.stdout, sys.stderr):
         errors = getattr(stream, "errors", "")
         # The second is Python's choice for LC_ALL=C: bytes as they are, letters not at all.
         fails = errors == "strict" or (errors == "surrogateescape" and not _is_utf8(stream))
         if fails and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class _Output(io.FileIO):
-    """Standard output, whose errors say so: as Python raises them they name no file."""
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            error.filename = "standard output"
-            raise
-
-
-def _named(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    stream.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
 
 
 def hush() -> None:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from jax._src import config
+from jax._src import config, core
 
 _OWN = {
     "jax_check_tracer_leaks": False,
@@ -40,7 +40,17 @@ Settings = list[tuple[Any, Any]]
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Inside, this thread has the library's settings. Costs next to nothing where it has them."""
+    """Inside, this thread has the library's settings. Costs next to nothing where it has them.
+
+    Raises:
+      RuntimeError: If JAX is tracing a function: what runs inside is compiled already, and the
+        host's.
+    """
+    if not core.trace_state_clean():
+        raise RuntimeError(
+            "a model runs programs of its own, and cannot be called inside jax.jit, vmap, grad or "
+            "another transformation of JAX; call it outside, and give the function what it returns"
+        )
     changes = [(state, value) for state, value in _STATES if state.value != value]
     if any(state.value not in (None, "allow") for state in _GUARD_STATES):
         # The last one is for all directions, and gives way to the others.

@@ -17,6 +17,8 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
+from grok1.machine.output import on_descriptor, writes_to
+
 _HEARTBEAT_SECONDS = 20  # A process that was silent for so long is taken for dead.
 _SHUTDOWN_SECONDS = 20
 _START_SECONDS = 300  # In which process 0 must answer the others.
@@ -217,8 +219,8 @@ def _keep_stdout_for_python() -> None:
     own = os.dup(1)
     os.dup2(2, 1)
     # A notebook's output is no descriptor, and stays as it is.
-    if sys.stdout is sys.__stdout__:
-        sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    if writes_to(sys.stdout, 1):
+        sys.stdout = on_descriptor(sys.stdout, own)
 
 
 def _is_launched() -> bool:

@@ -141,6 +141,28 @@ def test_run_prints_once_and_in_all_the_same(start, toy):
     assert other_output == ""
 
 
+@pytest.mark.parametrize("prepare", ["", "streams.prepare()"], ids=["library", "command"])
+def test_what_gloo_writes_is_kept_from_the_output_and_what_python_writes_is_in_it(prepare):
+    program = f"""
+import os
+from grok1.command import streams
+from grok1.machine import processes
+{prepare}
+print("before")
+processes._keep_stdout_for_python()
+print("after")
+os.write(1, b"of Gloo")
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stdout) == (0, "before\nafter\n"), found.stderr
+    assert "of Gloo" in found.stderr
+
+
 DISAGREE = """
 import os, sys
 rank, nano, other = {rank}, {nano!r}, {other!r}
