@@ -19,8 +19,9 @@ from grok1.checkpoint.directory import load_config
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.factory import load
 from grok1.files import open_regular
-from grok1.generate.options import check_ids
+from grok1.generate.options import as_python, check_ids, is_whole
 from grok1.generate.requests import Prompt, encode_prompt
+from grok1.keywords import shown
 from grok1.machine.agreement import agree
 from grok1.machine.float_errors import as_numpy_comes
 from grok1.machine.jax_settings import own_settings
@@ -107,6 +108,7 @@ def compare(
             else:
                 config = source.config if isinstance(source, Model) else load_config(source)
                 sizes[side] = config.vocab_size
+        top_k = as_python(top_k)
         _check_vocabularies(sizes, top_k)
         if text is None:
             text = next((run.tokens for run in runs.values() if run.tokens is not None), None)
@@ -168,8 +170,10 @@ def _check_vocabularies(sizes: dict[str, int], top_k: int) -> None:
             f"the vocabularies differ: A has {sizes['A']} tokens, B {sizes['B']}; only models of "
             "one vocabulary can be compared"
         )
-    if not 1 <= top_k <= sizes["A"]:
-        raise ValueError(f"top_k must be from 1 to the vocabulary of {sizes['A']}, found {top_k}")
+    if not is_whole(top_k) or not 1 <= top_k <= sizes["A"]:
+        raise ValueError(
+            f"top_k must be from 1 to the vocabulary of {sizes['A']}, found {shown(top_k)}"
+        )
 
 
 def _run(

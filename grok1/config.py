@@ -8,6 +8,7 @@ one-letter dimensions are properties of the same object.
 import dataclasses
 import json
 import math
+import numbers
 import os
 import re
 from typing import Any
@@ -121,7 +122,12 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check_field(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            # NumPy's numbers, which JSON has not; a number that follows another stays as it is.
+            if isinstance(value, numbers.Real) and not isinstance(value, (int, float, bool)):
+                value = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, field.name, value)
+            _check_field(field, value)
         for name, derived in (
             ("embedding_multiplier_scale", math.sqrt(self.emb_size)),
             ("attn_output_multiplier", self.key_size**-0.5),
@@ -182,9 +188,10 @@ class ModelConfig:
         """
         if layers is None:
             return self
-        if not 1 <= layers <= self.num_layers:
-            raise ValueError(f"layers must be from 1 to {self.num_layers}, found {layers}")
-        return dataclasses.replace(self, num_layers=layers)
+        whole = isinstance(layers, numbers.Integral) and not isinstance(layers, bool)
+        if not whole or not 1 <= layers <= self.num_layers:
+            raise ValueError(f"layers must be from 1 to {self.num_layers}, found {layers!r:.80}")
+        return dataclasses.replace(self, num_layers=int(layers))
 
     def to_json(self, *, hugging_face: bool = False) -> str:
         """Returns the configuration as JSON text that `from_json` reads back unchanged.

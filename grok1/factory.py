@@ -19,6 +19,7 @@ from grok1.checkpoint.stacking import random_params, unstack
 from grok1.config import ModelConfig
 from grok1.engine.compilation import source_hash
 from grok1.engine.engine import Engine
+from grok1.generate.options import as_python, check_seed
 from grok1.machine.agreement import agree, exchange
 from grok1.machine.announcement import hint
 from grok1.machine.jax_settings import own_settings
@@ -156,11 +157,12 @@ def random_model(
         and bfloat16 elsewhere.
       cache_dtype: "float32", "float16" or "int8", the type of cached keys and values; None for
         float32 where `dtype` is, float16 otherwise.
-      seed: Seed of the weights; they are the same on every mesh.
+      seed: Seed of the weights, from 0 to 2**32 - 1; they are the same on every mesh.
 
     Raises:
       TypeError: If the architecture is no `ModelConfig`.
-      ValueError: If a type is none of those, or the model does not divide over the mesh.
+      ValueError: If a type is none of those, the seed is out of range, or the model does not divide
+        over the mesh.
       OtherProcessError: If this is one of several processes and another one failed, or makes
         something else.
     """
@@ -169,6 +171,8 @@ def random_model(
         raise TypeError(
             f"config must be a ModelConfig, such as grok1.TOY, found {type(config).__name__}"
         )
+    seed = as_python(seed)
+    check_seed(seed)
     device_mesh = make_mesh(config, mesh)
     dtype = precision.product_dtype(dtype, device_mesh.devices.flat[0].platform)
     cache_dtype = precision.cache_dtype(cache_dtype)

@@ -180,8 +180,8 @@ class Model:
           top_k: The alternatives to report for each token.
           window: Most tokens run at a time; None for the context.
           stride: How far apart windows begin; None for half of the window.
-          add_bos: Begin with [BOS]; without it nothing precedes the first token, which is not
-            scored.
+          add_bos: Begin a text with [BOS]; without it nothing precedes the first token, which is
+            not scored. Token ids are taken as they are, and with this an error.
           allow_control: Let control pieces such as `<|separator|>` in a text be themselves.
 
         Returns:
@@ -215,7 +215,7 @@ class Model:
         Args:
           context: Text or token ids; an empty text stands for [BOS].
           options: The continuations, of the context's kind; begin a new word with its space.
-          add_bos: Put [BOS] before a context that is text.
+          add_bos: Put [BOS] before a context, which must be text.
           allow_control: Let control pieces such as `<|separator|>` in texts be themselves.
 
         Returns:
@@ -224,7 +224,8 @@ class Model:
         Raises:
           ValueError: If an option or a context of ids is empty, ids are out of range, or context
             and option are too long.
-          TypeError: If the options are no list, or of another kind than the context.
+          TypeError: If the options are no list, or an empty one, or of another kind than the
+            context.
         """
         return scoring.choose(
             self.engine,
@@ -315,7 +316,7 @@ class Model:
           capture: Any of "router", "residual", "branches", "attention", "logit_lens", "logits".
           attention_layers: With "attention", the layers to map; None for all.
           lens_top: With "logit_lens", how many tokens to name.
-          add_bos: Begin with the beginning-of-sequence token.
+          add_bos: Begin a text with [BOS]; with token ids an error.
           allow_control: Let control pieces such as `<|separator|>` in a text be themselves.
         """
         return trace(
@@ -358,6 +359,7 @@ class Model:
             **options,
         )
 
+    @own_settings()
     def intervene(self, *interventions: Intervention) -> "IntervenedModel":
         """Gives a model with the same weights in which these act, in this order; it can be nested.
 

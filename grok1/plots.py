@@ -11,10 +11,13 @@ import functools
 import io
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from grok1 import reprs
+from grok1.generate.options import as_python, is_whole
+from grok1.keywords import shown
 from grok1.study.scores import Score
 from grok1.study.tracing import Trace
 
@@ -146,12 +149,13 @@ def routing_ribbon(trace: Trace) -> Plot:
     return figure
 
 
-def logit_lens(trace: Trace, positions: slice | None = None) -> Plot:
+def logit_lens(trace: Trace, positions: slice | Sequence[int] | int | None = None) -> Plot:
     """Draws which token each layer would predict, if the output head came right after it.
 
     Args:
       trace: A trace with "logit_lens" captured.
-      positions: Which positions to draw; None for the last 16.
+      positions: Which positions to draw, as a slice, one or several; negative ones count from the
+        end. None for the last 16.
 
     Returns:
       A table of layers by positions: the most probable next token, coloured by its probability,
@@ -161,9 +165,7 @@ def logit_lens(trace: Trace, positions: slice | None = None) -> Plot:
       ValueError: If there is no such position.
     """
     length = len(trace.tokens)
-    drawn = range(length)[slice(-_LENS_POSITIONS, None) if positions is None else positions]
-    if not drawn:
-        raise ValueError(f"{positions} picks none of the {length} positions of this trace")
+    drawn = _positions(slice(-_LENS_POSITIONS, None) if positions is None else positions, length)
     tokens_LT, probs_LT = trace.lens_tokens[:, drawn, 0], np.exp(trace.lens_logprobs[:, drawn, 0])
     num_layers = len(tokens_LT)
     figure = _figure(0.75 * len(drawn) + 2.4, 0.25 * num_layers + 1.9)
@@ -204,6 +206,9 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
     Raises:
       ValueError: If the layer was not captured or has no such head.
     """
+    layer, head = as_python(layer), as_python(head)
+    if not is_whole(layer):
+        raise ValueError(f"layer must be one layer's number, found {shown(layer)}")
     layers = [int(index) for index in trace.attention_layers]
     if layer not in layers:
         raise ValueError(
@@ -212,8 +217,8 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
         )
     probs_NTT = trace.attention_probs[layers.index(layer)]
     num_heads, length, _ = probs_NTT.shape
-    if head is not None and not 0 <= head < num_heads:
-        raise ValueError(f"head must be from 0 to {num_heads - 1}, found {head}")
+    if head is not None and not (is_whole(head) and 0 <= head < num_heads):
+        raise ValueError(f"head must be from 0 to {num_heads - 1}, found {shown(head)}")
     heads = range(num_heads) if head is None else [head]
     columns = min(len(heads), 4 if len(heads) <= _FEW_LAYERS else 8)
     rows = math.ceil(len(heads) / columns)
@@ -262,6 +267,24 @@ def surprisal(score: Score) -> reprs.Fragment:
       HTML that a notebook shows, and `str` returns: surprisal in bits, with a legend.
     """
     return reprs.Fragment(score._repr_html_())
+
+
+def _positions(given: Any, length: int) -> list[int]:
+    if isinstance(given, slice):
+        drawn = list(range(length)[given])
+    else:
+        found = as_python(given)
+        drawn = list(found) if isinstance(found, Iterable) else [found]
+        for position in map(as_python, drawn):
+            if not is_whole(position) or not -length <= position < length:
+                raise ValueError(
+                    f"positions must be from 0 to {length - 1}, or negative and from the end, "
+                    f"found {shown(position)}"
+                )
+        drawn = [int(position) % length for position in drawn]
+    if not drawn:
+        raise ValueError(f"{given} picks none of the {length} positions of this trace")
+    return drawn
 
 
 def _figure(width: float, height: float) -> Plot:

@@ -64,6 +64,9 @@ class Tokenizer:
         self.eos_id: int = self._processor.eos_id()
         self.unk_id: int = self._processor.unk_id()
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size} pieces)"
+
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "Tokenizer":
         """Reads a SentencePiece model file; errors name it.

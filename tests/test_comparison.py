@@ -262,6 +262,10 @@ def test_it_refuses_what_it_cannot_compare(toy, nano, tmp_path):
         compare(toy, toy, "")
     with pytest.raises(ValueError, match="top_k must be from 1 to the vocabulary of 1280, found 0"):
         compare(toy, toy, "text", top_k=0)
+    with pytest.raises(
+        ValueError, match=r"top_k must be from 1 to the vocabulary of 1280, found 2\.5"
+    ):
+        compare(toy, toy, "text", top_k=2.5)
     with pytest.raises(ValueError, match="A is a model that is loaded already, which takes no me"):
         compare(toy, toy, "text", load_a={"mesh": (1, 1)})
     with pytest.raises(ValueError, match="top_k must be from 1 to the vocabulary of 1280, found 9"):

@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from grok1.config import GROK_1, TOY, ModelConfig
@@ -35,6 +36,20 @@ def test_grok_1_has_the_released_constants():
     }
     assert GROK_1.ffn_size == 32768
     assert GROK_1.queries_per_kv_head == 6
+
+
+def test_numbers_of_numpy_are_numbers():
+    found = dataclasses.replace(
+        TOY, num_layers=np.int64(3), widening_factor=np.float32(2.25), router_softcap=np.float64(30)
+    )
+    expected = dataclasses.replace(TOY, num_layers=3, widening_factor=2.25, router_softcap=30.0)
+    assert found == expected
+    assert found.to_json() == expected.to_json()
+    for given in (True, np.float64(3), np.bool_(1)):
+        with pytest.raises(ValueError, match=r"^num_layers must be a whole number above 0, found"):
+            dataclasses.replace(TOY, num_layers=given)
+    with pytest.raises(ValueError, match=r"^layers must be from 1 to 6, found 2\.0$"):
+        TOY.first_layers(2.0)
 
 
 def test_nano_config_file_reads_field_by_field():

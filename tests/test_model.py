@@ -327,6 +327,14 @@ def test_random_models_are_the_same_on_every_mesh():
     assert 0.1 < one.logits([3, 1, 4, 1, 5]).std() < 3
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True])
+def test_seeds_of_weights_that_are_refused(seed):
+    with pytest.raises(
+        ValueError, match=r"^seed must be a whole number from 0 to 2\*\*32 - 1, found"
+    ):
+        grok1.random_model(grok1.TOY, seed=seed)
+
+
 class TestToy:
     """The trained toy and its tokenizer, through text."""
 

@@ -146,6 +146,22 @@ def test_logit_lens_names_and_frames_tokens(trace, toy):
         plots.logit_lens(trace, slice(500, 600))
 
 
+def test_logit_lens_draws_one_position_and_several(trace):
+    length = len(trace.tokens)
+    expected = np.exp(trace.lens_logprobs[:, :, 0])
+    for positions, drawn in (
+        (3, [3]),
+        (-1, [length - 1]),
+        (np.array([1, 4]), [1, 4]),
+        (range(2, 4), [2, 3]),
+    ):
+        (image, *_) = images(plots.logit_lens(trace, positions))
+        np.testing.assert_allclose(np.asarray(image.get_array()), expected[:, drawn])
+    for positions in (length, -length - 1, 2.0, [1, "a"], True):
+        with pytest.raises(ValueError, match=rf"^positions must be from 0 to {length - 1}, or neg"):
+            plots.logit_lens(trace, positions)
+
+
 def test_attention_map_hides_the_future(trace):
     figure = plots.attention_map(trace, 3, 5)
     shown = images(figure)[0].get_array()
@@ -163,6 +179,10 @@ def test_attention_map_says_what_is_missing(toy, trace):
         plots.attention_map(partial, 2)
     with pytest.raises(ValueError, match="head must be from 0 to 7, found 8"):
         plots.attention_map(trace, 0, 8)
+    with pytest.raises(ValueError, match="head must be from 0 to 7, found True"):
+        plots.attention_map(trace, 0, True)
+    with pytest.raises(ValueError, match=r"layer must be one layer's number, found \[0\]"):
+        plots.attention_map(trace, [0])
 
 
 def test_what_was_not_captured_is_named(toy):

@@ -53,7 +53,10 @@ def answers(
       (text, None) with the text of the first prompt that has not ended, as it becomes certain; then
       ("", answer) at its end, and the same of the next.
     """
-    batch = Batch(model.engine, model.tokenizer, prompts, options)
+    # The ids have their [BOS].
+    batch = Batch(
+        model.engine, model.tokenizer, prompts, dataclasses.replace(options, add_bos=False)
+    )
     start, current = time.perf_counter(), 0
     waiting, first, last = [""] * len(prompts), [0.0] * len(prompts), [0.0] * len(prompts)
     for index, piece in batch.run():

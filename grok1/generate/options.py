@@ -46,6 +46,7 @@ class GenerationOptions:
       ignore_eos: Go on after the end-of-sequence token.
       logprobs: Report log-probabilities, with this many alternatives a token; None for none.
       add_bos: Begin text prompts with the beginning-of-sequence token; the released model does not.
+        Token ids are taken as they are, and with this an error.
       allow_control: Let control pieces such as `<|separator|>` in a text prompt be themselves,
         instead of the plain text they are spelled with.
       allowed_tokens: Draw only these: token ids, or bool `[V]`; None for all.
@@ -73,6 +74,9 @@ class GenerationOptions:
     logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.name not in ("allowed_tokens", "logits_processor"):
+                object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
         self._check_types()
         if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(
@@ -86,10 +90,7 @@ class GenerationOptions:
         if not isinstance(self.seed, (int, np.integer)) and not _is_several(self.seed):
             raise TypeError(f"seed takes a whole number, or one a prompt, found {shown(self.seed)}")
         for seed in [self.seed] if isinstance(self.seed, (int, np.integer)) else self.seed:
-            if not is_whole(seed) or not 0 <= seed < 2**32:
-                raise ValueError(
-                    f"seed must be a whole number from 0 to 2**32 - 1, found {shown(seed)}"
-                )
+            check_seed(seed)
         for stop in self._stops():
             if not is_whole(stop) and not isinstance(stop, str):
                 raise TypeError(
@@ -124,14 +125,7 @@ class GenerationOptions:
     def sampling(self) -> SamplingParams:
         """Returns the part of the options that shapes a draw."""
         names = ("temperature", "top_p", "top_k", "min_p")
-        values = {name: getattr(self, name) for name in names}
-        # NumPy's numbers are numbers, but not Python's.
-        return SamplingParams(
-            **{
-                name: value.item() if isinstance(value, np.generic) else value
-                for name, value in values.items()
-            }
-        )
+        return SamplingParams(**{name: getattr(self, name) for name in names})
 
     def stop_strings(self) -> list[str]:
         """Returns the strings of `stop`."""
@@ -183,7 +177,7 @@ class GenerationOptions:
             return []
         if isinstance(self.stop, (str, int, np.integer)):
             return [self.stop]
-        if not _is_several(self.stop) or isinstance(self.stop, bytes):
+        if not _is_several(self.stop):
             raise TypeError(
                 "stop takes strings and token ids, one or a list, found "
                 f"{shown(self.stop)} of type {type(self.stop).__name__}"
@@ -218,6 +212,26 @@ def check_flags(**given: Any) -> None:
             raise TypeError(f"{name} must be True or False, found {shown(value)}")
 
 
+def check_seed(seed: Any) -> None:
+    """Checks a seed of draws: JAX would drop the upper half of a larger number.
+
+    Raises:
+      ValueError: If it is no whole number, or out of range.
+    """
+    if not is_whole(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, found {shown(seed)}")
+
+
+def as_python(value: Any) -> Any:
+    """Returns numbers and arrays of NumPy, JAX or others, alone or in a list, as Python's own.
+
+    Anything else is returned as it is. Sums of NumPy's small integers would wrap around.
+    """
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(as_python, value))
+    return value.tolist() if hasattr(value, "ndim") and hasattr(value, "tolist") else value
+
+
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, of Python or NumPy."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -230,5 +244,4 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_several(value: Any) -> bool:
-    # An array without axes is of NumPy's sequences, and none.
-    return isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

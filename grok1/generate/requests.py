@@ -182,12 +182,13 @@ def encode_prompt(
       prompt: Text or token ids.
       tokenizer: For text; None for a model without.
       vocab_size: Ids are below it.
-      add_bos: As in `Tokenizer.encode`, for text.
+      add_bos: As in `Tokenizer.encode`; for text alone.
       allow_control: As in `Tokenizer.encode`, for text.
 
     Raises:
       TypeError: If it is neither text nor a sequence, or a switch is neither True nor False.
-      ValueError: If ids are out of range or no such sequence, or a text has no tokenizer.
+      ValueError: If ids are out of range or no such sequence, or [BOS] is to stand before them, or
+        a text has no tokenizer.
     """
     check_flags(add_bos=add_bos, allow_control=allow_control)
     if isinstance(prompt, str):
@@ -197,6 +198,11 @@ def encode_prompt(
             )
         return tokenizer.encode(prompt, add_bos=add_bos, allow_control=allow_control)
     _check_kind(prompt)
+    if add_bos:
+        raise ValueError(
+            "add_bos puts [BOS] before text, and token ids are taken as they are; begin them with "
+            "its id, tokenizer.bos_id"
+        )
     try:
         array = np.asarray(prompt)
     except ValueError:  # sequences of different lengths

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import numbers
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ from grok1.checkpoint.loading import expert_arrays
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.files import CheckpointError
+from grok1.generate.options import as_python, is_whole
 from grok1.generate.scheduler import MAX_ROWS
 from grok1.keywords import shown
 from grok1.machine.announcement import hint
@@ -109,6 +111,7 @@ def plan(
       RuntimeError: If the programs could not be compiled.
     """
     whole = config or (GROK_1 if checkpoint is None else load_config(checkpoint))
+    devices, batch, context, layers = map(as_python, (devices, batch, context, layers))
     _check_devices(devices, device)
     _check_numbers(whole, batch, context, memory=memory, bandwidth=bandwidth, disk=disk)
     config = whole.first_layers(layers)
@@ -220,26 +223,29 @@ def _check_devices(devices: int | Sequence[Any] | None, device: str | None) -> N
         raise ValueError(
             f"device must be one of {', '.join([*DEVICE_KINDS, 'cpu'])}, found {shown(device)}"
         )
-    if isinstance(devices, int) and devices < 1:
-        raise ValueError(f"devices must be a whole number above 0, found {devices}")
-    if isinstance(devices, Sequence) and not devices:
-        raise ValueError("devices must be at least one of JAX's devices, found none")
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        if not devices:
+            raise ValueError("devices must be at least one of JAX's devices, found none")
+    elif devices is not None and (not is_whole(devices) or devices < 1):
+        raise ValueError(f"devices must be a whole number above 0, found {shown(devices)}")
 
 
 def _check_numbers(
     config: ModelConfig, batch: int, context: int | None, **rates: float | None
 ) -> None:
     for name, value in rates.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a number above 0, found {value}")
-    if not 1 <= batch <= MAX_ROWS:
+        is_number = isinstance(value, numbers.Real) and 0 < value < math.inf
+        if value is not None and not is_number:
+            raise ValueError(f"{name} must be a number above 0, found {shown(value)}")
+    if not is_whole(batch) or not 1 <= batch <= MAX_ROWS:
         raise ValueError(
             f"batch must be between 1 and {MAX_ROWS}, the most prompts that run side by side, "
-            f"found {batch}"
+            f"found {shown(batch)}"
         )
-    if context is not None and not 1 <= context <= config.sequence_len:
+    if context is not None and not (is_whole(context) and 1 <= context <= config.sequence_len):
         raise ValueError(
-            f"context must be between 1 and {config.sequence_len}, the model's, found {context}"
+            f"context must be between 1 and {config.sequence_len}, the model's, found "
+            f"{shown(context)}"
         )
 
 

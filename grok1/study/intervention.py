@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grok1.config import ModelConfig
+from grok1.generate.options import as_python, is_whole
 from grok1.keywords import shown
 from grok1.nn import hooks
 
@@ -103,6 +104,12 @@ class Intervention:
         if outside.size:
             raise self._error(f"{what} must be from 0 to {limit - 1}, found {outside[0]}")
         return [int(number) for number in array]
+
+    def _number(self, what: str, given: Any, least: int, most: int) -> int:
+        number = as_python(given)
+        if not is_whole(number) or not least <= number <= most:
+            raise self._error(f"{what} must be from {least} to {most}, found {shown(given)}")
+        return number
 
     def _floats(self, what: str, given: Any) -> np.ndarray:
         try:

@@ -139,8 +139,5 @@ class SelectExperts(Intervention):
 
     def prepare(self, config: ModelConfig) -> list[Any]:
         """As `Intervention.prepare`."""
-        count = self.count
-        whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-        if not whole or not 1 <= count <= config.num_experts:
-            raise self._error(f"count must be from 1 to {config.num_experts}, found {shown(count)}")
-        return [hooks.Select(self._where(config), int(count), config.renormalize_gates)]
+        count = self._number("count", self.count, 1, config.num_experts)
+        return [hooks.Select(self._where(config), count, config.renormalize_gates)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
-from grok1.generate.options import is_whole
+from grok1.generate.options import as_python, is_whole
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
 from grok1.keywords import shown
 from grok1.machine.agreement import agree
@@ -67,6 +67,7 @@ def score(
     options: ScoreOptions,
 ) -> Score | list[Score]:
     """Scores a text, or several, as `Model.score` says."""
+    options = ScoreOptions(*map(as_python, options))
     agree(
         "score",
         lambda: {"texts": text, **options._asdict(), "interventions": engine.interventions},
@@ -236,7 +237,7 @@ def encode_pair(
         )
 
     if not isinstance(context, str) or not isinstance(continuation, str):
-        before, after = encode(context), encode(continuation)
+        before, after = encode(context, add_bos), encode(continuation)
         if not before:
             raise ValueError("the context is empty; begin it with the id of [BOS]")
         if not after:

@@ -32,7 +32,7 @@ class CapLayers(Intervention):
 
     def prepare(self, config: ModelConfig) -> list[Any]:
         """As `Intervention.prepare`."""
-        (first,) = self._numbers("num_layers", self.num_layers, config.num_layers + 1)
+        first = self._number("num_layers", self.num_layers, 0, config.num_layers)
         if self.layers is not None:
             raise self._error("layers= has no meaning here; num_layers says which are left out")
         left_out = dataclasses.replace(self, layers=range(first, config.num_layers))

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from grok1 import reprs
@@ -19,20 +18,24 @@ from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_TOKENS
 from grok1.generate.completion import Completion
-from grok1.generate.options import GenerationOptions, is_whole
+from grok1.generate.options import GenerationOptions, as_python, is_whole
 from grok1.generate.requests import Batch, Prompt, encode_prompt, is_batch
 from grok1.keywords import shown
 from grok1.machine.agreement import agree
 from grok1.machine.host_memory import gigabytes, host_bytes_available
 from grok1.machine.jax_settings import own_settings
 from grok1.nn.capture import AXES, GROUPS, Capture
-from grok1.nn.decoder import Captures
+from grok1.study.recorder import Recorder
 from grok1.tokenizer import Tokenizer
 
 ATTENTION_BYTES = 2 << 30
 """Most memory on the host that the attention maps of a trace take, float32."""
 
-_LOGITS, _LOGITS_AXES = "logits", ("token", "vocabulary")
+LENS_TOP = 5
+"""How many tokens the logit lens names unless it is asked for more or fewer."""
+
+_LOGITS = "logits"
+_LOGITS_AXES = ("token", "vocabulary")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -146,7 +149,7 @@ def trace(
     capture: Sequence[str],
     *,
     attention_layers: int | Sequence[int] | None = None,
-    lens_top: int = 5,
+    lens_top: int = LENS_TOP,
     add_bos: bool = False,
     allow_control: bool = False,
     most_tokens: int = CHUNK_TOKENS,
@@ -161,15 +164,15 @@ def trace(
         `Trace`.
       attention_layers: With "attention", the layers to map; None for all.
       lens_top: With "logit_lens", how many tokens to name.
-      add_bos: Begin with the beginning-of-sequence token.
+      add_bos: Begin a text with [BOS]; with token ids an error.
       allow_control: Let control pieces in a text be themselves.
       most_tokens: As of `EngineBase.chunks`.
 
     Raises:
       TypeError: If the text is a batch, or of another type.
-      ValueError: If a name or layer does not exist, the text is empty, has ids out of range or is
-        longer than the context, the attention maps would exceed `ATTENTION_BYTES`, or all arrays
-        the memory that the host has.
+      ValueError: If a name or layer does not exist, an option is of what is not captured, the text
+        is empty, has ids out of range or is longer than the context, the attention maps would
+        exceed `ATTENTION_BYTES`, or all arrays the memory that the host has.
     """
     agree(
         "trace",
@@ -196,7 +199,7 @@ def trace(
     batch, capacity = engine.batch_for(1), engine.capacity_for(len(tokens))
     padded = np.zeros((batch, capacity), np.int32)
     padded[0, : len(tokens)] = tokens
-    recorder, logits = _Recorder(config, wanted, len(tokens)), None
+    recorder, logits = Recorder(config, wanted, len(tokens)), None
     if _LOGITS in capture:
         logits = np.empty((len(tokens), config.vocab_size), np.float32)
     observed = engine.observed(wanted, capacity, recorder)
@@ -225,7 +228,7 @@ def trace_generation(
     capture: Sequence[str],
     *,
     attention_layers: int | Sequence[int] | None = None,
-    lens_top: int = 5,
+    lens_top: int = LENS_TOP,
     **options: Any,
 ) -> tuple[Completion, Trace]:
     """Continues a prompt and keeps what is asked for, in the very steps that draw the tokens.
@@ -257,76 +260,17 @@ def trace_generation(
         raise ValueError(
             "logits are not kept during a generation; trace the finished text, or give logprobs="
         )
-    recorder = _Recorder(config, wanted, longest)
+    recorder = Recorder(config, wanted, longest)
     observed = engine.observed(wanted, engine.capacity_for(longest), recorder)
-    batch = Batch(observed, tokenizer, [tokens], parsed)
+    # The tokens have their [BOS].
+    options_of_ids = dataclasses.replace(parsed, add_bos=False)
+    batch = Batch(observed, tokenizer, [tokens], options_of_ids)
     for _ in batch.run():
         pass
     completion = batch.builders[0].build()
     run = [*tokens, *completion.tokens[:-1]]
     arrays = recorder.arrays(len(run))
     return completion, _trace(config, tokenizer, run, arrays, len(tokens), wanted)
-
-
-class _Recorder:
-    """Collects what steps captured of the first row; an `engine.Observer`.
-
-    Chunks are written where they belong: joined at the end, all of it would be there twice.
-    """
-
-    def __init__(self, config: ModelConfig, capture: Capture, num_tokens: int):
-        """Takes memory when the first values come, for as many tokens as may come."""
-        self._config, self._capture, self._num_tokens = config, capture, num_tokens
-        self._arrays: dict[str, np.ndarray] = {}
-        self._done = 0
-        self._in_flight: tuple[int, Captures] | None = None
-
-    def __call__(self, count: np.ndarray, captured: Captures) -> None:
-        # One step behind, so that the device works while the host copies.
-        self._take()
-        self._in_flight = int(count[0]), captured
-
-    def _take(self) -> None:
-        if self._in_flight is None:
-            return
-        count, captured = self._in_flight
-        here = slice(self._done, min(self._done + count, self._num_tokens))
-        for name, value in jax.device_get(captured).items():
-            self._write(name, here, _of_first_row(name, value)[..., : here.stop - here.start, :])
-        self._done, self._in_flight = here.stop, None
-
-    def _write(self, name: str, here: slice, part: np.ndarray) -> None:
-        """Puts `part`, whose last axes are the tokens `here` and another one, in its place."""
-        is_map = name == "attention_probs"
-        if name not in self._arrays:
-            last = self._num_tokens if is_map else part.shape[-1]
-            shape = (*part.shape[:-2], self._num_tokens, last)
-            # What a chunk has no keys for is 0.
-            self._arrays[name] = (np.zeros if is_map else np.empty)(shape, part.dtype)
-        array = self._arrays[name]
-        width = min(part.shape[-1], array.shape[-1])
-        array[..., here, :width] = part[..., :width]
-
-    def arrays(self, num_tokens: int) -> dict[str, np.ndarray]:
-        """The first `num_tokens` tokens' values, by name, in the order of `AXES`."""
-        self._take()
-        arrays = {}
-        for name in AXES:
-            if name in self._capture:
-                array = self._arrays[name][..., :num_tokens, :]
-                arrays[name] = array[..., :num_tokens] if name == "attention_probs" else array
-        if "expert_indices" in arrays:
-            indices = arrays["expert_indices"]
-            indices[indices == self._config.num_experts] = -1
-        return arrays
-
-
-def _of_first_row(name: str, value: np.ndarray) -> np.ndarray:
-    """The first row's values, without the axis of rows; the last axis but one is of tokens."""
-    if name == "attention_probs" or AXES[name][-1] == "model_dim":
-        return value[:, 0]
-    # Tokens of all rows in one axis, the first row's first.
-    return value
 
 
 def _encode_one(
@@ -372,8 +316,18 @@ def _capture(
                 f"{num_tokens} tokens take {size:,} bytes, more than the {ATTENTION_BYTES:,} that "
                 "a trace may; name fewer layers with attention_layers=, or give a shorter text"
             )
-    if "logit_lens" in names and not (is_whole(lens_top) and 1 <= lens_top <= config.vocab_size):
+    elif attention_layers is not None:
+        raise ValueError(
+            'attention_layers says nothing without "attention" in capture=; add it, or leave '
+            "attention_layers out"
+        )
+    lens_top = as_python(lens_top)
+    if not is_whole(lens_top) or not 1 <= lens_top <= config.vocab_size:
         raise ValueError(f"lens_top must be from 1 to {config.vocab_size}, found {shown(lens_top)}")
+    if "logit_lens" not in names and lens_top != LENS_TOP:
+        raise ValueError(
+            'lens_top says nothing without "logit_lens" in capture=; add it, or leave lens_top out'
+        )
     capture = Capture(arrays, layers, lens_top if "logit_lens" in names else 0)
     needed = capture.bytes_on_host(config, num_tokens)
     needed += 4 * num_tokens * config.vocab_size * (_LOGITS in names)
@@ -390,15 +344,15 @@ def _capture(
 def _attention_layers(config: ModelConfig, given: Any) -> tuple[int, ...]:
     if given is None:
         return tuple(range(config.num_layers))
-    is_one = not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
-    layers: list[Any] = [given] if is_one else list(given)
+    given = as_python(given)
+    layers = [as_python(layer) for layer in given] if isinstance(given, Iterable) else [given]
     for layer in layers:
         if not is_whole(layer) or not 0 <= layer < config.num_layers:
             most = config.num_layers - 1
             raise ValueError(f"attention_layers must be from 0 to {most}, found {shown(layer)}")
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"attention_layers must name different layers, found {shown(given)}")
-    return tuple(int(layer) for layer in layers)
+    return tuple(layers)
 
 
 def _trace(

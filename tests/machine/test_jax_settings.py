@@ -151,6 +151,31 @@ def test_a_thread_takes_its_settings_along():
     assert settings_of_thread() == []
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad])
+def test_a_model_is_not_run_while_jax_traces(transform, nano):
+    message = r"^a model runs programs of its own, and cannot be called inside jax\.jit, vmap, grad"
+    tokens, vector = [1, 2, 3], np.zeros(64, np.float32)
+    for call in (
+        lambda x: nano.logits(tokens),
+        lambda x: nano.generate(tokens, seed=x),
+        lambda x: nano.score(tokens),
+        lambda x: nano.choose([1], [[2]]),
+        lambda x: nano.trace(tokens),
+        lambda x: nano.trace_generation(tokens),
+        lambda x: nano.intervene(grok1.AddToResidual(vector * jnp.sum(x))),
+        lambda x: grok1.compare(nano, nano, tokens),
+        lambda x: grok1.random_model(TINY),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            transform(call)(jnp.ones(() if transform is jax.grad else 2))
+
+
+def test_a_model_is_run_by_a_callback(nano):
+    shape = jax.ShapeDtypeStruct((3, nano.config.vocab_size), np.float32)
+    found = jax.jit(lambda x: jax.pure_callback(nano.logits, shape, x))(np.array([1, 2, 3]))
+    np.testing.assert_array_equal(found, nano.logits([1, 2, 3]))
+
+
 def test_own_settings_end_with_the_block():
     with jax.enable_x64(True), jax.transfer_guard("disallow"):
         with own_settings():

@@ -499,6 +499,7 @@ def of_any_type(value: Any) -> Any:
         (SelectExperts(0), "^SelectExperts: count must be from 1 to 8, found 0$"),
         (SelectExperts(9), "^SelectExperts: count must be from 1 to 8, found 9$"),
         (CapLayers(13), "^CapLayers: num_layers must be from 0 to 12, found 13$"),
+        (CapLayers([2, 3]), r"^CapLayers: num_layers must be from 0 to 12, found \[2, 3\]$"),
         (CapLayers(3, layers=2), "^CapLayers: layers= has no meaning here"),
         (
             AddToResidual(np.zeros(63)),

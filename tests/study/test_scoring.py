@@ -254,11 +254,24 @@ def test_a_model_without_tokenizer_scores_ids(nano):
         ([5, 6], {"window": 2.5}, "window must be from 1 to the context of 1024, found 2.5"),
         ([5, 6], {"window": True}, "window must be from 1 to the context of 1024, found True"),
         ([5, 6], {"stride": 1.5}, "stride must be from 1 to the window of 1024, found 1.5"),
+        (
+            [5, 6],
+            {"add_bos": True},
+            r"add_bos puts \[BOS\] before text, and token ids are taken as",
+        ),
     ],
 )
 def test_scores_refuse(toy, text, options, message):
     with pytest.raises(ValueError, match=message):
         toy.score(text, **options)
+
+
+def test_windows_are_numbers_of_any_library(toy):
+    tokens = np.arange(5, 300)
+    expected = toy.score(tokens, top_k=0, window=255, stride=200)
+    # 255 and 1 are 0 in eight bits.
+    found = toy.score(tokens, top_k=np.uint8(0), window=np.uint8(255), stride=np.array(200))
+    np.testing.assert_array_equal(found.logprobs, expected.logprobs)
 
 
 @pytest.mark.parametrize("name", ["add_bos", "allow_control"])

@@ -245,6 +245,13 @@ def test_nothing_captured(nano):
             {"capture": ("logit_lens",), "lens_top": 2.0},
             "^lens_top must be from 1 to 1280, found 2.0$",
         ),
+        (
+            {"attention_layers": 3},
+            '^attention_layers says nothing without "attention" in capture=; add it, or leave',
+        ),
+        ({"lens_top": 3}, '^lens_top says nothing without "logit_lens" in capture=; add it'),
+        ({"lens_top": -1}, "^lens_top must be from 1 to 1280, found -1$"),
+        ({"text": [5], "add_bos": True}, r"^add_bos puts \[BOS\] before text, and token ids are"),
         ({"text": []}, "^there is no prompt in an empty sequence"),
         ({"text": [5] * 1025}, "^1025 tokens are 1 more than the context of 1024; give fewer$"),
         ({"text": [1280]}, "must be token ids from 0 to 1279, found 1280"),
@@ -253,6 +260,21 @@ def test_nothing_captured(nano):
 def test_bad_input(toy, options, message):
     with pytest.raises(ValueError, match=message):
         toy.trace(**({"text": TEXT} | options))
+
+
+def test_numbers_are_those_of_any_library(toy):
+    for number in (np.uint8, np.array, jnp.int32):
+        trace = toy.trace(
+            [5, 6], ("attention", "logit_lens"), attention_layers=number(3), lens_top=number(2)
+        )
+        assert trace.attention_layers == (3,)
+        assert trace.lens_tokens.shape == (6, 2, 2)
+
+
+def test_the_trace_of_a_generation_has_its_bos_once(toy):
+    completion, trace = toy.trace_generation("The", (), add_bos=True, max_new_tokens=2)
+    prompt = toy.tokenizer.encode("The", add_bos=True)
+    assert trace.tokens.tolist() == [*prompt, *completion.tokens[:-1]]
 
 
 @pytest.mark.parametrize("trace", ["trace", "trace_generation"])
