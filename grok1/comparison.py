@@ -200,7 +200,7 @@ def _run(
             )
         (files / "forced").mkdir()
         runs.append(_run_model(model, name, text, files / "forced", others))
-    # The next model needs the memory: programs and engine refer to each other.
+    # The next model needs the memory, which an error that was caught may keep until then.
     del model
     gc.collect()
     return runs

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import pathlib
 import pickle
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +271,34 @@ def test_a_model_is_copied_with_its_weights_and_not_without(nano):
         assert type(made) is type(model)
         assert made.params is model.params
         np.testing.assert_array_equal(made.logits([5, 7]), model.logits([5, 7]))
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_deleted_model_is_gone_before_garbage_is_collected(offload):
+    memory = None if offload == "none" else "3GB"
+    model = load_toy(offload=offload, memory=memory)
+    options = {"max_new_tokens": 2, "temperature": 0}
+    stream = model.stream("The", **options)
+    kept = [
+        list(stream),
+        model.generate("The", **options, logprobs=1),
+        model.score("The file"),
+        model.choose("The", [" file"]),
+        model.trace("The file", ("router", "logits")),
+        model.trace_generation("The", **options),
+        model.logits([5, 6]),
+    ]
+    model.intervene(grok1.AblateExperts(1)).score("The file")
+    weight = weakref.ref(model.params.embedding)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+    assert list(stream) == []
+    assert stream.completion == kept[5][0]
 
 
 def test_stream_needs_a_tokenizer_and_one_prompt(nano, toy):

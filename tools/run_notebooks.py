@@ -1,12 +1,15 @@
 """Runs the notebooks from top to bottom and stores what they print: python -m tools.run_notebooks.
 
-With `--check` nothing is stored: the exit status says whether every cell ran. It needs the extra
-`notebooks`.
+With `--check` nothing is stored: the exit status says whether every cell ran, and showed what is
+stored. It needs the extra `notebooks`.
 """
 
 import argparse
+import math
 import os
 import pathlib
+import re
+import sys
 import tempfile
 
 import nbformat
@@ -14,6 +17,7 @@ from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 def run(path: pathlib.Path, *, then: str = "") -> nbformat.NotebookNode:
@@ -66,6 +70,28 @@ def _reproducible(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def differences(stored: nbformat.NotebookNode, found: nbformat.NotebookNode) -> list[str]:
+    """Returns the texts and tables that differ, as far as machines round alike; no pictures."""
+    different = []
+    for before, after in zip(stored.cells, found.cells, strict=True):
+        shown, printed = _shown(before), _shown(after)
+        pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=False)
+        is_near = all(
+            # What has an exponent is a difference of roundings.
+            "e" in one or math.isclose(float(one), float(other), rel_tol=0.01, abs_tol=0.02)
+            for one, other in pairs
+        )
+        if not is_near or _NUMBER.sub("#", shown) != _NUMBER.sub("#", printed):
+            different.append(f"stored:\n{shown}\nfound:\n{printed}")
+    return different
+
+
+def _shown(cell: nbformat.NotebookNode) -> str:
+    outputs = cell.get("outputs", [])
+    texts = [output.get("text", output.get("data", {}).get("text/html", "")) for output in outputs]
+    return re.sub(" +", " ", "\n".join(texts))
+
+
 def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """Pieces that a cell printed one after the other, as one; they are cut by time."""
     joined: list[nbformat.NotebookNode] = []
@@ -87,7 +113,11 @@ def main() -> None:
     names = options.names or sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     for path in (NOTEBOOKS / f"{name}.ipynb" for name in names):
         notebook = run(path, then=options.then)
-        if not options.check:
+        if options.check:
+            different = differences(nbformat.read(path, as_version=4), notebook)
+            if different:
+                sys.exit("\n".join([f"{path.name}: the outputs are not those stored", *different]))
+        else:
             nbformat.write(notebook, path)
         print(f"{path.name}: {len(notebook.cells)} cells")
 

@@ -130,6 +130,7 @@ class EngineBase:
       runner: How its steps are run.
       interventions: What changes the forward pass, in this order; see `intervened`.
       capture: What prefill and decode steps capture; see `observed`.
+      head_copies: What decoding reads instead of the output head; one for all views of the weights.
     """
 
     def __init__(
@@ -164,15 +165,17 @@ class EngineBase:
         """Becomes an engine like another one, which may be itself, in a view of its own."""
         self.setup, self.runner = other.setup, other.runner
         self.weights = Weights(other.weights.params, view.hooks)
-        root = None if other is self else other._root
-        self._root, self._view = root or self, view
+        is_root, self._view = other is self, view
         # What else a program is compiled for beside its key; not the arrays that intervene.
         structure = jax.tree.structure(view.hooks) if view.hooks else None
         named_view = f"{view.capture} {structure}" if view.capture or view.hooks else ""
-        held = (root._programs.held if root else compilation.Programs()).of_view(named_view)
+        held = compilation.Programs() if is_root else other._root_programs.held.of_view(named_view)
         named = functools.partial(in_words, view.interventions)
         self._programs = Programs(self.setup, self.weights, named_view, held, named)
-        self._head_copies = HeadCopies(self._programs, self.weights, self.runner.has_room)
+        # Not the root itself: referring to itself, it would outlive its last user for a while.
+        self._root_programs = self._programs if is_root else other._root_programs
+        made = HeadCopies(self._programs, self.weights, self.runner.has_room) if is_root else None
+        self.head_copies = made or other.head_copies
 
     @property
     def params(self) -> Params:
@@ -296,11 +299,6 @@ class EngineBase:
     def abstract_state(self, batch: int, capacity: int) -> DecodeState:
         """Returns the shapes, types and shardings of a `DecodeState`."""
         return self.setup.abstract_state(batch, capacity)
-
-    @property
-    def head_copies(self) -> HeadCopies:
-        """What decoding reads instead of the output head; one for all views of the weights."""
-        return self._root._head_copies
 
     @property
     def screening_table(self) -> ScreeningTable | None:

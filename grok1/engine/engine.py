@@ -71,7 +71,7 @@ class Engine(EngineBase):
         """
         self.runner.make_room(self, *tokens.shape)
         abstract = self.abstract_state(*tokens.shape)
-        programs, key = self._root._programs, Key(kind=Kind.EMPTY_CACHE, shape=tokens.shape)
+        programs, key = self._root_programs, Key(kind=Kind.EMPTY_CACHE, shape=tokens.shape)
 
         def make():
             function = jax.jit(
@@ -96,7 +96,7 @@ class Engine(EngineBase):
             return jax.random.key_data(jax.vmap(key_of)(seeds, streams))
 
         everywhere = NamedSharding(self.mesh, P())
-        programs, key = self._root._programs, Key(kind=Kind.REQUEST_KEYS)
+        programs, key = self._root_programs, Key(kind=Kind.REQUEST_KEYS)
         program = programs.get(
             key,
             lambda: programs.compiled(
@@ -118,7 +118,7 @@ class Engine(EngineBase):
           slots: int32 `[R]`, of the state.
           tokens: int32 `[R, S]`, S the state's capacity.
         """
-        programs = self._root._programs
+        programs = self._root_programs
         program = programs.get(Key(kind=Kind.ASSIGN), programs.assign)
         return program(state, self._rows(slots), self._rows(tokens.astype(np.int32)))
 
@@ -129,7 +129,7 @@ class Engine(EngineBase):
           num_blocks: How many parts.
           length: Positions of each.
         """
-        programs = self._root._programs
+        programs = self._root_programs
         key = Key(kind=Kind.EMPTY_BLOCKS, shape=(num_blocks, length))
         return programs.get(key, lambda: blocks.empty(programs, num_blocks, length))()
 
@@ -145,7 +145,7 @@ class Engine(EngineBase):
           slot: Whose text.
           start: Position of the first; all of the block's positions are filled.
         """
-        programs = self._root._programs
+        programs = self._root_programs
         program = programs.get(Key(kind=Kind.KEEP_BLOCK), lambda: blocks.keep(programs))
         return program(kept, state, self._everywhere(number, slot, start))
 
@@ -161,7 +161,7 @@ class Engine(EngineBase):
           kept: Where the block is; it stays.
           number: Which block.
         """
-        programs = self._root._programs
+        programs = self._root_programs
         program = programs.get(Key(kind=Kind.PUT_BLOCK), lambda: blocks.put(programs))
         return program(state, kept, self._everywhere(number, slot, start))
 
@@ -174,7 +174,7 @@ class Engine(EngineBase):
           kept: Where the block is; it stays.
           number: Which block.
         """
-        programs = self._root._programs
+        programs = self._root_programs
         program = programs.get(Key(kind=Kind.TAKE_BLOCK), lambda: blocks.take(programs))
         return blocks.on_host(program(kept, self._everywhere(number)))
 
@@ -193,7 +193,7 @@ class Engine(EngineBase):
           number: Which block.
           alone: It stays.
         """
-        programs = self._root._programs
+        programs = self._root_programs
         program = programs.get(Key(kind=Kind.PLACE_BLOCK), lambda: blocks.place(programs))
         return program(kept, alone, self._everywhere(number))
 

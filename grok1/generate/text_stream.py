@@ -16,7 +16,7 @@ class TextStream(Iterator[str]):
 
     def __init__(self, batch: Batch):
         self.completion: Completion | None = None
-        self._batch = batch
+        self._batch: Batch | None = batch
         self._pieces = (piece for _, piece in batch.run() if piece)
 
     def __next__(self) -> str:
@@ -26,6 +26,8 @@ class TextStream(Iterator[str]):
           StopIteration: At the end.
           RuntimeError: After a step that was interrupted, or failed.
         """
+        if self._batch is None:
+            raise StopIteration
         try:
             with own_settings():
                 return next(self._pieces)
@@ -36,4 +38,5 @@ class TextStream(Iterator[str]):
                     "this stream was interrupted, or failed, before its end; begin a new one"
                 ) from None
             self.completion = builder.build()
+            self._batch = None  # and with it the model
             raise

@@ -280,6 +280,10 @@ class Server:
                 request.wishes = Wishes()
             handle.on_cancel(self._desk.cancel)
         with self._wake:
+            if self._state == "loading" and self._thread is None:
+                raise UnavailableError(
+                    "the server has not been started: call start(), or use it in a with block"
+                )
             if self._state != "ready":
                 raise UnavailableError(f"the server is {self._state} and takes no requests")
             load = self.load()

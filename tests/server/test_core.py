@@ -279,7 +279,7 @@ def test_a_server_that_cannot_go_on_says_so(own, monkeypatch):
 
 def test_a_closed_server_lets_its_requests_end_or_ends_them(toy):
     one = Server(toy, **SIZES)
-    with pytest.raises(UnavailableError, match="is loading and takes no requests"):
+    with pytest.raises(UnavailableError, match=r"has not been started: call start\(\), or use it"):
         one.submit("A")
     one.start()
     ends = one.submit("A", max_new_tokens=40, ignore_eos=True)
