@@ -226,7 +226,7 @@ def _check_devices(devices: int | Sequence[Any] | None, device: str | None) -> N
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         if not devices:
             raise ValueError("devices must be at least one of JAX's devices, found none")
-    elif devices is not None and (not is_whole(devices) or devices < 1):
+    elif devices is not None and (isinstance(devices, str) or not is_whole(devices) or devices < 1):
         raise ValueError(f"devices must be a whole number above 0, found {shown(devices)}")
 
 
