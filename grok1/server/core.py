@@ -381,7 +381,9 @@ class Server:
         leader.send(plan)
         try:
             drawn = replica.turn(plan)
-            self._num_failures = 0
+            # A turn in which nothing ran, as between two requests, shows nothing.
+            if drawn or replica.scheduler.num_prompt_tokens:
+                self._num_failures = 0
         except Exception:
             if not leader.is_alone:
                 raise  # the others are somewhere else in the same step, or nowhere

@@ -277,6 +277,33 @@ def test_a_server_that_cannot_go_on_says_so(own, monkeypatch):
         own.submit("A")
 
 
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_requests_that_fail_one_by_one_are_steps_in_a_row(own, monkeypatch, num_good):
+    step, is_failing = own._replica.scheduler.step, True
+
+    def failing():
+        if is_failing and own._desk.num_open:
+            step()
+            own._replica.scheduler._forget()
+            raise RuntimeError("for good")
+        return step()
+
+    monkeypatch.setattr(own._replica.scheduler, "step", failing)
+    for number in range(4):
+        is_failing = not (number == 2 and num_good)
+        try:
+            own.submit("A", max_new_tokens=2).result(20)
+        except (StepError, UnavailableError):
+            assert is_failing
+        if number < 2 or num_good:
+            idle(own)  # by a turn with nothing in it but the end of the request
+    if num_good:
+        assert own.state == "ready"
+        return
+    own._thread.join(20)
+    assert own.state == "dead"
+
+
 def test_a_closed_server_lets_its_requests_end_or_ends_them(toy):
     one = Server(toy, **SIZES)
     with pytest.raises(UnavailableError, match=r"has not been started: call start\(\), or use it"):
