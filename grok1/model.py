@@ -156,7 +156,7 @@ class Model:
     @overload
     def score(
         self,
-        text: Sequence[str] | Sequence[Sequence[int]],
+        text: Sequence[Prompt],
         *,
         top_k: int = 5,
         window: int | None = None,
@@ -244,7 +244,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompt: Sequence[str] | Sequence[Sequence[int]],
+        prompt: Sequence[Prompt],
         **options: Unpack[GenerationArguments],
     ) -> list[Completion]: ...
 
