@@ -381,8 +381,9 @@ class Server:
         leader.send(plan)
         try:
             drawn = replica.turn(plan)
-            # A turn in which nothing ran, as between two requests, shows nothing.
-            if drawn or replica.scheduler.num_prompt_tokens:
+            # A turn in which nothing ran, as between two requests, shows nothing, nor does a part of
+            # a prompt, which may still be on its way.
+            if drawn or any(not one.max_tokens for one in replica.scheduler.prefilled):
                 self._num_failures = 0
         except Exception:
             if not leader.is_alone:
