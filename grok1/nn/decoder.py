@@ -259,7 +259,9 @@ def add_experts(
     visit, captured = _visitor(layer, run, place)
     summed = jax.lax.psum(branch, MODEL_AXIS).reshape(x.shape)
     if run.next_norms is not None:
-        return Stream(*add_branch(x, summed, (params.moe_post_norm, run.next_norms), layer)), {}
+        scales = params.moe_post_norm, run.next_norms
+        ahead = params.query, params.key, params.value
+        return Stream(*add_branch(x, summed, scales, layer, ahead=ahead)), {}
     if _is_unseen(run, "moe_out"):
         (x,) = add_branch(x, summed, (params.moe_post_norm,), layer)
     else:
@@ -332,7 +334,7 @@ def _attention(
     scale = config.attn_output_multiplier
     captured: Captures = {}
     if "attention_probs" not in run.capture:
-        attending = Attending(*dtypes, scale)
+        attending = Attending(*dtypes, scale, (params.attention_out,))
         mixed, cache = append_and_attend(x, projections, cache, layer, place, attending)
     else:
         query_RTCGH, cache = append_heads(x, projections, cache, layer, place, dtypes)

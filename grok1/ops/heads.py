@@ -14,8 +14,9 @@ from grok1.ops import forms
 from grok1.ops.attention import SOFT_CAP, KVCache, Place, append, arrays_of, attend_cache
 from grok1.ops.cpu import rowwise
 from grok1.ops.cuda import calls, calls_of_rows, shapes, shapes_of_rows
+from grok1.ops.cuda.calls_of_rows import Attended
 from grok1.ops.layers import apply_rope, rope_frequencies
-from grok1.ops.quantized import Index, QuantizedArray, Weight, project
+from grok1.ops.quantized import Index, QuantizedArray, Weight, project, readable
 
 
 class Projections(NamedTuple):
@@ -146,11 +147,14 @@ class Attending(NamedTuple):
       dtype: Of the products with weights.
       query_dtype: In which queries are attended with.
       scale: Factor on the query-key products, before the soft cap.
+      ahead: Stacks of weights `[L, K, N]` whose matrices of the layer are multiplied by after this,
+        side by side; they may be brought nearer meanwhile.
     """
 
     dtype: Any
     query_dtype: Any
     scale: float
+    ahead: tuple[Weight, ...] = ()
 
 
 def append_and_attend(
@@ -192,9 +196,9 @@ def append_and_attend_apart(
     attending: Attending,
 ) -> tuple[Float[Array, "R T C G H"], KVCache]:
     """One and then the other."""
-    *dtypes, scale = attending
-    query, cache = append_heads(x, Projections(*projections), cache, layer, place, tuple(dtypes))
-    return attend_cache(query, cache, layer, place, scale), cache
+    dtypes = attending.dtype, attending.query_dtype
+    query, cache = append_heads(x, Projections(*projections), cache, layer, place, dtypes)
+    return attend_cache(query, cache, layer, place, attending.scale), cache
 
 
 def _is_not_one_token(x, projections, cache, layer, place) -> str | None:
@@ -213,9 +217,10 @@ def append_and_attend_cuda(
     attending: Attending,
 ) -> tuple[Float[Array, "R 1 C G H"], KVCache]:
     """In two launches, in CUDA: projections, then all else."""
-    projected = _projected(x, projections, cache, attending.dtype)
-    query, limits = _query_shape(x, projections, cache), (attending.scale, SOFT_CAP)
-    mixed, arrays = calls_of_rows.place_and_attend(
-        projected, arrays_of(cache), layer, tuple(place), (query, attending.query_dtype), limits
-    )
+    dtype, query_dtype, scale, ahead = attending
+    projected = _projected(x, projections, cache, dtype)
+    query = _query_shape(x, projections, cache)
+    attended = Attended(query, query_dtype, scale, SOFT_CAP, readable(ahead))
+    arrays = arrays_of(cache)
+    mixed, arrays = calls_of_rows.place_and_attend(projected, arrays, layer, tuple(place), attended)
     return mixed, _written(cache, arrays)

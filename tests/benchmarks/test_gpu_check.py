@@ -92,6 +92,7 @@ def test_the_share_of_a_device_has_its_part_of_everything_but_the_width():
     share = gpu_timing.share_of_several(grok1.GROK_1)
     assert (share.ffn_size, share.num_q_heads, share.num_kv_heads) == (4096, 6, 1)
     assert (share.emb_size, share.vocab_size, share.num_experts) == (6144, 16384, 8)
+    assert share.num_layers == 8 * grok1.GROK_1.num_layers  # of an eighth of their width
 
 
 @slow

@@ -290,3 +290,13 @@ DEVICE void place_and_attend(const float* projected, const float* frequencies, c
   const Cache<S> cache = {keys, values, key_scales, value_scales};
   place_and_attend<S>(projected, frequencies, layer, slots, positions, valid, cache, out, mixed, totals);
 }
+
+// The same; what attention leaves of the memory's time brings a matrix of the layer, `next`, nearer,
+// which is multiplied by after it.
+template <class S, class Ahead, class... Arrays>
+DEVICE void place_and_attend_ahead(const float* projected, const float* frequencies, const int* layer,
+                                   const int* slots, const int* positions, const unsigned char* valid,
+                                   const signed char* next, Arrays... arrays) {
+  fetch_ahead<Ahead>(next, layer[0], blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
+  place_and_attend<S>(projected, frequencies, layer, slots, positions, valid, arrays...);
+}

@@ -125,8 +125,9 @@ def experts(
     )
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
-    hidden, *_ = call(gate_up, x.astype(jnp.float32), *gate, *up, layer, indices, valid)
-    out, _ = call(down_sum, hidden, *down, layer, indices, valid, expert_weights)
+    where = layer, indices, valid
+    hidden, *_ = call(gate_up, x.astype(jnp.float32), *gate, *up, *where, down[0])
+    out, _ = call(down_sum, hidden, *down, *where, expert_weights)
     return out
 
 
@@ -182,8 +183,9 @@ def experts_int4(
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     digits = call(digits_of, x.astype(jnp.float32))
-    hidden = call(gate_up, *digits, *gate, *up, layer, indices, valid)[:2]
-    out, _ = call(down_sum, *hidden, *down, layer, indices, valid, expert_weights)
+    where = layer, indices, valid
+    hidden = call(gate_up, *digits, *gate, *up, *where, down[0])[:2]
+    out, _ = call(down_sum, *hidden, *down, *where, expert_weights)
     return out
 
 

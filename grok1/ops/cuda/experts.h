@@ -65,11 +65,12 @@ struct Floats {
 
 // hidden[row] = gelu(x gate) * (x up). Half of the teams each for gate and up. Of the parts that share
 // the rows of the matrices the last one adds up what all have written to `parts`, of gate, then of up,
-// for each row. Grid: tiles of columns, parts of each expert.
+// for each row. What a block has no more to read, it asks for of `next`, the values of down. Grid: tiles
+// of columns, parts of each expert.
 template <class S, class Weight, class X, class Hidden>
 DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* layer,
-                       const int* indices, const unsigned char* valid, const Hidden& hidden,
-                       float* parts) {
+                       const int* indices, const unsigned char* valid, const void* next,
+                       const Hidden& hidden, float* parts) {
   using Of = typename S::Hidden;
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, PARTS = Of::SHARES / Of::TEAMS;
   constexpr int WIDTH = Widths<Of>::OF_TEAM;
@@ -99,6 +100,9 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
       const Rows<X> inputs = {x, tokens, count};
       matrix.template multiply_by<Of, TILES>(sums, column, inputs, part * Of::TEAMS + team,
                                              ring + in_all * Widths<Of>::RING);
+      if (first == 0)
+        fetch_ahead<typename S::Ahead>(next, expert, part * Of::COLUMN_TILES + blockIdx.x,
+                                       PARTS * Of::COLUMN_TILES);
       add_up<Of>(sums, team,
                  reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
       if constexpr (PARTS > 1) {
@@ -200,9 +204,9 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
 template <class S>
 DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
                     const signed char* up, const unsigned short* up_scales, const int* layer,
-                    const int* indices, const unsigned char* valid, float* hidden,
-                    float* parts = nullptr) {
-  gate_up_of<S, Int8Matrix>(x, {gate, gate_scales}, {up, up_scales}, layer, indices, valid,
+                    const int* indices, const unsigned char* valid, const signed char* next,
+                    float* hidden, float* parts = nullptr) {
+  gate_up_of<S, Int8Matrix>(x, {gate, gate_scales}, {up, up_scales}, layer, indices, valid, next,
                             Floats{hidden}, parts);
 }
 
