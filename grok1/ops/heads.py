@@ -182,8 +182,9 @@ def append_and_attend(
     Returns:
       What attention gives, float32, and the cache with the same `length`.
     """
-    arguments = x, tuple(projections), cache, layer, place
-    return forms.run("append_and_attend", *arguments, attending=attending)
+    arguments = x, tuple(projections), cache, layer, place, attending.ahead
+    how = attending._replace(ahead=())
+    return forms.run("append_and_attend", *arguments, attending=how)
 
 
 @forms.form("append_and_attend", "apart")
@@ -193,6 +194,7 @@ def append_and_attend_apart(
     cache: KVCache,
     layer: Int[Array, ""],
     place: Place,
+    ahead: tuple[Weight, ...],
     attending: Attending,
 ) -> tuple[Float[Array, "R T C G H"], KVCache]:
     """One and then the other."""
@@ -201,7 +203,7 @@ def append_and_attend_apart(
     return attend_cache(query, cache, layer, place, attending.scale), cache
 
 
-def _is_not_one_token(x, projections, cache, layer, place) -> str | None:
+def _is_not_one_token(x, projections, cache, layer, place, ahead) -> str | None:
     if x.shape[1] != 1:
         return f"it takes one token a row, not {x.shape[1]}"
     return _is_not_for_cuda(x, projections, cache, layer, place)
@@ -214,13 +216,13 @@ def append_and_attend_cuda(
     cache: KVCache,
     layer: Int[Array, ""],
     place: Place,
+    ahead: tuple[Weight, ...],
     attending: Attending,
 ) -> tuple[Float[Array, "R 1 C G H"], KVCache]:
     """In two launches, in CUDA: projections, then all else."""
-    dtype, query_dtype, scale, ahead = attending
-    projected = _projected(x, projections, cache, dtype)
-    query = _query_shape(x, projections, cache)
-    attended = Attended(query, query_dtype, scale, SOFT_CAP, readable(ahead))
+    projected = _projected(x, projections, cache, attending.dtype)
+    query = _query_shape(x, projections, cache), attending.query_dtype
+    attended = Attended(*query, attending.scale, SOFT_CAP, readable(ahead))
     arrays = arrays_of(cache)
     mixed, arrays = calls_of_rows.place_and_attend(projected, arrays, layer, tuple(place), attended)
     return mixed, _written(cache, arrays)

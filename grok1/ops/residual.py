@@ -62,8 +62,8 @@ def add_branch(
     Returns:
       The stream, and its norm if there are scales for it; float32.
     """
-    arguments = x, branch, scales, layer
-    return forms.run("add_norm", *arguments, implementation=implementation, ahead=ahead)
+    arguments = x, branch, scales, layer, tuple(ahead)
+    return forms.run("add_norm", *arguments, implementation=implementation)
 
 
 @forms.form("norm", "xla")
