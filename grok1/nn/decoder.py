@@ -329,12 +329,14 @@ def _attention(
     as_keys = dtype != jnp.float32 and cache.k.dtype != jnp.int8
     dtypes = (dtype, cache.k.dtype if as_keys else dtype)
     projections = Projections(
-        (params.query, key_weight[0], value_weight[0]), ((layer,), key_weight[1], value_weight[1])
+        (params.query, key_weight[0], value_weight[0]),
+        ((layer,), key_weight[1], value_weight[1]),
+        (params.attention_out,),
     )
     scale = config.attn_output_multiplier
     captured: Captures = {}
     if "attention_probs" not in run.capture:
-        attending = Attending(*dtypes, scale, (params.attention_out,))
+        attending = Attending(*dtypes, scale)
         mixed, cache = append_and_attend(x, projections, cache, layer, place, attending)
     else:
         query_RTCGH, cache = append_heads(x, projections, cache, layer, place, dtypes)

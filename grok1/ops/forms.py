@@ -30,7 +30,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
         "default": ("blocked",),
     },
     "round_int4": {"cpu": ("cpp", "xla"), "default": ("xla",)},
-    "project": {"cuda": ("cuda", "converted", "one_by_one"), "default": ("one_by_one",)},
+    "project": {"cuda": ("cuda", "halves", "one_by_one"), "default": ("one_by_one",)},
     "experts": {
         "cpu": ("cpp", "sparse"),
         "cuda": ("cuda_tiles", "cuda", "cuda_int4", "grouped", "sparse"),

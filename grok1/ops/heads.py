@@ -20,10 +20,18 @@ from grok1.ops.quantized import Index, QuantizedArray, Weight, project, readable
 
 
 class Projections(NamedTuple):
-    """The weights of queries, keys and values, and the index of each in its stack."""
+    """What attention's input is multiplied by, and then its output.
+
+    Attributes:
+      weights: Of queries, keys and values.
+      indices: Of each in its stack.
+      after: Stacks `[L, K, N]`; the output is multiplied by their matrices of the layer, which may
+        be brought nearer meanwhile.
+    """
 
     weights: tuple[Weight, Weight, Weight]
     indices: tuple[Index, Index, Index]
+    after: tuple[Weight, ...] = ()
 
 
 def append_heads(
@@ -55,7 +63,7 @@ def append_heads(
 
 def _query_shape(x: Array, projections: Any, cache: KVCache) -> tuple[int, ...]:
     heads, size = cache.k.shape[2], cache.k.shape[4]
-    (query, _, _), _ = projections
+    (query, _, _), *_ = projections
     return (*x.shape[:2], heads, query.shape[-1] // (heads * size), size)
 
 
@@ -97,7 +105,7 @@ def rotate_by_cpp(
 
 
 def _is_not_for_cuda(x, projections, cache, layer, place) -> str | None:
-    weights, _ = projections
+    weights, *_ = projections
     if not all(isinstance(weight, QuantizedArray) for weight in weights):
         return "it reads int8 weights"
     rows = x.shape[0] * x.shape[1]
@@ -127,7 +135,8 @@ def append_heads_cuda(
 
 def _projected(x: Array, projections: Any, cache: KVCache, dtype: Any) -> calls_of_rows.Projected:
     pairs = [
-        ((weight.values, weight.scales), index) for weight, index in zip(*projections, strict=True)
+        ((weight.values, weight.scales), index)
+        for weight, index in zip(*projections[:2], strict=True)
     ]
     precision = calls.precision_of(x.dtype, dtype)
     parts = calls.projected(x.reshape(-1, x.shape[-1]), pairs, precision)
@@ -147,14 +156,11 @@ class Attending(NamedTuple):
       dtype: Of the products with weights.
       query_dtype: In which queries are attended with.
       scale: Factor on the query-key products, before the soft cap.
-      ahead: Stacks of weights `[L, K, N]` whose matrices of the layer are multiplied by after this,
-        side by side; they may be brought nearer meanwhile.
     """
 
     dtype: Any
     query_dtype: Any
     scale: float
-    ahead: tuple[Weight, ...] = ()
 
 
 def append_and_attend(
@@ -182,9 +188,8 @@ def append_and_attend(
     Returns:
       What attention gives, float32, and the cache with the same `length`.
     """
-    arguments = x, tuple(projections), cache, layer, place, attending.ahead
-    how = attending._replace(ahead=())
-    return forms.run("append_and_attend", *arguments, attending=how)
+    arguments = x, tuple(projections), cache, layer, place
+    return forms.run("append_and_attend", *arguments, attending=attending)
 
 
 @forms.form("append_and_attend", "apart")
@@ -194,7 +199,6 @@ def append_and_attend_apart(
     cache: KVCache,
     layer: Int[Array, ""],
     place: Place,
-    ahead: tuple[Weight, ...],
     attending: Attending,
 ) -> tuple[Float[Array, "R T C G H"], KVCache]:
     """One and then the other."""
@@ -203,7 +207,7 @@ def append_and_attend_apart(
     return attend_cache(query, cache, layer, place, attending.scale), cache
 
 
-def _is_not_one_token(x, projections, cache, layer, place, ahead) -> str | None:
+def _is_not_one_token(x, projections, cache, layer, place) -> str | None:
     if x.shape[1] != 1:
         return f"it takes one token a row, not {x.shape[1]}"
     return _is_not_for_cuda(x, projections, cache, layer, place)
@@ -216,13 +220,12 @@ def append_and_attend_cuda(
     cache: KVCache,
     layer: Int[Array, ""],
     place: Place,
-    ahead: tuple[Weight, ...],
     attending: Attending,
 ) -> tuple[Float[Array, "R 1 C G H"], KVCache]:
     """In two launches, in CUDA: projections, then all else."""
     projected = _projected(x, projections, cache, attending.dtype)
     query = _query_shape(x, projections, cache), attending.query_dtype
-    attended = Attended(*query, attending.scale, SOFT_CAP, readable(ahead))
+    attended = Attended(*query, attending.scale, SOFT_CAP, readable(projections[2]))
     arrays = arrays_of(cache)
     mixed, arrays = calls_of_rows.place_and_attend(projected, arrays, layer, tuple(place), attended)
     return mixed, _written(cache, arrays)

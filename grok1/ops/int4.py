@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import calls, shapes
-from grok1.ops.layers import exact_einsum
+from grok1.ops.layers import dot_of_copy, exact_einsum
 
 BOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 """What the 16 codes stand for (ggml's `kvalues_iq4nl`)."""
@@ -255,9 +255,7 @@ def matmul_int4_converted(
     num_valid: int | Array,
 ):
     """One product with a bfloat16 copy of the matrix, which is rounded with its scales."""
-    # XLA would make the copy anew for each block of the result.
-    copy = jax.lax.optimization_barrier(forms.run("convert_int4", weight, index))
-    return exact_einsum("MK,KN->MN", x, copy)
+    return dot_of_copy(x, forms.run("convert_int4", weight, index))
 
 
 @forms.form("convert_int4", "xla")

@@ -32,6 +32,23 @@ def exact_einsum(subscripts: str, x: Array, y: Array) -> Array:
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
+def dot_of_copy(x: Float[Array, "M K"], copy: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """Multiplies by a copy in memory; XLA would make it anew for each block of the result.
+
+    Nor does XLA see that inputs are those of another product, whose copy it would put beside this
+    one, in a third.
+
+    Args:
+      x: float16 or bfloat16, whose products are exact in float32 at the default precision.
+      copy: Of the same type.
+
+    Returns:
+      float32.
+    """
+    x, copy = jax.lax.optimization_barrier((x, copy))
+    return jnp.einsum("MK,KN->MN", x, copy, preferred_element_type=jnp.float32)
+
+
 def rounded(x: Array, dtype: Any) -> Array:
     """Rounds to the numbers that a smaller type holds, and keeps the type of `x`.
 
@@ -58,6 +75,16 @@ def split_terms(x: Array, dtype: Any) -> tuple[Array, Array]:
     """
     high = rounded(x, dtype)
     return high.astype(dtype), (x - high).astype(dtype)
+
+
+def power_of_two(x: Array) -> Array:
+    """The largest power of two up to each number, from 2**-126 to 2**126: it divides exactly.
+
+    Args:
+      x: float32, not negative; what is no number gives the largest.
+    """
+    exponents = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000
+    return jax.lax.bitcast_convert_type(jnp.clip(exponents, 1 << 23, 253 << 23), jnp.float32)
 
 
 def rms_norm(x: Float[Array, "*M D"], scale: Float[Array, " D"]) -> Float[Array, "*M D"]:

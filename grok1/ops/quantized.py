@@ -18,7 +18,7 @@ from grok1.ops import forms
 from grok1.ops.cpu import bindings
 from grok1.ops.cuda import calls, shapes
 from grok1.ops.int4 import Int4Array, dequantize_int4
-from grok1.ops.layers import exact_einsum, rounded, split_terms
+from grok1.ops.layers import dot_of_copy, exact_einsum, power_of_two, rounded, split_terms
 
 # A weight tile of this many elements is converted to float at a time on a CPU, where XLA cannot
 # fuse the conversion into the product: as float32 it is 1 MiB and stays in the second-level cache.
@@ -181,8 +181,9 @@ def project(
       weights: Float or quantised `[*lead, K, N]`.
       indices: For each the index of its matrix.
       dtype: float32 or bfloat16.
-      implementation: "one_by_one" goes through `matmul`, "converted" makes a copy of a weight for
-        many rows, "cuda" goes through CUDA; None for that of `forms.PREFERRED`.
+      implementation: "one_by_one" goes through `matmul`; "halves" keeps 11 bits of many rows, for
+        one product with a copy of the weight; "cuda" goes through CUDA; None for that of
+        `forms.PREFERRED`.
 
     Returns:
       float32 `[*M, N]`, one for each weight.
@@ -245,43 +246,38 @@ def _is_of_few_rows(num_rows: int) -> str | None:
     return f"it is for more than {shapes.MOST_ROWS} rows, not {num_rows}"
 
 
-def _is_not_for_conversion(x, weights, indices) -> str | None:
+def _is_not_for_halves(x, weights, indices) -> str | None:
     if not all(isinstance(weight, QuantizedArray) for weight in weights):
         return "it reads int8 weights"
     if x.dtype != jnp.float32:
-        return f"it splits float32, not {x.dtype}"
-    if len(weights) == 1:
-        return "it is for several matrices: one by itself is quicker one by one"
+        return f"it rounds float32, not {x.dtype}"
     return _is_of_few_rows(math.prod(x.shape[:-1]))
 
 
-@forms.form("project", "converted", refuses=_is_not_for_conversion)
-def project_converted(
+@forms.form("project", "halves", refuses=_is_not_for_halves)
+def project_halves(
     x: Float[Array, "*M K"],
     weights: tuple[QuantizedArray, ...],
     indices: tuple[Index, ...],
     dtype: Any,
 ) -> list[Float[Array, "*M N"]]:
-    """A product each with a copy of the weight; the terms add up along the contracted axis.
+    """A product each with a float16 copy of the weight, of inputs rounded to float16.
 
-    An int8 times its scale, both of 8 bits, is exactly the sum of two terms: where scales differ
-    along that axis, they go into the copy, and of the four products of terms the smallest is left
-    out.
+    That keeps 11 bits below the power of two that each row is divided by, so that none is too much.
+    An int8 is exact; scales of groups go into the copy, in which 11 bits are kept as well.
     """
     if dtype != jnp.bfloat16:
         return project_one_by_one(x, weights, indices, dtype)
-    high, low = split_terms(x.reshape(-1, x.shape[-1]), dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    sizes = power_of_two(jnp.abs(rows).max(axis=-1, keepdims=True))
+    halves = (rows / sizes).astype(jnp.float16)
     found = []
     for weight, index in zip(weights, indices, strict=True):
-        if weight.scales.shape[-2] == 1:
-            values = weight.values[index].astype(dtype)
-            copy = jnp.concatenate([values, values])
-            out = _dot_of_copy(jnp.concatenate([high, low], axis=1), copy)
-            out *= weight.scales[index].astype(jnp.float32)
-        else:
-            upper, lower = split_terms(_scaled(weight, index), dtype)
-            copy = jnp.concatenate([upper, upper, lower])
-            out = _dot_of_copy(jnp.concatenate([high, low, high], axis=1), copy)
+        scales = weight.scales[index].astype(jnp.float32)
+        size = power_of_two(scales.max()) if _has_groups(weight) else None
+        steps = None if size is None else 1 / size
+        copy = forms.run("convert", weight, index, steps, dtype=jnp.dtype(jnp.float16))
+        out = dot_of_copy(halves, copy) * (scales if size is None else size) * sizes
         found.append(out.reshape(*x.shape[:-1], -1))
     return found
 
@@ -327,7 +323,7 @@ def matmul_converted(
     It takes as long to make the copy as to read it three times: for many rows. Scales of groups go
     into it, rounded to bfloat16 with it; that of a whole column is applied to the product.
     """
-    out = _dot_of_copy(x, forms.run("convert", weight, index))
+    out = dot_of_copy(x, forms.run("convert", weight, index, None))
     return out if _has_groups(weight) else out * weight.scales[index].astype(jnp.float32)
 
 
@@ -336,21 +332,34 @@ def _has_groups(weight: QuantizedArray) -> bool:
 
 
 @forms.form("convert", "xla")
-def convert_xla(weight: QuantizedArray, index: Index) -> Float[Array, "K N"]:
-    """One matrix as bfloat16, times its scales if they differ along a column; else without them."""
-    if _has_groups(weight):
-        return _scaled(weight, index).astype(jnp.bfloat16)
-    return weight.values[index].astype(jnp.bfloat16)
+def convert_xla(
+    weight: QuantizedArray, index: Index, steps: Array | None, dtype: Any = jnp.bfloat16
+) -> Float[Array, "K N"]:
+    """One matrix as floats of 16 bits, times its scales if they differ along a column.
+
+    Args:
+      weight: The stack.
+      index: Of each leading axis.
+      steps: What the scales are multiplied by first, where there are several for a column and the
+        type is float16, which is narrow; float32.
+      dtype: bfloat16 or float16.
+    """
+    if not _has_groups(weight):
+        return weight.values[index].astype(dtype)
+    scaled = _scaled(weight, index)
+    return (scaled if steps is None else scaled * steps).astype(dtype)
 
 
-def _is_not_to_be_copied(weight, index) -> str | None:
+def _is_not_to_be_copied(weight, index, steps) -> str | None:
     return shapes.refusal_of_copy(calls.matrix_of(tuple(weight)))
 
 
 @forms.form("convert", "cuda", refuses=_is_not_to_be_copied)
-def convert_cuda(weight: QuantizedArray, index: Index) -> Float[Array, "K N"]:
+def convert_cuda(
+    weight: QuantizedArray, index: Index, steps: Array | None, dtype: Any = jnp.bfloat16
+) -> Float[Array, "K N"]:
     """As `convert_xla`, in CUDA: XLA reads a few bytes at a time, at half the memory's rate."""
-    return calls.convert(tuple(weight), index, _has_groups(weight))
+    return calls.convert(tuple(weight), index, _has_groups(weight), steps, dtype)
 
 
 def _scaled(weight: QuantizedArray, index: Index) -> Array:
@@ -359,11 +368,6 @@ def _scaled(weight: QuantizedArray, index: Index) -> Array:
     scales_GN = weight.scales[index].astype(jnp.float32)
     scaled_GkN = values_KN.reshape(len(scales_GN), -1, values_KN.shape[1]) * scales_GN[:, None]
     return scaled_GkN.reshape(values_KN.shape)
-
-
-def _dot_of_copy(x: Float[Array, "M K"], copy: Float[Array, "K N"]) -> Float[Array, "M N"]:
-    """Multiplies by a copy in memory; XLA would make it anew for each block of the result."""
-    return _dot(x, jax.lax.optimization_barrier(copy))
 
 
 @forms.form("matmul", "tiled")

@@ -1,5 +1,6 @@
 """The CUDA kernels' sources against float64, on a CPU in place of a device (`standin.h`)."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -75,6 +76,12 @@ def projection(case):
     return shapes.project(rows, tuple(matrices), precision)
 
 
+def copying(case, is_scaled, dtype):
+    return shapes.convert(Matrix(*case), is_scaled, dtype)
+
+
+KINDS = "bfloat16", "float16"
+
 # A kernel is compiled for each size: in the gate, for one of each way through its source.
 SOME_EXPERTS = EXPERTS if SLOW_TESTS else [EXPERTS[i] for i in (0, 2, 4, 6, 7, 9)]
 SOME_PROJECTIONS = PROJECTIONS if SLOW_TESTS else [PROJECTIONS[i] for i in (0, 1, 3, 6)]
@@ -82,7 +89,7 @@ SOME_COPIES = COPIES if SLOW_TESTS else COPIES[1:4]
 KERNELS = [
     *(kernel for case in SOME_EXPERTS for kernel in experts_kernels(case)),
     *map(projection, SOME_PROJECTIONS),
-    *(shapes.convert(Matrix(*case), scaled) for case in SOME_COPIES for scaled in (False, True)),
+    *(copying(*case) for case in itertools.product(SOME_COPIES, (False, True), KINDS)),
 ]
 
 
@@ -174,13 +181,17 @@ def test_infinity_and_nan_stay_no_numbers(library, rng):
 
 
 @pytest.mark.parametrize("case", SOME_COPIES)
-def test_a_copy_is_the_matrix_and_with_its_scales_the_nearest(library, rng, case):
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_copy_is_the_matrix_and_with_its_scales_the_nearest(library, rng, case, dtype):
     values, scales, exact = weight(rng, (3,), *case)
-    kernels = [shapes.convert(Matrix(*case), is_scaled) for is_scaled in (False, True)]
-    plain, scaled = (standin.run(library, one, values, scales, LAYER)[0] for one in kernels)
+    factor = np.float32(64)
+    plain, scaled = (
+        standin.run(library, copying(case, is_scaled, dtype), values, scales, LAYER, factor)[0]
+        for is_scaled in (False, True)
+    )
     np.testing.assert_array_equal(plain.astype(np.float32), values[1])
-    expected = exact[1].astype(np.float32).astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(scaled.view(ml_dtypes.bfloat16), expected)
+    expected = (64 * exact[1]).astype(np.float32).astype(dtype)
+    np.testing.assert_array_equal(scaled, expected)
 
 
 BREAKS = [
@@ -268,6 +279,7 @@ def of_grok_1(shards, tokens):
         shapes_of_rows.add_and_route(tokens, router, 1e-5),
         shapes.convert(exact[0], False),
         shapes.convert(exact[1], True),
+        shapes.convert(back[0], True, "float16"),
         *shapes_of_screening.most_probable(min(tokens, 8), 131072 // shards, WIDTH, tokens > 1),
         *shapes_int4.experts(tokens, 2, 8, *short, "bfloat16"),
         shapes_int4.convert(short[0]),

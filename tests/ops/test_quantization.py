@@ -185,16 +185,40 @@ def test_a_copy_in_bfloat16_is_the_matrix_and_of_groups_nearly(num_groups):
     assert relative_error(product(x, (2, 1)), expected) <= (2e-6 if num_groups == 1 else 4e-3)
 
 
+def _by_halves(x, weights):
+    indices = [(2,), (0,)][: len(weights)]
+    return jax.jit(lambda x: quantized.project(x, weights, indices, jnp.bfloat16, "halves"))(x)
+
+
 @pytest.mark.parametrize("num_groups", [1, 8])
-def test_a_projection_by_a_copy_keeps_the_mantissa_of_its_input(num_groups):
+def test_a_projection_by_halves_keeps_11_bits_of_every_row(num_groups):
     weights = [random_weight((3,), num_groups=num_groups, columns=n) for n in (N, 5)]
-    x = normal(1, 2, 35, K)
-    project = jax.jit(
-        lambda x: quantized.project(x, weights, [(2,), (0,)], jnp.bfloat16, "converted")
-    )
-    for output, weight, layer in zip(project(x), weights, (2, 0), strict=True):
+    # Rows that float16 does not hold, and that it holds with fewer bits.
+    sizes = 10.0 ** jnp.linspace(-30, 30, 35)[:, None]
+    x = normal(1, 2, 35, K) * sizes
+    for output, weight, layer in zip(_by_halves(x, weights), weights, (2, 0), strict=True):
         assert output.shape == (2, 35, weight.shape[-1])
-        assert relative_error(output, float64(x) @ float64_weight(weight)[layer]) <= 1e-5
+        expected = float64(x) @ float64_weight(weight)[layer] / sizes
+        # Scales of groups are rounded with the matrix too.
+        assert relative_error(output / sizes, expected) <= (2.0**-12 if num_groups == 1 else 4e-4)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+def test_scales_that_float16_does_not_hold_are_as_exact_in_halves(size):
+    weight, x = random_weight((3,), num_groups=8), normal(1, 70, K)
+    scales = (weight.scales.astype(jnp.float32) * size).astype(jnp.bfloat16)
+    weight = weight._replace(scales=scales)
+    (output,) = _by_halves(x, [weight])
+    expected = float64(x) @ float64_weight(weight)[2]
+    assert relative_error(output, expected) <= 4e-4
+
+
+def test_rows_of_zeros_are_zeros_in_halves_and_no_numbers_stay_none():
+    x = normal(1, 70, K).at[3].set(0).at[5, 2].set(jnp.nan).at[7, 1].set(jnp.inf)
+    (output,) = _by_halves(x, [random_weight((3,))])
+    np.testing.assert_array_equal(output[3], 0)
+    assert not np.isfinite(output[jnp.array([5, 7])]).any()
+    assert np.isfinite(np.delete(output, [5, 7], axis=0)).all()
 
 
 def test_a_copy_is_made_for_many_rows_of_bfloat16_alone():

@@ -1,6 +1,7 @@
 """Small random cases of every operation that has a CUDA kernel, and XLA's form of it."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -217,7 +218,7 @@ def _of_inputs(
 
     def run(form):
         def of(x, weights, cache, layer, place):
-            projections = (weights, ((layer,),) * 3)
+            projections = (weights, ((layer,),) * 3, weights[:1])
             dtypes = (jnp.float32, jnp.float32)
             return form(x, projections, cache, layer, place, dtypes)
 
@@ -288,9 +289,10 @@ def _of_norms(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
 def _of_sums(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     x, branch = (rng.standard_normal((3, 300)).astype(np.float32) for _ in "xb")
     scales = tuple(rng.random((2, 300)).astype(np.float32) for _ in range(2))
-    for count in (1, 2):
-        arguments = (x, branch, scales[:count], np.int32(1))
-        yield f"{count} norms", (add_branch_cuda, add_branch_xla, arguments)
+    next_weights = (_weight(rng, (3,), 320, 384, 1),)
+    for name, count, ahead in (("1", 1, ()), ("2", 2, ()), ("2 ahead", 2, next_weights)):
+        arguments = (x, branch, scales[:count], np.int32(1), ahead)
+        yield f"{name} norms", (add_branch_cuda, add_branch_xla, arguments)
 
 
 def _of_routers(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
@@ -313,12 +315,13 @@ def _as_router(form: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_copies(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
-    def run(form):
-        return lambda weight, layer: form(weight, (layer, 1))
+    def run(form, dtype):
+        return lambda weight, layer, steps: form(weight, (layer, 1), steps, dtype)
 
-    for groups in (1, 8):
-        arguments = (_weight(rng, (2, 3), 320, 384, groups), np.int32(1))
-        yield f"{groups} groups", (run(convert_cuda), run(convert_xla), arguments)
+    for groups, dtype in itertools.product((1, 8), (jnp.bfloat16, jnp.float16)):
+        arguments = (_weight(rng, (2, 3), 320, 384, groups), np.int32(1), np.float32(4))
+        kernel, form = (run(of, dtype) for of in (convert_cuda, convert_xla))
+        yield f"{groups} groups, {jnp.dtype(dtype).name}", (kernel, form, arguments)
 
 
 def _of_int4_copies(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:

@@ -247,17 +247,26 @@ def _number(lead: tuple[int, ...], index: tuple[int | Array, ...]) -> Array:
     return number
 
 
-def convert(weight: Quantized, index: tuple[int | Array, ...], is_scaled: bool) -> Array:
-    """One matrix of a stack as bfloat16 `[K, N]`, times its scales or without them.
+def convert(
+    weight: Quantized,
+    index: tuple[int | Array, ...],
+    is_scaled: bool,
+    steps: Array | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> Array:
+    """One matrix of a stack as floats of 16 bits `[K, N]`, times its scales or without them.
 
     Args:
       weight: The stack.
       index: Of each leading axis.
       is_scaled: Whether it is multiplied by its scales, and rounded.
+      steps: What scales are multiplied by first, float32; None for 1.
+      dtype: bfloat16 or float16.
     """
     values, scales = weight
-    kernel = shapes.convert(matrix_of(weight), is_scaled)
-    return call(kernel, values, scales, _number(values.shape[:-2], index))[0]
+    kernel = shapes.convert(matrix_of(weight), is_scaled, jnp.dtype(dtype).name)
+    factor = jnp.float32(1) if steps is None else steps
+    return call(kernel, values, scales, _number(values.shape[:-2], index), factor)[0]
 
 
 def convert_int4(weight: Int4, index: tuple[int | Array, ...]) -> Array:

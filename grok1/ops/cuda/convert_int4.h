@@ -39,7 +39,7 @@ DEVICE void convert_int4(const unsigned char* stack, const unsigned char* subsca
   const Book book;
 #pragma unroll
   for (int i = 0; i < S::ROWS; ++i) {
-    EightBfloats rows[2];
+    EightNumbers rows[2];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       unsigned lower[2], upper[2];
@@ -55,7 +55,7 @@ DEVICE void convert_int4(const unsigned char* stack, const unsigned char* subsca
         rows[row].pairs[j] = bfloats(values[0], values[1]);
       }
     }
-    *(EightBfloats*)(copy + (long long)(2 * (pair + i)) * S::N + column) = rows[0];
-    *(EightBfloats*)(copy + (long long)(2 * (pair + i) + 1) * S::N + column) = rows[1];
+    *(EightNumbers*)(copy + (long long)(2 * (pair + i)) * S::N + column) = rows[0];
+    *(EightNumbers*)(copy + (long long)(2 * (pair + i) + 1) * S::N + column) = rows[1];
   }
 }

@@ -374,12 +374,13 @@ def refusal_of_copy(matrix: Matrix) -> str | None:
     return None
 
 
-def convert(matrix: Matrix, is_scaled: bool) -> Kernel:
-    """A matrix as bfloat16.
+def convert(matrix: Matrix, is_scaled: bool, dtype: str = "bfloat16") -> Kernel:
+    """A matrix as floats of 16 bits.
 
     Args:
       matrix: What.
-      is_scaled: Whether it is multiplied by its scales, and rounded.
+      is_scaled: Whether it is multiplied by its scales times a factor, and rounded.
+      dtype: bfloat16 or float16.
     """
     rows_of_scale = matrix.rows // matrix.groups
     rows = next(rows for rows in (8, 4, 2, 1) if rows_of_scale % rows == 0)
@@ -390,14 +391,15 @@ def convert(matrix: Matrix, is_scaled: bool) -> Kernel:
         "GROUP": rows_of_scale if is_scaled else 0,
         "ROWS": rows,
         "WARPS": warps,
+        "HALVES": int(dtype == "float16"),
     }
     return Kernel(
         "grok1_convert",
         ("convert.h",),
         (("S", struct(sizes)),),
         "convert<S>",
-        ("int8", "bfloat16", "int32"),
-        (Array((matrix.rows, matrix.columns), "bfloat16"),),
+        ("int8", "bfloat16", "int32", "float32"),
+        (Array((matrix.rows, matrix.columns), dtype),),
         (-(-matrix.columns // (32 * NARROW)), -(-matrix.rows // (warps * rows))),
         32 * warps,
     )
