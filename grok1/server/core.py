@@ -381,7 +381,7 @@ class Server:
         leader.send(plan)
         try:
             drawn = replica.turn(plan)
-            # A turn in which nothing ran, as between two requests, shows nothing, nor does a part of
+            # A turn in which nothing ran, as between two requests, shows nothing, nor does part of
             # a prompt, which may still be on its way.
             if drawn or any(not one.max_tokens for one in replica.scheduler.prefilled):
                 self._num_failures = 0
