@@ -26,7 +26,7 @@ from grok1.server.handle import Handle
 from grok1.server.links import Follower, Leader
 from grok1.server.replica import MOST_TOP, Replica
 
-_FAILURES = 3  # of steps in a row, after which the model is given up
+_FAILURES = 3  # of steps, with no request answered between, after which the model is given up
 _HEARTBEAT = 5.0  # seconds; other processes hear from this one at least as often
 _log = logging.getLogger("grok1.server")
 
@@ -107,6 +107,7 @@ class Server:
         self._turn_began: float | None = None
         self._num_failures = 0
         self.on_finish = self._desk.on_finish
+        self.on_finish.append(self._finished)
         self.on_turn: list[Callable[[float, int, int], None]] = []
 
     def __enter__(self) -> "Server":
@@ -381,10 +382,6 @@ class Server:
         leader.send(plan)
         try:
             drawn = replica.turn(plan)
-            # A turn in which nothing ran, as between two requests, shows nothing, nor does part of
-            # a prompt, which may still be on its way.
-            if drawn or any(not one.max_tokens for one in replica.scheduler.prefilled):
-                self._num_failures = 0
         except Exception:
             if not leader.is_alone:
                 raise  # the others are somewhere else in the same step, or nowhere
@@ -396,10 +393,15 @@ class Server:
         for tell in self.on_turn:
             tell(time.monotonic() - began, len(drawn), replica.scheduler.num_prompt_tokens)
 
+    def _finished(self, handle: Handle) -> None:
+        # A step that went well shows little: it may have had what the next one lacks.
+        if handle.error is None:
+            self._num_failures = 0
+
     def _fail(self, replica: Replica) -> None:
         reference = secrets.token_hex(4)
         _log.exception("a step failed, %s", reference)
         self._num_failures += 1
         self._desk.lose(replica.scheduler, StepError(reference))
         if self._num_failures >= _FAILURES:
-            raise UnavailableError(f"{_FAILURES} steps failed one after the other")
+            raise UnavailableError(f"{_FAILURES} steps failed, and no request was answered between")
