@@ -8,12 +8,19 @@ once, looked at once more, and closed. What remains is a file cut off within tha
 import ctypes
 import functools
 import mmap
+import os
 import sys
 
 import numpy as np
 
-from grok1.checkpoint.tensor_file import CHANGED, DataFile, open_unchanged, read_at
-from grok1.files import CheckpointError
+from grok1.checkpoint.tensor_file import (
+    CHANGED,
+    DataFile,
+    check_unchanged,
+    open_unchanged,
+    read_at,
+)
+from grok1.files import CheckpointError, unreadable
 
 # linux/mman.h; the second since Linux 5.14.
 _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22
@@ -79,8 +86,11 @@ class Window:
         Raises:
           CheckpointError: If it has been, or nobody can say.
         """
-        with open_unchanged(self._file):
-            pass
+        try:
+            found = os.stat(self._file.path)
+        except OSError as error:
+            raise unreadable(self._file.path, error) from error
+        check_unchanged(self._file, found)
 
     def bytes(self) -> np.ndarray:
         """Returns its bytes as int8, valid until it is closed."""

@@ -145,20 +145,19 @@ def open_unchanged(file: DataFile) -> Iterator[int]:
     """
     descriptor = open_regular(file.path)
     try:
-        check_unchanged(file, descriptor)
+        check_unchanged(file, os.fstat(descriptor))
         yield descriptor
-        check_unchanged(file, descriptor)
+        check_unchanged(file, os.fstat(descriptor))
     finally:
         os.close(descriptor)
 
 
-def check_unchanged(file: DataFile, descriptor: int) -> None:
-    """Checks that what is open is the file whose header was read, and as it was then.
+def check_unchanged(file: DataFile, found: os.stat_result) -> None:
+    """Checks that a file is the one whose header was read, and as it was then.
 
     Raises:
       CheckpointError: If its length is another, or it has been written to.
     """
-    found = os.fstat(descriptor)
     if found.st_size != file.file_size:
         raise CheckpointError(
             file.path,
