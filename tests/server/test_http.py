@@ -386,17 +386,17 @@ def test_metrics_say_what_answers_and_whether(http, server, monkeypatch):
 
 
 def test_tokens_are_counted_as_they_come(http, server, monkeypatch):
-    name, ended = "grok1_generation_tokens_total", "grok1_e2e_request_latency_seconds_count"
+    name = "grok1_generation_tokens_total"
     idle(server)
-    before, over = metric(http, name), metric(http, ended)
+    before = metric(http, name)
     monkeypatch.setattr(server, "on_turn", [*server.on_turn, lambda *_: time.sleep(0.02)])
     body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as answer:
         next(answer.iter_lines())
-        deadline = time.monotonic() + 20
-        while metric(http, name) < before + 2:
+        deadline = time.monotonic() + 60
+        while (count := metric(http, name)) < before + 2:
             assert time.monotonic() < deadline
-        assert metric(http, ended) == over
+    assert count < before + 900
 
 
 def test_every_metric_has_one_type_and_ends_as_its_type_does(http):
