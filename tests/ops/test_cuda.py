@@ -348,7 +348,7 @@ def test_no_kernel_of_prompts_spills(tmp_path):
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param("sm_80", marks=slow), "sm_90", pytest.param("sm_100", marks=slow)],
+    ["sm_80", "sm_90", "sm_100"],
 )
 def test_no_kernel_of_grok_1_spills(wide, architecture):
     kernels, ptx = wide

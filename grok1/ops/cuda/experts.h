@@ -100,9 +100,6 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
       const Rows<X> inputs = {x, tokens, count};
       matrix.template multiply_by<Of, TILES>(sums, column, inputs, part * Of::TEAMS + team,
                                              ring + in_all * Widths<Of>::RING);
-      if (first == 0)
-        fetch_ahead<typename S::Ahead>(next, expert, part * Of::COLUMN_TILES + blockIdx.x,
-                                       PARTS * Of::COLUMN_TILES);
       add_up<Of>(sums, team,
                  reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
       if constexpr (PARTS > 1) {
@@ -129,6 +126,9 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
       }
     });
   }
+  // Not sooner: while there are sums, registers are few.
+  fetch_ahead<typename S::Ahead>(next, expert, part * Of::COLUMN_TILES + blockIdx.x,
+                                 PARTS * Of::COLUMN_TILES);
   if constexpr (PARTS > 1) {
     constexpr int TILES = S::CHOSEN * Of::COLUMN_TILES;
     if (!is_last_of<Of, TILES>(blockIdx.y / PARTS * Of::COLUMN_TILES + blockIdx.x, PARTS)) return;
