@@ -232,6 +232,8 @@ def test_a_chunk_of_grok_1_is_one_graph_that_copies_no_weight_twice(missing, cop
     kinds = [kind for copy in found.copies for kind in ("bf16", "f16") if f" = {kind}[" in copy]
     assert sorted(kinds) == ["bf16"] * copies + ["f16"] * 4, found.copies
     assert found.layer.count("grok1_convert") == copies + 4
+    # XLA would put the copies of matrices with the same inputs side by side, in one product.
+    assert sum("dot" in kernel for kernel in found.layer) == copies + 5
     assert ("grok1_prompt_gate_up" in found.layer) == (not missing)
 
 

@@ -203,6 +203,18 @@ def test_a_projection_by_halves_keeps_11_bits_of_every_row(num_groups):
         assert relative_error(output / sizes, expected) <= (2.0**-12 if num_groups == 1 else 4e-4)
 
 
+def test_every_product_by_halves_has_inputs_of_its_own_in_xlas_eyes():
+    # On GPUs it would copy the matrices of products with the same inputs side by side otherwise.
+    weights = [random_weight((3,), columns=n) for n in (N, 5)]
+    text = jax.jit(
+        lambda x: quantized.project(x, weights, [(2,), (0,)], jnp.bfloat16, "halves")
+    ).lower(normal(1, 70, K))
+    products = re.findall(r"dot_general %(\S+?),", text.as_text())
+    barriers = re.findall(r"%(\S+?):2 = stablehlo.optimization_barrier", text.as_text())
+    assert products == [f"{name}#0" for name in barriers]
+    assert len(set(barriers)) == 2
+
+
 @pytest.mark.parametrize("size", [1e-8, 1e6])
 def test_scales_that_float16_does_not_hold_are_as_exact_in_halves(size):
     weight, x = random_weight((3,), num_groups=8), normal(1, 70, K)
