@@ -19,9 +19,9 @@ from grok1.checkpoint.directory import load_config
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.factory import load
 from grok1.files import open_regular
-from grok1.generate.options import as_python, check_ids, is_whole
+from grok1.generate.options import check_ids
 from grok1.generate.requests import Prompt, encode_prompt
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 from grok1.machine.agreement import agree
 from grok1.machine.float_errors import as_numpy_comes
 from grok1.machine.jax_settings import own_settings

@@ -19,7 +19,8 @@ from grok1.checkpoint.stacking import random_params, unstack
 from grok1.config import ModelConfig
 from grok1.engine.compilation import source_hash
 from grok1.engine.engine import Engine
-from grok1.generate.options import as_python, check_seed
+from grok1.generate.options import check_seed
+from grok1.keywords import as_python
 from grok1.machine.agreement import agree, exchange
 from grok1.machine.announcement import hint
 from grok1.machine.jax_settings import own_settings

@@ -1,10 +1,11 @@
-"""Arguments of public functions: what a mistyped one may have meant, how a wrong one is shown."""
+"""Arguments of public functions: mistyped ones, numbers of other libraries, messages about them."""
 
 import dataclasses
 import difflib
 import functools
 import inspect
 import math
+import numbers
 import re
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -32,6 +33,21 @@ def shown(value: Any, most: int = 80) -> str:
         return f"an integer of some {value.bit_length() * math.log10(2):,.0f} digits"
     # An array is written over several lines.
     return re.sub(r"\s*\n\s*", " ", repr(value))[:most]
+
+
+def as_python(value: Any) -> Any:
+    """Returns numbers and arrays of NumPy, JAX or others, alone or in a list, as Python's own.
+
+    Anything else is returned as it is. Sums of NumPy's small integers would wrap around.
+    """
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(as_python, value))
+    return value.tolist() if hasattr(value, "ndim") and hasattr(value, "tolist") else value
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or NumPy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def suggesting(options: type | None = None) -> Callable[[F], F]:

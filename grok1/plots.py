@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from grok1 import reprs
-from grok1.generate.options import as_python, is_whole
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 from grok1.study.scores import Score
 from grok1.study.tracing import Trace
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from grok1.engine.sampling import SamplingParams
 from grok1.engine.steps import LogitsProcessor
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 
 
 class GenerationArguments(TypedDict, total=False):
@@ -220,21 +220,6 @@ def check_seed(seed: Any) -> None:
     """
     if not is_whole(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, found {shown(seed)}")
-
-
-def as_python(value: Any) -> Any:
-    """Returns numbers and arrays of NumPy, JAX or others, alone or in a list, as Python's own.
-
-    Anything else is returned as it is. Sums of NumPy's small integers would wrap around.
-    """
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(map(as_python, value))
-    return value.tolist() if hasattr(value, "ndim") and hasattr(value, "tolist") else value
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, of Python or NumPy."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _is_same(one: Any, other: Any) -> bool:

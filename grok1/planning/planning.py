@@ -22,9 +22,8 @@ from grok1.checkpoint.loading import expert_arrays
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
 from grok1.files import CheckpointError
-from grok1.generate.options import as_python, is_whole
 from grok1.generate.scheduler import MAX_ROWS
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 from grok1.machine.announcement import hint
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec, in_memory, with_int4_experts

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from grok1.config import ModelConfig
-from grok1.generate.options import as_python, is_whole
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 from grok1.nn import hooks
 
 Places = int | Iterable[int] | None

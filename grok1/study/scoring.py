@@ -15,9 +15,8 @@ import numpy as np
 
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
-from grok1.generate.options import as_python, is_whole
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 from grok1.machine.agreement import agree
 from grok1.machine.jax_settings import own_settings
 from grok1.nn.sharding import DATA_AXIS

@@ -18,9 +18,9 @@ from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_TOKENS
 from grok1.generate.completion import Completion
-from grok1.generate.options import GenerationOptions, as_python, is_whole
+from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import Batch, Prompt, encode_prompt, is_batch
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 from grok1.machine.agreement import agree
 from grok1.machine.host_memory import gigabytes, host_bytes_available
 from grok1.machine.jax_settings import own_settings
