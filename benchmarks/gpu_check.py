@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import grok1
+from benchmarks import gpu_int4
 from benchmarks.figures import Figure
 from benchmarks.gpu_timing import Timed, bandwidth, share_of_several
 from benchmarks.machine import ROOT
@@ -110,6 +111,7 @@ def _parts(config: grok1.ModelConfig) -> dict[str, Callable[[], Iterator[Figure]
         "prefill": timed.prefill,
         "launches": timed.launches,
         "launches of a prompt": timed.prompt_launches,
+        "four bits": lambda: gpu_int4.decode(timed.model, {1: 1.5, 8: None}, 64),
         "share of several": lambda: _share(timed),
         "load and offload": lambda: _files(timed),
     }

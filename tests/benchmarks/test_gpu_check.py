@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 
+import numpy as np
+
 import grok1
-from benchmarks import gpu_check, gpu_timing, workload
+from benchmarks import gpu_check, gpu_int4, gpu_timing, workload
+from grok1.ops.quantized import dequantize
 from tests.helpers import slow
 
 
@@ -34,6 +37,30 @@ def test_the_check_of_a_gpu_times_draws_of_a_model_without_a_tokenizer(tmp_path)
     *timed, _ = gpu_check.run(tmp_path, config, only=("sampling",))
     assert [figure.unit for figure in timed] == ["ms", "ms", "ms"]
     assert all(isinstance(figure.value, float) for figure in timed)
+
+
+@slow
+def test_the_check_of_a_gpu_times_experts_in_four_bits_beside_int8():
+    config = dataclasses.replace(grok1.TOY, num_layers=1, sequence_len=128)
+    model = grok1.random_model(config, mesh=(1, 1))
+    one, several = gpu_int4.decode(model, {1: 1.5, 8: None}, 4)
+    assert (one.bound, several.bound) == (1.5, None)
+    assert one.value
+    assert several.value
+    assert sorted(one.details) == ["ms a step of int4", "ms a step of int8"]
+
+
+def test_a_model_in_random_bits_spreads_as_its_weights_should():
+    model = grok1.random_model(grok1.TOY, mesh=(1, 1), dtype="float32")
+    made = gpu_int4.in_four_bits(model)
+    for weight, of in zip(made.params.layers.experts, model.params.layers.experts, strict=True):
+        assert weight.shape == of.shape
+        values = np.asarray(dequantize(weight)[0])
+        expected = of.shape[-2] ** -0.5
+        assert abs(values.std() / expected - 1) < 0.1
+        assert abs(values.mean()) < 0.1 * expected
+        assert abs(np.corrcoef(values[0].ravel(), values[1].ravel())[0, 1]) < 0.05
+    assert np.isfinite(made.logits([1, 2, 3])).all()
 
 
 @slow

@@ -194,6 +194,14 @@ def _product_of_many(
     return _product(narrowest, inputs, precision, tiles, cut._replace(parts=parts))
 
 
+def _cut_of_hidden(tiles: int) -> Cut:
+    return Cut(_ACROSS, 2, 1, 3) if tiles == 1 else Cut(_ACROSS, 1, 1, 4)
+
+
+def _cut_of_down(tiles: int) -> Cut:
+    return Cut(_ACROSS, 1, 16, 4) if tiles == 1 else Cut(_ACROSS, 1, 8, 6)
+
+
 def _parts_of_hidden(gate: Matrix, chosen: int) -> int:
     """How many blocks share the rows of gate and up: one, where columns make enough blocks."""
     blocks = chosen * max(1, gate.columns // (8 * WIDE * _ACROSS))
@@ -253,14 +261,14 @@ def experts(
     # A few experts have more rows than the mean.
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
     tiles = _tiles_of(precision, inputs)
-    cut = Cut(_ACROSS, 2, 1, 3) if tiles == 1 else Cut(_ACROSS, 1, 1, 4)
+    cut = _cut_of_hidden(tiles)
     parts = _parts_of_hidden(gate, chosen)
     hidden = _product(gate, inputs, precision, tiles, cut._replace(parts=parts), chosen * parts)
     of_hidden: Precision = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
     tiles = _tiles_of(of_hidden, inputs)
-    cut = Cut(_ACROSS, 1, 16, 4) if tiles == 1 else Cut(_ACROSS, 1, 8, 6)
+    cut = _cut_of_down(tiles)
     out = _product(down, inputs, of_hidden, tiles, cut)
     sizes = {"M": tokens, "A": selected, "E": num_experts, "CHOSEN": chosen}
     structs = (
