@@ -119,12 +119,13 @@ def read_bounded(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     Raises:
       CheckpointError: If it is longer, is a Git LFS pointer, is no regular file, or cannot be read.
     """
-    data = bytearray()
+    data = b""
     with open_file(path) as file:
         try:
             # Python takes the memory of what is asked for, however little there is.
-            while len(data) <= most_bytes and (block := file.read(_BLOCK_BYTES)):
-                data += block
+            size = min(os.fstat(file.fileno()).st_size, most_bytes) + 1
+            while len(data) <= most_bytes and (block := file.read(size)):
+                data, size = data + block, _BLOCK_BYTES
         except OSError as error:
             raise unreadable(path, error) from error
     if len(data) > most_bytes:
@@ -136,7 +137,7 @@ def read_bounded(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         )
     if is_lfs_pointer(data):
         raise lfs_pointer(path)
-    return bytes(data)
+    return data
 
 
 def is_lfs_pointer(data: bytes | bytearray) -> bool:

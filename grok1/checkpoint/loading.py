@@ -161,34 +161,29 @@ def _load_params(
                 else []
                 for leaf, stored, local in zip(leaves, files, shards, strict=True)
             ]
-            buffers = []
-            for leaf, stored, local, there in zip(leaves, files, shards, stacks, strict=True):
-                if stored[0].part is not None:
-                    buffers.append(_read_scales(leaf, stored, local, reader))
-                elif _is_carried(stored, local):
-                    _fill_devices(stored, local, there, carrier)
-                    buffers.append([])
-                else:
-                    buffers.append(_fill_host(stored, local, reader))
-            carrier.finish()
-            reader.wait()
-        arrays = []
-        for leaf, stored, local, filled, there in zip(
-            leaves, files, shards, buffers, stacks, strict=True
-        ):
-            if _is_carried(stored, local):
-                placed = jax.block_until_ready([stack.array for stack in there])
-            else:
+            # What is made in the host's memory comes behind what keeps the readers busy meanwhile,
+            # and goes on to its devices while the rest is read.
+            carried = [i for i, there in enumerate(stacks) if there]
+            made = [i for i, there in enumerate(stacks) if not there]
+            number, buffers = 0, {}
+            for i in (*carried[:1], *made, *carried[1:]):
+                if stacks[i]:
+                    _fill_devices(files[i], shards[i], stacks[i], carrier)
+                    continue
+                read = _read_scales if files[i][0].part is not None else _fill_host
+                number, buffers[i] = read(leaves[i], files[i], shards[i], reader)
+            reader.wait(number)
+            arrays: list[Any] = [None] * len(leaves)
+            for i, filled in buffers.items():
+                leaf, stored, local = leaves[i], files[i], shards[i]
                 if stored[0].part is not None:
                     filled = _refine(leaf, stored, local, filled, bar)
-                shape = leaf.sharding.shard_shape(leaf.shape)
-                placed = [
-                    jax.device_put(buffer.reshape(shape), shard.device)
-                    for shard, buffer in zip(local, filled, strict=True)
-                ]
-            arrays.append(
-                jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed)
-            )
+                arrays[i] = _placed(leaf, local, filled)
+            carrier.finish()
+            reader.wait()
+        for i in carried:
+            placed = jax.block_until_ready([stack.array for stack in stacks[i]])
+            arrays[i] = _made(leaves[i], placed)
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -236,11 +231,29 @@ def _shards(target: jax.ShapeDtypeStruct, stored: list[_Leaf]) -> list[_Shard]:
     return shards
 
 
-def _fill_host(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> list[np.ndarray]:
-    """On a CPU the shard is a host buffer that the device adopts; returns before it is filled."""
-    buffers = [_aligned(shard.shape, stored[0].dtype) for shard in shards]
+def _made(target: jax.ShapeDtypeStruct, placed: list[jax.Array]) -> jax.Array:
+    return jax.make_array_from_single_device_arrays(target.shape, target.sharding, placed)
+
+
+def _placed(
+    target: jax.ShapeDtypeStruct, shards: list[_Shard], buffers: list[np.ndarray]
+) -> jax.Array:
+    """Sends what was made in the host's memory, which a CPU adopts."""
+    shape = target.sharding.shard_shape(target.shape)
+    pairs = zip(buffers, shards, strict=True)
+    return _made(
+        target, [jax.device_put(buffer.reshape(shape), shard.device) for buffer, shard in pairs]
+    )
+
+
+def _fill_host(
+    target: jax.ShapeDtypeStruct, stored: list[_Leaf], shards: list[_Shard], reader: Reader
+) -> tuple[int, list[np.ndarray]]:
+    """Returns the shards' buffers before they are filled, and what to wait for."""
+    del target  # which has the elements as the files have them
+    number, buffers = 0, [_aligned(shard.shape, stored[0].dtype) for shard in shards]
     for i, leaf in enumerate(stored):
-        reader.submit(
+        number = reader.submit(
             leaf.array,
             [
                 Target(shard.bounds, buffer[i])
@@ -248,7 +261,7 @@ def _fill_host(stored: list[_Leaf], shards: list[_Shard], reader: Reader) -> lis
             ],
             leaf.check,
         )
-    return buffers
+    return number, buffers
 
 
 def _is_carried(stored: list[_Leaf], shards: list[_Shard]) -> bool:
@@ -297,9 +310,9 @@ def _within(bounds: tuple[Bounds, ...], part: tuple[Bounds, ...]) -> tuple[Bound
 
 def _read_scales(
     target: jax.ShapeDtypeStruct, stored: list[_Leaf], shards: list[_Shard], reader: Reader
-) -> list[np.ndarray]:
-    """Reads the scales that each shard needs, in the grouping of the files."""
-    buffers = []
+) -> tuple[int, list[np.ndarray]]:
+    """Reads the scales that each shard needs, in the grouping of the files, as `_fill_host`."""
+    number, buffers = 0, []
     for shard in shards:
         bounds = _file_bounds(target, stored, shard)
         sizes = [stop - start for start, stop in bounds]
@@ -309,8 +322,8 @@ def _read_scales(
             Target(_file_bounds(target, stored, shard), buffer[i])
             for shard, buffer in zip(shards, buffers, strict=True)
         ]
-        reader.submit(leaf.array, targets)
-    return buffers
+        number = reader.submit(leaf.array, targets)
+    return number, buffers
 
 
 def _refine(

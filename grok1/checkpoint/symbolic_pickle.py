@@ -162,7 +162,9 @@ class _Machine:
         self.position += count
 
     def take(self, count: int) -> bytes:
-        self.skip(count)
+        if count > self.limit - self.position:
+            self.skip(count)  # which refuses it
+        self.position += count
         data = self.file.read(count)
         if len(data) != count:
             self.refuse("the file became shorter while it was read")

@@ -380,26 +380,32 @@ def _header(path: pathlib.Path, status: os.stat_result, root: Any) -> TensorHead
     return TensorHeader(*file, _span(root, "float32"), None)
 
 
-def _check(found: Any, valid: Any, what: str = "the object", offset: int = 0) -> None:
-    """Refuses a note that differs from `valid`; goes no deeper than `valid` does."""
+def _check(
+    found: Any, valid: Any, what: str = "the object", offset: int = 0, of: Any = None
+) -> None:
+    """Refuses a note that differs from `valid`; goes no deeper than `valid` does.
+
+    `what` names it for the message, as a part of what `of` makes if that is given.
+    """
     accepted = type(found) is type(valid)
     match valid:
         case _Rule():
             accepted = valid.accepts(found)
         case Object() if accepted:
             for part in ("opcode", "function", "args", "state"):
-                name = f"{part} of {describe(valid.function)}"
-                _check(getattr(found, part), getattr(valid, part), name, found.offset)
+                pair = getattr(found, part), getattr(valid, part)
+                _check(*pair, part, found.offset, valid.function)
         case tuple() if accepted and len(found) == len(valid):
             for item, rule in zip(found, valid, strict=True):
-                _check(item, rule, what, offset)
+                _check(item, rule, what, offset, of)
         case dict() if accepted and found.keys() == valid.keys():
             for key, rule in valid.items():
                 _check(found[key], rule, key, offset)
         case _:
             accepted = accepted and found == valid
     if not accepted:
-        problem = f"{what}: found {describe(found)}, expected {describe(valid)}"
+        whose = "" if of is None else f" of {describe(of)}"
+        problem = f"{what}{whose}: found {describe(found)}, expected {describe(valid)}"
         raise PickleRefusedError(offset, problem)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.checkpoint import blocks, loading, native, reading, sending
+from grok1.checkpoint import blocks, carrying, loading, native, reading, sending
 from grok1.checkpoint.blocks import Target
 from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.tensor_file import open_unchanged
@@ -211,6 +211,33 @@ def test_a_load_has_no_other_arrays_than_it_returns(direct, nano_path, monkeypat
     shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(model.params)]
     assert held <= {shard.unsafe_buffer_pointer() for shard in shards}
     assert len(held) == len(set(made)) < len(arrays)
+
+
+def test_what_the_host_makes_is_on_its_way_before_the_rest_is_read(direct, nano_path, monkeypatch):
+    order = []
+
+    def noting(owner, name):
+        function = getattr(owner, name)
+
+        def noted(*arguments):
+            order.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for owner, name in (
+        (loading, "_fill_devices"),
+        (loading, "_read_scales"),
+        (loading, "_placed"),
+        (carrying.DirectCarrier, "finish"),
+    ):
+        noting(owner, name)
+    grok1.load(nano_path, mesh=(1, 2), progress=False)
+    # Readers are busy when small arrays come, and while they are made.
+    assert order.index("_fill_devices") < order.index("_read_scales")
+    placed = [i for i, name in enumerate(order) if name == "_placed"]
+    assert placed
+    assert placed[-1] < order.index("finish")
 
 
 def test_what_is_not_finite_is_named_by_its_place(direct, form, nano_path, tmp_path):
