@@ -177,6 +177,7 @@ def blocks(
     targets: Sequence[Target],
     check: Check | None = None,
     stop: native.Stop | None = None,
+    most_bytes: int | None = None,
 ) -> Iterator[Block]:
     """Splits slices into blocks, in the order of the file.
 
@@ -186,6 +187,7 @@ def blocks(
         memory of devices, or none does.
       check: What is to look at the elements.
       stop: What is to end those who read them.
+      most_bytes: Of a block that goes to devices; None for what is best for many.
     """
     stop = stop or native.Stop()
     dtype = DTYPES[array.dtype]
@@ -211,7 +213,7 @@ def blocks(
         for rows, columns, members in _merged(wanted):
             row_bytes = (columns[1] - columns[0]) * dtype.itemsize
             is_direct = not array.transposed and _is_direct(members, dtype)
-            step = max(1, _most_bytes(members, is_direct) // row_bytes)
+            step = max(1, _most_bytes(members, is_direct, most_bytes) // row_bytes)
             for first in range(*rows, step):
                 here = slice(first - rows[0], min(first + step, rows[1]) - rows[0])
                 origin = (columns[0], first) if array.transposed else (first, columns[0])
@@ -245,9 +247,9 @@ def _is_direct(members: list[_Wanted], dtype: np.dtype) -> bool:
     return on_host and len(members) == 1 and out.dtype == dtype and out.flags.c_contiguous
 
 
-def _most_bytes(members: list[_Wanted], is_direct: bool) -> int:
+def _most_bytes(members: list[_Wanted], is_direct: bool, sent: int | None) -> int:
     if members[0].copier is not None:
-        return _SENT_BYTES
+        return min(sent or _SENT_BYTES, _SENT_BYTES)
     return _DIRECT_BYTES if is_direct else BLOCK_BYTES
 
 

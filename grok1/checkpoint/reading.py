@@ -40,6 +40,7 @@ class Reader:
 
     Attributes:
       bytes_read: Bytes read from files so far.
+      num_threads: How many read.
     """
 
     def __init__(self, on_bytes: Callable[[int], Any], keep_pages: bool = False):
@@ -51,7 +52,8 @@ class Reader:
         """
         self.bytes_read = 0
         self._on_bytes, self._keep_pages = on_bytes, keep_pages
-        self._pool = ThreadPoolExecutor(_num_threads(), "grok1-reader")
+        self.num_threads = _num_threads()
+        self._pool = ThreadPoolExecutor(self.num_threads, "grok1-reader")
         self._staging, self._sender, self._stop = threading.local(), Sender(), native.Stop()
         self._queue: collections.deque[Future[tuple[int, int]]] = collections.deque()
         self._num_submitted = self._num_collected = 0
@@ -79,7 +81,11 @@ class Reader:
                 _drop_pages(descriptor, 0, file.file_size)
 
     def submit(
-        self, array: StoredArray, targets: Sequence[Target], check: Check | None = None
+        self,
+        array: StoredArray,
+        targets: Sequence[Target],
+        check: Check | None = None,
+        most_bytes: int | None = None,
     ) -> int:
         """Asks for slices of an array; waits while too much is asked for.
 
@@ -88,6 +94,7 @@ class Reader:
           targets: The slices, as for `blocks`.
           check: Called in the threads that read with all that they have read, in parts; what it
             raises is raised as a file's error is.
+          most_bytes: Of a block that goes to devices; None for what is best for many.
 
         Returns:
           A number for `wait`.
@@ -96,7 +103,7 @@ class Reader:
           CheckpointError: If something asked for earlier could not be read.
           CancelledError: After `stop`.
         """
-        for block in blocks(array, targets, check, self._stop):
+        for block in blocks(array, targets, check, self._stop, most_bytes):
             if len(self._queue) == _MAX_QUEUED:
                 self._collect()
             self._queue.append(self._pool.submit(self._read, block))

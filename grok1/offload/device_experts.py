@@ -1,14 +1,14 @@
 """Experts brought to a device's memory when they are chosen, and some of them kept there.
 
 Where the threads that read can send what they read (`cuda_driver`), an expert comes to the device
-as it is read, the next one while one is computed with. Elsewhere it is read from the disk into one
+as it is read, and the threads go on with the next one without a pause. Elsewhere it is read from the disk into one
 of two pinned buffers while the one before is on its way to the device from the other. What is kept
 in the host's memory is pinned as well: a transfer out of pinned memory is the device's own work and
 goes on beside its computing.
 """
 
+import collections
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +18,9 @@ from grok1.checkpoint.carrying import compiled_empty
 from grok1.checkpoint.pinned import pinned, sent
 from grok1.machine.cuda_driver import Copier, place_of
 from grok1.machine.jax_settings import own_settings
-from grok1.offload.expert_cache import ExpertCache
-from grok1.offload.expert_store import Buffer, ExpertStore, PartOfExpert
+from grok1.offload.buffers import Buffer, PartOfExpert
+from grok1.offload.expert_cache import ExpertCache, Key
+from grok1.offload.expert_store import ExpertStore
 
 
 def pinned_buffer(device: Any, parts: Sequence[PartOfExpert]) -> Buffer:
@@ -71,7 +72,8 @@ class DeviceExperts:
         self.store = store
         self.cache: ExpertCache[list[jax.Array]] = ExpertCache(0)
         self._device = device
-        self._in_transfer: list[jax.Array] = []
+        self._in_transfer: collections.deque[tuple[Key, list[jax.Array]]] = collections.deque()
+        self._is_held = False  # by the host: the last of them
 
     def fetch(self, layer: int, chosen: Sequence[int]) -> Iterator[tuple[int, list[jax.Array]]]:
         """Yields (expert, what is fetched of it on the device) for some of a layer's experts.
@@ -94,8 +96,15 @@ class DeviceExperts:
             else:
                 self.store.count_held(layer)
                 yield expert, held
-        for expert, following in itertools.zip_longest(missing, missing[1:]):
-            arrays = self._arrays(layer, expert, following)
+        # The layer has been computed that they are of, or what computes it has failed.
+        self._arrive(0)
+        coming: list[jax.Array] | None = None
+        for place, expert in enumerate(missing):
+            arrays = coming or self._arrays(layer, missing, place)
+            coming = None
+            if place + 1 < len(missing) and self.store.holds(layer, missing[place + 1]):
+                # XLA has a transfer wait for all that the device was asked to compute before.
+                coming = self._arrays(layer, missing, place + 1)
             key = layer, expert
             # Those of this layer are in use until it has been computed.
             victim = self.cache.victim(key, [(layer, other) for other in chosen])
@@ -107,14 +116,22 @@ class DeviceExperts:
             # The next is on its way, and the device has room for two.
             del arrays
 
-    def _arrays(self, layer: int, expert: int, following: int | None) -> list[jax.Array]:
+    def _arrays(self, layer: int, missing: Sequence[int], place: int) -> list[jax.Array]:
         """An expert of the store's on the device; its transfer may be under way."""
-        # The store uses the buffer again.
-        jax.block_until_ready(self._in_transfer)
-        self._in_transfer = []
-        buffer = self.store.take(layer, expert, following)
+        # One that is held may be on its way; of others the store uses the buffer again.
+        self._arrive(1 if self._is_held else 0)
+        in_use = [key for key, _ in self._in_transfer]
+        expert, following = missing[place], next(iter(missing[place + 1 :]), None)
+        buffer, self._is_held = self.store.take(layer, expert, following, in_use)
         if buffer.copier is not None:
             return list(buffer.arrays)
         # Not an alias: where the device's memory is the host's, the buffer is written again.
-        self._in_transfer = [sent(array, self._device) for array in buffer.arrays]
-        return self._in_transfer
+        arrays = [sent(array, self._device) for array in buffer.arrays]
+        self._in_transfer.append(((layer, expert), arrays))
+        return arrays
+
+    def _arrive(self, most: int) -> None:
+        """Waits until at most so many are on their way."""
+        while len(self._in_transfer) > most:
+            _, arrays = self._in_transfer.popleft()
+            jax.block_until_ready(arrays)

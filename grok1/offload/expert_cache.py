@@ -36,6 +36,9 @@ class ExpertCache(Generic[Value]):
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
     def step(self) -> None:
         """Counts a step of the model; after some, earlier uses count less."""
         self._num_steps += 1

@@ -21,12 +21,15 @@ from grok1.checkpoint.mapping import Window
 from grok1.checkpoint.reading import Reader
 from grok1.checkpoint.storage import StoredArray
 from grok1.checkpoint.tensor_file import DTYPES
-from grok1.machine.cuda_driver import Copier
+from grok1.offload.buffers import Buffer, PartOfExpert, pageable_buffer
 from grok1.offload.expert_cache import ExpertCache, Key
 from grok1.ops.cpu import bindings
 
 _NUM_THREADS = 8
 _COPIED_BYTES = 1 << 25  # by one thread at a time
+# Of a block that goes on to a device. An expert is few blocks for many threads: they are to end at
+# the same time, and the smaller a block, the more of its time is the interpreter's.
+_MOST_SENT_BYTES = 1 << 24
 
 
 @dataclasses.dataclass
@@ -53,34 +56,6 @@ class Traffic:
         return self.num_held / max(1, self.num_used)
 
 
-class Buffer(NamedTuple):
-    """Memory for an expert.
-
-    Attributes:
-      matrices: What is fetched of gate, up and down, `[1, rows, N]` each, to be written to.
-      arrays: The same memory, as `jax.device_put` takes it.
-      copier: What copies to `matrices`, if they are in the memory of the device: then `arrays` are
-        what programs take, and the memory is not to be written to again.
-    """
-
-    matrices: Sequence[np.ndarray]
-    arrays: Sequence[Any]
-    copier: Copier | None = None
-
-
-class PartOfExpert(NamedTuple):
-    """Shape and type of one of the arrays that an expert is fetched as."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def pageable_buffer(parts: Sequence[PartOfExpert]) -> Buffer:
-    """Returns ordinary memory for the parts of an expert."""
-    matrices = [np.empty((1, *part.shape), part.dtype) for part in parts]
-    return Buffer(matrices, matrices)
-
-
 class _Fetched(NamedTuple):
     """An expert that can be computed with.
 
@@ -88,11 +63,13 @@ class _Fetched(NamedTuple):
       buffer: What holds it, if it was read.
       windows: On its files, if they are mapped; to be closed after its use.
       is_spare: Whether the buffer may be used for another expert afterwards.
+      number: What the reader is to be waited for, if it is still being read.
     """
 
     buffer: Buffer | None
     windows: Sequence[Window] = ()
     is_spare: bool = False
+    number: int = 0
 
     @property
     def addresses(self) -> list[int]:
@@ -100,6 +77,20 @@ class _Fetched(NamedTuple):
         if self.buffer is None:
             return [window.address for window in self.windows]
         return [matrix.ctypes.data for matrix in self.buffer.matrices]
+
+
+class _Plan(NamedTuple):
+    """Where an expert will be.
+
+    Attributes:
+      held: What holds it already.
+      is_kept: Whether it is to be held.
+      victim: Which is to leave for it; None if there is room.
+    """
+
+    held: Buffer | None = None
+    is_kept: bool = False
+    victim: Key | None = None
 
 
 class ExpertStore:
@@ -187,8 +178,9 @@ class ExpertStore:
             ThreadPoolExecutor(1, "grok1-fetch"),
             ThreadPoolExecutor(_NUM_THREADS, "grok1-mapping"),
         ]
-        # The pages may be those of another expert's file, or serve another process.
-        self._reader = Reader(lambda _: self._check_cancelled(), keep_pages=True)
+        if self._reader is None:
+            # The pages may be those of another expert's file, or serve another process.
+            self._reader = Reader(lambda _: self._check_cancelled(), keep_pages=True)
 
     def cancel(self) -> None:
         """Has the running program fail at the next expert, and what is being read be given up."""
@@ -197,12 +189,17 @@ class ExpertStore:
             self._reader.stop()
 
     def end(self) -> None:
-        """Ends the threads and gives up what is not held."""
-        self.cancel()
+        """Ends the threads and gives up what is not held.
+
+        Those that read stay for the next step if nothing has gone wrong: sixteen take a millisecond
+        to begin.
+        """
+        is_done = not self._cancelled.is_set() and self._upcoming is None
+        self._cancelled.set()
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools = []
-        if self._reader is not None:
+        if self._reader is not None and not is_done:
             self._reader.close()
             self._reader = None
         if self._upcoming is not None:
@@ -224,23 +221,33 @@ class ExpertStore:
         for window in self._current.windows if self._current is not None else ():
             window.check()
 
-    def take(self, layer: int, expert: int, following: int | None) -> Buffer:
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether an expert is in memory, so that to `take` it takes no time."""
+        return (layer, expert) in self._cache
+
+    def take(
+        self, layer: int, expert: int, following: int | None, in_use: Sequence[Key] = ()
+    ) -> tuple[Buffer, bool]:
         """Returns an expert, good until the next call, while another one is got ready.
 
         Args:
           layer: Index of the layer.
           expert: Which of its experts.
           following: The one that will be wanted next, if any.
+          in_use: Others that are still in use, of those that were held when they were taken.
+
+        Returns:
+          The expert, and whether it is held: then it is good as long as it is said to be in use.
 
         Raises:
           CheckpointError: If it cannot be read.
           CancelledError: After `cancel`.
           ValueError: If files are mapped, which leaves no buffer.
         """
-        fetched = self._next(layer, expert, following)
+        fetched = self._next(layer, expert, following, in_use)
         if fetched.buffer is None:
             raise ValueError("experts are mapped; make the store with allow_mapping=False")
-        return fetched.buffer
+        return fetched.buffer, self.holds(layer, expert)
 
     def count_held(self, layer: int) -> None:
         """Counts an expert of a layer that was used without this store.
@@ -265,39 +272,62 @@ class ExpertStore:
             self.error = self.error or error
             return None
 
-    def _next(self, layer: int, expert: int, following: int | None) -> _Fetched:
+    def _next(
+        self, layer: int, expert: int, following: int | None, in_use: Sequence[Key] = ()
+    ) -> _Fetched:
         # Whoever asks for an expert is done with the one before.
         self.check()
         if self._current is not None:
             self._release(self._current)
             self._current = None
         self._say_layer(layer)
-        key = layer, expert
+        key, after = (layer, expert), None if following is None else (layer, following)
         if self._upcoming is not None and self._upcoming[0] == key:
             (_, future), self._upcoming = self._upcoming, None
-            self._current = future.result()
+            self._current = current = future.result()
         else:
-            self._current = self._prepare(key, ())
-        if following is not None:
-            after = layer, following
-            self._upcoming = after, self._pools[0].submit(self._prepare, after, (key,))
-        return self._current
+            self._current = current = self._prepare(key, self._plan(key, in_use))
+        plan = None if after is None else self._plan(after, (key, *in_use))
+        if after is not None and plan is not None and self._is_at_once(plan):
+            # Those who read go on with it when they are done with this one.
+            future = Future()
+            future.set_result(self._prepare(after, plan))
+            self._upcoming, plan = (after, future), None
+        if current.number:
+            assert self._reader is not None  # between `begin` and `end` there is one
+            self._reader.wait(current.number)
+        if after is not None and plan is not None:
+            self._upcoming = after, self._pools[0].submit(self._prepare, after, plan)
+        return current
+
+    def _is_at_once(self, plan: _Plan) -> bool:
+        """Whether `_prepare` waits for nothing."""
+        is_passing = self._new_passing is not None and not self.is_mapped and not plan.is_kept
+        return plan.held is not None or is_passing
 
     def _say_layer(self, layer: int) -> None:
         if layer != self._layer:
             self._layer = layer
             self._on_layer(layer)
 
-    def _prepare(self, key: Key, in_use: Sequence[Key]) -> _Fetched:
+    def _plan(self, key: Key, in_use: Sequence[Key]) -> _Plan:
+        """Counts a use, and says where the expert will be."""
         self._check_cancelled()
         self._traffic.num_used += 1
         held = self._cache.use(key)
         if held is not None:
             self._traffic.num_held += 1
-            return _Fetched(held)
+            return _Plan(held)
         self._traffic.bytes_read += self.num_bytes
         victim = self._cache.victim(key, in_use)
-        if victim != key:
+        return _Plan(None, victim != key, victim)
+
+    def _prepare(self, key: Key, plan: _Plan) -> _Fetched:
+        self._check_cancelled()
+        if plan.held is not None:
+            return _Fetched(plan.held)
+        if plan.is_kept:
+            victim = plan.victim
             buffer = self._new_buffer() if victim is None else self._cache.take(victim)
             self._fill(key, buffer)
             self._cache.put(key, buffer)
@@ -306,8 +336,7 @@ class ExpertStore:
             return self._map(key)
         if self._new_passing is not None:
             buffer = self._new_passing()
-            self._read(key, buffer)
-            return _Fetched(buffer)
+            return _Fetched(buffer, number=self._submit(key, buffer))
         buffer = self._spare.pop() if self._spare else self._new_buffer()
         self._read(key, buffer)
         return _Fetched(buffer, is_spare=True)
@@ -341,13 +370,23 @@ class ExpertStore:
             self._release(mapped)
 
     def _read(self, key: Key, buffer: Buffer) -> None:
+        assert self._reader is not None  # between `begin` and `end` there is one
+        self._reader.wait(self._submit(key, buffer))
+
+    def _submit(self, key: Key, buffer: Buffer) -> int:
+        """Begins to read an expert; returns what to wait for."""
         layer, expert = key
         reader, number = self._reader, 0
         assert reader is not None  # between `begin` and `end` there is one
+        most = None
+        if buffer.copier is not None:
+            of_thread = -(-self.num_bytes // reader.num_threads)
+            most = -(-of_thread // -(-of_thread // _MOST_SENT_BYTES))
         for array, matrix in zip(self._layers[layer], buffer.matrices, strict=True):
             bounds = ((expert, expert + 1), *((0, size) for size in matrix.shape[1:]))
-            number = reader.submit(array, [Target(bounds, matrix, buffer.copier)])
-        reader.wait(number)
+            targets = [Target(bounds, matrix, buffer.copier)]
+            number = reader.submit(array, targets, most_bytes=most)
+        return number
 
     def _map(self, key: Key) -> _Fetched:
         layer, expert = key

@@ -36,8 +36,9 @@ from grok1.machine.device_memory import device_bytes_available
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.machine.jax_settings import own_settings
 from grok1.machine.progress import progress_bar
+from grok1.offload.buffers import pageable_buffer
 from grok1.offload.device_experts import DeviceExperts, device_buffer, pinned_buffer
-from grok1.offload.expert_store import ExpertStore, Traffic, pageable_buffer
+from grok1.offload.expert_store import ExpertStore, Traffic
 from grok1.offload.layerwise import LayerwiseStep
 from grok1.ops import forms
 from grok1.ops.experts import FetchedInt4Experts

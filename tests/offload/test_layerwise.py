@@ -12,11 +12,11 @@ import pytest
 
 import grok1
 from grok1 import AblateExperts, AddToResidual
-from grok1.checkpoint import blocks, pinned, sending
+from grok1.checkpoint import blocks, pinned, reading, sending
 from grok1.machine.cuda_driver import Copier
 from grok1.nn.manifest import file_name
 from grok1.offload import device_experts, expert_store, runner
-from grok1.offload.expert_store import PartOfExpert, pageable_buffer
+from grok1.offload.buffers import PartOfExpert, pageable_buffer
 from grok1.planning import budget, memory
 from tests.checkpoint import standin_driver
 from tests.helpers import relative_error, slow
@@ -242,18 +242,18 @@ def test_the_next_is_read_while_one_is_computed_with(shared, monkeypatch):
     taken, wanted, begun = [], set(), collections.defaultdict(threading.Event)
     take, prepare = expert_store.ExpertStore.take, expert_store.ExpertStore._prepare
 
-    def noting_take(self, layer, expert, following):
+    def noting_take(self, layer, expert, following, in_use):
         key = layer, expert
         if key in wanted:
             # However late its thread gets a processor: it begins before the expert is asked for.
             assert begun[key].wait(20)
         taken.append(key)
         wanted.add((layer, following))
-        return take(self, layer, expert, following)
+        return take(self, layer, expert, following, in_use)
 
-    def noting_prepare(self, key, in_use):
+    def noting_prepare(self, key, plan):
         begun[key].set()
-        return prepare(self, key, in_use)
+        return prepare(self, key, plan)
 
     monkeypatch.setattr(expert_store.ExpertStore, "take", noting_take)
     monkeypatch.setattr(expert_store.ExpertStore, "_prepare", noting_prepare)
@@ -261,6 +261,83 @@ def test_the_next_is_read_while_one_is_computed_with(shared, monkeypatch):
     layers = {layer for layer, _ in taken}
     # All but each layer's first.
     assert len(wanted.intersection(taken)) == len(taken) - len(layers)
+
+
+def test_one_that_the_host_holds_is_sent_before_the_one_before_is_computed_with(
+    shared, nano, monkeypatch
+):
+    model, order = with_room(shared, NUM_EXPERTS, 0, monkeypatch), []
+    sent, fetch = device_experts.sent, device_experts.DeviceExperts.fetch
+    model.logits(list(range(64)))  # after which the host holds all
+
+    def noting_sent(source, device):
+        order.append("sent")
+        return sent(source, device)
+
+    def noting_fetch(self, layer, chosen):
+        for pair in fetch(self, layer, chosen):
+            assert len(self._in_transfer) <= 2
+            order.append("handed over")
+            yield pair
+
+    monkeypatch.setattr(device_experts, "sent", noting_sent)
+    monkeypatch.setattr(device_experts.DeviceExperts, "fetch", noting_fetch)
+    tokens = list(range(8))
+    assert relative_error(model.logits(tokens), nano.logits(tokens)) <= ROUNDING
+    assert model.offload_stats.num_held == NUM_EXPERTS
+    assert order[:7] == ["sent"] * 6 + ["handed over"]
+    assert order[7:11] == ["sent"] * 3 + ["handed over"]
+
+
+def test_one_on_its_way_keeps_its_place_in_the_host(copied, nano_path, monkeypatch):
+    store = load(copied).engine.runner.store
+    store.resize(2)
+    store.begin(expert_store.Traffic())
+    try:
+        buffers = [store.take(0, expert, None)[0] for expert in (0, 1)]
+        for _ in range(9):  # used so often that others would have to leave
+            store._cache.use((0, 2))
+        _, is_held = store.take(0, 2, None, in_use=[(0, 0), (0, 1)])
+        assert not is_held
+        assert store.holds(0, 0)
+        assert store.holds(0, 1)
+        buffer, is_held = store.take(0, 2, None, in_use=[(0, 1)])
+        assert is_held
+        assert buffer is buffers[0]
+    finally:
+        store.end()
+
+
+@pytest.mark.not_on_gpu("a CPU stands for a device and its driver there")
+def test_the_next_is_asked_for_before_one_is_waited_for_where_they_come_as_they_are_read(
+    library, copied, monkeypatch
+):
+    store = load(copied).engine.runner.store
+    store.resize(0)
+    order, prepare, wait = [], expert_store.ExpertStore._prepare, reading.Reader.wait
+    monkeypatch.setattr(
+        expert_store.ExpertStore,
+        "_prepare",
+        lambda self, key, plan: order.append(key) or prepare(self, key, plan),
+    )
+    monkeypatch.setattr(
+        reading.Reader, "wait", lambda self, number: order.append("wait") or wait(self, number)
+    )
+    for step in range(2):
+        store.begin(expert_store.Traffic())
+        reader = store._reader
+        for expert, following in ((0, 3), (3, 5), (5, None)):
+            store.take(step, expert, following)
+        store.end()
+        assert store._reader is reader  # for the next step
+        assert order == [(step, 0), (step, 3), "wait", (step, 5), "wait", "wait"]
+        order.clear()
+    store.begin(expert_store.Traffic())
+    store.take(0, 0, 3)
+    store.cancel()
+    store.end()
+    assert store._reader is None
+    assert not any(library.waiting.values())
 
 
 def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, shared, monkeypatch):
@@ -280,7 +357,7 @@ def test_a_file_that_vanishes_is_one_error_and_not_the_end(copied, shared, monke
 def test_interrupting_ends_within_a_layer(shared, on_device, monkeypatch):
     model = with_room(shared, 0, on_device, monkeypatch)
     before = model.generate([1, 2, 3], **GREEDY)
-    layers = []
+    layers, others = [], set(threading.enumerate())
     say_layer = expert_store.ExpertStore._say_layer
 
     def interrupt(self, layer):
@@ -299,9 +376,10 @@ def test_interrupting_ends_within_a_layer(shared, on_device, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert max(layers) == 5
-    # A server of other tests has a thread of its own.
+    # A server of other tests has a thread of its own, and so have other models.
+    assert model.engine.runner.store._reader is None
     names = ("grok1-fetch", "grok1-mapping", "grok1-reader", "grok1-step")
-    assert not [one for one in threading.enumerate() if one.name.startswith(names)]
+    assert not [one for one in {*threading.enumerate()} - others if one.name.startswith(names)]
     assert model.generate([1, 2, 3], **GREEDY) == before
 
 
