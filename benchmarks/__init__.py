@@ -26,5 +26,5 @@ of the ratio within each. The other sides are
     deep       many layers out of core, from the files of a few
     device     what the compiled steps hold in memory, and do, kernel by kernel
     gpu_check  what a GPU has to show; `gpu_timing` of its speed, `gpu_files` and
-               `load_phases` of files
+               `load_phases` of files, `offload_phases` of experts
 """

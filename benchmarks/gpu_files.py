@@ -24,6 +24,7 @@ from benchmarks import workload
 from benchmarks.figures import Figure
 from benchmarks.gpu_check import attempted
 from benchmarks.load_phases import Phases
+from benchmarks.offload_phases import StepPhases
 from grok1.checkpoint import native, reading, sending
 from grok1.checkpoint.pinned import has_pinned_memory, pinned, sent
 from grok1.machine.cuda_driver import copier_of
@@ -137,6 +138,29 @@ class _Files:
         }
         name = f"offloaded decode, {_OFFLOADED[how]}: share of the copy"
         yield Figure(name, rate / self._copied, "", 0.8, at_least=True, details=details)
+        phases = StepPhases()  # in a run of their own, because to look takes time
+        with (
+            mock.patch.object(runner, "device_bytes_available", return_value=None),
+            phases.watched(),
+        ):
+            workload.decode(model, 1, _PROMPT, _NUM_STEPS)
+        details = phases.details()
+        if how == "host":
+            details["two experts copied alone, GB/s"] = f"{self._expert_rate(store) / 1e9:.2f}"
+        taken = 1e3 * phases.seconds["step"] / max(1, phases.num_steps)
+        name = f"offloaded decode, {_OFFLOADED[how]}: a step"
+        yield Figure(name, taken, "ms", details=details)
+
+    def _expert_rate(self, store: Any) -> float:
+        """Bytes a second of two experts that the host holds, at once."""
+        held = [(0, expert) for expert in range(store.num_all) if store.holds(0, expert)]
+        buffers = [store._cache.use(key) for key in held[:2]]
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready([sent(a, self._device) for b in buffers for a in b.arrays])
+            seconds.append(time.perf_counter() - start)
+        return len(buffers) * store.num_bytes / min(seconds)
 
     def tokens(self) -> Iterator[Figure]:
         """Whether offloading changes what is generated."""

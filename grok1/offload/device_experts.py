@@ -1,10 +1,10 @@
 """Experts brought to a device's memory when they are chosen, and some of them kept there.
 
 Where the threads that read can send what they read (`cuda_driver`), an expert comes to the device
-as it is read, and the threads go on with the next one without a pause. Elsewhere it is read from the disk into one
-of two pinned buffers while the one before is on its way to the device from the other. What is kept
-in the host's memory is pinned as well: a transfer out of pinned memory is the device's own work and
-goes on beside its computing.
+as it is read, and the threads go on with the next one without a pause. Elsewhere it is read from
+the disk into one of two pinned buffers while the one before is on its way to the device from the
+other. What is kept in the host's memory is pinned as well: a transfer out of pinned memory is the
+device's own work and goes on beside its computing.
 """
 
 import collections
