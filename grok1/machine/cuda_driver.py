@@ -9,7 +9,6 @@ import ctypes
 import functools
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -97,6 +96,7 @@ class Copier:
           DriverError: If the driver refuses.
         """
         self._library = library
+        self._addresses: dict[tuple[str, ...], Any] = {}
         for name, types in _FUNCTIONS.items():
             getattr(library, name).argtypes = types
         self._call("cuInit", 0)
@@ -108,10 +108,14 @@ class Copier:
         self.context = ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), number)
 
-    def functions(self, names: Sequence[str]) -> Any:
+    def functions(self, names: tuple[str, ...]) -> Any:
         """Returns the addresses of some of the driver's functions, as an array of C's."""
-        functions = [ctypes.cast(getattr(self._library, n), ctypes.c_void_p) for n in names]
-        return (ctypes.c_void_p * len(names))(*(function.value for function in functions))
+        # Kept: it would be a fifth of what the interpreter has to do for a block that is sent.
+        if names not in self._addresses:
+            functions = [ctypes.cast(getattr(self._library, n), ctypes.c_void_p) for n in names]
+            addresses = (function.value for function in functions)
+            self._addresses[names] = (ctypes.c_void_p * len(names))(*addresses)
+        return self._addresses[names]
 
     def pinned(self, num_bytes: int) -> np.ndarray:
         """Returns pinned memory, uint8, which stays until the process ends."""
