@@ -43,17 +43,20 @@ class Reader:
       num_threads: How many read.
     """
 
-    def __init__(self, on_bytes: Callable[[int], Any], keep_pages: bool = False):
+    def __init__(
+        self, on_bytes: Callable[[int], Any], keep_pages: bool = False, name: str = "grok1-reader"
+    ):
         """Starts no thread yet.
 
         Args:
           on_bytes: Called in the caller's thread with the bytes that have come to their place.
           keep_pages: Leave what was read in the system's page cache, for other processes.
+          name: Of the threads.
         """
         self.bytes_read = 0
         self._on_bytes, self._keep_pages = on_bytes, keep_pages
         self.num_threads = _num_threads()
-        self._pool = ThreadPoolExecutor(self.num_threads, "grok1-reader")
+        self._pool = ThreadPoolExecutor(self.num_threads, name)
         self._staging, self._sender, self._stop = threading.local(), Sender(), native.Stop()
         self._queue: collections.deque[Future[tuple[int, int]]] = collections.deque()
         self._num_submitted = self._num_collected = 0

@@ -180,7 +180,8 @@ class ExpertStore:
         ]
         if self._reader is None:
             # The pages may be those of another expert's file, or serve another process.
-            self._reader = Reader(lambda _: self._check_cancelled(), keep_pages=True)
+            name = "grok1-reader" if self._new_passing is None else "grok1-experts"
+            self._reader = Reader(lambda _: self._check_cancelled(), keep_pages=True, name=name)
 
     def cancel(self) -> None:
         """Has the running program fail at the next expert, and what is being read be given up."""
@@ -191,15 +192,16 @@ class ExpertStore:
     def end(self) -> None:
         """Ends the threads and gives up what is not held.
 
-        Those that read stay for the next step if nothing has gone wrong: sixteen take a millisecond
-        to begin.
+        Those that read for a device stay for the next step if nothing has gone wrong: sixteen take
+        a millisecond to begin.
         """
         is_done = not self._cancelled.is_set() and self._upcoming is None
+        stays = is_done and self._new_passing is not None
         self._cancelled.set()
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools = []
-        if self._reader is not None and not is_done:
+        if self._reader is not None and not stays:
             self._reader.close()
             self._reader = None
         if self._upcoming is not None:
