@@ -259,9 +259,7 @@ def add_experts(
     visit, captured = _visitor(layer, run, place)
     summed = jax.lax.psum(branch, MODEL_AXIS).reshape(x.shape)
     if run.next_norms is not None:
-        scales = params.moe_post_norm, run.next_norms
-        ahead = params.query, params.key, params.value
-        return Stream(*add_branch(x, summed, scales, layer, ahead=ahead)), {}
+        return Stream(*add_branch(x, summed, (params.moe_post_norm, run.next_norms), layer)), {}
     if _is_unseen(run, "moe_out"):
         (x,) = add_branch(x, summed, (params.moe_post_norm,), layer)
     else:

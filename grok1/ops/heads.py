@@ -14,9 +14,8 @@ from grok1.ops import forms
 from grok1.ops.attention import SOFT_CAP, KVCache, Place, append, arrays_of, attend_cache
 from grok1.ops.cpu import rowwise
 from grok1.ops.cuda import calls, calls_of_rows, shapes, shapes_of_rows
-from grok1.ops.cuda.calls_of_rows import Attended
 from grok1.ops.layers import apply_rope, rope_frequencies
-from grok1.ops.quantized import Index, QuantizedArray, Weight, project, readable
+from grok1.ops.quantized import Index, QuantizedArray, Weight, project
 
 
 class Projections(NamedTuple):
@@ -224,8 +223,8 @@ def append_and_attend_cuda(
 ) -> tuple[Float[Array, "R 1 C G H"], KVCache]:
     """In two launches, in CUDA: projections, then all else."""
     projected = _projected(x, projections, cache, attending.dtype)
-    query = _query_shape(x, projections, cache), attending.query_dtype
-    attended = Attended(*query, attending.scale, SOFT_CAP, readable(projections[2]))
-    arrays = arrays_of(cache)
-    mixed, arrays = calls_of_rows.place_and_attend(projected, arrays, layer, tuple(place), attended)
+    query, limits = _query_shape(x, projections, cache), (attending.scale, SOFT_CAP)
+    mixed, arrays = calls_of_rows.place_and_attend(
+        projected, arrays_of(cache), layer, tuple(place), (query, attending.query_dtype), limits
+    )
     return mixed, _written(cache, arrays)

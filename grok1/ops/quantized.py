@@ -216,16 +216,6 @@ def _is_not_for_cuda(x, weights, indices) -> str | None:
     return next(filter(None, reasons), None)
 
 
-def readable(weights: Sequence[Weight]) -> tuple[calls.Quantized, ...]:
-    """Stacks `[L, K, N]` as kernels take them that bring a layer's nearer; none if one is other."""
-    pairs = [(of.values, of.scales) for of in weights if isinstance(of, QuantizedArray)]
-    is_fit = len(pairs) == len(weights) and all(
-        values.ndim == 3 and shapes.refusal_of(calls.matrix_of((values, scales))) is None
-        for values, scales in pairs
-    )
-    return tuple(pairs) if is_fit else ()
-
-
 @forms.form("project", "cuda", refuses=_is_not_for_cuda)
 def project_cuda(
     x: Float[Array, "*M K"],

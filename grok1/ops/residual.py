@@ -3,8 +3,6 @@
 Dimension key: M row, D model dim, L layer.
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,7 +10,6 @@ from grok1.ops import forms
 from grok1.ops.cpu import rowwise
 from grok1.ops.cuda import calls_of_rows, shapes_of_rows
 from grok1.ops.layers import RMS_NORM_EPSILON, rms_norm
-from grok1.ops.quantized import Weight, readable
 
 
 def layer_norm(
@@ -46,7 +43,6 @@ def add_branch(
     scales: tuple[Float[Array, "L D"], ...],
     layer: Int[Array, ""],
     implementation: str | None = None,
-    ahead: Sequence[Weight] = (),
 ) -> tuple[Float[Array, "*M D"], ...]:
     """Adds the norm of a branch; then the norm of the sum, if there are scales for it too.
 
@@ -56,14 +52,11 @@ def add_branch(
       scales: Of the norm of the branch in all layers, then of the norm of the sum.
       layer: Which layer.
       implementation: "xla", "cpp" or "cuda"; None for that of `forms.PREFERRED`.
-      ahead: Stacks of weights `[L, K, N]` whose matrices of the next layer are multiplied by after
-        this, side by side; they may be brought nearer meanwhile.
 
     Returns:
       The stream, and its norm if there are scales for it; float32.
     """
-    arguments = x, branch, scales, layer, tuple(ahead)
-    return forms.run("add_norm", *arguments, implementation=implementation)
+    return forms.run("add_norm", x, branch, scales, layer, implementation=implementation)
 
 
 @forms.form("norm", "xla")
@@ -80,7 +73,6 @@ def add_branch_xla(
     branch: Float[Array, "*M D"],
     scales: tuple[Float[Array, "L D"], ...],
     layer: Int[Array, ""],
-    ahead: Sequence[Weight] = (),
 ) -> tuple[Float[Array, "*M D"], ...]:
     """By XLA."""
     x = x + rms_norm(branch, scales[0][layer])
@@ -101,7 +93,6 @@ def add_branch_cpp(
     branch: Float[Array, "*M D"],
     scales: tuple[Float[Array, "L D"], ...],
     layer: Int[Array, ""],
-    ahead: Sequence[Weight] = (),
 ) -> tuple[Float[Array, "*M D"], ...]:
     """In C++, a row whatever the others are."""
     x = rowwise.add_norm(x, branch, scales[0], layer, RMS_NORM_EPSILON)
@@ -127,11 +118,8 @@ def add_branch_cuda(
     branch: Float[Array, "*M D"],
     scales: tuple[Float[Array, "L D"], ...],
     layer: Int[Array, ""],
-    ahead: Sequence[Weight] = (),
 ) -> tuple[Float[Array, "*M D"], ...]:
     """In one launch."""
     rows, of_branch = (array.reshape(-1, x.shape[-1]) for array in (x, branch))
-    found = calls_of_rows.add_norm(
-        rows, of_branch, scales, layer, RMS_NORM_EPSILON, readable(ahead)
-    )
+    found = calls_of_rows.add_norm(rows, of_branch, scales, layer, RMS_NORM_EPSILON)
     return tuple(array.reshape(x.shape) for array in found)

@@ -1,7 +1,5 @@
 """What the CUDA kernels are given in tests, and how near they must come."""
 
-import re
-
 import ml_dtypes
 import numpy as np
 
@@ -33,16 +31,3 @@ def choices(rng, tokens, selected, num_experts, how):
         indices[:: max(2, tokens // 2), -1] = num_experts
         return indices.astype(np.int32), np.arange(tokens) % 3 != 1
     return indices.astype(np.int32), np.ones(tokens, bool)
-
-
-def asked_ahead(kernel, numbers):
-    """Where a kernel is to ask for what comes next, of the matrices of a stack, in bytes."""
-    (members,) = (members for _, members in kernel.structs if "EACH" in members)
-    sizes = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+);", members)}
-    of_tile = 16 * sizes["BYTES"]
-    return [
-        number * sizes["TILES"] * of_tile + share * sizes["TILES"] // sizes["SHARES"] * of_tile + at
-        for number in sorted(numbers)
-        for share in range(sizes["SHARES"])
-        for at in range(0, sizes["EACH"] * of_tile, 128)
-    ]

@@ -73,7 +73,6 @@ struct Warp {
   int turn[32];
 };
 
-static std::vector<const void*> asked;  // for, without being read
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static Meeting block_meeting, team_meetings[32];
@@ -109,7 +108,6 @@ static void run_fiber() {
 // Runs one block after the other; `backward` lets the last block and thread go first.
 static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threads, bool backward) {
   body = kernel, arguments = buffers;
-  asked.clear();
   gridDim = grid, blockDim = {threads, 1, 1};
   const int blocks = grid.x * grid.y * grid.z;
   for (int turn_of_block = 0; turn_of_block < blocks; ++turn_of_block) {
@@ -238,9 +236,7 @@ inline void load_once(const void* from, unsigned (&words)[N]) {
   std::memcpy(words, from, 4 * N);
 }
 
-inline void prefetch(const void* from) { asked.push_back(from); }
-extern "C" size_t count_asked() { return asked.size(); }
-extern "C" const void* const* all_asked() { return asked.data(); }
+inline void prefetch(const void*) {}
 
 using Shared = unsigned char*;
 inline Shared shared_place(void* of) { return (Shared)of; }

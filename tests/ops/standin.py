@@ -112,22 +112,7 @@ def run(
     pointers = [array.ctypes.data for array in (*arrays, *outputs)]
     function = getattr(library, f"run_{_named(kernel).name}")
     function((ctypes.c_void_p * len(pointers))(*pointers), ctypes.c_int(backward))
-    library.asked = _asked(library, arrays)
     return outputs
-
-
-def _asked(library: ctypes.CDLL, arrays: Sequence[np.ndarray]) -> list[list[int]]:
-    """Where in each array a kernel has asked for a line of the cache, in bytes."""
-    library.count_asked.restype = ctypes.c_size_t
-    library.all_asked.restype = ctypes.POINTER(ctypes.c_uint64)
-    places = np.array(library.all_asked()[: library.count_asked()], np.uint64)
-    found = []
-    for array in arrays:
-        start = array.ctypes.data
-        is_within = (places >= start) & (places < start + array.nbytes)
-        found.append(sorted(map(int, places[is_within] - np.uint64(start))))
-    assert sum(map(len, found)) == len(places), "a kernel asks for what it was not given"
-    return found
 
 
 def call(kernel: Kernel, *inputs):

@@ -24,7 +24,7 @@ from grok1.ops.cuda.shapes import Matrix
 from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
-from tests.ops.cuda_cases import LAYER, asked_ahead, assert_close, choices, gelu, inputs
+from tests.ops.cuda_cases import LAYER, assert_close, choices, gelu, inputs
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 
@@ -131,10 +131,8 @@ def test_experts(library, rng, case, how):
     found = []
     for backward in (False, True):
         options = {"backward": backward}
-        before = x, *gate[:2], *up[:2], LAYER, indices, valid, down[0]
+        before = x, *gate[:2], *up[:2], LAYER, indices, valid
         mixed, *_ = standin.run(library, gate_up, *before, **options)
-        run = np.unique(indices.reshape(-1)[is_run])
-        assert library.asked[-1] == asked_ahead(gate_up, num_experts + run)
         after = mixed, *down[:2], LAYER, indices, valid, weights
         out, parts = standin.run(library, of_down, *after, **options)
         assert np.isnan(parts[:, ~is_run]).all()  # padding costs nothing
@@ -262,24 +260,22 @@ def of_grok_1(shards, tokens):
     stacks = tuple(Matrix(WIDTH, count, 1) for count in columns)
     narrow = heads._replace(cache_dtype="int8", query_dtype="bfloat16")
     router = shapes_of_rows.Router(WIDTH, 8, 2, None, False)
-    back = (Matrix(columns[0], WIDTH, 8 // shards),)
-    after, of_next = (shapes.ahead_of_projection(tokens, of, 64) for of in (back, stacks))
     return [
         *shapes.experts(tokens, 2, 8, *exact, "bfloat16"),
         shapes.project(tokens, stacks, "split"),
-        shapes.project(tokens, back, "split"),
+        shapes.project(tokens, (Matrix(columns[0], WIDTH, 8 // shards),), "split"),
         *(shapes_of_rows.attend(of, 0.3, 30.0) for of in (heads, narrow)),
-        *(shapes_of_rows.place_and_attend(of, 2, 0.3, 30.0, after) for of in (heads, narrow)),
+        *(shapes_of_rows.place_and_attend(of, 2, 0.3, 30.0) for of in (heads, narrow)),
         *(shapes_of_prompts.attend(heads._replace(length=t), 0.3, 30.0) for t in (64, 8192)),
         shapes_of_rows.place(heads, 1),
         shapes_of_rows.place(narrow, 1),
         *(shapes_of_rows.norms(tokens, WIDTH, 1e-5, of) for of in ("norm", "add_norm")),
-        shapes_of_rows.norms(tokens, WIDTH, 1e-5, "add_norm_and_norm", of_next),
+        shapes_of_rows.norms(tokens, WIDTH, 1e-5, "add_norm_and_norm"),
         shapes_of_rows.route(tokens, router),
         shapes_of_rows.add_and_route(tokens, router, 1e-5),
         shapes.convert(exact[0], False),
         shapes.convert(exact[1], True),
-        shapes.convert(back[0], True, "float16"),
+        shapes.convert(exact[1], True, "float16"),
         *shapes_of_screening.most_probable(min(tokens, 8), 131072 // shards, WIDTH, tokens > 1),
         *shapes_int4.experts(tokens, 2, 8, *short, "bfloat16"),
         shapes_int4.convert(short[0]),

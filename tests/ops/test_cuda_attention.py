@@ -4,12 +4,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grok1.ops.cuda import shapes, shapes_of_rows
-from grok1.ops.cuda.shapes import Matrix
+from grok1.ops.cuda import shapes_of_rows
 from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
-from tests.ops.cuda_cases import LAYER, asked_ahead, assert_close
+from tests.ops.cuda_cases import LAYER, assert_close
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 
@@ -31,12 +30,10 @@ def placing(heads):
     return shapes_of_rows.of_layers(shapes_of_rows.place(heads, addends=2), layers=2)
 
 
-def step(heads, ahead=None):
-    kernel = shapes_of_rows.place_and_attend(heads, 2, 0.3, 30.0, ahead)
+def step(heads):
+    kernel = shapes_of_rows.place_and_attend(heads, 2, 0.3, 30.0)
     return shapes_of_rows.of_layers(kernel, layers=2)
 
-
-AHEAD = shapes.ahead_of_projection(1, (Matrix(1920, 144, 1),), count=2)
 
 # A kernel is compiled for each size: in the gate, for one of each way through its source.
 SOME_HEADS = HEADS if SLOW_TESTS else HEADS[:4]
@@ -44,7 +41,6 @@ STEPS = [heads for heads in SOME_HEADS if heads.length == 1]
 KERNELS = [
     *(kernel for heads in SOME_HEADS for kernel in (attention(heads), placing(heads))),
     *map(step, STEPS),
-    *(step(heads, AHEAD) for heads in STEPS[:2]),
 ]
 
 
@@ -191,22 +187,6 @@ def test_a_step_is_its_parts(library, rng, heads, at):
         np.testing.assert_array_equal(out, expected)
         for found, wanted in zip(written, cache, strict=True):
             np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.parametrize("heads", STEPS[:2], ids=str)
-def test_a_step_asks_for_the_matrix_that_is_next_and_is_the_same(library, rng, heads):
-    arrays, _ = cache_of(rng, heads)
-    slots, positions = place_of(rng, heads)
-    valid = np.ones((heads.rows, 1), bool)
-    operands = *inputs_of(rng, heads), LAYER, slots, positions, valid
-    expected = standin.run(library, step(heads), *operands, *arrays)
-    assert not any(library.asked)
-    matrices = np.zeros((2, 1920, 144), np.int8)
-    kernel = step(heads, AHEAD)
-    found = standin.run(library, kernel, *operands, matrices, *arrays)
-    assert library.asked[len(operands)] == asked_ahead(kernel, LAYER) != []
-    for one, wanted in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, wanted)
 
 
 BREAKS = [

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from grok1.ops.cuda import shapes, shapes_of_rows
-from grok1.ops.cuda.shapes import Matrix
+from grok1.ops.cuda import shapes_of_rows
 from grok1.ops.cuda.shapes_of_rows import Router
 from tests.ops import standin
-from tests.ops.cuda_cases import LAYER, asked_ahead, assert_close
+from tests.ops.cuda_cases import LAYER, assert_close
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 
@@ -30,12 +29,6 @@ def add_and_route(tokens, router):
 
 
 SUMS = [(tokens, router.width) for tokens, router in ROUTES]
-MATRICES = Matrix(384, 256, 8), Matrix(384, 64, 1), Matrix(384, 64, 1)
-
-
-def ahead(case, count=3):
-    sizes = shapes.ahead_of_projection(case[0], MATRICES, count)
-    return shapes_of_rows.norms(*case, 1e-5, "add_norm_and_norm", sizes)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +38,6 @@ def library():
             *(kernel for case in (*ROWS, *SUMS) for kernel in norms(case)),
             *(shapes_of_rows.route(*case) for case in ROUTES),
             *(add_and_route(*case) for case in ROUTES),
-            *(ahead(case, count) for case in ROWS for count in (2, 3)),
         ]
     )
 
@@ -73,21 +65,6 @@ def test_norms(library, rng, case):
     both = standin.run(library, add_and_norm, x, branch, *scales, LAYER)
     assert_close(both[0], expected, 1e-6)
     assert_close(both[1], normed(expected, scales[1][1]), 1e-6)
-
-
-@pytest.mark.parametrize("case", ROWS, ids=str)
-def test_a_norm_asks_for_the_matrix_that_is_next_and_is_the_same(library, rng, case):
-    x, branch = (rng.standard_normal(case).astype(np.float32) for _ in "xb")
-    scales = [rng.random((2, case[1])).astype(np.float32) for _ in range(2)]
-    expected = standin.run(library, norms(case)[-1], x, branch, *scales, LAYER)
-    assert not any(library.asked)
-    for count in (2, 3):  # behind the last layer there is none
-        kernel, matrices = ahead(case, count), np.zeros((count, 384, 256), np.int8)
-        found = standin.run(library, kernel, x, branch, *scales, LAYER, matrices)
-        assert library.asked[-1] == asked_ahead(kernel, LAYER + 1 if count == 3 else [])
-        assert bool(library.asked[-1]) == (count == 3)
-        for one, wanted in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(one, wanted)
 
 
 @pytest.mark.parametrize("case", ROUTES, ids=str)

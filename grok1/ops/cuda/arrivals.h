@@ -16,3 +16,21 @@ DEVICE bool is_last_of(int result, int count) {
   publish();
   return is_last;
 }
+
+// Adds to four numbers side by side what COUNT blocks have published, in their order.
+template <int COUNT>
+DEVICE void add_published(float4& sum, const float* first, long long stride) {
+  constexpr int AT_ONCE = 16;  // on their way; more take registers of other blocks
+#pragma unroll
+  for (int from = 0; from < COUNT; from += AT_ONCE) {
+    float4 more[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (from + i < COUNT)
+        more[i] = read_published(reinterpret_cast<const float4*>(first + (from + i) * stride));
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      if (from + i < COUNT)
+        sum.x += more[i].x, sum.y += more[i].y, sum.z += more[i].z, sum.w += more[i].w;
+  }
+}

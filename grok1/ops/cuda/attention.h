@@ -71,6 +71,14 @@ struct Queries {
   }
 };
 
+// Lets the keys and values that each warp begins with come nearer; `start` is where its head's are.
+template <class S>
+DEVICE void fetch_first(const Part& part, const Cache<S>& cache, long long start) {
+  const int lane = threadIdx.x % 32, at = part.begin + threadIdx.x / 32 * KEYS_AT_ONCE + lane / 8;
+  if (at < part.end)
+    prefetch((lane % 2 ? cache.values : cache.keys) + (start + at) * S::H + lane / 2 % 4 * (S::H / 4));
+}
+
 // The sum of the parts of each query. Every thread calls it, of the last block of a result.
 template <class S>
 DEVICE void combine(const Part& part, const Queries<S>& queries, const float* mixed,
@@ -246,6 +254,7 @@ DEVICE void place_and_attend(const float* projected, const float* frequencies, c
   const int position = positions[part.row], head = queries.head;
   const bool is_mine = part.begin <= position && position < part.end && valid[part.row];
   const long long heads = ((long long)layer[0] * S::B + part.slot) * S::C + head;
+  fetch_first<S>(part, cache, heads * S::CAPACITY);
   Vector<S> vector;
   vector.lane = threadIdx.x % 32;
   for (int of = threadIdx.x / 32; of < S::QUERIES + 2 * is_mine; of += S::WARPS) {
@@ -289,14 +298,4 @@ DEVICE void place_and_attend(const float* projected, const float* frequencies, c
                              typename Stored<S::KIND>::Type* values, float* key_scales, float* value_scales) {
   const Cache<S> cache = {keys, values, key_scales, value_scales};
   place_and_attend<S>(projected, frequencies, layer, slots, positions, valid, cache, out, mixed, totals);
-}
-
-// The same; what attention leaves of the memory's time brings a matrix of the layer, `next`, nearer,
-// which is multiplied by after it.
-template <class S, class Ahead, class... Arrays>
-DEVICE void place_and_attend_ahead(const float* projected, const float* frequencies, const int* layer,
-                                   const int* slots, const int* positions, const unsigned char* valid,
-                                   const signed char* next, Arrays... arrays) {
-  fetch_ahead<Ahead>(next, layer[0], blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
-  place_and_attend<S>(projected, frequencies, layer, slots, positions, valid, arrays...);
 }

@@ -94,8 +94,10 @@ struct Vector {
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         float sum = 0;
-        if (has(i))
+        if (has(i)) {
+#pragma unroll
           for (int of = 0; of < S::ADDENDS; ++of) sum += from[of * distance + at(half, i)];
+        }
         numbers[half][i] = sum;
       }
   }

@@ -125,9 +125,8 @@ def experts(
     )
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
-    where = layer, indices, valid
-    hidden, *_ = call(gate_up, x.astype(jnp.float32), *gate, *up, *where, down[0])
-    out, _ = call(down_sum, hidden, *down, *where, expert_weights)
+    hidden, *_ = call(gate_up, x.astype(jnp.float32), *gate, *up, layer, indices, valid)
+    out, _ = call(down_sum, hidden, *down, layer, indices, valid, expert_weights)
     return out
 
 
@@ -183,9 +182,8 @@ def experts_int4(
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     digits = call(digits_of, x.astype(jnp.float32))
-    where = layer, indices, valid
-    hidden = call(gate_up, *digits, *gate, *up, *where, down[0])[:2]
-    out, _ = call(down_sum, *hidden, *down, *where, expert_weights)
+    hidden = call(gate_up, *digits, *gate, *up, layer, indices, valid)[:2]
+    out, _ = call(down_sum, *hidden, *down, layer, indices, valid, expert_weights)
     return out
 
 

@@ -1,13 +1,11 @@
 """Calls of the CUDA kernels that have no weights; see `calls`."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grok1.ops.cuda import calls, shapes, shapes_of_prompts, shapes_of_rows
-from grok1.ops.cuda.calls import Quantized
+from grok1.ops.cuda import calls, shapes_of_prompts, shapes_of_rows
 from grok1.ops.cuda.shapes_of_rows import Heads, Router
 
 CacheArrays = tuple[Array, ...]
@@ -24,25 +22,6 @@ class Projected(NamedTuple):
 
     parts: Array
     frequencies: Array
-
-
-class Attended(NamedTuple):
-    """Queries of one token a row, and how they attend.
-
-    Attributes:
-      shape: (R, 1, C, G, H).
-      dtype: When they are attended with.
-      scale: Factor on the query-key products.
-      cap: What the logits are bounded by.
-      ahead: Stacks of int8 weights `[L, K, N]`, those of the layer multiplied by together after
-        this, of which the first may be brought nearer; none to bring none.
-    """
-
-    shape: tuple[int, ...]
-    dtype: object
-    scale: float
-    cap: float
-    ahead: Sequence[Quantized] = ()
 
 
 def heads_of(query_shape: tuple[int, ...], query_dtype, cache: CacheArrays) -> Heads:
@@ -138,30 +117,21 @@ def place_and_attend(
     cache: CacheArrays,
     layer: int | Array,
     place: tuple[Int[Array, " R"], Int[Array, "R 1"], Bool[Array, "R 1"]],
-    attended: Attended,
+    query: tuple[tuple[int, ...], object],
+    limits: tuple[float, float],
 ) -> tuple[Float[Array, "R 1 C G H"], CacheArrays]:
     """`place`, then `attend`, of one token a row; arguments as theirs.
 
     Returns:
       What attention gives, float32, and the cache.
     """
-    shape, dtype, scale, cap, ahead = attended
+    shape, dtype = query
     heads = heads_of(shape, dtype, cache)
-    sizes, values = _ahead(shape[0], ahead)
-    kernel = shapes_of_rows.place_and_attend(heads, len(projected.parts), scale, cap, sizes)
+    kernel = shapes_of_rows.place_and_attend(heads, len(projected.parts), *limits)
     kernel = shapes_of_rows.of_layers(kernel, cache[0].shape[0])
     layer = jnp.asarray(layer, jnp.int32)
-    out, _, _, *written = calls.call(kernel, *projected, layer, *place, *values, *cache)
+    out, _, _, *written = calls.call(kernel, *projected, layer, *place, *cache)
     return out.reshape(shape), tuple(written)
-
-
-def _ahead(rows: int, weights: Sequence[Quantized]) -> tuple[dict | None, list[Array]]:
-    """What a kernel may ask for of weights that are multiplied with so many rows."""
-    if not weights:
-        return None, []
-    values, _ = weights[0]
-    matrices = tuple(map(calls.matrix_of, weights))
-    return shapes.ahead_of_projection(rows, matrices, len(values)), [values]
 
 
 def norm(
@@ -179,17 +149,11 @@ def add_norm(
     scales: tuple[Float[Array, "L D"], ...],
     layer: int | Array,
     epsilon: float,
-    ahead: Sequence[Quantized] = (),
 ) -> tuple[Float[Array, "M D"], ...]:
-    """`x` and the norm of a branch; then the norm of that, if there are scales for it.
-
-    Then it may bring the first of some stacks of int8 weights `[L, K, N]` nearer, which are
-    multiplied by together in the next layer.
-    """
+    """`x` and the norm of a branch; then the norm of that, if there are scales for it."""
     which = "add_norm" if len(scales) == 1 else "add_norm_and_norm"
-    sizes, values = _ahead(len(x), ahead if len(scales) > 1 else ())
-    kernel = shapes_of_rows.norms(len(x), x.shape[1], epsilon, which, sizes)
-    return tuple(calls.call(kernel, x, branch, *scales, jnp.asarray(layer, jnp.int32), *values))
+    kernel = shapes_of_rows.norms(len(x), x.shape[1], epsilon, which)
+    return tuple(calls.call(kernel, x, branch, *scales, jnp.asarray(layer, jnp.int32)))
 
 
 def route(

@@ -65,12 +65,11 @@ struct Floats {
 
 // hidden[row] = gelu(x gate) * (x up). Half of the teams each for gate and up. Of the parts that share
 // the rows of the matrices the last one adds up what all have written to `parts`, of gate, then of up,
-// for each row. What a block has no more to read, it asks for of `next`, the values of down. Grid: tiles
-// of columns, parts of each expert.
+// for each row. Grid: tiles of columns, parts of each expert.
 template <class S, class Weight, class X, class Hidden>
 DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* layer,
-                       const int* indices, const unsigned char* valid, const void* next,
-                       const Hidden& hidden, float* parts) {
+                       const int* indices, const unsigned char* valid, const Hidden& hidden,
+                       float* parts) {
   using Of = typename S::Hidden;
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, PARTS = Of::SHARES / Of::TEAMS;
   constexpr int WIDTH = Widths<Of>::OF_TEAM;
@@ -126,9 +125,6 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
       }
     });
   }
-  // Not sooner: while there are sums, registers are few.
-  fetch_ahead<typename S::Ahead>(next, expert, part * Of::COLUMN_TILES + blockIdx.x,
-                                 PARTS * Of::COLUMN_TILES);
   if constexpr (PARTS > 1) {
     constexpr int TILES = S::CHOSEN * Of::COLUMN_TILES;
     if (!is_last_of<Of, TILES>(blockIdx.y / PARTS * Of::COLUMN_TILES + blockIdx.x, PARTS)) return;
@@ -188,25 +184,24 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
     });
   }
   if (!is_last_of<Of>(blockIdx.x, S::CHOSEN * PARTS)) return;
-  for (int i = threadIdx.x; i < S::M * WIDTH; i += blockDim.x) {
-    const int token = i / WIDTH, at = column + i % WIDTH;
+  constexpr int FOURS = WIDTH / 4;
+  for (int i = threadIdx.x; i < S::M * FOURS; i += blockDim.x) {
+    const int token = i / FOURS, at = column + i % FOURS * 4;
     if (at >= Of::N) continue;
-    float sum = 0;
-    for (int row = token * S::A; row < (token + 1) * S::A; ++row) {
-      if (chosen.indices[row] < 0 || chosen.indices[row] >= S::E) continue;
-#pragma unroll
-      for (int of = 0; of < PARTS; ++of) sum += read_published(part_of(of, row) + at);
-    }
-    out[(long long)token * Of::N + at] = sum;
+    float4 sum = {0, 0, 0, 0};
+    for (int row = token * S::A; row < (token + 1) * S::A; ++row)
+      if (chosen.indices[row] >= 0 && chosen.indices[row] < S::E)
+        add_published<PARTS>(sum, part_of(0, row) + at, (long long)Chosen<S>::ROWS * Of::N);
+    *reinterpret_cast<float4*>(out + (long long)token * Of::N + at) = sum;
   }
 }
 
 template <class S>
 DEVICE void gate_up(const float* x, const signed char* gate, const unsigned short* gate_scales,
                     const signed char* up, const unsigned short* up_scales, const int* layer,
-                    const int* indices, const unsigned char* valid, const signed char* next,
-                    float* hidden, float* parts = nullptr) {
-  gate_up_of<S, Int8Matrix>(x, {gate, gate_scales}, {up, up_scales}, layer, indices, valid, next,
+                    const int* indices, const unsigned char* valid, float* hidden,
+                    float* parts = nullptr) {
+  gate_up_of<S, Int8Matrix>(x, {gate, gate_scales}, {up, up_scales}, layer, indices, valid,
                             Floats{hidden}, parts);
 }
 

@@ -36,10 +36,10 @@ DEVICE void gate_up_int4(const signed char* digits, const float* factors, const 
                          const unsigned char* gate_subscales, const unsigned short* gate_scales,
                          const unsigned char* up, const unsigned char* up_subscales,
                          const unsigned short* up_scales, const int* layer, const int* indices,
-                         const unsigned char* valid, const unsigned char* next, signed char* hidden,
-                         float* hidden_factors, float* parts = nullptr) {
+                         const unsigned char* valid, signed char* hidden, float* hidden_factors,
+                         float* parts = nullptr) {
   gate_up_of<S, Int4Matrix>(Digits{digits, factors}, {gate, gate_subscales, gate_scales},
-                            {up, up_subscales, up_scales}, layer, indices, valid, next,
+                            {up, up_subscales, up_scales}, layer, indices, valid,
                             HiddenDigits<typename S::Out>{hidden, hidden_factors}, parts);
 }
 

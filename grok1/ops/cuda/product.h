@@ -212,6 +212,8 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   Sums<S::BYTES, TILES>& sums = IS_OF_ONE_GROUP ? total : of_group;
 #pragma unroll
   for (int stage = 0; stage < S::STAGES - 1; ++stage) start(begin + stage, stage);
+  if (S::TILES == 1 && IS_OF_ONE_GROUP && begin < end && mine < S::N)
+    prefetch(scales + begin / IN_GROUP * S::N + mine);
   int stage = 0, free = S::STAGES - 1;
   for (int tile = begin; tile < end; ++tile) {
     float four[TILES][4];

@@ -87,13 +87,12 @@ DEVICE void project(const float* x, const signed char* values, const unsigned sh
   DYNAMIC_SHARED(ring);
   project_one<S, Only>(x, values, scales, index, parts, blockIdx.x, 0, rows, ring);
   if (!is_last_of<Only>(blockIdx.x, PARTS)) return;
-  for (int i = threadIdx.x; i < S::M * WIDTH; i += blockDim.x) {
-    const int row = i / WIDTH, at = blockIdx.x * WIDTH + i % WIDTH;
+  constexpr int FOURS = WIDTH / 4;
+  for (int i = threadIdx.x; i < S::M * FOURS; i += blockDim.x) {
+    const int row = i / FOURS, at = blockIdx.x * WIDTH + i % FOURS * 4;
     if (at >= S::N) continue;
-    float sum = 0;
-#pragma unroll
-    for (int of = 0; of < PARTS; ++of)
-      sum += read_published(parts + ((long long)of * S::M + row) * S::N + at);
-    out[(long long)row * S::N + at] = sum;
+    float4 sum = {0, 0, 0, 0};
+    add_published<PARTS>(sum, parts + (long long)row * S::N + at, (long long)S::M * S::N);
+    *reinterpret_cast<float4*>(out + (long long)row * S::N + at) = sum;
   }
 }

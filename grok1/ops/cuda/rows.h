@@ -112,20 +112,6 @@ DEVICE void add_norm_and_norm(const float* x, const float* branch, const float* 
   add_norm_and_norm<S>(x, branch, scales, next_scales, layer, sum, normed, [] {});
 }
 
-// The same; blocks of their own bring a matrix of the next layer nearer, of a stack of COUNT. Grid: rows,
-// 1 and such blocks.
-template <class S, class Ahead>
-DEVICE void add_norm_and_norm_ahead(const float* x, const float* branch, const float* scales,
-                                    const float* next_scales, const int* layer,
-                                    const signed char* next, float* sum, float* normed) {
-  if (blockIdx.y == 0) {
-    add_norm_and_norm<S>(x, branch, scales, next_scales, layer, sum, normed);
-  } else if (layer[0] + 1 < Ahead::COUNT) {
-    fetch_ahead<Ahead>(next, layer[0] + 1, (blockIdx.y - 1) * gridDim.x + blockIdx.x,
-                       (gridDim.y - 1) * gridDim.x);
-  }
-}
-
 DEVICE float largest_of_warp(float value) {
 #pragma unroll
   for (int mask = 16; mask >= 1; mask /= 2) {

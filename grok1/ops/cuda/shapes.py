@@ -29,7 +29,6 @@ BUSY = 96
 """Blocks that keep the memory busy."""
 
 _FULL = 128  # blocks, about one for each multiprocessor
-_AHEAD_BYTES = 12 << 20  # what memory brings in 3 us; no device's second cache is smaller by far
 _ACROSS = 4  # warps of a team, side by side
 _LEAST_TILES = 6  # of 16 rows, for each team
 _DIRECT = 3  # most tiles of inputs that threads read for themselves
@@ -199,7 +198,7 @@ def _cut_of_hidden(tiles: int) -> Cut:
 
 
 def _cut_of_down(tiles: int) -> Cut:
-    return Cut(_ACROSS, 1, 16, 4) if tiles == 1 else Cut(_ACROSS, 1, 8, 6)
+    return Cut(_ACROSS, 1, 16, 4) if tiles == 1 else Cut(_ACROSS, 2, 8, 3)
 
 
 def _parts_of_hidden(gate: Matrix, chosen: int) -> int:
@@ -225,20 +224,6 @@ def _shared_bytes(product: dict) -> int:
     weights = 8 * product["BYTES"] * product["ACROSS"]
     inputs = 4 * 8 * product["TILES"] // product["TERMS"] if product["COPIES"] else 0
     return product["STAGES"] * 16 * (weights + inputs) * product["TEAMS"]
-
-
-def ahead(rows: int, width: int, shares: int, count: int = 1) -> dict:
-    """Where teams begin to read matrices, which a kernel before theirs may ask for; see ahead.h.
-
-    Args:
-      rows: Of a matrix as it is stored.
-      width: Bytes of a row.
-      shares: Of the rows, for each a team.
-      count: How many matrices share what there is time for.
-    """
-    tiles, left = divmod(rows, 16)
-    each = min(tiles // shares, _AHEAD_BYTES // (16 * width * shares * count))
-    return {"TILES": tiles, "BYTES": width, "SHARES": shares, "EACH": 0 if left else each}
 
 
 def experts(
@@ -274,10 +259,9 @@ def experts(
     structs = (
         ("H", struct(hidden)),
         ("O", struct(out)),
-        ("N", struct(ahead(down.rows, down.columns, out["SHARES"], chosen))),
-        ("S", struct({**sizes, "Hidden": "H", "Out": "O", "Ahead": "N"})),
+        ("S", struct({**sizes, "Hidden": "H", "Out": "O"})),
     )
-    headers = ("arrivals.h", "ahead.h", "product.h", "experts.h")
+    headers = ("arrivals.h", "product.h", "experts.h")
     weights = ("int8", "bfloat16")
     rows = tokens * selected
     return (
@@ -286,7 +270,7 @@ def experts(
             headers,
             structs,
             "gate_up<S>",
-            ("float32", *weights, *weights, "int32", "int32", "bool", "int8"),
+            ("float32", *weights, *weights, "int32", "int32", "bool"),
             (
                 Array((rows, gate.columns), "float32"),
                 *(Array((2 * _parts(hidden), rows, gate.columns), "float32"),)
@@ -310,32 +294,9 @@ def experts(
             (_column_tiles(out), chosen * _parts(out)),
             _threads(out),
             shared_bytes=_shared_bytes(out),
-            resident=max(1, 512 // _threads(out)) if tiles == 1 else 1,
+            resident=max(1, 512 // _threads(out)),
         ),
     )
-
-
-def _projection(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> dict:
-    """How the blocks of `project` multiply, for the narrowest matrix."""
-    of_many = _product_of_many(matrices, rows, precision)
-    if of_many is not None:
-        return of_many
-    narrowest = min(matrices, key=lambda matrix: matrix.columns)
-    cut = Cut(_ACROSS, 2, 16 if rows <= 2 else 8, 4)
-    return _product(narrowest, rows, precision, _tiles_of(precision, rows, _DIRECT), cut)
-
-
-def ahead_of_projection(rows: int, matrices: tuple[Matrix, ...], count: int) -> dict:
-    """`ahead` of the first of the matrices that `project` multiplies with.
-
-    Args:
-      rows: M.
-      matrices: One or three.
-      count: How many matrices its stack has.
-    """
-    first = matrices[0]
-    shares = _projection(rows, matrices, "split")["SHARES"]
-    return {**ahead(first.rows, first.columns, shares), "COUNT": count}
 
 
 def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Kernel:
@@ -349,7 +310,12 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Ke
       precision: Of x.
     """
     columns = sum(matrix.columns for matrix in matrices)
-    both = _projection(rows, matrices, precision)
+    narrowest = min(matrices, key=lambda matrix: matrix.columns)
+    both = _product_of_many(matrices, rows, precision)
+    if both is None:
+        tiles = _tiles_of(precision, rows, _DIRECT)
+        cut = Cut(_ACROSS, 2, 16 if rows <= 2 else 8, 4)
+        both = _product(narrowest, rows, precision, tiles, cut)
     products = [
         {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
     ]
@@ -372,6 +338,7 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Ke
         (sum(map(_column_tiles, products)), parts),
         _threads(both),
         shared_bytes=_shared_bytes(both),
+        resident=max(1, 512 // _threads(both)) if both["TILES"] == 1 else 1,
     )
 
 

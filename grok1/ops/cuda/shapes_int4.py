@@ -6,16 +6,7 @@ Here a multiprocessor needs its warps to turn codes into bytes: 16 of them keep 
 import math
 
 from grok1.ops.cuda.kernel import Array, Kernel, struct
-from grok1.ops.cuda.shapes import (
-    BUSY,
-    NARROW,
-    WIDE,
-    Cut,
-    Matrix,
-    Precision,
-    ahead,
-    columns_of_block,
-)
+from grok1.ops.cuda.shapes import BUSY, NARROW, WIDE, Cut, Matrix, Precision, columns_of_block
 
 MOST_EXACT = 8
 """Tokens of bfloat16 whose inputs are exact; of more 15 bits below a block's largest count."""
@@ -30,7 +21,6 @@ _WARPS = 4  # of a block that makes digits
 
 _HEADERS = (
     "arrivals.h",
-    "ahead.h",
     "product.h",
     "codes.h",
     "product_int4.h",
@@ -136,7 +126,6 @@ def experts(
     structs = (
         ("H", struct(hidden)),
         ("O", struct(out)),
-        ("N", struct(ahead(down.rows // 2, down.columns, out["SHARES"], chosen))),
         (
             "S",
             struct(
@@ -147,7 +136,6 @@ def experts(
                     "CHOSEN": chosen,
                     "Hidden": "H",
                     "Out": "O",
-                    "Ahead": "N",
                 }
             ),
         ),
@@ -161,7 +149,7 @@ def experts(
             _HEADERS,
             structs,
             "gate_up_int4<S>",
-            ("int8", "float32", *WEIGHTS, *WEIGHTS, *choice, "uint8"),
+            ("int8", "float32", *WEIGHTS, *WEIGHTS, *choice),
             (
                 *_arrays_of_digits(rows, down.rows, digits, out["UNIT"]),
                 *(Array((2 * of_hidden, rows, gate.columns), "float32"),) * (of_hidden > 1),

@@ -15,7 +15,6 @@ MOST_WIDTH = 16384
 _KINDS = {"float32": "FLOAT32", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int8": "INT8"}
 _WARPS = 8
 _BUSY = 96  # blocks that keep the memory busy
-_ASKING = 64  # blocks that ask for what comes next, beside those of rows
 _LEAST_KEYS = 64  # of a part of the sequence, so that a step of its warps is full
 
 
@@ -102,7 +101,7 @@ def _attention(name: str, heads: Heads, sizes: dict, inputs: tuple[str, ...]) ->
     parts, queries = sizes["PARTS"], sizes["QUERIES"]
     return Kernel(
         f"grok1_{name}",
-        ("arrivals.h", "ahead.h", "cache.h", "attention.h"),
+        ("arrivals.h", "cache.h", "attention.h"),
         (("S", struct(sizes)),),
         f"{name}<S>",
         inputs,
@@ -173,9 +172,7 @@ def place(heads: Heads, addends: int) -> Kernel:
     return _writing(kernel, heads)
 
 
-def place_and_attend(
-    heads: Heads, addends: int, scale: float, cap: float, ahead: dict | None = None
-) -> Kernel:
+def place_and_attend(heads: Heads, addends: int, scale: float, cap: float) -> Kernel:
     """What `place` does, and attention, for one token a row.
 
     Args:
@@ -183,20 +180,9 @@ def place_and_attend(
       addends: How many arrays what is projected is the sum of.
       scale: Factor on the query-key products.
       cap: Bounds the logits.
-      ahead: What it asks for of a matrix of the layer, as `shapes.ahead` says.
     """
     sizes = {**_attention_sizes(heads, scale, cap), "ADDENDS": addends}
-    kernel = _attention("place_and_attend", heads, sizes, _BEFORE_CACHE)
-    return _writing(kernel if ahead is None else _asking(kernel, ahead), heads)
-
-
-def _asking(kernel: Kernel, ahead: dict) -> Kernel:
-    """A kernel that takes the values of a matrix too, and asks for some of them."""
-    return kernel._replace(
-        structs=(*kernel.structs, ("A", struct(ahead))),
-        call=kernel.call.replace("<S>", "_ahead<S, A>"),
-        inputs=(*kernel.inputs, "int8"),
-    )
+    return _writing(_attention("place_and_attend", heads, sizes, _BEFORE_CACHE), heads)
 
 
 def of_layers(kernel: Kernel, layers: int) -> Kernel:
@@ -223,7 +209,7 @@ def _row_threads(width: int) -> int:
     return min(1024, 32 * -(-width // 32))
 
 
-def norms(rows: int, width: int, epsilon: float, which: str, ahead: dict | None = None) -> Kernel:
+def norms(rows: int, width: int, epsilon: float, which: str) -> Kernel:
     """A norm of each row.
 
     Args:
@@ -232,16 +218,15 @@ def norms(rows: int, width: int, epsilon: float, which: str, ahead: dict | None 
       epsilon: Added to the mean square.
       which: "norm" of x; "add_norm", x and the norm of a branch; "add_norm_and_norm", that and
         its norm.
-      ahead: What the last asks for of a matrix of the next layer, as `shapes.ahead` says.
     """
     threads = _row_threads(width)
     structs = (("S", struct({"D": width, "EPSILON": float(epsilon), "THREADS": threads})),)
     of_rows = Array((rows, width), "float32")
     reads = {"norm": 2, "add_norm": 3, "add_norm_and_norm": 4}[which]
     writes = 2 if which == "add_norm_and_norm" else 1
-    kernel = Kernel(
+    return Kernel(
         f"grok1_{which}",
-        ("ahead.h", "rows.h"),
+        ("rows.h",),
         structs,
         f"{which}<S>",
         (*("float32",) * reads, "int32"),
@@ -249,9 +234,6 @@ def norms(rows: int, width: int, epsilon: float, which: str, ahead: dict | None 
         (rows, 1),
         threads,
     )
-    if ahead is None:
-        return kernel
-    return _asking(kernel, ahead)._replace(grid=(rows, 1 + -(-_ASKING // rows)))
 
 
 class Router(NamedTuple):
@@ -299,7 +281,7 @@ def route(tokens: int, router: Router) -> Kernel:
     """
     return Kernel(
         "grok1_route",
-        ("ahead.h", "rows.h"),
+        ("rows.h",),
         (("S", struct(router.sizes)),),
         "route<S>",
         ("float32", "float32", "int32"),
