@@ -12,6 +12,7 @@ from grok1.checkpoint.pinned import has_pinned_memory
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.machine.agreement import exchange
+from grok1.machine.device_memory import device_bytes_available
 from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.sharding import DATA_AXIS
 from grok1.server.replica import Sizes
@@ -167,12 +168,9 @@ def _fits(engine: Engine, num_slots: int, capacity: int) -> bool:
 def _bytes_free(engine: Engine) -> float:
     """What the fullest of this process's devices has left; infinity where that is not known."""
     devices = engine.mesh.local_devices
-    free = []
-    for device in devices:
-        stats = device.memory_stats() or {} if device.platform != "cpu" else {}
-        if "bytes_limit" in stats:
-            free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    if not free:
-        host = host_bytes_available()
-        free = [math.inf if host is None else host / len(devices)]
-    return min(free)
+    known = [device_bytes_available(device) for device in devices if device.platform != "cpu"]
+    free = [num_bytes for num_bytes in known if num_bytes is not None]
+    if free:
+        return min(free)
+    host = host_bytes_available()
+    return math.inf if host is None else host / len(devices)

@@ -68,11 +68,11 @@ def test_rows_that_int8_cannot_tell_apart(form):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_of_equals_the_first_that_is_allowed(form):
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_of_equals_the_first_that_is_allowed(form, num_devices):
     embedding = np.tile(random(5, 1, D), (V, 1))
     allowed = np.arange(V) >= 7
-    assert find(embedding, embedding[:1], allowed)[0] == 7
-    assert find(embedding, embedding[:1], allowed, num_devices=4)[0] == 7
+    assert find(embedding, embedding[:1], allowed, num_devices)[0] == 7
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
@@ -84,6 +84,7 @@ def test_what_is_no_number_finds_no_token(form, value, num_devices):
     assert (found < 0).tolist() == [False, True, False]
 
 
+@pytest.mark.devices(4)
 def test_where_nothing_is_allowed_no_token_is_found(form):
     allowed = np.zeros((2, V), bool)
     allowed[1, 900] = True

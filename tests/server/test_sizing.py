@@ -18,6 +18,7 @@ def leave(toy, monkeypatch):
 
     def leave(num_slots):
         monkeypatch.setattr(sizing, "host_bytes_available", lambda: num_slots * each)
+        monkeypatch.setattr(sizing, "device_bytes_available", lambda device: num_slots * each)
 
     return leave
 
@@ -84,6 +85,7 @@ def test_the_host_gives_what_it_can(asked, platform, free, expected, monkeypatch
         assert sizing.host_prefix_tokens(engine, sizes) == min(70_000, free * 2_000)
 
 
+@pytest.mark.devices(8)
 def test_slots_and_rows_are_as_many_for_each_group_of_devices(nano_on_mesh):
     engine = nano_on_mesh((2, 4)).engine
     found = sizing.sizes_for(engine, 3, 16, (0, 0), (1, 2, 3, 4, 8))
