@@ -15,7 +15,7 @@ WEIGHTS = ("uint8", "uint8", "float16")
 """The types of the parts of a 4-bit matrix."""
 
 _GROUP = 32  # rows of the products of integers
-_BLOCKS_OF_HIDDEN = 128  # for each that is resident, of gate and up
+_MULTIPROCESSORS = 128  # about as many as a device has
 _LEAST_TILES = 4  # of 32 rows, for each team
 _WARPS = 4  # of a block that makes digits
 
@@ -56,6 +56,13 @@ def cuts(tiles: int) -> tuple[tuple[Cut, int], tuple[Cut, int]]:
     # What a multiprocessor's registers hold: more tiles leave them to fewer warps.
     resident = 2 if tiles <= 4 else 1
     return (Cut(4, 1, 1, 4), resident), (Cut(4, 1, 8, 3), resident + 1)
+
+
+def _parts_of_down(down: Matrix, chosen: int, cut: Cut, resident: int) -> int:
+    """How many blocks share the rows of down: few more than run at once would take twice as long."""
+    at_once = _MULTIPROCESSORS * resident
+    blocks = chosen * max(1, down.columns // (8 * WIDE * cut.across))
+    return max(1, at_once // blocks) if at_once < blocks * cut.parts < 2 * at_once else cut.parts
 
 
 def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> dict:
@@ -118,8 +125,9 @@ def experts(
     (first, resident), (second, resident_of_down) = cuts(tiles)
     # Of a narrow matrix blocks share the rows too, so that each still reads long pieces of them.
     blocks = chosen * max(1, gate.columns // (8 * WIDE * first.across))
-    shared = max(first.parts, _BLOCKS_OF_HIDDEN * resident // blocks)
+    shared = max(first.parts, _MULTIPROCESSORS * resident // blocks)
     hidden = _product(gate, tiles, digits, first._replace(parts=shared), chosen * shared)
+    second = second._replace(parts=_parts_of_down(down, chosen, second, resident_of_down))
     out = _product(down, tiles, digits, second, BUSY)
     # Digits are made of the columns that a block has.
     out["UNIT"] = math.gcd(out["BLOCK"], 8 * hidden["BYTES"] * hidden["ACROSS"])
