@@ -25,6 +25,7 @@ of the ratio within each. The other sides are
     workload   generation with a clock; bytes, operations, and the machine's rates
     deep       many layers out of core, from the files of a few
     device     what the compiled steps hold in memory, and do, kernel by kernel
-    gpu_check  what a GPU has to show; `gpu_timing` of its speed, `gpu_files` and
-               `load_phases` of files, `offload_phases` of experts
+    gpu_check  what a GPU has to show; `gpu_timing` of its speed, `gpu_int4` of 4-bit experts,
+               `gpu_probe` beside another's kernels, `gpu_files` and `load_phases` of files,
+               `offload_phases` of experts
 """

@@ -66,6 +66,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="what a GPU has to show, in six minutes: exactness of every kernel and of the golden "
         "checkpoint, then decode, prefill, long context, load and offload; kept line by line",
     )
+    parser.add_argument(
+        "--probe",
+        type=pathlib.Path,
+        help="with --check: a shared library of the simplest CUDA kernels, see gpu_probe",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     parser.add_argument("--gguf", type=pathlib.Path, help="the model as a file of llama.cpp")
     parser.add_argument(
@@ -116,6 +121,8 @@ def plan(arguments: argparse.Namespace, device: dict) -> list[models.BenchModel]
             raise BenchmarkError(
                 f"--threads {threads}: this process may use 1 to {available_cores()} CPUs"
             )
+    if arguments.probe:
+        raise BenchmarkError("--probe is measured by --check; give both")
     if arguments.llama_cpp and not arguments.gguf:
         raise BenchmarkError("--llama-cpp needs the model as a file too; give --gguf")
     chosen = [models.model_named(name, arguments.layers) for name in arguments.model]
@@ -168,7 +175,8 @@ def main() -> None:
         # Not before: it starts JAX in this process, which the measurements leave to others.
         from benchmarks import gpu_check
 
-        figures = gpu_check.run(arguments.output or ROOT / "benchmarks" / "results")
+        output = arguments.output or ROOT / "benchmarks" / "results"
+        figures = gpu_check.run(output, probe=arguments.probe)
         if not all(figure.holds for figure in figures):
             raise BenchmarkError("not everything holds; the lines that say NO name what does not")
         return

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import grok1
-from benchmarks import gpu_int4
+from benchmarks import gpu_int4, gpu_probe
 from benchmarks.figures import Figure
 from benchmarks.gpu_timing import Timed, bandwidth, share_of_several
 from benchmarks.machine import ROOT
@@ -44,6 +44,7 @@ def run(
     directory: pathlib.Path,
     config: grok1.ModelConfig | None = None,
     only: Collection[str] | None = None,
+    probe: pathlib.Path | None = None,
 ) -> list[Figure]:
     """Measures everything, says it, and writes it to a file of JSON lines.
 
@@ -51,6 +52,7 @@ def run(
       directory: For the file.
       config: Of the model that is timed; by default 8 layers of Grok-1.
       only: Names of the parts to measure; None for all.
+      probe: A library of the kernels of `gpu_probe`, to be measured beside; None for none.
 
     Returns:
       The figures.
@@ -70,7 +72,7 @@ def run(
             file.write(json.dumps(dataclasses.asdict(figure), default=float) + "\n")
             file.flush()
 
-        for name, measure in _parts(config).items():
+        for name, measure in _parts(config, probe).items():
             if only is not None and name not in only:
                 continue
             spent = time.perf_counter() - start
@@ -98,13 +100,17 @@ def attempted(name: str, measure: Callable[[], Iterator[Figure]]) -> Iterator[Fi
         yield Figure(name, None, details={type(error).__name__: lines[0][:300]})
 
 
-def _parts(config: grok1.ModelConfig) -> dict[str, Callable[[], Iterator[Figure]]]:
+def _parts(
+    config: grok1.ModelConfig, probe: pathlib.Path | None
+) -> dict[str, Callable[[], Iterator[Figure]]]:
     timed = Timed(config)
+    beside = {} if probe is None else {"probe": lambda: gpu_probe.decode(timed.model, probe)}
     return {
         "device": _device,
         "kernels": _kernels,
         "nano in float32": _nano_float32,
         "nano in bfloat16": _nano_bfloat16,
+        "programs": timed.programs,
         "decode": timed.decode,
         "sampling": timed.sampling,
         "long context": timed.long_context,
@@ -112,6 +118,7 @@ def _parts(config: grok1.ModelConfig) -> dict[str, Callable[[], Iterator[Figure]
         "launches": timed.launches,
         "launches of a prompt": timed.prompt_launches,
         "four bits": lambda: gpu_int4.decode(timed.model, {1: 1.5, 8: None}, 64),
+        **beside,
         "share of several": lambda: _share(timed),
         "load and offload": lambda: _files(timed),
     }

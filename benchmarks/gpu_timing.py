@@ -1,8 +1,10 @@
 """What the check of a GPU times: `gpu_check`."""
 
+import concurrent.futures
 import dataclasses
 import os
 import statistics
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -15,6 +17,10 @@ import grok1
 from benchmarks import device, workload
 from benchmarks.figures import Figure
 from grok1.machine import environment
+from grok1.machine.processor import available_cores
+
+_BATCHES = {1: 0.80, 8: 0.75, 32: 0.70}
+"""Rows side by side, and the share of the copy bandwidth that is asked of them."""
 
 _OF_HEAD = ("grok1_screen", "grok1_choose")  # kernels that run once a step, behind the layers
 
@@ -61,6 +67,16 @@ def longest(kernels: device.Kernels) -> dict[str, str]:
         name[:40]: f"{times} x {1e6 * seconds / times:.1f} us"
         for name, (times, seconds) in [*kernels.items()][:10]
     }
+
+
+def _long_prompt(config: grok1.ModelConfig) -> int:
+    return min(8000, config.sequence_len - 40)
+
+
+def _prompt_lengths(config: grok1.ModelConfig) -> list[int]:
+    # One token more is run, and one must stay free for a new one.
+    most = config.sequence_len - 2
+    return [min(length, most) for length in (128, 512, 2048, 8191) if length - 1 <= most]
 
 
 def is_on_cpu() -> bool:
@@ -111,9 +127,24 @@ class Timed:
             "ms that the host waits": f"{1e3 * statistics.median(waits):.3f}",
         }
 
+    def programs(self) -> Iterator[Figure]:
+        """Compiles most of what is timed, side by side: one by one it would take minutes."""
+        model, start = self.model, time.perf_counter()
+        long = _long_prompt(self.config)
+        with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
+            runs = [
+                *(pool.submit(workload.prefill, model, n) for n in _prompt_lengths(self.config)),
+                *(pool.submit(self._rate, batch, 16, 64) for batch in _BATCHES),
+                *(pool.submit(self._rate, 1, *of) for of in ((100, 32), (long, 24))),
+            ]
+        for run in runs:
+            run.result()
+        seconds = time.perf_counter() - start
+        yield Figure("programs of what follows, compiled side by side", seconds, "s")
+
     def decode(self) -> Iterator[Figure]:
         """Decoding 1, 8 and 32 prompts side by side."""
-        for batch, bound in ((1, 0.80), (8, 0.75), (32, 0.70)):
+        for batch, bound in _BATCHES.items():
             share, details = self._rate(batch, 16, 64)
             name = f"decode, {batch} rows: share of the copy bandwidth"
             yield Figure(name, share, "", bound, at_least=True, details=details)
@@ -160,8 +191,7 @@ class Timed:
 
     def long_context(self) -> Iterator[Figure]:
         """A step behind many positions, beside one behind few."""
-        most = self.config.sequence_len
-        long = min(8000, most - 40)
+        long = _long_prompt(self.config)
         _, short_details = self._rate(1, 100, 32)
         share, details = self._rate(1, long, 24)
         ratio = float(details["ms a step"]) / float(short_details["ms a step"])
@@ -172,11 +202,7 @@ class Timed:
         """Prompts, beside a plain product."""
         rate = workload.MatmulRate(jnp.bfloat16, is_on_cpu())()
         yield Figure("plain product of bfloat16", rate / 1e12, "TFLOP/s")
-        for wanted in (128, 512, 2048, 8191):
-            # One token more is run, and one must stay free for a new one.
-            length = min(wanted, self.config.sequence_len - 2)
-            if length < wanted - 1:
-                continue
+        for length in _prompt_lengths(self.config):
             workload.prefill(self.model, length)
             seconds = workload.prefill(self.model, length)
             done = workload.prefill_operations(self.config, length) / seconds

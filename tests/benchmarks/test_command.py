@@ -134,6 +134,7 @@ def test_errors_are_one_line():
         ("cpu", "--repeats 0", "--repeats must be above 0, found 0"),
         ("cpu", "--layers 65", "--layers must be 1 to 64, as Grok-1 has, found 65"),
         ("cpu", "--llama-cpp .", "--llama-cpp needs the model as a file too; give --gguf"),
+        ("gpu", "--probe a.so", "--probe is measured by --check; give both"),
         ("gpu", "--gguf a", "--gguf is for CPUs, and this is a device"),
         ("gpu", "--threads 1", "--threads is for CPUs, and this is a device"),
         ("gpu", "", "grok1-8-layers takes 42.6 GB and a device has 30.0 GB of memory; choose"),

@@ -1,14 +1,21 @@
 """The check of a GPU: what it keeps, counts and leaves out."""
 
 import dataclasses
+import functools
 import json
 import os
+import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import grok1
-from benchmarks import gpu_check, gpu_int4, gpu_timing, workload
-from grok1.ops.quantized import dequantize
+from benchmarks import gpu_check, gpu_int4, gpu_probe, gpu_timing, workload
+from grok1.ops import forms
+from grok1.ops.experts import experts
+from grok1.ops.quantized import QuantizedArray, dequantize, project
+from grok1.ops.routing import choose_experts
 from tests.helpers import slow
 
 
@@ -82,6 +89,72 @@ def test_the_share_of_a_device_is_timed_with_its_layers_in_a_loop_and_unrolled(m
     assert as_it_is.value
     assert unrolled.value
     assert (differ.value, differ.bound) == (0, 0)
+
+
+def test_what_is_timed_is_run_before_by_threads(monkeypatch):
+    run = []
+
+    def rate(timed, *what):
+        run.append(what)
+        return 1.0, {"ms a step": "1.0"}
+
+    def prefill(model, length):
+        run.append(length)
+        return 1.0
+
+    monkeypatch.setattr(gpu_timing.Timed, "_rate", rate)
+    monkeypatch.setattr(workload, "prefill", prefill)
+    config = dataclasses.replace(grok1.TOY, num_layers=1)
+    timed = gpu_timing.Timed(config)
+    (figure,) = timed.programs()
+    assert figure.value
+    before, run = run[:], []
+    shares = [figure.bound for figure in timed.decode()]
+    assert shares == [0.80, 0.75, 0.70]
+    assert len([*timed.long_context(), *timed.prefill()]) == 1 + 1 + 2
+    assert (
+        {128, 512, (1, 16, 64), (8, 16, 64), (32, 16, 64), (1, 984, 24)} <= set(run) <= set(before)
+    )
+
+
+def test_the_probe_takes_the_place_of_products_with_weights():
+    gpu_probe.register_forms()
+    model = grok1.random_model(grok1.TOY, mesh=(1, 1))
+    layers = model.params.layers
+    width, hidden = 6144, 32768
+    sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    weights = type(layers.experts)(**{name: stack(8, *size) for name, size in sizes.items()})
+    x = jax.ShapeDtypeStruct((1, width), jnp.bfloat16)
+    logits = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+
+    def of_experts(x, weights, logits, layer):
+        routing = choose_experts(logits, 2)
+        return experts(x, weights, (layer,), routing, jnp.ones(1, bool), gpu_probe.NAME)
+
+    def of_attention(x, weights, layer):
+        return project(x.astype(jnp.float32), weights, [(layer,)] * 3, jnp.bfloat16, gpu_probe.NAME)
+
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    three = [stack(width, columns) for columns in (6144, 1024, 1024)]
+    for run, arguments, target, outputs in (
+        (of_experts, (x, weights, logits, layer), "experts_probe", (1, width)),
+        (of_attention, (x, three, layer), "matvec_probe", [(1, 6144), (1, 1024), (1, 1024)]),
+    ):
+        shapes = jax.tree.map(lambda of: of.shape, jax.eval_shape(run, *arguments))
+        assert shapes == outputs
+        lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+        assert f"@{target}(" in lowered.as_text()
+    # Nothing else chooses them, and a library that is not there is one figure that says so.
+    assert forms.chosen("experts", "cuda", x, weights, (0,), None, None) != gpu_probe.NAME
+    missing = functools.partial(gpu_probe.decode, model, pathlib.Path("none.so"))
+    (failed,) = gpu_check.attempted("probe", missing)
+    assert "none.so" in failed.details["OSError"]
+
+
+def stack(*shape):
+    *lead, rows, columns = shape
+    values = jax.ShapeDtypeStruct((2, *lead, rows, columns), jnp.int8)
+    return QuantizedArray(values, jax.ShapeDtypeStruct((2, *lead, 1, columns), jnp.bfloat16))
 
 
 def test_the_kernels_of_the_layers_are_seen_once_a_step():
