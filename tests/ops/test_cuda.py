@@ -314,6 +314,12 @@ def wide(tmp_path_factory):
     else:
         # Of one token products are others, and the rest of a step is the same.
         kernels = [*of_grok_1(8, 32), *of_grok_1(1, 1)[:4], *of_grok_1(1, 1)[-3:-1]]
+    for tokens, shards in itertools.product((4, 20), (1, 8)):
+        gate, down = (
+            Matrix(WIDTH, HIDDEN // shards, 24),
+            Matrix(HIDDEN // shards, WIDTH, 128 // shards),
+        )
+        kernels += shapes_int4.experts(tokens, 2, 8, gate, down, "bfloat16")
     named = [k._replace(name=f"{k.name}_{i}") for i, k in enumerate(dict.fromkeys(kernels))]
     headers = ["device.h", *dict.fromkeys(header for kernel in named for header in kernel.headers)]
     source = tmp_path_factory.mktemp("cuda") / "kernels.cu"

@@ -20,7 +20,7 @@ DEVICE bool is_last_of(int result, int count) {
 // Adds to four numbers side by side what COUNT blocks have published, in their order.
 template <int COUNT>
 DEVICE void add_published(float4& sum, const float* first, long long stride) {
-  constexpr int AT_ONCE = 16;  // on their way; more take registers of other blocks
+  constexpr int AT_ONCE = 8;  // on their way; more take registers of other blocks
 #pragma unroll
   for (int from = 0; from < COUNT; from += AT_ONCE) {
     float4 more[AT_ONCE];

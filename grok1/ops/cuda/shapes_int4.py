@@ -51,18 +51,16 @@ def cuts(tiles: int) -> tuple[tuple[Cut, int], tuple[Cut, int]]:
     """
     if tiles == 1:
         return (Cut(2, 2, 1, 4), 2), (Cut(2, 2, 16, 3), 4)
-    if tiles == 2:
-        return (Cut(2, 2, 1, 3), 2), (Cut(2, 2, 16, 3), 4)
     # What a multiprocessor's registers hold: more tiles leave them to fewer warps.
-    resident = 2 if tiles <= 4 else 1
+    resident = 2 if tiles == 3 else 1
     return (Cut(4, 1, 1, 4), resident), (Cut(4, 1, 8, 3), resident + 1)
 
 
 def _parts_of_down(down: Matrix, chosen: int, cut: Cut, resident: int) -> int:
-    """How many blocks share the rows of down: few more than run at once would take twice as long."""
+    """How many blocks share the rows: a few more than run at once would take twice as long."""
     at_once = _MULTIPROCESSORS * resident
-    blocks = chosen * max(1, down.columns // (8 * WIDE * cut.across))
-    return max(1, at_once // blocks) if at_once < blocks * cut.parts < 2 * at_once else cut.parts
+    blocks = chosen * max(1, down.columns // (8 * WIDE * cut.across)) * cut.parts
+    return max(1, cut.parts // 2) if at_once < blocks < 2 * at_once else cut.parts
 
 
 def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> dict:
@@ -75,7 +73,7 @@ def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> 
       cut: Of the matrix.
       others: How many blocks there are for each tile of columns.
     """
-    size = WIDE if tiles <= 2 and matrix.columns >= 8 * WIDE else NARROW
+    size = WIDE if tiles == 1 and matrix.columns >= 8 * WIDE else NARROW
     size, across, teams = columns_of_block(matrix.columns, cut, size, others)
     parts = max(1, min(cut.parts, matrix.rows // (_GROUP * _LEAST_TILES * teams)))
     return {
@@ -122,6 +120,8 @@ def experts(
     inputs = math.ceil(min(tokens, 1.5 * tokens * selected / num_experts))
     digits = 2 if precision == "bfloat16" and tokens > MOST_EXACT else 4
     tiles = min(8, -(-inputs * digits // 4))
+    if tiles == 2:
+        tiles = 3  # which takes fewer registers, as the compiler has it
     (first, resident), (second, resident_of_down) = cuts(tiles)
     # Of a narrow matrix blocks share the rows too, so that each still reads long pieces of them.
     blocks = chosen * max(1, gate.columns // (8 * WIDE * first.across))
