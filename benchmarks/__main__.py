@@ -175,6 +175,11 @@ def main() -> None:
         # Not before: it starts JAX in this process, which the measurements leave to others.
         from benchmarks import gpu_check
 
+        if arguments.probe and not arguments.probe.is_file():
+            raise BenchmarkError(
+                f"--probe {arguments.probe}: there is no such file; give the shared library that "
+                "nvcc makes of the probe"
+            )
         output = arguments.output or ROOT / "benchmarks" / "results"
         figures = gpu_check.run(output, probe=arguments.probe)
         if not all(figure.holds for figure in figures):

@@ -85,7 +85,14 @@ def decode(model: grok1.Model, library: pathlib.Path) -> Iterator[Figure]:
     Args:
       model: Of int8.
       library: The shared library.
+
+    Raises:
+      ValueError: If there is no GPU: the model would be measured beside itself.
+      OSError: If the library cannot be loaded.
+      AttributeError: If it has no such handlers.
     """
+    if jax.default_backend() != "gpu":
+        raise ValueError(f"the probe's kernels are CUDA's, and this is a {jax.default_backend()}")
     handlers = ctypes.CDLL(str(library.absolute()))
     for name in ("experts_probe", "matvec_probe"):
         jax.ffi.register_ffi_target(

@@ -131,14 +131,18 @@ class Timed:
         """Compiles most of what is timed, side by side: one by one it would take minutes."""
         model, start = self.model, time.perf_counter()
         long = _long_prompt(self.config)
-        with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(available_cores())
+        try:
             runs = [
                 *(pool.submit(workload.prefill, model, n) for n in _prompt_lengths(self.config)),
                 *(pool.submit(self._rate, batch, 16, 64) for batch in _BATCHES),
                 *(pool.submit(self._rate, 1, *of) for of in ((100, 32), (long, 24))),
             ]
-        for run in runs:
-            run.result()
+            for run in runs:
+                run.result()
+        finally:
+            # After Ctrl-C nothing more is begun; what a compiler has begun cannot be interrupted.
+            pool.shutdown(cancel_futures=True)
         seconds = time.perf_counter() - start
         yield Figure("programs of what follows, compiled side by side", seconds, "s")
 

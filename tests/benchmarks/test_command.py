@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from benchmarks import report
-from benchmarks.__main__ import cost, parse_arguments, plan
+from benchmarks.__main__ import cost, main, parse_arguments, plan
 from benchmarks.machine import ROOT, BenchmarkError
 from benchmarks.suite import Suite
 from tests.helpers import slow
@@ -145,6 +145,12 @@ def test_impossible_requests_are_refused_before_anything_runs(platform, argument
     with pytest.raises(BenchmarkError) as refusal:
         plan(parse_arguments(arguments.split()), device)
     assert message in str(refusal.value)
+
+
+def test_a_probe_that_is_not_there_is_refused_before_anything_is_checked(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--check", "--probe", "none.so"])
+    with pytest.raises(BenchmarkError, match=r"^--probe none\.so: there is no such file; give the"):
+        main()
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_what_is_timed_is_run_before_by_threads(monkeypatch):
     )
 
 
-def test_the_probe_takes_the_place_of_products_with_weights():
+def test_the_probe_takes_the_place_of_products_with_weights(monkeypatch):
     gpu_probe.register_forms()
     model = grok1.random_model(grok1.TOY, mesh=(1, 1))
     layers = model.params.layers
@@ -144,9 +144,12 @@ def test_the_probe_takes_the_place_of_products_with_weights():
         assert shapes == outputs
         lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
         assert f"@{target}(" in lowered.as_text()
-    # Nothing else chooses them, and a library that is not there is one figure that says so.
+    # Nothing else chooses them, and where they cannot run nothing is measured.
     assert forms.chosen("experts", "cuda", x, weights, (0,), None, None) != gpu_probe.NAME
     missing = functools.partial(gpu_probe.decode, model, pathlib.Path("none.so"))
+    (failed,) = gpu_check.attempted("probe", missing)
+    assert failed.details == {"ValueError": "the probe's kernels are CUDA's, and this is a cpu"}
+    monkeypatch.setattr(gpu_probe.jax, "default_backend", lambda: "gpu")
     (failed,) = gpu_check.attempted("probe", missing)
     assert "none.so" in failed.details["OSError"]
 

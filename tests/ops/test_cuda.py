@@ -1,6 +1,7 @@
 """The CUDA kernels' sources against float64, on a CPU in place of a device (`standin.h`)."""
 
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -329,6 +330,14 @@ def wide(tmp_path_factory):
     ptx = source.with_suffix(".ptx")
     ptx.write_text(build.for_every_driver(ptx.read_text()))
     return {kernel.name: kernel for kernel in named}, ptx
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_the_products_of_a_token_take_no_second_turn_for_a_few_blocks(shards):
+    for kernel in of_grok_1(shards, 1):
+        if "product.h" in kernel.headers and "screen.h" not in kernel.headers:
+            turns = math.prod(kernel.grid) / kernel.resident / 128  # multiprocessors, about
+            assert turns <= 1, kernel.name
 
 
 def test_no_kernel_of_prompts_spills(tmp_path):
