@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 import grok1
-from grok1.tokenizer import Tokenizer
+from grok1.tokenizer import Tokenizer, _processors
 from tests.helpers import SLOW_TESTS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "tokenizer_cases.json"
@@ -405,3 +405,12 @@ def test_bos_asked_of_a_model_without_one():
     assert tokenizer.encode("a") == [327]
     with pytest.raises(ValueError, match=r"add_bos needs a \[BOS\] piece"):
         tokenizer.encode("a", add_bos=True)
+
+
+def test_a_model_that_was_parsed_is_known_by_its_bytes():
+    data = RELEASED_MODEL.read_bytes()
+    other = (RELEASED_MODEL.parent / "toy" / "tokenizer.model").read_bytes()
+    pair = _processors(data)
+    assert _processors(bytes(bytearray(data))) is pair
+    assert _processors(other) is not pair
+    assert _processors(data) is pair

@@ -46,6 +46,18 @@ def test_more_slots_than_memory_holds_are_refused(toy, leave):
 
 
 @pytest.mark.parametrize(
+    ("platform", "left", "expected"),
+    [("gpu", [5, 3], 3), ("gpu", [None, 7], 7), ("gpu", [None, None], 45), ("cpu", [5, 3], 45)],
+)
+def test_the_fullest_device_says_what_is_left(platform, left, expected, monkeypatch):
+    devices = [types.SimpleNamespace(platform=platform, left=one) for one in left]
+    engine = types.SimpleNamespace(mesh=types.SimpleNamespace(local_devices=devices))
+    monkeypatch.setattr(sizing, "device_bytes_available", lambda device: device.left)
+    monkeypatch.setattr(sizing, "host_bytes_available", lambda: 90)  # for both
+    assert sizing._bytes_free(engine) == expected
+
+
+@pytest.mark.parametrize(
     ("asked", "platform", "free", "expected"),
     [
         (None, "cpu", 100, 0),
