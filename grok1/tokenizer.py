@@ -7,12 +7,12 @@ spell them by accident: `Tokenizer.encode` reads them as ordinary characters unl
 """
 
 import codecs
-import collections
 import operator
 import os
 import pathlib
 import re
 import struct
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
@@ -279,18 +279,23 @@ def _token_id(token: Any, vocab_size: int) -> int:
 _Pair = tuple[sentencepiece.SentencePieceProcessor, sentencepiece.SentencePieceProcessor]
 
 # A notebook loads one model several ways; of Grok-1's a pair takes a tenth of a second. Compared,
-# which takes a tenth of what it takes to hash them.
-_KNOWN: collections.deque[tuple[bytes, _Pair]] = collections.deque(maxlen=2)
+# which takes a tenth of what it takes to hash them. The last that was used is the last.
+_KNOWN: list[tuple[bytes, _Pair]] = []
+_MOST_KNOWN = 2
+_LOCK = threading.Lock()
 
 
 def _processors(model_proto: bytes) -> _Pair:
     """Returns what `_new_processors` does, the same for the same bytes."""
-    for known, pair in tuple(_KNOWN):
-        if known == model_proto:
-            return pair
-    pair = _new_processors(model_proto)
-    _KNOWN.append((model_proto, pair))
-    return pair
+    with _LOCK:
+        for i, (known, pair) in enumerate(_KNOWN):
+            if known == model_proto:
+                _KNOWN.append(_KNOWN.pop(i))
+                return pair
+        pair = _new_processors(model_proto)
+        _KNOWN.append((model_proto, pair))
+        del _KNOWN[:-_MOST_KNOWN]
+        return pair
 
 
 def _new_processors(model_proto: bytes) -> _Pair:
