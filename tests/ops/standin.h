@@ -302,10 +302,11 @@ inline void multiply_tile_of_bytes(int (&sum)[4], const unsigned (&a)[4], const 
   }
 }
 
-inline float shuffle_xor(float value, int mask) {
+inline float shuffle(float value, int lane) {
   const unsigned mine = bits_of_float(value);
-  return float_of_bits(exchange(&mine, 1)[threadIdx.x % 32 ^ mask][0]);
+  return float_of_bits(exchange(&mine, 1)[lane][0]);
 }
+inline float shuffle_xor(float value, int mask) { return shuffle(value, threadIdx.x % 32 ^ mask); }
 inline unsigned vote(bool is_set) {
   const unsigned mine = is_set;
   const auto all = exchange(&mine, 1);
@@ -382,6 +383,7 @@ inline unsigned halves(float low, float high) {
 }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
+inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 
 inline Shared tiles_place(void* of) { return (Shared)((uintptr_t)of + 1023 & ~(uintptr_t)1023); }
 inline void show_tiles() {}

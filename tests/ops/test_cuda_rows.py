@@ -10,13 +10,16 @@ from tests.ops.cuda_cases import LAYER, assert_close
 
 pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 
-ROWS = [(3, 160), (1, 2048), (2, 40)]
+ROWS = [(3, 160), (1, 2048), (2, 40), (1, 37), (1, 9000)]
 ROUTES = [
     (5, Router(96, 8, 2, None, False)),
     (2, Router(40, 4, 3, 30.0, True)),
     (1, Router(300, 32, 1, None, False)),
     (1, Router(2100, 6, 2, None, False)),  # of which a thread has several numbers
+    (2, Router(6144, 8, 2, None, False)),  # and reads weights of before they are needed
+    (1, Router(45, 1, 1, None, True)),
 ]
+WIDE = ROUTES[4]
 
 
 def norms(case):
@@ -72,7 +75,7 @@ def test_routing(library, rng, case):
     tokens, (width, num_experts, selected, cap, renormalize) = case
     x = rng.standard_normal((tokens, width)).astype(np.float32)
     routers = rng.standard_normal((2, width, num_experts)).astype(np.float32)
-    routers[1, :, 1] = routers[1, :, 0]  # of equals the first comes first
+    routers[1, :, -1] = routers[1, :, 0]  # of equals the first comes first
     found = standin.run(library, shapes_of_rows.route(*case), x, routers, LAYER)
     logits = x.astype(float) @ routers[1]
     logits = logits if cap is None else cap * np.tanh(logits / cap)
@@ -112,11 +115,20 @@ def test_a_sum_that_is_routed_is_the_sum_and_its_route(library, rng, case):
             np.testing.assert_array_equal(one, expected)
 
 
-def test_a_broken_router_is_noticed(rng):
-    kernels = [
-        norms(SUMS[0])[-1],
-        *(make(*ROUTES[0]) for make in (shapes_of_rows.route, add_and_route)),
-    ]
-    broken = standin.build(kernels, [("sums.add(row.row[i]", "sums.add(branch[at]")])
+BREAKS = [
+    ("read(router, 0, early[0])", "read(router, 1, early[0])", WIDE),
+    ("read(router, 1, early[1])", "read(router, 0, early[1])", WIDE),
+    ("is_left && lane != best[a]", "is_left", ROUTES[0]),
+    ("is_upper ? sums[i] : sums[i + HALF]", "sums[i]", ROUTES[0]),
+]
+"""A text of the sources, what stands there when it is broken, and a case that sees it."""
+
+
+@pytest.mark.parametrize(("text", "broken", "case"), BREAKS, ids=lambda of: str(of)[:30])
+def test_a_broken_router_is_noticed(rng, text, broken, case):
+    tokens, router = case
+    make = norms((tokens, router.width))[-1], shapes_of_rows.route(*case), add_and_route(*case)
+    library = standin.build(make, [(text, broken)])
     with pytest.raises(AssertionError):
-        test_a_sum_that_is_routed_is_the_sum_and_its_route(broken, rng, ROUTES[0])
+        test_a_sum_that_is_routed_is_the_sum_and_its_route(library, rng, case)
+        test_routing(library, rng, case)

@@ -49,19 +49,21 @@ struct Queries {
   static constexpr int EACH = (S::H + 15) / 16, M = S::G * S::T;
   static constexpr int BLOCKS = (M + S::QUERIES - 1) / S::QUERIES;
   float numbers[S::QUERIES][EACH];
-  int upto[S::QUERIES];  // which position each sees last; -1 for none
   int head, first, lane, half;
   bool has_numbers;  // narrow heads leave lanes without
 
-  DEVICE Queries(const Part& part, const int* positions) {
+  DEVICE Queries() {
     head = blockIdx.x / BLOCKS, first = blockIdx.x % BLOCKS * S::QUERIES;
     lane = threadIdx.x % 16, half = threadIdx.x / 16 % 2, has_numbers = lane * EACH < S::H;
 #pragma unroll
-    for (int m = 0; m < S::QUERIES; ++m) {
-      upto[m] = first + m < M ? positions[part.row * S::T + (first + m) / S::G] : -1;
+    for (int m = 0; m < S::QUERIES; ++m)
 #pragma unroll
       for (int i = 0; i < EACH; ++i) numbers[m][i] = 0;
-    }
+  }
+
+  // Which position a query sees last; -1 for none.
+  DEVICE int upto(const Part& part, const int* positions, int m) const {
+    return first + m < M ? positions[part.row * S::T + (first + m) / S::G] : -1;
   }
 
   // Which of all vectors of H numbers a query is.
@@ -85,60 +87,64 @@ DEVICE void combine(const Part& part, const Queries<S>& queries, const float* mi
                     const float* totals, float* out) {
   constexpr long long VECTORS = (long long)S::R * S::T * S::C * S::G;
   constexpr int FOURS = S::H / 4, AT_ONCE = 8;
-  __shared__ float shared[S::QUERIES];
-  for (int m = threadIdx.x / 32; m < S::QUERIES; m += S::WARPS) {
-    const float* of_query = totals + queries.vector(part, m);
-    float total = 0;
-    for (int of = threadIdx.x % 32; of < part.count; of += 32)
-      total += read_published(of_query + of * VECTORS);
-#pragma unroll
-    for (int mask = 16; mask >= 1; mask /= 2) total += shuffle_xor(total, mask);
-    shared[m] = total;
-  }
-  barrier();
   for (int i = threadIdx.x; i < S::QUERIES * FOURS; i += 32 * S::WARPS) {
     const int m = i / FOURS;
     if (queries.first + m >= Queries<S>::M) continue;
-    const long long at = queries.vector(part, m) * S::H + i % FOURS * 4;
+    const long long vector = queries.vector(part, m), at = vector * S::H + i % FOURS * 4;
     float4 sum = {0, 0, 0, 0};
+    float total = 0;
     for (int from = 0; from < part.count; from += AT_ONCE) {
       float4 more[AT_ONCE];
+      float of_total[AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j) {
         const int of = from + j < part.count ? from + j : part.count - 1;
         more[j] = read_published(reinterpret_cast<const float4*>(mixed + of * VECTORS * S::H + at));
+        of_total[j] = read_published(totals + of * VECTORS + vector);
       }
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j)
-        if (from + j < part.count)
-          sum.x += more[j].x, sum.y += more[j].y, sum.z += more[j].z, sum.w += more[j].w;
+      for (int j = 0; j < AT_ONCE; ++j) {
+        if (from + j >= part.count) continue;
+        sum.x += more[j].x, sum.y += more[j].y, sum.z += more[j].z, sum.w += more[j].w;
+        total += of_total[j];
+      }
     }
-    const float total = shared[m];
-    out[at] = sum.x / total, out[at + 1] = sum.y / total;
-    out[at + 2] = sum.z / total, out[at + 3] = sum.w / total;
+    const float factor = 1 / total;
+    sum.x *= factor, sum.y *= factor, sum.z *= factor, sum.w *= factor;
+    *reinterpret_cast<float4*>(out + at) = sum;
   }
 }
 
 // Sums over a part of the sequence, of exp(logit - CAP), and of that times the values; then the
 // sum of the parts.
+//
+// Lanes add up the products of all queries and keys of their half of the warp so that each gets the
+// logit of one, whose power it finds out for all.
 template <class S>
 DEVICE void attend_part(const Part& part, const Queries<S>& queries, const Filled<S>& cache,
-                        const int* layer, float* out, float* mixed, float* totals) {
+                        const int* layer, const int* positions, float* out, float* mixed,
+                        float* totals) {
   constexpr int EACH = Queries<S>::EACH, UNROLL = KEYS_AT_ONCE / 2, STEP = KEYS_AT_ONCE * S::WARPS;
-  __shared__ float shared[S::WARPS][S::QUERIES][S::H + 1];
+  constexpr int LOGITS = UNROLL * S::QUERIES, PLACES = Places<LOGITS>::count, OF_LOGIT = 16 / PLACES;
+  static_assert(LOGITS <= 16, "a lane has one logit");
+  constexpr int PITCH = S::H + KEYS_AT_ONCE;  // totals of a query's lanes stand behind its sums
+  alignas(16) __shared__ float shared[S::WARPS][S::QUERIES][PITCH];
   const int warp = threadIdx.x / 32, lane = queries.lane, half = queries.half;
-  float sums[S::QUERIES][EACH], total[S::QUERIES];
+  const int key_of_lane = lane / OF_LOGIT / S::QUERIES, query_of_lane = lane / OF_LOGIT % S::QUERIES;
+  const bool has_logit = lane % OF_LOGIT == 0 && key_of_lane < UNROLL;
+  const int upto = has_logit ? queries.upto(part, positions, query_of_lane) : -1;
+  float sums[S::QUERIES][EACH], total = 0;
 #pragma unroll
-  for (int m = 0; m < S::QUERIES; ++m) {
-    total[m] = 0;
+  for (int m = 0; m < S::QUERIES; ++m)
 #pragma unroll
     for (int i = 0; i < EACH; ++i) sums[m][i] = 0;
-  }
   const int slot = part.last < 0 ? 0 : part.slot;
   const long long heads = ((long long)layer[0] * S::B + slot) * S::C + queries.head;
   const auto* key_rows = cache.keys + heads * S::CAPACITY * S::H;
   const auto* value_rows = cache.values + heads * S::CAPACITY * S::H;
   for (int base = part.begin + warp * KEYS_AT_ONCE; base < part.end; base += STEP) {
+    const int of_lane = base + 2 * key_of_lane + half;
+    float key_scale = S::SCALE / S::CAP, value_scale = 1;
     float key[UNROLL][EACH], value[UNROLL][EACH];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -147,55 +153,69 @@ DEVICE void attend_part(const Part& part, const Queries<S>& queries, const Fille
       read_numbers<S::KIND>(key_rows + start, key[u]);
       read_numbers<S::KIND>(value_rows + start, value[u]);
     }
+    if constexpr (S::KIND == INT8) {
+      const long long at = heads * S::CAPACITY + (of_lane < part.end ? of_lane : part.end - 1);
+      key_scale *= cache.key_scales[at];
+      value_scale = cache.value_scales[at];
+    }
+    float products[PLACES];
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      const int wanted = base + 2 * u + half, at = wanted < part.end ? wanted : part.end - 1;
-      float key_scale = S::SCALE / S::CAP, value_scale = 1;
-      if constexpr (S::KIND == INT8) {
-        key_scale *= cache.key_scales[heads * S::CAPACITY + at];
-        value_scale = cache.value_scales[heads * S::CAPACITY + at];
-      }
+    for (int of = 0; of < PLACES; ++of) {
+      products[of] = 0;
+      if (of >= LOGITS) continue;
 #pragma unroll
-      for (int m = 0; m < S::QUERIES; ++m) {
-        float product = 0;
+      for (int i = 0; i < EACH; ++i)
+        products[of] += queries.numbers[of % S::QUERIES][i] * key[of / S::QUERIES][i];
+    }
+    const float product = sums_of_lanes<16>(products);
+    float weight = expf(S::CAP * tanhf(product * key_scale) - S::CAP);
+    if (of_lane >= part.end || of_lane > upto) weight = 0;
+    total += weight;
+    weight *= value_scale;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) product += queries.numbers[m][i] * key[u][i];
+    for (int of = 0; of < LOGITS; ++of) {
+      const float of_query = shuffle(weight, 16 * half + of * OF_LOGIT);
 #pragma unroll
-        for (int mask = 8; mask >= 1; mask /= 2) product += shuffle_xor(product, mask);
-        float weight = expf(S::CAP * tanhf(product * key_scale) - S::CAP);
-        if (wanted >= part.end || wanted > queries.upto[m]) weight = 0;
-        total[m] += weight;
-        weight *= value_scale;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) sums[m][i] += weight * value[u][i];
-      }
+      for (int i = 0; i < EACH; ++i) sums[of % S::QUERIES][i] += of_query * value[of / S::QUERIES][i];
     }
   }
+  // Of two queries each half of the warp adds up one.
 #pragma unroll
-  for (int m = 0; m < S::QUERIES; ++m) {
-    total[m] += shuffle_xor(total[m], 16);
+  for (int m = 0; m < S::QUERIES; m += 2) {
+    const int next = m + 1 < S::QUERIES ? m + 1 : m;
+    float both[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      sums[m][i] += shuffle_xor(sums[m][i], 16);
-      if (half == 0 && queries.has_numbers) shared[warp][m][lane * EACH + i] = sums[m][i];
+      const float kept = half ? sums[next][i] : sums[m][i], given = half ? sums[m][i] : sums[next][i];
+      both[i] = kept + shuffle_xor(given, 16);
     }
-    if (half == 0 && lane == 0) shared[warp][m][S::H] = total[m];
+    float* to = shared[warp][half ? next : m] + lane * EACH;
+    if (queries.has_numbers && (next > m || half == 0)) write_floats(both, to);
   }
+  if (has_logit) shared[warp][query_of_lane][S::H + 2 * key_of_lane + half] = total;
   barrier();
   constexpr long long VECTORS = (long long)S::R * S::T * S::C * S::G;
-  for (int i = threadIdx.x; i < S::QUERIES * (S::H + 1); i += 32 * S::WARPS) {
-    const int m = i / (S::H + 1), h = i % (S::H + 1);
+  constexpr int FOURS = S::H / 4;
+  for (int i = threadIdx.x; i < S::QUERIES * FOURS; i += 32 * S::WARPS) {
+    const int m = i / FOURS, h = i % FOURS * 4;
     if (queries.first + m >= Queries<S>::M) continue;
-    float sum = 0, all = 0;
+    float4 sum = {0, 0, 0, 0}, all = {0, 0, 0, 0};
+#pragma unroll
     for (int of = 0; of < S::WARPS; ++of) {
-      sum += shared[of][m][h];
-      all += shared[of][m][S::H];
+      const float4 more = *reinterpret_cast<const float4*>(shared[of][m] + h);
+      const float4 of_lanes = *reinterpret_cast<const float4*>(shared[of][m] + S::H);
+      sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      all.x += of_lanes.x, all.y += of_lanes.y, all.z += of_lanes.z, all.w += of_lanes.w;
     }
+    const float total = (all.x + all.y) + (all.z + all.w);
     const long long vector = queries.vector(part, m), of_part = part.number * VECTORS + vector;
     if (part.count > 1) {
-      (h < S::H ? mixed[of_part * S::H + h] : totals[of_part]) = sum;
-    } else if (h < S::H) {
-      out[vector * S::H + h] = part.last < 0 ? 0 : sum / all;
+      *reinterpret_cast<float4*>(mixed + of_part * S::H + h) = sum;
+      if (h == 0) totals[of_part] = total;
+    } else {
+      const float factor = part.last < 0 ? 0 : 1 / total;
+      sum.x *= factor, sum.y *= factor, sum.z *= factor, sum.w *= factor;
+      *reinterpret_cast<float4*>(out + vector * S::H + h) = sum;
     }
   }
   if constexpr (S::PARTS > 1) {
@@ -217,14 +237,14 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
                    float* out, float* mixed, float* totals) {
   const Part part = part_of_block<S>(slots, positions);
   if (part.number >= part.count) return;
-  Queries<S> queries(part, positions);
+  Queries<S> queries;
 #pragma unroll
   for (int m = 0; m < S::QUERIES; ++m)
     if (queries.has_numbers)
       read_numbers<S::QUERY_KIND>(
           query + queries.vector(part, m) * S::H + queries.lane * Queries<S>::EACH, queries.numbers[m]);
   const Filled<S> cache = {keys, values, key_scales, value_scales};
-  attend_part<S>(part, queries, cache, layer, out, mixed, totals);
+  attend_part<S>(part, queries, cache, layer, positions, out, mixed, totals);
 }
 
 template <class S>
@@ -250,7 +270,7 @@ DEVICE void place_and_attend(const float* projected, const float* frequencies, c
   alignas(16) __shared__ Number turned[S::QUERIES][S::H];
   const Part part = part_of_block<S>(slots, positions);
   if (part.number >= part.count) return;
-  Queries<S> queries(part, positions);
+  Queries<S> queries;
   const int position = positions[part.row], head = queries.head;
   const bool is_mine = part.begin <= position && position < part.end && valid[part.row];
   const long long heads = ((long long)layer[0] * S::B + part.slot) * S::C + head;
@@ -276,7 +296,7 @@ DEVICE void place_and_attend(const float* projected, const float* frequencies, c
     if (queries.has_numbers)
       read_numbers<S::QUERY_KIND>(turned[m] + queries.lane * Queries<S>::EACH, queries.numbers[m]);
   const Filled<S> filled = {cache.keys, cache.values, cache.key_scales, cache.value_scales};
-  attend_part<S>(part, queries, filled, layer, out, mixed, totals);
+  attend_part<S>(part, queries, filled, layer, positions, out, mixed, totals);
 }
 
 // The cache is written in place: an input and an output are the same memory.

@@ -75,39 +75,49 @@ DEVICE void read_numbers(const typename Stored<KIND>::Type* from, float (&number
   }
 }
 
-// A vector of H numbers in a warp: lane l has its numbers l, l + 32, ... of either half.
+// A vector of H numbers in a warp, of which each lane has some side by side in either half.
 //
 // S has H, ADDENDS.
 template <class S>
 struct Vector {
-  static constexpr int EACH = (S::H / 2 + 31) / 32;
+  static constexpr int HALF = S::H / 2, EACH = (HALF + 31) / 32;
   float numbers[2][EACH];
   int lane;
 
-  DEVICE int at(int half, int i) const { return half * (S::H / 2) + lane + 32 * i; }
-  DEVICE bool has(int i) const { return lane + 32 * i < S::H / 2; }
+  DEVICE int at(int half, int i) const { return half * HALF + lane * EACH + i; }
+  DEVICE bool has(int i) const { return lane * EACH + i < HALF; }
 
   // Reads the sum of ADDENDS vectors, each so far from the next.
   DEVICE void read(const float* from, long long distance) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        float sum = 0;
-        if (has(i)) {
+      for (int i = 0; i < EACH; ++i) numbers[half][i] = 0;
+    if (!has(0)) return;
 #pragma unroll
-          for (int of = 0; of < S::ADDENDS; ++of) sum += from[of * distance + at(half, i)];
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int of = 0; of < S::ADDENDS; ++of) {
+        const float* first = from + of * distance + at(half, 0);
+        float more[EACH];
+        if constexpr (HALF % EACH == 0) {
+          read_numbers<FLOAT32>(first, more);
+        } else {
+#pragma unroll
+          for (int i = 0; i < EACH; ++i) more[i] = has(i) ? first[i] : 0;
         }
-        numbers[half][i] = sum;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) numbers[half][i] += more[i];
       }
+    }
   }
 
   DEVICE void turn(const float* frequencies, int position) {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       if (!has(i)) continue;
-      const float phase = (float)position * frequencies[lane + 32 * i];
-      const float cosine = cosf(phase), sine = sinf(phase);
+      float sine, cosine;
+      sincosf((float)position * frequencies[at(0, i)], &sine, &cosine);
       const float first = numbers[0][i], second = numbers[1][i];
       numbers[0][i] = first * cosine - second * sine;
       numbers[1][i] = second * cosine + first * sine;

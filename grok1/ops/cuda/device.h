@@ -90,6 +90,13 @@ DEVICE unsigned short half_of_float(float value) {
 
 DEVICE int nearest(float value) { return __float2int_rn(value); }
 
+// 1 / sqrt(x), to 22 bits.
+DEVICE float inverse_root(float x) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The larger of two, or what of them is no number.
 DEVICE float larger(float x, float y) { return x > y || x != x ? x : y; }
 
@@ -136,6 +143,7 @@ DEVICE void multiply_tile_of_bytes(int (&sum)[4], const unsigned (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+DEVICE float shuffle(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE unsigned vote(bool is_set) { return __ballot_sync(~0u, is_set); }
 DEVICE int count_bits(unsigned bits) { return __popc(bits); }

@@ -55,6 +55,7 @@ DEVICE void screen_digits(const float* x, signed char* digits, float* factors) {
     values[i] *= inverse;
     squares += values[i] * values[i];
   }
+  barrier();  // nobody reads the largest any more
   const float norm = sqrtf(sum_of_block<S::THREADS>(squares, shared)) * factor;
   if (threadIdx.x == 0) {
     factors[2 * input] = factor;
@@ -231,6 +232,7 @@ DEVICE float exact_product(const float* x, const float* row, float* shared) {
       sum += w[i].x * v.x + w[i].y * v.y + (w[i].z * v.z + w[i].w * v.w);
     }
   }
+  barrier();  // nobody reads the product before any more
   return sum_of_block<S::THREADS>(sum, shared);
 }
 

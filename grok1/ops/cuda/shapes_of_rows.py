@@ -12,6 +12,8 @@ MOST_QUERIES = 64
 MOST_WIDTH = 16384
 """Of a row that is normed or routed."""
 
+_MOST_IN_REGISTERS = 8192  # numbers of a row that 512 threads have in registers, and what they need
+
 _KINDS = {"float32": "FLOAT32", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int8": "INT8"}
 _WARPS = 8
 _BUSY = 96  # blocks that keep the memory busy
@@ -101,7 +103,7 @@ def _attention(name: str, heads: Heads, sizes: dict, inputs: tuple[str, ...]) ->
     parts, queries = sizes["PARTS"], sizes["QUERIES"]
     return Kernel(
         f"grok1_{name}",
-        ("arrivals.h", "cache.h", "attention.h"),
+        ("arrivals.h", "floats.h", "lanes.h", "cache.h", "attention.h"),
         (("S", struct(sizes)),),
         f"{name}<S>",
         inputs,
@@ -206,7 +208,10 @@ def refusal_of_rows(shape: tuple[int, ...]) -> str | None:
 
 
 def _row_threads(width: int) -> int:
-    return min(1024, 32 * -(-width // 32))
+    """Threads of a row, which have four numbers side by side at a time where it is a multiple."""
+    pieces = width // 4 if width % 4 == 0 else width
+    most = 512 if width <= _MOST_IN_REGISTERS else 1024
+    return min(most, 32 * -(-pieces // 32))
 
 
 def norms(rows: int, width: int, epsilon: float, which: str) -> Kernel:
@@ -226,7 +231,7 @@ def norms(rows: int, width: int, epsilon: float, which: str) -> Kernel:
     writes = 2 if which == "add_norm_and_norm" else 1
     return Kernel(
         f"grok1_{which}",
-        ("rows.h",),
+        ("floats.h", "lanes.h", "rows.h"),
         structs,
         f"{which}<S>",
         (*("float32",) * reads, "int32"),
@@ -281,7 +286,7 @@ def route(tokens: int, router: Router) -> Kernel:
     """
     return Kernel(
         "grok1_route",
-        ("rows.h",),
+        ("floats.h", "lanes.h", "rows.h"),
         (("S", struct(router.sizes)),),
         "route<S>",
         ("float32", "float32", "int32"),
