@@ -214,7 +214,7 @@ BREAKS = [
         0,
     ),
     # Any block may be the last.
-    ("if (from + j >= part.count) continue;", "if (from + j > part.number) continue;", test_attention, 0),
+    ("if (from + j >= part.count)", "if (from + j > part.number)", test_attention, 0),
 ]
 """A text of the sources, what stands there when it is broken, the test that sees it, and of which
 heads."""

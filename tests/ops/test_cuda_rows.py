@@ -115,20 +115,20 @@ def test_a_sum_that_is_routed_is_the_sum_and_its_route(library, rng, case):
             np.testing.assert_array_equal(one, expected)
 
 
+SUM = test_a_sum_that_is_routed_is_the_sum_and_its_route
 BREAKS = [
-    ("read(router, 0, early[0])", "read(router, 1, early[0])", WIDE),
-    ("read(router, 1, early[1])", "read(router, 0, early[1])", WIDE),
-    ("is_left && lane != best[a]", "is_left", ROUTES[0]),
-    ("is_upper ? sums[i] : sums[i + HALF]", "sums[i]", ROUTES[0]),
+    ("read(router, 0, early[0])", "read(router, 1, early[0])", SUM, WIDE),
+    ("read(router, 1, early[1])", "read(router, 0, early[1])", SUM, WIDE),
+    ("is_left && lane != best[a]", "is_left", test_routing, ROUTES[0]),
+    ("is_upper ? sums[i] : sums[i + HALF]", "sums[i]", test_routing, ROUTES[0]),
 ]
-"""A text of the sources, what stands there when it is broken, and a case that sees it."""
+"""A text of the sources, what stands there when it is broken, and the test and case that see it."""
 
 
-@pytest.mark.parametrize(("text", "broken", "case"), BREAKS, ids=lambda of: str(of)[:30])
-def test_a_broken_router_is_noticed(rng, text, broken, case):
+@pytest.mark.parametrize(("text", "broken", "test", "case"), BREAKS, ids=lambda of: str(of)[:30])
+def test_a_broken_router_is_noticed(rng, text, broken, test, case):
     tokens, router = case
     make = norms((tokens, router.width))[-1], shapes_of_rows.route(*case), add_and_route(*case)
     library = standin.build(make, [(text, broken)])
     with pytest.raises(AssertionError):
-        test_a_sum_that_is_routed_is_the_sum_and_its_route(library, rng, case)
-        test_routing(library, rng, case)
+        test(library, rng, case)
