@@ -23,6 +23,9 @@
 struct Dim {
   int x, y, z;
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -319,7 +322,6 @@ inline int lowest_bit(unsigned bits) { return __builtin_ffs(bits) - 1; }
 inline void meet_warp() { vote(true); }
 
 #define LASTING static
-inline void publish() {}
 inline bool arrive_last(unsigned* arrivals, unsigned count) {
   if (++*arrivals < count) return false;
   *arrivals = 0;

@@ -223,6 +223,9 @@ BREAKS = [
         PROJECTIONS[4],
     ),
     ("* (1 + tanhf(", "* (1 + erff(", test_experts, EXPERTS[0]),
+    ("shuffle_xor(t % 2 ? first : second, 1)", "first", test_projections, PROJECTIONS[0]),
+    ("t % 2 * (S::BYTES - EACH)", "0", test_experts, EXPERTS[0]),
+    ("of_rows[first + threadIdx.x] = weight", "of_rows[0] = weight", test_experts, EXPERTS[5]),
 ]
 """A text of the sources, what stands there when it is broken, and the test that sees it."""
 

@@ -160,7 +160,9 @@ BREAKS = [
     ("(tile + 1) % IN_UNIT == 0 || tile + 1 == end", "tile + 1 == end", EXPERTS[8]),
     ("tile % GROUPS == 0 || tile == begin", "tile % GROUPS == 0", EXPERTS[0]),
     ("wait_for_all_but<STAGES - 2>", "wait_for_all_but<STAGES - 1>", EXPERTS[0]),
-    ("value * 65536 + shuffle_xor(value, 1)", "value * 65536", EXPERTS[0]),
+    ("sum(i) * 65536 + other", "sum(i) * 65536", EXPERTS[0]),
+    ("values[2 * i] = is_odd ? other : kept", "values[2 * i] = kept", EXPERTS[0]),
+    ("is_next * 2 * HALF + is_odd * HALF", "is_odd * HALF", EXPERTS[0]),
     ("to + 32 * i + lane", "to + 31 * i + lane", EXPERTS[0]),
     (
         "    barrier();\n    for (int i = threadIdx.x / 32",

@@ -9,11 +9,9 @@ LASTING unsigned arrivals[RESULTS];
 template <class S, int RESULTS = S::COLUMN_TILES>
 DEVICE bool is_last_of(int result, int count) {
   __shared__ bool is_last;
-  publish();
   barrier();
   if (threadIdx.x == 0) is_last = arrive_last(arrivals<S, RESULTS> + result, count);
   barrier();
-  publish();
   return is_last;
 }
 

@@ -166,12 +166,15 @@ DEVICE void team_barrier(int team) {
 // Memory of a kernel that lasts; zeros at first.
 #define LASTING __device__
 
-// Tells the other blocks what this thread has written.
-DEVICE void publish() { __threadfence(); }
-
-// Whether this is the last of `count` that come here; the next launch begins anew.
+// Whether this is the last of `count` that come here; the next launch begins anew. What this thread has
+// written, and what those that it has waited for at a barrier have, is published; the last sees it.
 DEVICE bool arrive_last(unsigned* arrivals, unsigned count) {
-  return atomicInc(arrivals, count - 1) == count - 1;
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(arrivals), "r"(count - 1)
+               : "memory");
+  return before == count - 1;
 }
 
 // Reads what another block has published.

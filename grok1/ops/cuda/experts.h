@@ -77,13 +77,14 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
   __shared__ Chosen<S> chosen;
   __shared__ int tokens[INPUTS];
   DYNAMIC_SHARED(ring);
+  const int number = layer[0];
   read_indices<S>(chosen, indices, valid);
   find_expert<S>(chosen, blockIdx.y / PARTS);
   if (chosen.count == 0) return;
   const int in_all = threadIdx.x / Widths<Of>::THREADS, team = in_all % Of::TEAMS;
   const bool is_up = in_all >= Of::TEAMS;
   const int part = blockIdx.y % PARTS, column = blockIdx.x * WIDTH;
-  const long long expert = (long long)layer[0] * S::E + chosen.expert;
+  const long long expert = (long long)number * S::E + chosen.expert;
   const Weight matrix = (is_up ? up : gate).template of<Of>(expert);
   float* ups = reinterpret_cast<float*>(ring);
   const auto part_of = [&](bool of_up, int of, int row) {
@@ -103,21 +104,24 @@ DEVICE void gate_up_of(X x, const Weight& gate, const Weight& up, const int* lay
                  reinterpret_cast<float*>(ring + is_up * Of::TEAMS * Widths<Of>::RING));
       if constexpr (PARTS > 1) {
         if (team > 0) return;
-        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-          part_of(is_up, part, chosen.rows[first + input])[at] = value;
+        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, const auto& values) {
+          write_floats(values, part_of(is_up, part, chosen.rows[first + input]) + at);
         });
       } else {
         if (is_up && team == 0) {
-          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-            ups[(at - column) * INPUTS + input] = value;
+          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, const auto& values) {
+            float* place = ups + (at - column) * INPUTS + input;
+            for_each(values, [&](int i, float value) { place[i * INPUTS] = value; });
           });
         }
         barrier();
         if (!is_up && team == 0) {
-          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+          Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, const auto& values) {
             const long long row = chosen.rows[first + input];
             float* place = ups + (at - column) * INPUTS + input;
-            hidden.template put<Of>(gelu(value) * *place, row, at, place);
+            for_each(values, [&](int i, float value) {
+              hidden.template put<Of>(gelu(value) * place[i * INPUTS], row, at + i, place + i * INPUTS);
+            });
           });
         }
         hidden.template finish<Of, INPUTS>(ups, column, chosen.rows + first, count);
@@ -157,12 +161,15 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count, PARTS = Of::SHARES / Of::TEAMS;
   constexpr int WIDTH = Widths<Of>::OF_TEAM;
   __shared__ Chosen<S> chosen;
+  __shared__ float of_rows[Chosen<S>::ROWS];
+  static_assert(INPUTS <= 32, "a thread each reads the weight of a row");
   DYNAMIC_SHARED(ring);
+  const int number = layer[0];
   read_indices<S>(chosen, indices, valid);
   find_expert<S>(chosen, blockIdx.y / PARTS);
   const int team = threadIdx.x / Widths<Of>::THREADS, part = blockIdx.y % PARTS;
   const int column = blockIdx.x * WIDTH;
-  const long long expert = (long long)layer[0] * S::E + chosen.expert;
+  const long long expert = (long long)number * S::E + chosen.expert;
   const auto part_of = [&](int of, int row) {
     return parts + ((long long)of * Chosen<S>::ROWS + row) * Of::N;
   };
@@ -172,13 +179,17 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
       constexpr int TILES = decltype(tiles)::count;
       typename Weight::template Total<Of, TILES> sums;
       const Rows<X> inputs = {hidden, chosen.rows + first, count};
+      // Read before the products, so that nothing waits for it behind them.
+      const float weight = threadIdx.x < count ? weights[chosen.rows[first + threadIdx.x]] : 0;
       down.template of<Of>(expert).template multiply_by<Of, TILES>(
           sums, column, inputs, part * Of::TEAMS + team, ring + team * Widths<Of>::RING);
+      if (threadIdx.x < count) of_rows[first + threadIdx.x] = weight;
       add_up<Of>(sums, team, reinterpret_cast<float*>(ring));
       if (team == 0) {
-        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
+        Weight::template visit<Of, TILES>(sums, column, count, [&](int at, int input, auto& values) {
           const int row = chosen.rows[first + input];
-          part_of(part, row)[at] = weights[row] * value;
+          for_each(values, [&](int i, float value) { values[i] = of_rows[first + input] * value; });
+          write_floats(values, part_of(part, row) + at);
         });
       }
     });

@@ -1,5 +1,5 @@
 // Floats that lie side by side, read and written by fours where they can be: their place is a multiple
-// of 16 bytes where their number is one of four.
+// of 16 bytes where their number is one of four, and of 8 where they are two.
 #pragma once
 
 template <int COUNT>
@@ -16,6 +16,13 @@ DEVICE void read_floats(const float* from, float (&numbers)[COUNT]) {
   }
 }
 
+// Calls run(i, number) for each.
+template <int COUNT, class Run>
+DEVICE void for_each(const float (&numbers)[COUNT], Run run) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) run(i, numbers[i]);
+}
+
 template <int COUNT>
 DEVICE void write_floats(const float (&numbers)[COUNT], float* to) {
   if constexpr (COUNT % 4 == 0) {
@@ -24,6 +31,8 @@ DEVICE void write_floats(const float (&numbers)[COUNT], float* to) {
       const float4 four = {numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]};
       *reinterpret_cast<float4*>(to + i) = four;
     }
+  } else if constexpr (COUNT == 2) {
+    *reinterpret_cast<float2*>(to) = {numbers[0], numbers[1]};
   } else {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) to[i] = numbers[i];

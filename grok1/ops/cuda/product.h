@@ -109,12 +109,14 @@ DEVICE void clear(Sums<BYTES, TILES>& sums) {
 // first.
 template <class S, class Run>
 DEVICE void with_scales(const unsigned short* scales, int column, Run run) {
-  const bool is_inside = column < S::N;
 #pragma unroll
-  for (int j = 0; j < S::BYTES / 2; ++j) {
-    const float first = is_inside ? float_of_bits((unsigned)scales[column + 2 * j] << 16) : 0;
-    const float second = is_inside ? float_of_bits((unsigned)scales[column + 2 * j + 1] << 16) : 0;
-    run(j, first, second);
+  for (int i = 0; i < S::BYTES / 8; ++i) {
+    uint4 eight = {0, 0, 0, 0};
+    if (column < S::N) eight = *reinterpret_cast<const uint4*>(scales + column + 8 * i);
+    const unsigned pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      run(4 * i + j, float_of_bits(pairs[j] << 16), float_of_bits(pairs[j] & 0xffff0000u));
   }
 }
 
@@ -144,10 +146,6 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   const int begin = (int)((long long)share * TILES_OF_K / S::SHARES);
   const int end = (int)((long long)(share + 1) * TILES_OF_K / S::SHARES);
   const Place<S> place;
-  const Converter converter;
-  const int g = place.lane / 4, t = place.lane % 4;
-  const Term<S::TERMS> term(g % S::TERMS);
-  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
   // A thread copies four pieces of a tile, each BYTES of one of every fourth row.
   const int thread = threadIdx.x % Widths<S>::THREADS, piece = thread % IN_ROW;
   const int first_row = thread / IN_ROW, wanted = column + piece * S::BYTES;
@@ -158,15 +156,7 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     to[i] = kept(shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES);
-  const Shared read_from =
-      kept(shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
   const Shared copied = shared_place(ring + Widths<S>::WEIGHTS);
-  const float* x[TILES];
-#pragma unroll
-  for (int n = 0; n < TILES; ++n) {
-    const int input = (8 * n + g) / S::TERMS;
-    x[n] = input < inputs.count ? inputs.x + (long long)inputs.rows[input] * S::K : nullptr;
-  }
   const auto start = [&](int tile, int stage) {
     if (tile < end) {
       const signed char* rows = from + (long long)(16 * tile + first_row) * S::N;
@@ -190,6 +180,23 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
     }
     end_group();
   };
+  // Before anything else, so that weights are on their way while it is made ready.
+#pragma unroll
+  for (int stage = 0; stage < S::STAGES - 1; ++stage) start(begin + stage, stage);
+  const int g = place.lane / 4, t = place.lane % 4;
+  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
+  if (S::TILES == 1 && IS_OF_ONE_GROUP && begin < end && mine < S::N)
+    prefetch(scales + begin / IN_GROUP * S::N + mine);
+  const Converter converter;
+  const Term<S::TERMS> term(g % S::TERMS);
+  const Shared read_from =
+      kept(shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
+  const float* x[TILES];
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    const int input = (8 * n + g) / S::TERMS;
+    x[n] = input < inputs.count ? inputs.x + (long long)inputs.rows[input] * S::K : nullptr;
+  }
   const auto read_inputs = [&](int tile, float (&four)[TILES][4]) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
@@ -210,10 +217,6 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   Sums<S::BYTES, TILES> of_group;
   clear<S::BYTES, TILES>(of_group);
   Sums<S::BYTES, TILES>& sums = IS_OF_ONE_GROUP ? total : of_group;
-#pragma unroll
-  for (int stage = 0; stage < S::STAGES - 1; ++stage) start(begin + stage, stage);
-  if (S::TILES == 1 && IS_OF_ONE_GROUP && begin < end && mine < S::N)
-    prefetch(scales + begin / IN_GROUP * S::N + mine);
   int stage = 0, free = S::STAGES - 1;
   for (int tile = begin; tile < end; ++tile) {
     float four[TILES][4];
@@ -297,35 +300,34 @@ DEVICE void add_up(float (&sums)[COUNT][TILES][4], int team, float* shared) {
   }
 }
 
-// Calls visit(column, input, value) for what this lane has of a team's sums, terms added up;
-// `column` is the team's first. All lanes of a warp call it.
+// Calls visit(column, input, values) for what this lane has of a team's sums, terms added up: of columns
+// side by side, from that one on. `column` is the team's first. All lanes of a warp call it.
 template <class S, int TILES, class Visit>
 DEVICE void visit_sums(const Sums<S::BYTES, TILES>& sums, int column, int count, Visit visit) {
+  // Of four terms two lanes have two each; each of them gets half of the columns.
+  constexpr int EACH = S::TERMS == 4 ? S::BYTES / 2 : S::BYTES;
   const Place<S> place;
   const int g = place.lane / 4, t = place.lane % 4;
-  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
+  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES + t % 2 * (S::BYTES - EACH);
 #pragma unroll
-  for (int j = 0; j < S::BYTES / 2; ++j) {
+  for (int n = 0; n < TILES; ++n) {
+    const auto sum = [&](int at, int i) { return sums[at / 2][n][at % 2 * 2 + i]; };
+    float values[EACH];
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
+    for (int next = 0; next < (S::TERMS == 1 ? 2 : 1); ++next) {
+      const int input = (8 * n + 2 * t) / S::TERMS + next;
 #pragma unroll
-      for (int next = 0; next < 2; ++next) {
-        const int at = mine + 2 * j + next;
-        const float first = sums[j][n][2 * next], second = sums[j][n][2 * next + 1];
+      for (int i = 0; i < EACH; ++i) {
         if constexpr (S::TERMS == 1) {
-          const int input = 8 * n + 2 * t;
-          if (at < S::N && input < count) visit(at, input, first);
-          if (at < S::N && input + 1 < count) visit(at, input + 1, second);
+          values[i] = sum(i, next);
         } else if constexpr (S::TERMS == 2) {
-          const int input = 4 * n + t;
-          if (at < S::N && input < count) visit(at, input, first + second);
+          values[i] = sum(i, 0) + sum(i, 1);
         } else {
-          const float both = first + second;
-          const float all = both + shuffle_xor(both, 1);
-          const int input = 2 * n + t / 2;
-          if (at < S::N && input < count && t % 2 == 0) visit(at, input, all);
+          const float first = sum(i, 0) + sum(i, 1), second = sum(i + EACH, 0) + sum(i + EACH, 1);
+          values[i] = (t % 2 ? second : first) + shuffle_xor(t % 2 ? first : second, 1);
         }
       }
+      if (mine < S::N && input < count) visit(mine, input, values);
     }
   }
 }

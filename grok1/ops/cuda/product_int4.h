@@ -87,7 +87,6 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
   const unsigned begin = (unsigned)((long long)share * TILES_OF_K / S::SHARES);
   const unsigned end = (unsigned)((long long)(share + 1) * TILES_OF_K / S::SHARES);
   const Place<S> place;
-  const Book book;
   const int g = place.lane / 4, t = place.lane % 4;
   const int own = place.member * Widths<S>::OF_WARP + g * S::BYTES;
   // A thread copies four pieces of a tile, each BYTES of one of every fourth row.
@@ -100,25 +99,7 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     to[i] = kept(shared_place(ring) + ((first_row + 4 * i) * IN_ROW + (piece ^ 2 * i)) * S::BYTES);
-  const Shared read_from = kept(
-      shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
   const Shared of_blocks = shared_place(ring) + STAGES * OF_STAGE;
-  const Shared of_own = kept(of_blocks + own), of_mine = kept(of_blocks + 6 * OF_TEAM + 2 * (own + t / 2));
-
-  const signed char* x[TILES];
-  const float* factors[TILES];
-#pragma unroll
-  for (int n = 0; n < TILES; ++n) {
-    const int slot = 4 * n + g % 4, input = slot / DIGITS, summed = (4 * n + 2 * (t % 2)) / DIGITS;
-    x[n] = nullptr, factors[n] = nullptr;
-    if (input < inputs.count)
-      x[n] = inputs.x.digits + ((long long)inputs.rows[input] * DIGITS + slot % DIGITS) * S::K + 8 * t;
-    if (summed < inputs.count)
-      factors[n] = inputs.x.factors + (long long)inputs.rows[summed] * (S::K / S::UNIT);
-  }
-  // Digits of two rows, with zeros for the other column of a pair.
-  const unsigned first_pair = kept(g < 4 ? 0x4410u : 0x1044u);
-  const unsigned second_pair = kept(g < 4 ? 0x4432u : 0x3244u), mine = kept(t >= 2 ? 0x7531u : 0x6420u);
   const auto start = [&](unsigned tile, int stage) {
     if (tile < end) {
       const unsigned char* rows = values + (long long)(16 * tile + first_row) * S::N + from;
@@ -144,6 +125,28 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
     }
     end_group();
   };
+  // Before anything else, so that weights are on their way while it is made ready.
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) start(begin + stage, stage);
+  const Book book;
+  const Shared read_from = kept(
+      shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
+  const Shared of_own = kept(of_blocks + own), of_mine = kept(of_blocks + 6 * OF_TEAM + 2 * (own + t / 2));
+
+  const signed char* x[TILES];
+  const float* factors[TILES];
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    const int slot = 4 * n + g % 4, input = slot / DIGITS, summed = (4 * n + 2 * (t % 2)) / DIGITS;
+    x[n] = nullptr, factors[n] = nullptr;
+    if (input < inputs.count)
+      x[n] = inputs.x.digits + ((long long)inputs.rows[input] * DIGITS + slot % DIGITS) * S::K + 8 * t;
+    if (summed < inputs.count)
+      factors[n] = inputs.x.factors + (long long)inputs.rows[summed] * (S::K / S::UNIT);
+  }
+  // Digits of two rows, with zeros for the other column of a pair.
+  const unsigned first_pair = kept(g < 4 ? 0x4410u : 0x1044u);
+  const unsigned second_pair = kept(g < 4 ? 0x4432u : 0x3244u), mine = kept(t >= 2 ? 0x7531u : 0x6420u);
 #pragma unroll
   for (int p = 0; p < WORDS / 2; ++p)
 #pragma unroll
@@ -151,8 +154,6 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
 #pragma unroll
       for (int i = 0; i < 4; ++i) total[p][n][i] = 0;
   int of_block[WORDS][TILES][4] = {};
-#pragma unroll
-  for (int stage = 0; stage < STAGES - 1; ++stage) start(begin + stage, stage);
   int stage = 0, free = STAGES - 1;
   for (unsigned tile = begin; tile < end; ++tile) {
     const unsigned block = tile / GROUPS, group = tile % GROUPS;
@@ -235,22 +236,33 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
 template <class S, int TILES, class Visit>
 DEVICE void Int4Matrix::visit(const float (&sums)[S::BYTES / 8][TILES][4], int column, int count,
                               Visit visit) {
+  // A lane has sums of every second of its columns, the lane two further those between. Of four digits the
+  // next lane has the lower two, and gets half of the columns.
+  constexpr int HALF = S::TERMS == 8 ? S::BYTES / 4 : S::BYTES / 2, EACH = HALF / 2;
   const Place<S> place;
   const int g = place.lane / 4, t = place.lane % 4;
-  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES + t / 2;
+  const bool is_odd = t >= 2, is_next = S::TERMS == 8 && t % 2 == 1;
+  const int mine = column + place.member * Widths<S>::OF_WARP + g * S::BYTES;
 #pragma unroll
-  for (int pair = 0; pair < S::BYTES / 2; ++pair) {
+  for (int n = 0; n < TILES; ++n) {
+    const auto sum = [&](int pair) { return sums[pair / 4][n][pair % 4]; };
+    float own[HALF], values[HALF];
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      const int at = mine + 2 * pair;
-      float value = sums[pair / 4][n][pair % 4];
-      int input = 2 * n + t % 2;
+    for (int i = 0; i < HALF; ++i) {
+      own[i] = sum(i);
       if constexpr (S::TERMS == 8) {
-        // The other lane has the lower two digits.
-        value = value * 65536 + shuffle_xor(value, 1);
-        input = t % 2 == 0 ? n : count;
+        const float second = sum(i + HALF), other = shuffle_xor(is_next ? sum(i) : second, 1);
+        own[i] = is_next ? other * 65536 + second : sum(i) * 65536 + other;
       }
-      if (at < S::N && input < count) visit(at, input, value);
     }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const float kept = is_odd ? own[i + EACH] : own[i];
+      const float other = shuffle_xor(is_odd ? own[i] : own[i + EACH], 2);
+      values[2 * i] = is_odd ? other : kept, values[2 * i + 1] = is_odd ? kept : other;
+    }
+    const int input = S::TERMS == 8 ? n : 2 * n + t % 2;
+    const int at = mine + is_next * 2 * HALF + is_odd * HALF;
+    if (at < S::N && input < count) visit(at, input, values);
   }
 }

@@ -11,8 +11,8 @@ DEVICE void write_rows(const Sums<Of::BYTES, TILES>& sums, int column, int count
   static_assert(4 * PITCH * Inputs<Of::TERMS, TILES>::count <= Of::TEAMS * Widths<Of>::RING,
                 "the rows take more room than there is");
   if (team == 0) {
-    visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-      shared[input * PITCH + at - column] = value;
+    visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, const auto& values) {
+      for_each(values, [&](int i, float value) { shared[input * PITCH + at - column + i] = value; });
     });
   }
   barrier();
@@ -44,8 +44,8 @@ DEVICE void project_one(const float* x, const signed char* values, const unsigne
       if constexpr (Of::COPIES) {
         write_rows<S, Of, TILES>(sums, column, count, team, part, reinterpret_cast<float*>(ring));
       } else if (team == 0) {
-        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, float value) {
-          part[(long long)input * S::N + at] = value;
+        visit_sums<Of, TILES>(sums, column, count, [&](int at, int input, const auto& values) {
+          write_floats(values, part + (long long)input * S::N + at);
         });
       }
     });

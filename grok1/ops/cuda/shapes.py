@@ -261,7 +261,7 @@ def experts(
         ("O", struct(out)),
         ("S", struct({**sizes, "Hidden": "H", "Out": "O"})),
     )
-    headers = ("arrivals.h", "product.h", "experts.h")
+    headers = ("floats.h", "arrivals.h", "product.h", "experts.h")
     weights = ("int8", "bfloat16")
     rows = tokens * selected
     return (
@@ -330,7 +330,7 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Ke
     of_parts = Array((parts, rows, columns), "float32")
     return Kernel(
         "grok1_project",
-        ("arrivals.h", "product.h", "project.h"),
+        ("floats.h", "arrivals.h", "product.h", "project.h"),
         structs,
         f"project<{', '.join(('S', *names))}>",
         ("float32", *("int8", "bfloat16", "int32") * len(matrices)),

@@ -20,6 +20,7 @@ _LEAST_TILES = 4  # of 32 rows, for each team
 _WARPS = 4  # of a block that makes digits
 
 _HEADERS = (
+    "floats.h",
     "arrivals.h",
     "product.h",
     "codes.h",

@@ -103,7 +103,7 @@ def _attention(name: str, heads: Heads, sizes: dict, inputs: tuple[str, ...]) ->
     parts, queries = sizes["PARTS"], sizes["QUERIES"]
     return Kernel(
         f"grok1_{name}",
-        ("arrivals.h", "floats.h", "lanes.h", "cache.h", "attention.h"),
+        ("floats.h", "arrivals.h", "lanes.h", "cache.h", "attention.h"),
         (("S", struct(sizes)),),
         f"{name}<S>",
         inputs,

@@ -22,7 +22,7 @@ _PARTS = 384  # blocks, three for each multiprocessor, that share the rows that 
 _THREADS_OF_DIGITS = 1024
 _THREADS_OF_PART = 256
 
-_HEADERS = ("arrivals.h", "product.h", "digits.h", "floats.h", "lanes.h", "rows.h", "screen.h")
+_HEADERS = ("floats.h", "arrivals.h", "product.h", "digits.h", "lanes.h", "rows.h", "screen.h")
 
 
 def refusal_of(inputs: int, width: int) -> str | None:
