@@ -89,7 +89,7 @@ SOME_PROJECTIONS = PROJECTIONS if SLOW_TESTS else [PROJECTIONS[i] for i in (0, 1
 SOME_COPIES = COPIES if SLOW_TESTS else COPIES[1:4]
 KERNELS = [
     *(kernel for case in SOME_EXPERTS for kernel in experts_kernels(case)),
-    *map(projection, SOME_PROJECTIONS),
+    *(kernel for case in SOME_PROJECTIONS for kernel in projection(case) if kernel),
     *(copying(*case) for case in itertools.product(SOME_COPIES, (False, True), KINDS)),
 ]
 
@@ -151,9 +151,10 @@ def test_projections(library, rng, case):
     precision, rows, width, columns, groups = case
     x = inputs(rng, (rows, width), precision)
     stacks = [weight(rng, (3,), width, *of) for of in zip(columns, groups, strict=True)]
-    kernel = projection(case)
+    split, kernel = projection(case)
     operands = [part for stack in stacks for part in (*stack[:2], np.int32(2))]
-    *sums, parts = standin.run(library, kernel, x, *operands)
+    rows = x if split is None else standin.run(library, split, x)[0]
+    *sums, parts = standin.run(library, kernel, rows, *operands)
     expected = np.concatenate([x.astype(float) @ stack[2][2] for stack in stacks], axis=1)
     if sums:
         assert_close(sums[0], expected, TWO_TERMS if precision == "split" else EXACT)
@@ -174,7 +175,7 @@ def test_infinity_and_nan_stay_no_numbers(library, rng):
     for value in (np.nan, np.inf):
         x = np.zeros((1, 512), np.float32)
         x[0, 17] = value
-        (parts,) = standin.run(library, projection(case), x, *operands)
+        (parts,) = standin.run(library, projection(case)[1], x, *operands)
         found = parts[:, 0, :384].sum(axis=0)
         assert not np.isfinite(found[values[0, 17] != 0]).any()
 
@@ -197,6 +198,8 @@ BREAKS = [
     ("multiply_add_bfloats(moved, 0x3f803f80u, offset)", "moved", test_projections, PROJECTIONS[0]),
     ("before < term ? 0x3244u", "before <= term ? 0x3244u", test_projections, PROJECTIONS[0]),
     ("rows[input] : 0;", "rows[0] : 0;", test_projections, PROJECTIONS[6]),
+    ("i % (2 * S::TERMS)", "0", test_projections, PROJECTIONS[6]),
+    ("left[2] -= float_of_bits(second << 16)", "left[2] = 0", test_projections, PROJECTIONS[6]),
     (
         "barrier();\n  for (int i = threadIdx.x; i < count * WIDTH",
         "for (int i = threadIdx.x; i < count * WIDTH",
@@ -242,7 +245,7 @@ def test_a_broken_kernel_is_noticed(rng, text, broken, test, case):
     }[test]
     kernels = {
         test_experts: lambda: experts_kernels(case),
-        test_projections: lambda: [projection(case)],
+        test_projections: lambda: [*filter(None, projection(case))],
     }[test]()
     library = standin.build(kernels, [(text, broken)])
     with pytest.raises(AssertionError):
@@ -266,8 +269,8 @@ def of_grok_1(shards, tokens):
     router = shapes_of_rows.Router(WIDTH, 8, 2, None, False)
     return [
         *shapes.experts(tokens, 2, 8, *exact, "bfloat16"),
-        shapes.project(tokens, stacks, "split"),
-        shapes.project(tokens, (Matrix(columns[0], WIDTH, 8 // shards),), "split"),
+        *filter(None, shapes.project(tokens, stacks, "split")),
+        *filter(None, shapes.project(tokens, (Matrix(columns[0], WIDTH, 8 // shards),), "split")),
         *(shapes_of_rows.attend(of, 0.3, 30.0) for of in (heads, narrow)),
         *(shapes_of_rows.place_and_attend(of, 2, 0.3, 30.0) for of in (heads, narrow)),
         *(shapes_of_prompts.attend(heads._replace(length=t), 0.3, 30.0) for t in (64, 8192)),
@@ -300,7 +303,7 @@ def test_projections_of_32_rows_read_their_weights_once(shards):
     queries, keys = 6144 // shards, 1024 // shards
     three = tuple(Matrix(WIDTH, columns, 1) for columns in (queries, keys, keys))
     for matrices in (three, (Matrix(queries, WIDTH, 8 // shards),)):
-        sizes = dict(shapes.project(32, matrices, "split").structs)
+        sizes = dict(shapes.project(32, matrices, "split")[1].structs)
         tiles, terms = (
             int(re.search(rf"{name} = (\d+)", next(iter(sizes.values())))[1])
             for name in ("TILES", "TERMS")

@@ -230,7 +230,10 @@ def _launch(
     weights: list[tuple[Quantized, tuple[int | Array, ...]]],
     precision: Precision,
 ) -> list[Array]:
-    kernel = shapes.project(len(x), tuple(matrix_of(weight) for weight, _ in weights), precision)
+    matrices = tuple(matrix_of(weight) for weight, _ in weights)
+    split, kernel = shapes.project(len(x), matrices, precision)
+    if split is not None:
+        (x,) = call(split, x)
     operands = []
     for (values, scales), index in weights:
         operands += [values, scales, _number(values.shape[:-2], index)]

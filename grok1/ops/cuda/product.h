@@ -18,7 +18,7 @@
 template <int TERMS, int TILES>
 struct Inputs {
   static constexpr int count = 8 * TILES / TERMS;
-  static constexpr int bytes = count * 16 * 4;  // of a tile of 16 rows
+  static constexpr int bytes = 8 * TILES * 16 * 2;  // of their terms, in a tile of 16 rows
 };
 
 // How wide warps and teams are.
@@ -131,11 +131,12 @@ struct Rows {
 // The products of a share of the rows of a matrix, each group's times its scales.
 //
 // S has K, N, G, BYTES, TERMS, STAGES, ACROSS, TEAMS, SHARES, of which `share` is one, and COPIES: whether
-// inputs come to shared memory too, so that no turn of the loop waits for them. `column` is the team's
-// first. Rows are walked by tiles of 16, which do not cross groups. Every thread of the team calls it.
-template <class S, int TILES>
+// inputs come in terms (terms.h), and to shared memory too, so that no turn of the loop waits for them and
+// no warp makes terms that others make as well. `column` is the team's first. Rows are walked by tiles of
+// 16, which do not cross groups. Every thread of the team calls it.
+template <class S, int TILES, class X>
 DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
-                     const unsigned short* scales, int column, const Rows<const float*>& inputs, int share,
+                     const unsigned short* scales, int column, const Rows<X>& inputs, int share,
                      unsigned char* ring) {
   constexpr int GROUP = S::K / S::G, IN_GROUP = (GROUP + 15) / 16, WORDS = S::BYTES / 4;
   constexpr int TILES_OF_K = IN_GROUP * S::G, IN_ROW = Widths<S>::OF_TEAM / S::BYTES;
@@ -171,11 +172,11 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
       }
 #pragma unroll
       for (int i = thread; i < PIECES; i += Widths<S>::THREADS) {
-        const int input = i / 4;
+        const int input = i / 2 / S::TERMS, of_input = i % (2 * S::TERMS);
         const bool is_there = input < inputs.count;
         const long long row = is_there ? inputs.rows[input] : 0;
         start_copy_or_zeros(copied + stage * 16 * PIECES + 16 * i,
-                            inputs.x + row * S::K + 16 * tile + 4 * (i % 4), is_there);
+                            inputs.x + (row * S::K + 16 * tile) * S::TERMS + 8 * of_input, is_there);
       }
     }
     end_group();
@@ -188,23 +189,22 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
   if (S::TILES == 1 && IS_OF_ONE_GROUP && begin < end && mine < S::N)
     prefetch(scales + begin / IN_GROUP * S::N + mine);
   const Converter converter;
-  const Term<S::TERMS> term(g % S::TERMS);
   const Shared read_from =
       kept(shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
-  const float* x[TILES];
+  const Term<S::TERMS> term(g % S::TERMS);
+  X x[TILES];
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
     const int input = (8 * n + g) / S::TERMS;
     x[n] = input < inputs.count ? inputs.x + (long long)inputs.rows[input] * S::K : nullptr;
   }
-  const auto read_inputs = [&](int tile, float (&four)[TILES][4]) {
+  const auto read_inputs = [&](int tile, auto& four) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       four[n][0] = four[n][1] = four[n][2] = four[n][3] = 0;
       if (x[n] == nullptr) continue;
       if constexpr (IS_WHOLE) {
-        const float4 loaded = *reinterpret_cast<const float4*>(x[n] + 16 * tile + 4 * t);
-        four[n][0] = loaded.x, four[n][1] = loaded.y, four[n][2] = loaded.z, four[n][3] = loaded.w;
+        read_floats(x[n] + 16 * tile + 4 * t, four[n]);
       } else {
         const int first = tile % IN_GROUP * 16 + 4 * t;
 #pragma unroll
@@ -233,12 +233,10 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       if constexpr (S::COPIES) {
-        unsigned bits[4];
-        read_shared(copied + (stage * PIECES + (8 * n + g) / S::TERMS * 4 + t) * 16, bits);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) four[n][i] = float_of_bits(bits[i]);
+        read_shared(copied + stage * 16 * PIECES + (8 * n + g) * 32 + 8 * t, b[n]);
+      } else {
+        term.of(four[n], b[n]);
       }
-      term.of(four[n], b[n]);
     }
     free = stage;
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
@@ -277,24 +275,27 @@ DEVICE void multiply(Sums<S::BYTES, TILES>& total, const signed char* matrix,
 // the block calls it; `shared` has half of the teams' sums, and may be what weights were copied to.
 template <class S, int COUNT, int TILES>
 DEVICE void add_up(float (&sums)[COUNT][TILES][4], int team, float* shared) {
-  constexpr int EACH = COUNT * TILES * 4, THREADS = Widths<S>::THREADS;
-  static_assert(S::TEAMS / 2 * EACH * 4 * THREADS <= S::TEAMS * Widths<S>::RING,
+  constexpr int FOURS = COUNT * TILES, THREADS = Widths<S>::THREADS;
+  static_assert(S::TEAMS / 2 * FOURS * 16 * THREADS <= S::TEAMS * Widths<S>::RING,
                 "the sums take more room than there is");
-  const int thread = threadIdx.x % THREADS;
+  float* const own = shared + threadIdx.x % THREADS * 4;
   barrier();
 #pragma unroll
   for (int half = S::TEAMS / 2; half >= 1; half /= 2) {
     if (team >= half && team < 2 * half) {
 #pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        shared[((team - half) * EACH + i) * THREADS + thread] =
-            sums[i / (4 * TILES)][i / 4 % TILES][i % 4];
+      for (int i = 0; i < FOURS; ++i)
+        write_floats(sums[i / TILES][i % TILES], own + ((team - half) * FOURS + i) * THREADS * 4);
     }
     barrier();
     if (team < half) {
 #pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        sums[i / (4 * TILES)][i / 4 % TILES][i % 4] += shared[(team * EACH + i) * THREADS + thread];
+      for (int i = 0; i < FOURS; ++i) {
+        float more[4];
+        read_floats(own + (team * FOURS + i) * THREADS * 4, more);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i / TILES][i % TILES][j] += more[j];
+      }
     }
     barrier();
   }

@@ -22,8 +22,8 @@ DEVICE void write_rows(const Sums<Of::BYTES, TILES>& sums, int column, int count
   }
 }
 
-template <class S, class Of>
-DEVICE void project_one(const float* x, const signed char* values, const unsigned short* scales,
+template <class S, class Of, class X>
+DEVICE void project_one(X x, const signed char* values, const unsigned short* scales,
                         const int* index, float* out, int tile, int begin_column, int* rows,
                         unsigned char* ring) {
   constexpr int INPUTS = Inputs<Of::TERMS, Of::TILES>::count;
@@ -36,7 +36,7 @@ DEVICE void project_one(const float* x, const signed char* values, const unsigne
     with_tiles<Of>(count, [&](auto tiles) {
       constexpr int TILES = decltype(tiles)::count;
       Sums<Of::BYTES, TILES> sums;
-      const Rows<const float*> inputs = {x, rows, count};
+      const Rows<X> inputs = {x, rows, count};
       multiply<Of, TILES>(sums, values + matrix * Of::K * Of::N, scales + matrix * Of::G * Of::N, column,
                           inputs, blockIdx.y * Of::TEAMS + team, ring + team * Widths<Of>::RING);
       add_up<Of>(sums, team, reinterpret_cast<float*>(ring));
@@ -53,10 +53,10 @@ DEVICE void project_one(const float* x, const signed char* values, const unsigne
   }
 }
 
-// out[part] = what a part of the rows adds to x times each matrix, side by side. Grid: tiles of
-// columns, parts.
-template <class S, class First, class Second, class Third>
-DEVICE void project(const float* x, const signed char* first, const unsigned short* first_scales,
+// out[part] = what a part of the rows adds to x, or to its terms, times each matrix, side by side. Grid:
+// tiles of columns, parts.
+template <class S, class First, class Second, class Third, class X>
+DEVICE void project(X x, const signed char* first, const unsigned short* first_scales,
                     const int* first_index, const signed char* second,
                     const unsigned short* second_scales, const int* second_index,
                     const signed char* third, const unsigned short* third_scales,
@@ -79,8 +79,8 @@ DEVICE void project(const float* x, const signed char* first, const unsigned sho
 }
 
 // out = x times one matrix; blocks write parts of it.
-template <class S, class Only>
-DEVICE void project(const float* x, const signed char* values, const unsigned short* scales,
+template <class S, class Only, class X>
+DEVICE void project(X x, const signed char* values, const unsigned short* scales,
                     const int* index, float* out, float* parts) {
   constexpr int PARTS = Only::SHARES / Only::TEAMS, WIDTH = Widths<Only>::OF_TEAM;
   __shared__ int rows[Inputs<Only::TERMS, Only::TILES>::count];

@@ -222,7 +222,7 @@ def _threads(product: dict) -> int:
 def _shared_bytes(product: dict) -> int:
     """Of what is copied by the teams that share a matrix's rows."""
     weights = 8 * product["BYTES"] * product["ACROSS"]
-    inputs = 4 * 8 * product["TILES"] // product["TERMS"] if product["COPIES"] else 0
+    inputs = 2 * 8 * product["TILES"] if product["COPIES"] else 0
     return product["STAGES"] * 16 * (weights + inputs) * product["TEAMS"]
 
 
@@ -299,10 +299,13 @@ def experts(
     )
 
 
-def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Kernel:
+def project(
+    rows: int, matrices: tuple[Matrix, ...], precision: Precision
+) -> tuple[Kernel | None, Kernel]:
     """Up to `MOST_ROWS` rows times one matrix or three side by side.
 
-    What it writes for three is `[P, M, N]`, to be added up along P; for one the sum, and that.
+    The first kernel makes of many rows what the second takes for them. What that writes for three
+    is `[P, M, N]`, to be added up along P; for one the sum, and that.
 
     Args:
       rows: M.
@@ -328,17 +331,33 @@ def project(rows: int, matrices: tuple[Matrix, ...], precision: Precision) -> Ke
     )
     parts = _parts(both)
     of_parts = Array((parts, rows, columns), "float32")
-    return Kernel(
+    before = _split(rows, both["K"], both["TERMS"]) if both["COPIES"] else None
+    return before, Kernel(
         "grok1_project",
         ("floats.h", "arrivals.h", "product.h", "project.h"),
         structs,
         f"project<{', '.join(('S', *names))}>",
-        ("float32", *("int8", "bfloat16", "int32") * len(matrices)),
+        ("bfloat16" if before else "float32", *("int8", "bfloat16", "int32") * len(matrices)),
         (*(Array((rows, columns), "float32"),) * (len(matrices) == 1), of_parts),
         (sum(map(_column_tiles, products)), parts),
         _threads(both),
         shared_bytes=_shared_bytes(both),
         resident=max(1, 512 // _threads(both)) if both["TILES"] == 1 else 1,
+    )
+
+
+def _split(rows: int, width: int, terms: int) -> Kernel:
+    """Makes terms of bfloat16 of rows."""
+    threads = 128
+    return Kernel(
+        "grok1_split",
+        ("floats.h", "terms.h"),
+        (("S", struct({"K": width, "TERMS": terms, "THREADS": threads})),),
+        "split<S>",
+        ("float32",),
+        (Array((rows, width // 16, terms, 16), "bfloat16"),),
+        (rows, -(-width // (4 * threads))),
+        threads,
     )
 
 

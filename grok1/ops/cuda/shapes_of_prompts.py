@@ -90,7 +90,7 @@ def experts(rows: int, num_experts: int, gate: Matrix, down: Matrix) -> tuple[Ke
         }
         structs.append((("S", struct(sizes)),))
         grids.append(((rows // _TOKENS + num_experts) * column_tiles, 1))
-    headers = ("product.h", "prompt_experts.h")
+    headers = ("floats.h", "product.h", "prompt_experts.h")
     weights, of_rows = ("int8", "bfloat16"), ("int32", "int32", "int32")
     how = {
         "threads": 2 * _SLAB,
