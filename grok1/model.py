@@ -372,7 +372,8 @@ class Model:
         Raises:
           TypeError: If one is no intervention.
           ValueError: If one does not fit the model, or lets the router choose anew what one before
-            it has forced; a patch of another length says so when a text is run.
+            it has forced. What does not fit a text, as a patch of another length or a position that
+            it has not, says so when that is to be run.
         """
         changed = IntervenedModel.__new__(IntervenedModel)
         changed.__dict__.update(self.__dict__)

@@ -230,19 +230,21 @@ class EngineBase:
         collects = on_cpu and self.setup.is_alone and self.runs_ahead and not self.capture
         return _MOST_STEPS if collects else 1
 
-    def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
+    def check_length(self, num_tokens: int, is_whole: bool = True, num_new: int = 0) -> None:
         """Checks that the interventions fit a text of this many tokens.
 
         Args:
           num_tokens: T.
           is_whole: False for a text that is cut into pieces, or loses its beginning.
+          num_new: Most tokens that may be run behind them.
 
         Raises:
-          ValueError: If one holds the values of a text of another length, or tells the positions of
-            a text that is cut apart.
+          ValueError: If one holds the values of a text of another length, names a position that no
+            token can take, or tells the positions of a text that is cut apart.
         """
         for intervention in self.interventions:
             intervention.check_length(num_tokens, is_whole)
+            intervention.check_positions(num_tokens, num_new)
 
     def capacity_for(self, num_tokens: int) -> int:
         """Cache capacity for rows of up to `num_tokens` tokens: a power of two or the context."""

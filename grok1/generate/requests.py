@@ -1,5 +1,6 @@
 """One call's prompts: checked, made into requests, and their tokens into completions."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,9 +54,10 @@ class Batch:
         self.builders: list[CompletionBuilder] = []
         for prompt, draws in zip(prompts, options.seeds(len(prompts)), strict=True):
             tokens = prompt_tokens(prompt, tokenizer, config, options)
-            engine.check_length(len(tokens))
             room = config.sequence_len - len(tokens)
             request, builder = as_request(tokens, room, options, tokenizer, draws, allowed)
+            # The last of the new tokens is drawn and not run.
+            engine.check_length(len(tokens), num_new=max(0, request.max_tokens - 1))
             self._requests.append(request)
             self.builders.append(builder)
 
@@ -65,6 +67,22 @@ class Batch:
             piece = self.builders[i].push(sampled)
             self._requests[i].cancelled = self.builders[i].stop_reason is not None
             yield i, piece
+        self._warn_of_unreached()
+
+    def _warn_of_unreached(self) -> None:
+        """Says which interventions name a position that was to be generated and was not."""
+        for one in self._engine.interventions:
+            for i, (request, builder) in enumerate(zip(self._requests, self.builders, strict=True)):
+                num_run = len(request.tokens) + max(0, builder.num_tokens - 1)
+                if (beyond := one.beyond(num_run)) is not None:
+                    warnings.warn(
+                        f"{type(one).__name__}: nothing was changed at position {beyond}, which "
+                        f"prompt {i} did not reach: it ended by {builder.stop_reason!r} with "
+                        f"{num_run} tokens run; give ignore_eos=True or fewer stops, or name all "
+                        "positions from one on as slice(10, None)",
+                        stacklevel=3,
+                    )
+                    break  # one message for all prompts
 
 
 def as_request(

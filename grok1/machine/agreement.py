@@ -151,6 +151,8 @@ def _canonical(value: Any) -> str:
         return f"{{{', '.join(sorted(map(_canonical, value)))}}}"
     if isinstance(value, Sequence):
         return f"[{', '.join(map(_canonical, value))}]"
+    if isinstance(value, slice):
+        return f"slice{_canonical([value.start, value.stop, value.step])}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return f"{type(value).__name__}{_canonical(fields)}"

@@ -266,7 +266,10 @@ class Server:
         if len(handles) > (most := self._max_queue + self.sizes.num_slots):
             raise ValueError(f"{len(handles)} requests are asked for at once, of at most {most}")
         for handle in handles:
-            self.model.engine.check_length(len(handle.request.tokens))
+            request = handle.request
+            self.model.engine.check_length(
+                len(request.tokens), num_new=max(0, request.max_tokens - 1)
+            )
 
     def enqueue(self, handles: Sequence[Handle]) -> None:
         """Lets requests wait for a slot, all or none of them.

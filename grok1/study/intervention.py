@@ -10,6 +10,7 @@ query heads, P layers that have values of their own.
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,12 +33,13 @@ class Intervention:
 
     Attributes:
       layers: Where it acts: a layer, several, or None for all.
-      positions: At which tokens, counted from 0 at the beginning of the text: one, several, or None
-        for all.
+      positions: At which tokens, counted from 0 at the beginning of the text: one, several, all
+        from one on as `slice(10, None)`, or None for all. A text without one of them is refused,
+        unless tokens may be generated there; where none was in the end, a warning says so.
     """
 
     layers: Places = None
-    positions: Places = None
+    positions: Places | slice = None
 
     def __post_init__(self):
         for name in _PLACES:
@@ -85,6 +87,35 @@ class Intervention:
                 "or a larger window, or act at every position"
             )
 
+    def check_positions(self, num_tokens: int, num_new: int = 0) -> None:
+        """Checks that a text has every position that it names.
+
+        Args:
+          num_tokens: T.
+          num_new: Most tokens that may be run behind them.
+
+        Raises:
+          ValueError: If no token can be there.
+        """
+        beyond = self.beyond(num_tokens + num_new)
+        if beyond is not None:
+            new = f" and at most {num_new} new ones are run" if num_new else ""
+            raise self._error(
+                f"positions must be from 0 to {num_tokens + num_new - 1}, since the text has "
+                f"{num_tokens} tokens{new}, found {beyond}; give a longer text, or name all from "
+                "one on as slice(10, None)"
+            )
+
+    def beyond(self, num_tokens: int) -> int | None:
+        """The largest position that it names and so many tokens do not reach; None without."""
+        if self.positions is None:
+            return None
+        if isinstance(self.positions, slice):
+            largest = int(self.positions.start or 0)
+        else:
+            largest = max(self._numbers("positions", self.positions, sys.maxsize))
+        return largest if largest >= num_tokens else None
+
     @property
     def _tells_positions(self) -> bool:
         return self.positions is not None
@@ -103,6 +134,13 @@ class Intervention:
         if outside.size:
             raise self._error(f"{what} must be from 0 to {limit - 1}, found {outside[0]}")
         return [int(number) for number in array]
+
+    def _places(self, what: str, given: Any, limit: int) -> list[int]:
+        """As `_numbers`, at least one: none is too easily taken for all."""
+        found = self._numbers(what, given, limit)
+        if not found:
+            raise self._error(f"{what} names none; name at least one, or leave {what}= out for all")
+        return found
 
     def _number(self, what: str, given: Any, least: int, most: int) -> int:
         number = as_python(given)
@@ -126,7 +164,21 @@ class Intervention:
     def _layers(self, config: ModelConfig) -> list[int]:
         if self.layers is None:
             return list(range(config.num_layers))
-        return self._numbers("layers", self.layers, config.num_layers)
+        return self._places("layers", self.layers, config.num_layers)
+
+    def _positions(self, limit: int) -> list[int]:
+        given = self.positions
+        if given is None:
+            return list(range(limit))
+        if not isinstance(given, slice):
+            return self._places("positions", given, limit)
+        if given.stop is not None or given.step is not None:
+            raise self._error(
+                "positions as a slice go on to the end, as slice(10, None); give a range for some "
+                f"that end before, found {shown(given)}"
+            )
+        start = 0 if given.start is None else given.start
+        return list(range(self._number("positions", start, 0, limit - 1), limit))
 
     def _where(self, config: ModelConfig, num_tokens: int | None = None) -> "hooks.Where":
         """Where it acts; with `num_tokens`, only at the first so many positions."""
@@ -135,11 +187,8 @@ class Intervention:
         if self.positions is None and num_tokens is None:
             return hooks.Where(layers, None)
         positions = np.zeros(config.sequence_len, bool)
-        if self.positions is None:
-            positions[:num_tokens] = True
-        else:
-            limit = config.sequence_len if num_tokens is None else num_tokens
-            positions[self._numbers("positions", self.positions, limit)] = True
+        limit = min(num_tokens or config.sequence_len, config.sequence_len)
+        positions[self._positions(limit)] = True
         return hooks.Where(layers, positions)
 
     def _table(self, what: str, values: np.ndarray, config: ModelConfig) -> "hooks.Table":
@@ -157,6 +206,10 @@ class Intervention:
                 f"{what} are of {len(values)} layers; give those of the {len(layers)} that layers= "
                 f"names, or of all {config.num_layers}"
             )
+        elif len(set(layers)) != len(layers):
+            raise self._error(
+                f"layers must differ where each has {what} of its own, found {shown(self.layers)}"
+            )
         slots = np.zeros(config.num_layers, np.int32)
         slots[layers] = np.arange(len(layers))
         # Of few lengths, so that texts of different lengths share a program.
@@ -166,7 +219,8 @@ class Intervention:
         return hooks.Table(slots, np.pad(values, padding))
 
     def _check_tokens(self, what: str, found: int, num_tokens: int) -> None:
-        if self.positions is None and found != num_tokens:
+        to_the_end = self.positions is None or isinstance(self.positions, slice)
+        if to_the_end and found != num_tokens:
             raise self._error(
                 f"{what} are of {found} tokens and the text has {num_tokens}; take them from a "
                 "text of the same length, or name positions="

@@ -35,8 +35,8 @@ class CapLayers(Intervention):
         first = self._number("num_layers", self.num_layers, 0, config.num_layers)
         if self.layers is not None:
             raise self._error("layers= has no meaning here; num_layers says which are left out")
-        left_out = dataclasses.replace(self, layers=range(first, config.num_layers))
-        where = left_out._where(config)
+        left_out = np.arange(config.num_layers) >= first
+        where = hooks.Where(left_out, self._where(config).positions)
         return [hooks.Zero(where, point) for point in ("attention_out", "moe_out")]
 
 
@@ -78,8 +78,8 @@ class AddToResidual(Intervention):
 class Patch(Intervention):
     """Puts activations recorded from another run in the place of this one's.
 
-    Position t takes the value of the recorded text's token t. Without `positions` the two texts
-    have the same length, and what is generated afterwards is not patched.
+    Position t takes the value of the recorded text's token t. Without `positions`, or with a slice
+    of them, the two texts have the same length, and what is generated afterwards is not patched.
 
     Attributes:
       point: One of `STREAM_POINTS`, or "router": the chosen experts and their weights.
@@ -148,7 +148,7 @@ class ScaleHeads(Intervention):
     """Multiplies what attention heads mixed, before the output projection.
 
     Attributes:
-      heads: Query heads, one or several, from 0 to N - 1.
+      heads: Query heads, one or several, from 0 to N - 1; none changes nothing.
       factor: 0 ablates them, 1 changes nothing.
     """
 

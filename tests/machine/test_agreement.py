@@ -88,6 +88,10 @@ def test_what_means_the_same_is_the_same(service, one, other):
         ("x" * 200, "x" * 199 + "y"),
         (grok1.AblateExperts(3), grok1.AblateExperts(4)),
         (grok1.AblateExperts(3), grok1.ScaleHeads(3, 0.0)),
+        (
+            grok1.ScaleHeads(3, positions=slice(1, None)),
+            grok1.ScaleHeads(3, positions=slice(2, None)),
+        ),
     ],
     ids=lambda value: repr(value)[:20],
 )

@@ -322,6 +322,17 @@ def test_a_closed_server_lets_its_requests_end_or_ends_them(toy):
             act()
 
 
+def test_positions_that_a_request_cannot_reach_are_refused(toy):
+    one = Server(toy.intervene(grok1.ScaleHeads(1, positions=8)), **SIZES)
+    message = (
+        "^ScaleHeads: positions must be from 0 to 7, since the text has 5 tokens and at most 3 "
+    )
+    with pytest.raises(ValueError, match=message):
+        one.submit([5, 6, 7, 8, 9], max_new_tokens=4)
+    with pytest.raises(UnavailableError, match="has not been started"):
+        one.submit([5, 6, 7, 8, 9], max_new_tokens=5)
+
+
 def test_a_server_that_is_closed_compiles_no_more(toy, monkeypatch):
     asked, usual = [], warmup._requests
 

@@ -345,7 +345,7 @@ def test_generation_is_changed_in_prefill_and_in_every_step(model, nano, tokens)
         AblateExperts(3, reroute=True),
         ScaleHeads((0, 5), layers=range(6)),
         # From the 10th token on, new ones included.
-        AddToResidual(np.linspace(-1, 2, 64), layers=7, positions=range(10, 96)),
+        AddToResidual(np.linspace(-1, 2, 64), layers=7, positions=slice(10, None)),
     )
     prompt = tokens[:20]
     options = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -482,6 +482,42 @@ def of_any_type(value: Any) -> Any:
             AblateExperts(1, positions=96),
             "^AblateExperts: positions must be from 0 to 95, found 96",
         ),
+        (
+            AblateExperts(1, positions=(3, -1)),
+            "^AblateExperts: positions must be from 0 to 95, found -1$",
+        ),
+        (
+            AblateExperts(1, positions=slice(-3, None)),
+            "^AblateExperts: positions must be from 0 to 95, found -3$",
+        ),
+        (
+            AblateExperts(1, positions=slice(96, None)),
+            "^AblateExperts: positions must be from 0 to 95, found 96$",
+        ),
+        (
+            AblateExperts(1, positions=slice(3, 9)),
+            r"^AblateExperts: positions as a slice go on to the end, .* found slice\(3, 9, None\)$",
+        ),
+        (
+            ScaleHeads(1, positions=()),
+            "^ScaleHeads: positions names none; name at least one, or leave positions= out for all",
+        ),
+        (
+            AblateExperts(1, layers=np.zeros(0, int)),
+            "^AblateExperts: layers names none; name at least one, or leave layers= out for all$",
+        ),
+        (
+            AddToResidual(np.zeros((2, 64)), layers=(3, 3)),
+            r"^AddToResidual: layers must differ where each has vectors of its own, found \(3, 3\)",
+        ),
+        (
+            ForceExperts(np.zeros((2, 5, 1), int), layers=(3, 3)),
+            r"^ForceExperts: layers must differ where each has experts of its own, found \(3, 3\)",
+        ),
+        (
+            Patch("residual", np.zeros((12, 3, 64)), positions=slice(3, None)),
+            "^Patch: positions must be from 0 to 2, found 3$",
+        ),
         (ForceExperts((1, 1)), "^ForceExperts: the experts of a token must differ"),
         (ForceExperts((1, 8)), "^ForceExperts: experts must be from 0 to 7, found 8$"),
         (ForceExperts((1, -1)), "^ForceExperts: experts must be from 0 to 7, found -1$"),
@@ -522,6 +558,10 @@ def of_any_type(value: Any) -> Any:
         (
             Patch("residual", np.zeros((12, 3, 63))),
             r"^Patch: values must have shape \[layers, tokens, 64\], found \[12, 3, 63\]$",
+        ),
+        (
+            Patch("residual", np.zeros((12, 97, 64)), positions=96),
+            "^Patch: positions must be from 0 to 95, found 96$",
         ),
         (Patch("residual", np.zeros((12, 97, 64))), "^Patch: values are of 97 tokens, and the con"),
         (
@@ -569,6 +609,7 @@ def test_a_patch_of_another_length_is_refused(nano, tokens):
     trace = nano.trace(tokens[:10], ALL)
     for intervention, what in (
         (Patch("residual", trace, layers=3), "values"),
+        (Patch("residual", trace, positions=slice(2, None)), "values"),
         (Patch("router", trace), "values"),
         (ForceExperts(trace.expert_indices), "experts"),
     ):
@@ -589,3 +630,77 @@ def test_a_patch_of_another_length_is_refused(nano, tokens):
     with nano.intervene(Patch("residual", trace, layers=11, positions=range(10))) as changed:
         found = changed.trace(tokens[:12], ALL)
     np.testing.assert_array_equal(found.residual[11, :10], trace.residual[11])
+
+
+def test_positions_that_a_text_has_not_are_refused(nano, tokens):
+    recorded = nano.trace(tokens[:20], ALL)
+    text, longer = tokens[:12], tokens[:14]
+    message = (
+        "^{}: positions must be from 0 to 11, since the text has 12 tokens, found {}; give a "
+        r"longer text, or name all from one on as slice\(10, None\)$"
+    )
+    for intervention, found in (
+        (ScaleHeads(1, positions=12), 12),
+        (AblateExperts(3, positions=range(10, 14)), 13),
+        (AddToResidual(np.ones(64), positions=slice(12, None)), 12),
+        (Patch("residual", recorded, positions=(3, 13)), 13),
+        (Patch("router", recorded, positions=13), 13),
+    ):
+        expected = message.format(type(intervention).__name__, found)
+        with nano.intervene(intervention) as changed:
+            for call in (
+                changed.logits,
+                changed.trace,
+                changed.score,
+                lambda text: changed.score([longer, text]),
+                lambda text: changed.choose(text[:7], [text[7:]]),
+                lambda text: changed.choose(text[:7], [longer[7:], text[7:]]),
+                lambda text: grok1.compare(nano, changed, text),
+            ):
+                with pytest.raises(ValueError, match=expected):
+                    call(text)
+    # The last token that there is.
+    for last in (11, slice(11, None)):
+        with nano.intervene(AddToResidual(np.ones(64), positions=last)) as changed:
+            assert relative_error(changed.logits(text)[11], nano.logits(text)[11]) > 1e-3
+
+
+def test_positions_may_be_of_tokens_to_come_and_of_no_others(nano, tokens):
+    prompt, longer = tokens[:12], tokens[:14]
+    options = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+    # The fourth new token is drawn and not run.
+    with nano.intervene(ScaleHeads(1, positions=14)) as changed:
+        changed.generate(prompt, **options)
+    message = (
+        "^ScaleHeads: positions must be from 0 to 14, since the text has 12 tokens and at most 3 "
+        "new ones are run, found 15; give a longer text"
+    )
+    with nano.intervene(ScaleHeads(1, positions=15)) as changed:
+        changed.generate(longer, **options)
+        for call in (changed.generate, changed.trace_generation):
+            with pytest.raises(ValueError, match=message):
+                call(prompt, **options)
+        with pytest.raises(ValueError, match=message):
+            changed.generate([longer, prompt], **options)
+
+
+def test_a_position_that_was_not_generated_is_told(nano, tokens):
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+    prompts = [tokens[:18], tokens[:12]]
+    with nano.intervene(ScaleHeads(1, positions=(3, 16))) as changed:
+        first = changed.generate(prompts[1], **options).tokens[0]
+        message = (
+            "^ScaleHeads: nothing was changed at position 16, which prompt {} did not reach: it "
+            "ended by 'stop' with 12 tokens run; give ignore_eos=True or fewer stops, or name all "
+        )
+        for call, number in (
+            (lambda: changed.generate(prompts[1], **options, stop=[first]), 0),
+            (lambda: changed.trace_generation(prompts[1], **options, stop=[first]), 0),
+            (lambda: changed.generate(prompts, **options, stop=[first]), 1),
+        ):
+            with pytest.warns(UserWarning, match=message.format(number)) as told:
+                call()
+            assert len(told) == 1
+    # What is from one on to the end may begin behind it, as long as it may begin.
+    with nano.intervene(ScaleHeads(1, positions=slice(3, None))) as changed:
+        changed.generate(prompts[1], **options, stop=[first])
