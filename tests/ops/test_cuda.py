@@ -338,6 +338,18 @@ def wide(tmp_path_factory):
     return {kernel.name: kernel for kernel in named}, ptx
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("norm", 600), ("add_norm_and_norm", 1200), ("add_and_route", 3600)]
+)
+def test_one_multiprocessor_has_little_to_do_alone(wide, name, most):
+    kernels, ptx = wide
+    (kernel,) = (k for k in kernels if re.fullmatch(rf"grok1_{name}_\d+", k))
+    body = re.search(rf"\.entry {kernel}\(.*?\n\}}", ptx.read_text(), re.DOTALL)[0]
+    instructions = len(re.findall(r"^\s+(?!\.)[^\n]*;$", body, re.MULTILINE))
+    # A scheduler has every fourth warp, and starts an instruction of one of them at a time.
+    assert instructions * kernels[kernel].threads / 32 / 4 <= most
+
+
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_the_products_of_a_token_take_no_second_turn_for_a_few_blocks(shards):
     for kernel in of_grok_1(shards, 1):
