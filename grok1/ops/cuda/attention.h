@@ -15,6 +15,12 @@ struct Filled {
   const float *key_scales, *value_scales;
 };
 
+// Reads where this stands, and not where the compiler finds that it is first needed.
+template <class Type>
+DEVICE Type read_now(const Type* from) {
+  return *const_cast<const volatile Type*>(from);
+}
+
 // Of a warp: two in each half.
 constexpr int KEYS_AT_ONCE = 4;
 
@@ -122,8 +128,7 @@ DEVICE void combine(const Part& part, const Queries<S>& queries, const float* mi
 // logit of one, whose power it finds out for all.
 template <class S>
 DEVICE void attend_part(const Part& part, const Queries<S>& queries, const Filled<S>& cache,
-                        const int* layer, const int* positions, float* out, float* mixed,
-                        float* totals) {
+                        int layer, const int* positions, float* out, float* mixed, float* totals) {
   constexpr int EACH = Queries<S>::EACH, UNROLL = KEYS_AT_ONCE / 2, STEP = KEYS_AT_ONCE * S::WARPS;
   constexpr int LOGITS = UNROLL * S::QUERIES, PLACES = Places<LOGITS>::count, OF_LOGIT = 16 / PLACES;
   static_assert(LOGITS <= 16, "a lane has one logit");
@@ -139,7 +144,7 @@ DEVICE void attend_part(const Part& part, const Queries<S>& queries, const Fille
 #pragma unroll
     for (int i = 0; i < EACH; ++i) sums[m][i] = 0;
   const int slot = part.last < 0 ? 0 : part.slot;
-  const long long heads = ((long long)layer[0] * S::B + slot) * S::C + queries.head;
+  const long long heads = ((long long)layer * S::B + slot) * S::C + queries.head;
   const auto* key_rows = cache.keys + heads * S::CAPACITY * S::H;
   const auto* value_rows = cache.values + heads * S::CAPACITY * S::H;
   for (int base = part.begin + warp * KEYS_AT_ONCE; base < part.end; base += STEP) {
@@ -235,6 +240,7 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
                    const typename Stored<S::KIND>::Type* values, const float* key_scales,
                    const float* value_scales, const int* layer, const int* slots, const int* positions,
                    float* out, float* mixed, float* totals) {
+  const int number = read_now(layer);
   const Part part = part_of_block<S>(slots, positions);
   if (part.number >= part.count) return;
   Queries<S> queries;
@@ -244,7 +250,7 @@ DEVICE void attend(const typename Stored<S::QUERY_KIND>::Type* query,
       read_numbers<S::QUERY_KIND>(
           query + queries.vector(part, m) * S::H + queries.lane * Queries<S>::EACH, queries.numbers[m]);
   const Filled<S> cache = {keys, values, key_scales, value_scales};
-  attend_part<S>(part, queries, cache, layer, positions, out, mixed, totals);
+  attend_part<S>(part, queries, cache, number, positions, out, mixed, totals);
 }
 
 template <class S>
@@ -268,12 +274,14 @@ DEVICE void place_and_attend(const float* projected, const float* frequencies, c
   constexpr int HEADS = S::C * (S::G + 2);
   using Number = typename Stored<S::QUERY_KIND>::Type;
   alignas(16) __shared__ Number turned[S::QUERIES][S::H];
+  const bool is_real = read_now(valid + blockIdx.y / S::PARTS);
+  const int number = read_now(layer);
   const Part part = part_of_block<S>(slots, positions);
   if (part.number >= part.count) return;
   Queries<S> queries;
   const int position = positions[part.row], head = queries.head;
-  const bool is_mine = part.begin <= position && position < part.end && valid[part.row];
-  const long long heads = ((long long)layer[0] * S::B + part.slot) * S::C + head;
+  const bool is_mine = part.begin <= position && position < part.end && is_real;
+  const long long heads = ((long long)number * S::B + part.slot) * S::C + head;
   fetch_first<S>(part, cache, heads * S::CAPACITY);
   Vector<S> vector;
   vector.lane = threadIdx.x % 32;
@@ -296,7 +304,7 @@ DEVICE void place_and_attend(const float* projected, const float* frequencies, c
     if (queries.has_numbers)
       read_numbers<S::QUERY_KIND>(turned[m] + queries.lane * Queries<S>::EACH, queries.numbers[m]);
   const Filled<S> filled = {cache.keys, cache.values, cache.key_scales, cache.value_scales};
-  attend_part<S>(part, queries, filled, layer, positions, out, mixed, totals);
+  attend_part<S>(part, queries, filled, number, positions, out, mixed, totals);
 }
 
 // The cache is written in place: an input and an output are the same memory.

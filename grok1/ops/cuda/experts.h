@@ -17,8 +17,11 @@ struct Chosen {
 
 template <class S>
 DEVICE void read_indices(Chosen<S>& chosen, const int* indices, const unsigned char* valid) {
-  for (int i = threadIdx.x; i < Chosen<S>::ROWS; i += blockDim.x)
-    chosen.indices[i] = valid[i / S::A] ? indices[i] : -1;
+  for (int i = threadIdx.x; i < Chosen<S>::ROWS; i += blockDim.x) {
+    // Without a branch, behind which one would be asked for when the other has come.
+    const int is_real = valid[i / S::A], index = indices[i];
+    chosen.indices[i] = index | (is_real - 1);
+  }
   barrier();
 }
 

@@ -43,7 +43,7 @@ struct Pieces {
   }
 };
 
-// Of a row, or of what it is multiplied by. S has EPSILON too.
+// Those of a row that is normed, or of the scales of a norm. S has EPSILON too.
 template <class S>
 struct Norms : Pieces<S> {
   DEVICE void norm(const Norms& scale, float* shared) {
