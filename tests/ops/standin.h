@@ -82,6 +82,7 @@ static Meeting block_meeting, team_meetings[32];
 static jmp_buf scheduler;
 static ucontext_t home;
 static int current, idle;
+static bool has_moved;  // whether a thread of the warp could go on
 static void (*body)(void**);
 static void** arguments;
 
@@ -93,7 +94,7 @@ static void meet(Meeting& meeting) {
   const int number = meeting.number;
   if (++meeting.arrived == meeting.alive) {
     meeting.open();
-    idle = 0;
+    idle = 0, has_moved = true;
   } else {
     while (meeting.number == number) yield();
   }
@@ -136,7 +137,12 @@ static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threa
         std::fprintf(stderr, "the threads of block %d wait for each other\n", number);
         std::abort();
       }
+      // A warp goes as far as it can before another goes on: what it writes too early others see.
+      volatile int first = 0;
+      has_moved = false;
       for (volatile int turn = 0; turn < threads; ++turn) {
+        if (turn % 32 == 0 && turn > first && has_moved) turn = first;
+        if (turn % 32 == 0) first = turn, has_moved = false;
         current = backward ? threads - 1 - turn : turn;
         Fiber& fiber = fibers[current];
         if (fiber.is_over) continue;
