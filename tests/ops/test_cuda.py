@@ -45,7 +45,8 @@ EXPERTS = [
     ("float32", 9, 2, 8, 64, 80, 1, 8),
     ("float32", 33, 2, 4, 64, 128, 16, 1),
     ("bfloat16", 64, 2, 8, 32, 96, 1, 24),
-    ("bfloat16", 2, 1, 4, 192, 1088, 1, 8),
+    # Parts of a token that come in two turns.
+    ("bfloat16", 5, 2, 4, 192, 2176, 1, 8),
     # Blocks that share the rows of gate and up.
     ("bfloat16", 3, 2, 4, 768, 160, 1, 1),
     ("float32", 9, 2, 8, 1152, 256, 8, 8),
@@ -229,6 +230,8 @@ BREAKS = [
     ("shuffle_xor(t % 2 ? first : second, 1)", "first", test_projections, PROJECTIONS[0]),
     ("t % 2 * (S::BYTES - EACH)", "0", test_experts, EXPERTS[0]),
     ("of_rows[first + threadIdx.x] = weight", "of_rows[0] = weight", test_experts, EXPERTS[5]),
+    ("0 <= index && index < S::E ?", "true ?", test_experts, EXPERTS[5]),
+    ("from < COUNT; from += AT_ONCE", "from < 16; from += AT_ONCE", test_experts, EXPERTS[8]),
 ]
 """A text of the sources, what stands there when it is broken, and the test that sees it."""
 

@@ -15,17 +15,20 @@ DEVICE bool is_last_of(int result, int count) {
   return is_last;
 }
 
-// Adds to four numbers side by side what COUNT blocks have published, in their order.
-template <int COUNT>
-DEVICE void add_published(float4& sum, const float* first, long long stride) {
-  constexpr int AT_ONCE = 8;  // on their way; more take registers of other blocks
+// Adds to four numbers side by side what COUNT blocks have published, in their order; place(i) is where,
+// or null where nothing is.
+template <int COUNT, class Place>
+DEVICE void add_published(float4& sum, Place place) {
+  constexpr int AT_ONCE = 16;  // on their way, while nothing else is in registers
 #pragma unroll
   for (int from = 0; from < COUNT; from += AT_ONCE) {
     float4 more[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i)
-      if (from + i < COUNT)
-        more[i] = read_published(reinterpret_cast<const float4*>(first + (from + i) * stride));
+    for (int i = 0; i < AT_ONCE; ++i) {
+      more[i] = {0, 0, 0, 0};
+      const float* const at = from + i < COUNT ? place(from + i) : nullptr;
+      if (at != nullptr) more[i] = read_published(reinterpret_cast<const float4*>(at));
+    }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
       if (from + i < COUNT)

@@ -203,9 +203,10 @@ DEVICE void down_of(X hidden, const Weight& down, const int* layer, const int* i
     const int token = i / FOURS, at = column + i % FOURS * 4;
     if (at >= Of::N) continue;
     float4 sum = {0, 0, 0, 0};
-    for (int row = token * S::A; row < (token + 1) * S::A; ++row)
-      if (chosen.indices[row] >= 0 && chosen.indices[row] < S::E)
-        add_published<PARTS>(sum, part_of(0, row) + at, (long long)Chosen<S>::ROWS * Of::N);
+    add_published<S::A * PARTS>(sum, [&](int i) -> const float* {
+      const int row = token * S::A + i / PARTS, index = chosen.indices[row];
+      return 0 <= index && index < S::E ? part_of(i % PARTS, row) + at : nullptr;
+    });
     *reinterpret_cast<float4*>(out + (long long)token * Of::N + at) = sum;
   }
 }

@@ -92,7 +92,7 @@ DEVICE void project(X x, const signed char* values, const unsigned short* scales
     const int row = i / FOURS, at = blockIdx.x * WIDTH + i % FOURS * 4;
     if (at >= S::N) continue;
     float4 sum = {0, 0, 0, 0};
-    add_published<PARTS>(sum, parts + (long long)row * S::N + at, (long long)S::M * S::N);
+    add_published<PARTS>(sum, [&](int of) { return parts + ((long long)of * S::M + row) * S::N + at; });
     *reinterpret_cast<float4*>(out + (long long)row * S::N + at) = sum;
   }
 }
