@@ -103,10 +103,18 @@ def copies_of(program: str, weights: Iterable[tuple[int, int]]) -> list[str]:
 
 
 def profile(work: Callable[[], Any]) -> Kernels:
+    """What `launches` sees, summed."""
+    return summed(launches(work))
+
+
+def launches(work: Callable[[], Any]) -> list[tuple[str, float]]:
     """Profiles a function that has run before.
 
     Args:
       work: What to run; returns arrays to wait for.
+
+    Returns:
+      Name and seconds of each kernel that ran.
 
     Raises:
       ValueError: If the profiler saw nothing on an accelerator.
@@ -126,7 +134,7 @@ def profile(work: Callable[[], Any]) -> Kernels:
         ]
     if not kernels:
         raise ValueError("the profiler saw no kernel; it does on GPUs and TPUs, not on CPUs")
-    return summed(kernels)
+    return kernels
 
 
 def summed(kernels: list[tuple[str, float]]) -> Kernels:

@@ -41,8 +41,7 @@ def call(kernel: Kernel, *inputs: Array) -> list[Array]:
     if found != list(kernel.inputs):
         raise TypeError(f"{kernel.name} takes {list(kernel.inputs)}, found {found}")
     outputs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kernel.outputs]
-    # Another name for other sizes, so that nothing that goes by names takes one for the other.
-    kernel = kernel._replace(name=f"{kernel.name}_{_digest(kernel)}")
+    kernel = kernel._replace(name=name_of(kernel))
     (grid_x, grid_y), threads = kernel.grid, kernel.threads
     config = (
         f'{{name = "{kernel.name}", kernel_type = "ptx", kernel_data = {_quoted(ptx_of(kernel))}, '
@@ -60,8 +59,9 @@ def call(kernel: Kernel, *inputs: Array) -> list[Array]:
     return list(launch(*inputs))
 
 
-def _digest(kernel: Kernel) -> str:
-    return hashlib.sha256(repr(kernel).encode()).hexdigest()[:8]
+def name_of(kernel: Kernel) -> str:
+    """The name of a kernel's launches, another for other sizes: nothing takes one for the other."""
+    return f"{kernel.name}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:8]}"
 
 
 def _quoted(text: str) -> str:

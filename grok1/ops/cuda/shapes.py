@@ -181,7 +181,7 @@ def _product_of_many(
     if tiles <= _DIRECT or any(matrix.rows // matrix.groups % 16 for matrix in matrices):
         return None
     narrowest = min(matrices, key=lambda matrix: matrix.columns)
-    cut = Cut(_ACROSS, 2, 1, 6)
+    cut = cut_of_projection(inputs, tiles)
     size, across, teams = columns_of_block(narrowest.columns, cut, NARROW, BUSY)
     blocks = sum(-(-matrix.columns // (8 * size * across)) for matrix in matrices)
     # A multiprocessor's registers hold one block, and one set of sums: that of one group.
@@ -193,12 +193,25 @@ def _product_of_many(
     return _product(narrowest, inputs, precision, tiles, cut._replace(parts=parts))
 
 
-def _cut_of_hidden(tiles: int) -> Cut:
+def cut_of_hidden(tiles: int) -> Cut:
+    """How gate and up are cut for so many tiles of inputs, where their columns make enough blocks.
+
+    This one, and those that follow, are the best of what was measured; `tools/gpu_cuts.py`
+    measures.
+    """
     return Cut(_ACROSS, 2, 1, 3) if tiles == 1 else Cut(_ACROSS, 1, 1, 4)
 
 
-def _cut_of_down(tiles: int) -> Cut:
+def cut_of_down(tiles: int) -> Cut:
+    """How down is cut for so many tiles of inputs."""
     return Cut(_ACROSS, 1, 16, 4) if tiles == 1 else Cut(_ACROSS, 2, 8, 3)
+
+
+def cut_of_projection(rows: int, tiles: int) -> Cut:
+    """How a projection is cut, or three, for so many rows of inputs in so many tiles."""
+    if tiles > _DIRECT:
+        return Cut(_ACROSS, 2, 1, 6)
+    return Cut(_ACROSS, 2, 16 if rows <= 2 else 8, 4)
 
 
 def _parts_of_hidden(gate: Matrix, chosen: int) -> int:
@@ -246,14 +259,14 @@ def experts(
     # A few experts have more rows than the mean.
     inputs = min(tokens, 1.5 * tokens * selected / num_experts)
     tiles = _tiles_of(precision, inputs)
-    cut = _cut_of_hidden(tiles)
+    cut = cut_of_hidden(tiles)
     parts = _parts_of_hidden(gate, chosen)
     hidden = _product(gate, inputs, precision, tiles, cut._replace(parts=parts), chosen * parts)
     of_hidden: Precision = precision
     if precision == "bfloat16" and tokens <= MOST_EXACT:
         of_hidden = "split"
     tiles = _tiles_of(of_hidden, inputs)
-    cut = _cut_of_down(tiles)
+    cut = cut_of_down(tiles)
     out = _product(down, inputs, of_hidden, tiles, cut)
     sizes = {"M": tokens, "A": selected, "E": num_experts, "CHOSEN": chosen}
     structs = (
@@ -317,8 +330,7 @@ def project(
     both = _product_of_many(matrices, rows, precision)
     if both is None:
         tiles = _tiles_of(precision, rows, _DIRECT)
-        cut = Cut(_ACROSS, 2, 16 if rows <= 2 else 8, 4)
-        both = _product(narrowest, rows, precision, tiles, cut)
+        both = _product(narrowest, rows, precision, tiles, cut_of_projection(rows, tiles))
     products = [
         {**both, "K": matrix.rows, "N": matrix.columns, "G": matrix.groups} for matrix in matrices
     ]
