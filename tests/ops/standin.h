@@ -109,6 +109,21 @@ static void run_fiber() {
   _longjmp(scheduler, 1);
 }
 
+// Lets the current thread run until it waits, or to its end.
+__attribute__((noinline)) static void go_on() {
+  Fiber& fiber = fibers[current];
+  threadIdx = {current, 0, 0};
+  if (_setjmp(scheduler)) return;
+  if (fiber.is_started) _longjmp(fiber.at, 1);
+  fiber.is_started = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.data();
+  fiber.start.uc_stack.ss_size = fiber.stack.size();
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, run_fiber, 0);
+  setcontext(&fiber.start);
+}
+
 // Runs one block after the other; `backward` lets the last block and thread go first.
 static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threads, bool backward) {
   body = kernel, arguments = buffers;
@@ -131,33 +146,23 @@ static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threa
       ++warps[i / 32].meeting.alive;
     }
     idle = 0;
-    volatile int left = threads;
+    int left = threads;
     while (left > 0) {
       if (++idle > 3) {
         std::fprintf(stderr, "the threads of block %d wait for each other\n", number);
         std::abort();
       }
       // A warp goes as far as it can before another goes on: what it writes too early others see.
-      volatile int first = 0;
-      has_moved = false;
-      for (volatile int turn = 0; turn < threads; ++turn) {
-        if (turn % 32 == 0 && turn > first && has_moved) turn = first;
-        if (turn % 32 == 0) first = turn, has_moved = false;
-        current = backward ? threads - 1 - turn : turn;
-        Fiber& fiber = fibers[current];
-        if (fiber.is_over) continue;
-        threadIdx = {current, 0, 0};
-        if (!_setjmp(scheduler)) {
-          if (fiber.is_started) _longjmp(fiber.at, 1);
-          fiber.is_started = true;
-          getcontext(&fiber.start);
-          fiber.start.uc_stack.ss_sp = fiber.stack.data();
-          fiber.start.uc_stack.ss_size = fiber.stack.size();
-          fiber.start.uc_link = nullptr;
-          makecontext(&fiber.start, run_fiber, 0);
-          setcontext(&fiber.start);
-        }
-        if (fibers[current].is_over) left = left - 1;
+      for (int first = 0; first < threads; first += 32) {
+        do {
+          has_moved = false;
+          for (int turn = first; turn < first + 32 && turn < threads; ++turn) {
+            current = backward ? threads - 1 - turn : turn;
+            if (fibers[current].is_over) continue;
+            go_on();
+            if (fibers[current].is_over) --left;
+          }
+        } while (has_moved);
       }
     }
   }

@@ -130,21 +130,15 @@ def test_experts(library, rng, case, how):
         expected[token] += weights[token, choice] * (mixed @ down[2][1, expert])
     gate_up, of_down = experts_kernels(case)
     is_run = (valid[:, None] & (indices < num_experts)).reshape(-1)
-    found = []
-    for backward in (False, True):
-        options = {"backward": backward}
-        before = x, *gate[:2], *up[:2], LAYER, indices, valid
-        mixed, *_ = standin.run(library, gate_up, *before, **options)
-        after = mixed, *down[:2], LAYER, indices, valid, weights
-        out, parts = standin.run(library, of_down, *after, **options)
-        assert np.isnan(parts[:, ~is_run]).all()  # padding costs nothing
-        found.append(out)
-    # The order of threads is nobody's to choose.
-    np.testing.assert_array_equal(*found)
+    before = x, *gate[:2], *up[:2], LAYER, indices, valid
+    mixed, *_ = standin.run(library, gate_up, *before)
+    after = mixed, *down[:2], LAYER, indices, valid, weights
+    found, parts = standin.run(library, of_down, *after)
+    assert np.isnan(parts[:, ~is_run]).all()  # padding costs nothing
     is_rounded = precision == "bfloat16" and tokens > 16
     near = BFLOAT16 if is_rounded else EXACT if precision == "float32" else TWO_TERMS
-    assert_close(found[0], expected, near)
-    assert not found[0][~valid].any()
+    assert_close(found, expected, near)
+    assert not found[~valid].any()
 
 
 @pytest.mark.parametrize("case", SOME_PROJECTIONS, ids=str)
@@ -155,13 +149,12 @@ def test_projections(library, rng, case):
     split, kernel = projection(case)
     operands = [part for stack in stacks for part in (*stack[:2], np.int32(2))]
     rows = x if split is None else standin.run(library, split, x)[0]
-    *sums, parts = standin.run(library, kernel, rows, *operands)
     expected = np.concatenate([x.astype(float) @ stack[2][2] for stack in stacks], axis=1)
+    near = TWO_TERMS if precision == "split" else EXACT
+    *sums, parts = standin.run(library, kernel, rows, *operands)
     if sums:
-        assert_close(sums[0], expected, TWO_TERMS if precision == "split" else EXACT)
-    assert_close(
-        parts.astype(float).sum(axis=0), expected, TWO_TERMS if precision == "split" else EXACT
-    )
+        assert_close(sums[0], expected, near)
+    assert_close(parts.astype(float).sum(axis=0), expected, near)
 
 
 def test_infinity_and_nan_stay_no_numbers(library, rng):

@@ -67,27 +67,25 @@ def attended(query, keys, values, slots, positions):
     return out
 
 
-def difference(library, heads, at, size=1.0, backward=False):
-    """Largest difference from float64, relative to the largest number; and the result."""
+def difference(library, heads, at, size=1.0):
+    """Largest difference from float64, relative to the largest number."""
     query, keys, values, slots, positions = case = case_of(heads, at, size)
     arguments = query, keys, values, LAYER, slots, positions
-    (out,) = standin.run(library, kernel_of(heads), *arguments, backward=backward)
+    (out,) = standin.run(library, kernel_of(heads), *arguments)
     expected = attended(*case)
     out = out.reshape(expected.shape)
-    return np.abs(out - expected).max() / np.abs(expected).max(), out
+    return np.abs(out - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("at", ["first", "last", "anywhere"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_prompts(library, heads, at):
-    found = [difference(library, heads, at, backward=of) for of in (False, True)]
-    np.testing.assert_array_equal(found[0][1], found[1][1])
-    assert found[0][0] < HALF
+    assert difference(library, heads, at) < HALF
 
 
 @pytest.mark.parametrize("size", [0, 40])
 def test_logits_of_nothing_and_beyond_the_cap(library, size):
-    assert difference(library, HEADS[1], "last", size)[0] < HALF
+    assert difference(library, HEADS[1], "last", size) < HALF
 
 
 BREAKS = [
@@ -110,5 +108,5 @@ BREAKS = [
 def test_a_broken_kernel_is_noticed(text, broken):
     heads = HEADS[1]
     library = standin.build([kernel_of(heads)], [(text, broken)], level="-O0")
-    far = [difference(library, heads, at, size)[0] for at, size in (("last", 1.0), ("first", 40.0))]
-    assert not np.max(far) < HALF  # nor is NaN
+    with pytest.raises(AssertionError):
+        assert difference(library, heads, "last") + difference(library, heads, "first", 40) < HALF
