@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -237,7 +237,7 @@ def whole(ask: Ask, form: Form) -> dict[str, Any]:
 
 async def events(
     ask: Ask, form: Form, *, include_usage: bool = False, continuous_usage: bool = False
-) -> AsyncIterator[dict[str, Any] | None]:
+) -> AsyncGenerator[dict[str, Any] | None, None]:
     """Yields the events of an answer as they come; None when nothing came for a while.
 
     Args:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,7 +17,6 @@ from grok1.server.texts import utf8_escape
 T = TypeVar("T")
 
 _log = logging.getLogger("grok1.server")
-_SEND_SECONDS = 30.0  # that a client can keep an event waiting
 
 
 class ClientGoneError(Exception):
@@ -77,7 +76,7 @@ class EventStream(Response):
     def __init__(
         self,
         first: Any,
-        rest: AsyncIterator[Any],
+        rest: AsyncGenerator[Any, None],
         cancel: Callable[[], None],
     ):
         """Takes what it sends.
@@ -103,12 +102,13 @@ class EventStream(Response):
             if not work.done() or work.cancelled() or work.exception() is not None:
                 self._cancel()
             await _end(work, watch)
+            # Where it was cut off between two events, what makes them still waits for more.
+            await self._rest.aclose()
 
     async def _send(self, send: Send) -> None:
         async def put(data: bytes, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": data, "more_body": more}
-            # Who does not read for so long is as good as gone.
-            await asyncio.wait_for(send(message), _SEND_SECONDS)
+            await send(message)
 
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
@@ -116,8 +116,6 @@ class EventStream(Response):
             await put(_event(self._first))
             async for event in self._rest:
                 await put(_event(event))
-        except TimeoutError:
-            raise
         except Exception as error:
             if not isinstance(error, CancelledError):
                 if not isinstance(error, (ServingError, RefusalError)):

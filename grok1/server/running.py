@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import h11
 import jax
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from grok1.machine.announcement import say
 from grok1.machine.background import do_not_wait, in_background
@@ -27,17 +25,12 @@ from grok1.server.chat import load_template
 from grok1.server.core import Server
 from grok1.server.errors import UnavailableError
 from grok1.server.gate import Keys, loopback_hosts
-from grok1.server.refusals import RefusalError
+from grok1.server.protocol import Protocol
 
-_HEADER_SECONDS = 15.0  # that a client has to send the head of a request
 _CHECK_SECONDS = 0.5
 _IDLE_SECONDS = 75  # that a connection stays open without one
 _END_SECONDS = 5  # for the last answers, once the requests are over
 _MOST_HEAD = 1 << 16  # bytes
-_BAD_REQUEST = (
-    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-    b"content-length: %d\r\nconnection: close\r\n\r\n"
-)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/]+")
 _HOST_NAME = re.compile(r"[^\s/]+")
 _log = logging.getLogger("grok1.server")
@@ -178,50 +171,6 @@ def run(make: Callable[[], Server], options: HttpOptions, program: str = "grok1"
         make().follow()
 
 
-class _Protocol(H11Protocol):
-    """uvicorn's, which ends connections that take too long to say what they want."""
-
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._set_timer()
-
-    def data_received(self, data: bytes) -> None:
-        before = self.cycle
-        super().data_received(data)
-        if self.cycle is not None and (
-            self.cycle is not before or not self.cycle.response_complete
-        ):
-            self._stop_timer()
-        elif self._timer is None:
-            self._set_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-
-    def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, in the form of the server's other errors."""
-        # Behind the beginning of an answer another one would be a part of it.
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = RefusalError("this is no request of HTTP/1.1", code="invalid_http").encoded()
-            self.transport.write(_BAD_REQUEST % len(body) + body)
-        self.transport.close()
-
-    def _set_timer(self) -> None:
-        self._timer = self.loop.call_later(_HEADER_SECONDS, self._give_up)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _give_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
-
-
 def _is_no_stranger(record: logging.LogRecord) -> bool:
     """Keeps quiet of what anybody who reaches the port can cause as often as they like."""
     # uvicorn's warnings are about requests, its errors about this program.
@@ -242,7 +191,7 @@ class Running(uvicorn.Server):
             app.asgi,
             host=options.host,
             port=options.port,
-            http=_Protocol,
+            http=Protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -314,7 +263,7 @@ class Running(uvicorn.Server):
 
     def _abort(self) -> None:
         for connection in list(self.server_state.connections):
-            assert isinstance(connection, _Protocol)
+            assert isinstance(connection, Protocol)
             connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: Any) -> None:

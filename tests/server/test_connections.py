@@ -1,16 +1,17 @@
 """Connections: who comes in, hangs up, does not read, or sends what is no HTTP."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
+import re
 import socket
 import time
 
 import pytest
 
 from grok1.files import CheckpointError
-from grok1.server import events as events_module
-from grok1.server import gate, running
+from grok1.server import gate, protocol, running
 from tests.server.test_core import LONG, PROMPTS, idle
 
 
@@ -55,20 +56,51 @@ def test_who_hangs_up_frees_their_slot(http, server):
     idle(server)
 
 
-def test_a_client_that_does_not_read_is_cancelled(http, server, monkeypatch):
-    monkeypatch.setattr(events_module, "_SEND_SECONDS", 0.2)
-    body = {"prompt": "A" * 4000, "max_tokens": 30, "stream": True, "ignore_eos": True, "n": 64,
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_is_cut_off(start, server, monkeypatch, caplog, stream):
+    monkeypatch.setattr(protocol, "_READ_SECONDS", 0.2)
+    client, runs, _ = start(lambda: server)
+    loop = runs.servers[0].get_loop()
+    body = {"prompt": "A" * 4000, "max_tokens": 4, "stream": stream, "ignore_eos": True, "n": 16,
             "echo": True, "logprobs": 20, "truncate_prompt_tokens": 900}  # fmt: skip
-    one = socket.socket()
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    one.connect(("127.0.0.1", http.base_url.port))
-    one.sendall(posted(body))
-    deadline = time.monotonic() + 20
-    while not server.load().num_running:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    idle(server)
-    one.close()
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        one.connect(("127.0.0.1", client.base_url.port))
+        one.sendall(posted(body))
+        deadline = time.monotonic() + 20
+        while not server.load().num_running:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        # It keeps its end open, and nothing else.
+        while runs.server_state.connections or len(asyncio.all_tasks(loop)) > 1:
+            assert time.monotonic() < deadline, asyncio.all_tasks(loop)
+            time.sleep(0.005)
+        idle(server)
+    assert not caplog.records
+
+
+def test_a_client_that_reads_slowly_gets_all(start, server, monkeypatch):
+    monkeypatch.setattr(protocol, "_READ_SECONDS", 0.2)
+    client, _, _ = start(lambda: server)
+    body = {"prompt": [7] * 900, "max_tokens": 0, "echo": True, "logprobs": 20, "n": 4}
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        one.connect(("127.0.0.1", client.base_url.port))
+        one.sendall(posted(body))
+        answer = one.recv(4096)
+        began = time.monotonic()
+        while b"\r\n\r\n" not in answer:
+            answer += one.recv(4096)
+        head, _, read = answer.partition(b"\r\n\r\n")
+        size = int(re.search(rb"content-length: (\d+)", head)[1])
+        left = size - len(read)
+        while left:
+            # A third of a second and more for what the server still holds.
+            time.sleep(0.001)
+            count = len(one.recv(min(left, size // 500)))
+            assert count, left
+            left -= count
+    assert time.monotonic() - began > 2 * protocol._READ_SECONDS
 
 
 def test_who_may_come_in(start, server, tmp_path):
@@ -164,7 +196,7 @@ def test_one_host_and_one_origin_need_no_list(start, server):
 
 
 def test_a_request_that_comes_slowly_is_given_up(start, server, monkeypatch):
-    monkeypatch.setattr(running, "_HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "_HEADER_SECONDS", 0.2)
     client, _, _ = start(lambda: server)
     with socket.create_connection(("127.0.0.1", client.base_url.port)) as one:
         one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost:")
