@@ -381,8 +381,8 @@ def _wishes(body: SamplingBody, vocab_size: int, max_tokens: int) -> Wishes | No
     for name in ("presence_penalty", "frequency_penalty"):
         within(name, getattr(body, name), -2, 2, "from -2 to 2")
     repetition = 1.0 if body.repetition_penalty is None else body.repetition_penalty
-    if not 0 < repetition <= 100:
-        raise refuse("repetition_penalty", "above 0 and at most 100", repetition)
+    # A smaller one would make logits that no float32 holds.
+    within("repetition_penalty", repetition, 0.01, 100, "from 0.01 to 100")
     within("min_tokens", body.min_tokens, 0, max(max_tokens, 0), f"from 0 to {max_tokens}")
     biases = {}
     if len(body.logit_bias or {}) > NUM_BIASES:

@@ -33,6 +33,10 @@ class SlowReaderError(CancelledError):
     """The request was cancelled because nobody took its tokens."""
 
 
+class NoTokenError(ServingError, ValueError):
+    """No token could be drawn for the request, as where the model's logits are not finite."""
+
+
 class StepError(ServingError):
     """A step of the model failed, and with it every request that it ran.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import logging
 import pathlib
 import re
 import secrets
@@ -22,6 +23,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _NEVER, _GONE = (0, 0, 0), (0, 0, 1)  # stamps that no file has
 _MOST_KEYS = 1 << 20  # bytes of a file
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
+_log = logging.getLogger("grok1.server")
 
 
 class Keys:
@@ -110,8 +112,12 @@ class Gate:
         name = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
         scope.setdefault("state", {})["request_id"] = name
 
+        has_begun = False
+
         async def named(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 self._on_answer(scope["path"], message["status"])
                 own = MutableHeaders(scope=message)
                 own["x-request-id"] = name
@@ -124,7 +130,19 @@ class Gate:
         except RefusalError as refusal:
             await answer(refusal)(scope, receive, named)
             return
-        await self._app(scope, self._bounded(receive), named)
+        try:
+            await self._app(scope, self._bounded(receive), named)
+        except Exception:
+            if has_begun:
+                raise  # the connection ends, so that nobody takes a part for the whole
+            _log.exception("no answer to %s %r, %s", scope["method"], scope["path"], name)
+            await answer(
+                RefusalError(
+                    f"the server has failed to answer; its log has the cause under {name}",
+                    status=500,
+                    type="server_error",
+                )
+            )(scope, receive, named)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         path, method = scope["path"], scope["method"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from grok1.generate.completion import Completion, CompletionBuilder
 from grok1.generate.request import Request, Sampled
-from grok1.server.errors import CancelledError, ServingError
+from grok1.server.errors import CancelledError, NoTokenError, ServingError
 
 
 class Piece(NamedTuple):
@@ -81,7 +81,7 @@ class Handle:
     @property
     def error(self) -> Exception | None:
         """Why there is no completion, once it is over."""
-        return self._error or self.request.error
+        return self._error
 
     @property
     def num_reused(self) -> int:
@@ -184,6 +184,8 @@ class Handle:
 
     def finish(self, error: ServingError | None = None) -> None:
         """Ends the request, with an error or as the builder has it."""
+        if error is None and (cause := self.request.error) is not None:
+            error = NoTokenError(str(cause))
         self._error = error
         self.stamp(last=time.monotonic())
         self._is_over = True

@@ -6,6 +6,7 @@ from typing import Any
 from grok1.server.errors import (
     CancelledError,
     DeadlineError,
+    NoTokenError,
     QueueFullError,
     SlowReaderError,
     StepError,
@@ -75,6 +76,10 @@ def refusal_of(error: BaseException) -> RefusalError:
         headers = no_retry if "has failed" in str(error) else {"retry-after": "5"}
         return RefusalError(
             str(error), status=503, type="unavailable_error", code="unavailable", headers=headers
+        )
+    if isinstance(error, NoTokenError):
+        return RefusalError(
+            str(error), status=500, type="server_error", code="no_token", headers=no_retry
         )
     if isinstance(error, StepError):
         return RefusalError(str(error), status=500, type="server_error", code="step_failed")

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import socket
 import time
 import types
 
@@ -11,8 +12,12 @@ import pytest
 
 import grok1
 from grok1.engine.engine import Engine
-from grok1.server import running
+from grok1.generate.completion import CompletionBuilder
+from grok1.generate.request import Request, Wishes
+from grok1.server import app, asks, running
+from grok1.server.errors import NoTokenError
 from grok1.server.events import EventStream
+from grok1.server.handle import Handle
 from grok1.tokenizer import Tokenizer
 from tests.server.test_core import idle
 
@@ -181,6 +186,7 @@ BAD = [
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be by token id", "logit_bias"),
     ({"prompt": "a", "logit_bias": {"1": 101}}, "from -100 to 100", "logit_bias"),
     ({"prompt": "a", "min_tokens": 17}, "min_tokens must be from 0 to 16", "min_tokens"),
+    ({"prompt": "a", "repetition_penalty": 1e-40}, "must be from 0.01", "repetition_penalty"),
     ({"prompt": "a", "priority": 1}, "priority must be 0", "priority"),
     ({"prompt": "a", "use_beam_search": True}, "no beam search", "use_beam_search"),
     ({"prompt": "a", "allowed_token_ids": []}, "at least one token id", "allowed_token_ids"),
@@ -428,6 +434,75 @@ def test_a_stream_that_fails_for_no_known_reason_is_logged(caplog):
         return b"".join(sent)
 
     assert b"the server has failed to answer" in asyncio.run(stream())
+    assert "ZeroDivisionError: of ours" in caplog.text
+
+
+def test_what_makes_events_ends_with_the_stream():
+    ended = []
+
+    async def events():
+        try:
+            yield None
+            yield None
+        finally:
+            ended.append(True)
+
+    async def stream():
+        async def send(message):
+            if message["type"] == "http.response.body":
+                raise OSError("the client is gone")
+
+        async def receive():
+            await asyncio.sleep(60)
+
+        rest = events()
+        await EventStream(await anext(rest), rest, lambda: None)({"type": "http"}, receive, send)
+        assert ended
+
+    asyncio.run(stream())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_without_a_token_is_told_why(http, complete, server, monkeypatch, stream):
+    monkeypatch.setattr(asks, "_wishes", lambda *_: Wishes(repetition=1e-40))
+    answer = http.post("/v1/completions", json={"prompt": "A", "stream": stream})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (500, "no_token")
+    assert "the model's logits must be finite" in error["message"]
+    assert answer.headers["x-should-retry"] == "false"
+    request = Request(tokens=[5], max_tokens=2, wishes=Wishes(repetition=1e-40))
+    handle = Handle(request, CompletionBuilder(None, max_tokens=2, limit_reason="length"))
+    server.enqueue([handle])
+    with pytest.raises(NoTokenError, match="logits must be finite"):
+        handle.result(20)
+
+
+def test_what_nobody_foresaw_is_an_answer_like_the_others(http, monkeypatch, caplog):
+    def failing(*_, **__):
+        raise ZeroDivisionError("of ours")
+
+    def count():
+        line = 'grok1_http_requests_total{handler="/tokenize",status="500"}'
+        text = http.get("/metrics").text
+        return float(text.partition(line)[2].partition("\n")[0] or 0)
+
+    before = count()
+    monkeypatch.setattr(app, "encode_text", failing)
+    with socket.create_connection(("127.0.0.1", http.base_url.port)) as one:
+        one.settimeout(20)
+        reader = one.makefile("rb")
+        for _ in range(2):  # the connection is as good as before
+            one.sendall(
+                b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\nx-request-id: my-own\r\n"
+                b'content-type: application/json\r\ncontent-length: 15\r\n\r\n{"prompt": "A"}'
+            )
+            assert reader.readline() == b"HTTP/1.1 500 Internal Server Error\r\n"
+            head = dict(line.split(b": ", 1) for line in iter(reader.readline, b"\r\n"))
+            assert head[b"x-request-id"] == b"my-own\r\n"
+            error = json.loads(reader.read(int(head[b"content-length"])))["error"]
+            assert error["message"].endswith("its log has the cause under my-own")
+    assert count() == before + 2
+    assert [record.name for record in caplog.records] == ["grok1.server"] * 2
     assert "ZeroDivisionError: of ours" in caplog.text
 
 
