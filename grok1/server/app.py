@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from grok1.server.metrics import CONTENT_TYPE, Answers, Metrics
 from grok1.server.page import PAGE, page
 from grok1.server.refusals import RefusalError
 from grok1.server.texts import TokenTexts, encode_text, special_id
-from grok1.study import tracing
+from grok1.server.traces import Traces
 from grok1.version import __version__
 
 _BODY_SECONDS = 30.0  # that a client has to send its body
@@ -80,7 +79,6 @@ class App:
         self.server: Server | None = None
         self._name, self._limits, self._access = name, limits, access
         self._template, self._created = template, int(time.time())
-        self._tracing = threading.Lock()
         routes = [
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -132,6 +130,7 @@ class App:
         self.server = server
         self._texts = TokenTexts(server.model.tokenizer)
         self._measured = Metrics(server, self._name, self._answers)
+        self._traces = Traces(server, self._name, self._texts, self._limits.timeout)
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -311,32 +310,8 @@ class App:
             raise RefusalError(
                 f"at most {most} tokens are traced, found {len(prompt.tokens)}", param="prompt"
             )
-        return Json(await asyncio.to_thread(self._traced, server, prompt.tokens, lens_top))
-
-    def _traced(self, server: Server, tokens: list[int], lens_top: int) -> dict[str, Any]:
-        # One at a time, beside the steps of those that decode.
-        with self._tracing:
-            engine, capture = server.model.engine, ("router", "logit_lens")
-            most = server.sizes.chunk * engine.batch_for(1)
-            trace = tracing.trace(
-                engine, None, tokens, capture, lens_top=lens_top, most_tokens=most
-            )
-        texts = self._texts
-        lens = trace.lens_tokens
-        names = {token: texts.name(token) for token in np.unique(lens).tolist()}
-        return {
-            "object": "trace",
-            "model": self._name,
-            "token_ids": tokens,
-            "tokens": [texts.name(token) for token in tokens],
-            "num_experts": server.model.config.num_experts,
-            # [layer][token][choice]
-            "experts": trace.expert_indices.tolist(),
-            "gates": np.round(trace.expert_weights.astype(np.float64), 4).tolist(),
-            "lens_tokens": lens.tolist(),
-            "lens_logprobs": np.round(trace.lens_logprobs.astype(np.float64), 4).tolist(),
-            "names": names,
-        }
+        work = self._traces.trace(prompt.tokens, lens_top)
+        return Json(await unless_gone(work, request.receive, lambda: None))
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._read(request, bodies.TokenizeBody)

@@ -66,8 +66,8 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Returns the body."""
-        return msgspec.json.encode(content)
+        """Returns the body; what is encoded already stays as it is."""
+        return content if isinstance(content, bytes) else msgspec.json.encode(content)
 
 
 class EventStream(Response):

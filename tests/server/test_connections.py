@@ -6,20 +6,22 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 
 import pytest
 
 from grok1.files import CheckpointError
 from grok1.server import gate, protocol, running
+from grok1.study import tracing
 from tests.server.test_core import LONG, PROMPTS, idle
 
 
-def posted(body) -> bytes:
+def posted(body, path="/v1/completions") -> bytes:
     data = json.dumps(body).encode()
     kind = b"host: localhost\r\ncontent-type: application/json\r\n"
-    head = b"POST /v1/completions HTTP/1.1\r\n" + kind + b"content-length: %d\r\n\r\n"
-    return head % len(data) + data
+    head = b"POST %b HTTP/1.1\r\n" + kind + b"content-length: %d\r\n\r\n"
+    return head % (path.encode(), len(data)) + data
 
 
 def test_who_hangs_up_frees_their_slot(http, server):
@@ -54,6 +56,43 @@ def test_who_hangs_up_frees_their_slot(http, server):
     for handle in running:
         handle.cancel()
     idle(server)
+
+
+def test_traces_wait_for_their_turn_and_for_nobody_who_is_gone(start, server, monkeypatch):
+    client, runs, _ = start(lambda: server)
+    traced, may_end, trace = [], threading.Event(), tracing.trace
+
+    def slow(engine, tokenizer, tokens, *more, **options):
+        traced.append(list(tokens))
+        assert may_end.wait(20)
+        return trace(engine, tokenizer, tokens, *more, **options)
+
+    monkeypatch.setattr(tracing, "trace", slow)
+    waiting = []
+    for number in range(17):
+        one = socket.create_connection(("127.0.0.1", client.base_url.port))
+        one.sendall(posted({"prompt": [5, number]}, "/v1/trace"))
+        waiting.append(one)
+        deadline = time.monotonic() + 20
+        while runs._app._traces._num_waiting + len(traced) <= number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    answer = client.post("/v1/trace", json={"prompt": [5, 99]})
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+    assert answer.json()["error"]["message"] == "16 traces wait and at most 16 may"
+    # They hold no threads, which other requests may need.
+    assert client.post("/tokenize", json={"prompt": "a"}).status_code == 200
+    for one in waiting[:-1]:
+        one.close()
+    while runs._app._traces._num_waiting > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert traced == [[5, 0]]
+    may_end.set()
+    with waiting[-1] as last:
+        last.settimeout(20)
+        assert last.recv(100).startswith(b"HTTP/1.1 200 OK")
+    assert traced == [[5, 0], [5, 16]]
 
 
 @pytest.mark.parametrize("stream", [True, False])
