@@ -252,7 +252,7 @@ async def events(
     choices = choices_of(ask, form)
     # No longer than this: a client that does not read leaves tokens with the handles, which end.
     queue: asyncio.Queue[tuple[Choice, list[Piece], bool] | Exception] = asyncio.Queue(len(choices))
-    num_new = 0
+    num_new, is_echo_long = 0, ask.echo and ask.is_long
 
     async def pump(choice: Choice) -> None:
         handle, is_told = choice.handle, False
@@ -289,7 +289,11 @@ async def events(
             choice, pieces, is_last = item
             num_new += len(pieces)
             num_left -= is_last
-            yield event([choice.event(pieces, is_last)], continuous_usage)
+            if is_echo_long and not choice.num_told:
+                told = await asyncio.to_thread(choice.event, pieces, is_last)
+            else:
+                told = choice.event(pieces, is_last)
+            yield event([told], continuous_usage)
         if include_usage:
             yield event([], True)
     finally:

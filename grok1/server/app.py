@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from grok1.server import answers, asks, bodies
+from grok1.server import answers, asks, bodies, fields
 from grok1.server.asks import Ask, Limits
 from grok1.server.chat import Template, chat_ask
 from grok1.server.core import Server
@@ -168,7 +169,7 @@ class App:
                 f"the body was not there after {_BODY_SECONDS:.0f} s", status=408
             ) from None
         body = bodies.decode(data, kind, self._access.ignore_unknown)
-        asks.check_model(getattr(body, "model", None), [self._name])
+        fields.check_model(getattr(body, "model", None), [self._name])
         return body
 
     async def _completions(self, request: Request) -> Response:
@@ -199,7 +200,7 @@ class App:
 
         if not body.stream:
             await unless_gone(_all(ask), request.receive, cancel)
-            return Json(answers.whole(ask, form))
+            return await _written(ask, answers.whole, ask, form)
         options = body.stream_options or bodies.StreamOptions()
         rest = answers.events(
             ask,
@@ -233,7 +234,7 @@ class App:
         return Json({"object": "list", "data": [self._described()]})
 
     async def _model(self, request: Request) -> Response:
-        asks.check_model(request.path_params["name"], [self._name])
+        fields.check_model(request.path_params["name"], [self._name])
         return Json(self._described())
 
     def _described(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ class App:
     async def _score(self, request: Request) -> Response:
         body = await self._read(request, bodies.ScoreBody)
         most, num_top = self._ready().num_top, body.top_logprobs
-        asks.within("top_logprobs", num_top, 0, most, f"from 0 to {most}")
+        fields.within("top_logprobs", num_top, 0, most, f"from 0 to {most}")
         num_top = min(5, most) if num_top is None else num_top
         as_completion = bodies.CompletionBody(
             prompt=body.prompt,
@@ -271,14 +272,15 @@ class App:
                 handle.cancel()
 
         await unless_gone(_all(ask), request.receive, cancel)
-        return Json(
-            {
-                "object": "list",
-                "model": self._name,
-                "data": [self._scored(ask, number) for number in range(len(ask.prompts))],
-                "usage": answers.usage(ask),
-            }
-        )
+        return await _written(ask, self._all_scored, ask)
+
+    def _all_scored(self, ask: Ask) -> dict[str, Any]:
+        return {
+            "object": "list",
+            "model": self._name,
+            "data": [self._scored(ask, number) for number in range(len(ask.prompts))],
+            "usage": answers.usage(ask),
+        }
 
     def _scored(self, ask: Ask, number: int) -> dict[str, Any]:
         prompt, [handle] = ask.prompts[number], ask.handles[number]
@@ -302,7 +304,7 @@ class App:
         if not server.model.engine.setup.is_alone:
             raise RefusalError("a model of several processes is not traced here", status=501)
         lens_top = 3 if body.lens_top is None else body.lens_top
-        asks.within("lens_top", lens_top, 1, 10, "from 1 to 10")
+        fields.within("lens_top", lens_top, 1, 10, "from 1 to 10")
         sampling = bodies.SamplingBody(add_special_tokens=body.add_special_tokens)
         [prompt] = await asyncio.to_thread(asks.read_prompts, body.prompt, server, limits, sampling)
         most = min(_MOST_TRACED, server.sizes.capacity)
@@ -328,7 +330,7 @@ class App:
     async def _detokenize(self, request: Request) -> Response:
         body = await self._read(request, bodies.DetokenizeBody)
         tokenizer = self._tokenizer()
-        tokens = asks.checked_ids("tokens", body.tokens, tokenizer.vocab_size)
+        tokens = fields.checked_ids("tokens", body.tokens, tokenizer.vocab_size)
         return Json({"prompt": await asyncio.to_thread(tokenizer.decode, tokens)})
 
     async def _tokenizer_info(self, request: Request) -> Response:
@@ -379,6 +381,13 @@ class App:
             raise RefusalError("the server is loading", status=503, type="unavailable_error")
         text = await asyncio.to_thread(self._measured.text)
         return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+async def _written(ask: Ask, make: Callable[..., Any], *arguments: Any) -> Response:
+    """Returns what a function makes as JSON; beside the event loop where it is long."""
+    if not ask.is_long:
+        return Json(make(*arguments))
+    return Json(await asyncio.to_thread(lambda: msgspec.json.encode(make(*arguments))))
 
 
 async def _first(events: AsyncIterator[Any]) -> Any:

@@ -17,12 +17,14 @@ from grok1.generate.request import Request, Wishes
 from grok1.generate.requests import end_of_sequence
 from grok1.server.bodies import CompletionBody, SamplingBody
 from grok1.server.core import Server
+from grok1.server.fields import checked_ids, refuse, within
 from grok1.server.handle import Handle
 from grok1.server.refusals import RefusalError
 from grok1.server.texts import encode_text
 
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 _MOST_CHOICES = 128
+_LONG_ANSWER = 512  # tokens
 _MOST_PENDING = 512  # events that a client that does not read can leave
 
 
@@ -85,48 +87,12 @@ class Ask:
         """All handles, those of the first prompt first."""
         return [handle for handles in self.handles for handle in handles]
 
-
-def refuse(param: str, must: str, found: Any) -> RefusalError:
-    """Returns the refusal of a field's value."""
-    return RefusalError(f"{param} must be {must}, found {found!r:.80}", param=param)
-
-
-def within(param: str, value: Any, low: float, high: float, must: str) -> None:
-    """Checks that a number, if there is one, lies in a range.
-
-    Raises:
-      RefusalError: If it does not.
-    """
-    if value is not None and not (math.isfinite(value) and low <= value <= high):
-        raise refuse(param, must, value)
-
-
-def check_model(given: str | None, served: Sequence[str]) -> None:
-    """Checks that a request is for a model that is served.
-
-    Raises:
-      RefusalError: If it is not.
-    """
-    if given is not None and given not in served:
-        raise RefusalError(
-            f"there is no model {given!r:.80} here; it is {served[0]!r}",
-            status=404,
-            type="not_found_error",
-            code="model_not_found",
-            param="model",
-        )
-
-
-def checked_ids(param: str, ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Returns token ids of the vocabulary.
-
-    Raises:
-      RefusalError: If one is not.
-    """
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise refuse(param, f"token ids from 0 to {vocab_size - 1}", token)
-    return list(ids)
+    @property
+    def is_long(self) -> bool:
+        """Whether so much is told that nobody else should wait until it is written."""
+        requests = [handle.request for handle in self.every_handle]
+        told = sum(one.max_tokens + len(one.tokens) * one.scores_prompt for one in requests)
+        return told > _LONG_ANSWER
 
 
 def read_prompts(given: Any, server: Server, limits: Limits, body: SamplingBody) -> list[Prompt]:
@@ -202,6 +168,12 @@ def completion_ask(body: CompletionBody, server: Server, limits: Limits) -> Ask:
     if best_of > num_choices and stream:
         raise RefusalError("best_of more than n comes without stream", param="best_of")
     prompts = read_prompts(body.prompt, server, limits, body)
+    # What can never be answered is not made. What needs no model need not wait for it.
+    count, most = len(prompts) * best_of, server.most_at_once
+    if count > max(most, limits.most_prompts):
+        raise RefusalError(
+            f"{count} requests are asked for at once, of at most {most}", param="prompt"
+        )
     sampler = Sampler(body, server, limits, 16 if body.max_tokens is None else body.max_tokens)
     sampler.ranks = best_of > num_choices
     scores_prompt = (echo and body.logprobs is not None) or body.prompt_logprobs is not None

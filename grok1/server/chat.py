@@ -11,9 +11,10 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from grok1.server.asks import Ask, Limits, Prompt, Sampler, within
+from grok1.server.asks import Ask, Limits, Prompt, Sampler
 from grok1.server.bodies import ChatBody, Message
 from grok1.server.core import Server
+from grok1.server.fields import within
 from grok1.server.refusals import RefusalError
 from grok1.server.texts import encode_text
 from grok1.tokenizer import Tokenizer

@@ -257,14 +257,21 @@ class Server:
             )
         return room
 
+    @property
+    def most_at_once(self) -> int:
+        """Most requests that it can have."""
+        return self._max_queue + self.sizes.num_slots
+
     def check(self, handles: Sequence[Handle]) -> None:
         """Checks that what intervenes in the model fits these prompts, and they can ever wait.
 
         Raises:
           ValueError: If it does not, or they are too many.
         """
-        if len(handles) > (most := self._max_queue + self.sizes.num_slots):
-            raise ValueError(f"{len(handles)} requests are asked for at once, of at most {most}")
+        if len(handles) > self.most_at_once:
+            raise ValueError(
+                f"{len(handles)} requests are asked for at once, of at most {self.most_at_once}"
+            )
         for handle in handles:
             request = handle.request
             self.model.engine.check_length(

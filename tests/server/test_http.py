@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import socket
+import threading
 import time
 import types
 
@@ -14,7 +15,7 @@ import grok1
 from grok1.engine.engine import Engine
 from grok1.generate.completion import CompletionBuilder
 from grok1.generate.request import Request, Wishes
-from grok1.server import app, asks, running
+from grok1.server import app, asks, running, texts
 from grok1.server.errors import NoTokenError
 from grok1.server.events import EventStream
 from grok1.server.handle import Handle
@@ -203,6 +204,7 @@ BAD = [
         "prompt",
     ),
     # To come again, as 429 says, would not help.
+    ({"prompt": ["a", "b"], "n": 128}, "256 requests are asked for at once, of at most 68", "prompt"),
     ({"prompt": "a", "n": 69}, "69 requests are asked for at once, of at most 68", "prompt"),
 ]
 
@@ -327,6 +329,26 @@ def test_long_texts_keep_nobody_else_waiting(http, monkeypatch, path, body):
         monkeypatch.setattr(Tokenizer, name, noted(getattr(Tokenizer, name)))
     assert http.post(path, json=body).status_code in (200, 400)
     assert set(names) == {"beside it"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/score"])
+def test_long_answers_keep_nobody_else_waiting(http, complete, monkeypatch, path, stream):
+    threads, entry = set(), texts.Track.entry
+
+    def noted(*arguments):
+        threads.add(threading.current_thread().name)
+        return entry(*arguments)
+
+    monkeypatch.setattr(texts.Track, "entry", noted)
+    body = {"prompt": LONG_IDS[:600], "echo": True, "logprobs": 3, "max_tokens": 0}
+    if path == "/v1/score":
+        body = {"prompt": LONG_IDS[:600]}
+    elif stream:
+        body["stream"] = True
+    assert http.post(path, json=body).status_code == 200
+    assert len(threads) == 1
+    assert "asyncio_" in next(iter(threads))  # that of `asyncio.to_thread`
 
 
 def test_metrics_count_turns_and_tokens(http, complete, server):
