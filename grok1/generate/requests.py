@@ -73,16 +73,34 @@ class Batch:
         """Says which interventions name a position that was to be generated and was not."""
         for one in self._engine.interventions:
             for i, (request, builder) in enumerate(zip(self._requests, self.builders, strict=True)):
-                num_run = len(request.tokens) + max(0, builder.num_tokens - 1)
-                if (beyond := one.beyond(num_run)) is not None:
-                    warnings.warn(
-                        f"{type(one).__name__}: nothing was changed at position {beyond}, which "
-                        f"prompt {i} did not reach: it ended by {builder.stop_reason!r} with "
-                        f"{num_run} tokens run; give ignore_eos=True or fewer stops, or name all "
-                        "positions from one on as slice(10, None)",
-                        stacklevel=3,
-                    )
+                words = unreached(one, request, builder, f"prompt {i}")
+                if words is not None:
+                    warnings.warn(words, stacklevel=3)
                     break  # one message for all prompts
+
+
+def unreached(
+    intervention: Any, request: Request, builder: CompletionBuilder, name: str
+) -> str | None:
+    """Says which position an intervention names that was to be generated and was not.
+
+    Args:
+      intervention: Of `study.intervention`.
+      request: A request that is over.
+      builder: That of its completion.
+      name: What to call the text.
+
+    Returns:
+      The words; None where it had all positions.
+    """
+    num_run = len(request.tokens) + max(0, builder.num_tokens - 1)
+    if (beyond := intervention.beyond(num_run)) is None:
+        return None
+    return (
+        f"{type(intervention).__name__}: nothing was changed at position {beyond}, which {name} "
+        f"did not reach: it ended by {builder.stop_reason!r} with {num_run} tokens run; give "
+        "ignore_eos=True or fewer stops, or name all positions from one on as slice(10, None)"
+    )
 
 
 def as_request(

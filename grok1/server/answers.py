@@ -181,7 +181,8 @@ class Choice:
         reason = "stop" if completion.stop_reason == "stop" else "length"
         eos = self._form.texts.tokenizer.eos_id if self._form.texts.tokenizer else None
         match = completion.stop_match
-        return {"finish_reason": reason, "stop_reason": None if match == eos else match}
+        end = {"finish_reason": reason, "stop_reason": None if match == eos else match}
+        return {**end, "warnings": told} if (told := self.handle.warnings) else end
 
     def _echoed(self) -> list[Entry]:
         ask = self._ask

@@ -396,4 +396,4 @@ async def _first(events: AsyncIterator[Any]) -> Any:
 
 async def _all(ask: Ask) -> None:
     """Waits for all choices; where one fails, the others are cancelled by who waits for this."""
-    await asyncio.gather(*(handle.wait() for handle in ask.every_handle))
+    await asyncio.gather(*(handle.ended() for handle in ask.every_handle))

@@ -44,6 +44,10 @@ class Limits:
     most_tokens: int | None = None
     timeout: float | None = 600.0
 
+    def usual(self, max_tokens: int) -> int:
+        """Returns what `max_tokens` is where a client does not say: no more than it may say."""
+        return max_tokens if self.most_tokens is None else min(max_tokens, self.most_tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -174,7 +178,8 @@ def completion_ask(body: CompletionBody, server: Server, limits: Limits) -> Ask:
         raise RefusalError(
             f"{count} requests are asked for at once, of at most {most}", param="prompt"
         )
-    sampler = Sampler(body, server, limits, 16 if body.max_tokens is None else body.max_tokens)
+    max_tokens = limits.usual(16) if body.max_tokens is None else body.max_tokens
+    sampler = Sampler(body, server, limits, max_tokens)
     sampler.ranks = best_of > num_choices
     scores_prompt = (echo and body.logprobs is not None) or body.prompt_logprobs is not None
     handles = [

@@ -152,7 +152,8 @@ def chat_ask(body: ChatBody, server: Server, limits: Limits, template: Template 
     given = body.max_tokens if given is None else given
     room = max(1, server.sizes.capacity - len(tokens))
     within("max_tokens", given, 1, math.inf, "1 or more")
-    sampler = Sampler(body, server, limits, room if given is None else given, template.stops)
+    max_tokens = limits.usual(room) if given is None else given
+    sampler = Sampler(body, server, limits, max_tokens, template.stops)
     top = (body.top_logprobs or 0) if body.logprobs else None
     prompt = Prompt(tokens, server.model.tokenizer.decode(tokens))
     handles = [sampler.handles(prompt, 0, num_choices, top)]

@@ -290,6 +290,7 @@ class Server:
                 # Rows with tokens of their own run in the program that does everything.
                 request.wishes = Wishes()
             handle.on_cancel(self._desk.cancel)
+            handle.runs_under(self.model.engine.interventions)
         with self._wake:
             if self._state == "loading" and self._thread is None:
                 raise UnavailableError(

@@ -3,11 +3,13 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+import warnings
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from grok1.generate.completion import Completion, CompletionBuilder
 from grok1.generate.request import Request, Sampled
+from grok1.generate.requests import unreached
 from grok1.server.errors import CancelledError, NoTokenError, ServingError
 
 
@@ -72,6 +74,7 @@ class Handle:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken: asyncio.Event | None = None
         self._cancel: Any = None
+        self._interventions: Sequence[Any] = ()
 
     @property
     def is_over(self) -> bool:
@@ -92,6 +95,17 @@ class Handle:
     def num_pending(self) -> int:
         """Tokens that came and were not taken."""
         return len(self._pieces) - self._taken
+
+    @property
+    def warnings(self) -> list[str]:
+        """What changed less than was asked for, once it has a completion; mostly nothing.
+
+        That is an intervention that names a position which was to be generated and was not.
+        """
+        told = (
+            unreached(one, self.request, self.builder, "the text") for one in self._interventions
+        )
+        return [words for words in told if words is not None]
 
     def cancel(self) -> None:
         """Ends the request: its slot is free within a step, and no more tokens come."""
@@ -135,13 +149,23 @@ class Handle:
 
     async def wait(self) -> Completion:
         """As `result`, in asyncio; if the task is cancelled, so is the request."""
+        await self.ended()
+        return self._result()
+
+    async def ended(self) -> None:
+        """Waits for the end as `wait`, and warns of nothing.
+
+        Raises:
+          ServingError: As `result`.
+        """
         try:
             async for _ in self.groups():
                 pass
         except asyncio.CancelledError:
             self.cancel()
             raise
-        return self._result()
+        if self.error is not None:
+            raise self.error
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async for group in self.groups():
@@ -170,6 +194,8 @@ class Handle:
     def _result(self) -> Completion:
         if self.error is not None:
             raise self.error
+        for words in self.warnings:
+            warnings.warn(words, stacklevel=3)
         return self.builder.build()
 
     # What follows is the engine thread's.
@@ -204,3 +230,7 @@ class Handle:
     def on_cancel(self, cancel: Any) -> None:
         """Tells whom `cancel` calls, with the handle and the error."""
         self._cancel = cancel
+
+    def runs_under(self, interventions: Sequence[Any]) -> None:
+        """Tells what changes the model that runs it."""
+        self._interventions = interventions

@@ -204,7 +204,11 @@ BAD = [
         "prompt",
     ),
     # To come again, as 429 says, would not help.
-    ({"prompt": ["a", "b"], "n": 128}, "256 requests are asked for at once, of at most 68", "prompt"),
+    (
+        {"prompt": ["a", "b"], "n": 128},
+        "256 requests are asked for at once, of at most 68",
+        "prompt",
+    ),
     ({"prompt": "a", "n": 69}, "69 requests are asked for at once, of at most 68", "prompt"),
 ]
 
@@ -238,6 +242,17 @@ def test_no_token_outside_the_vocabulary_reaches_the_engine(http):
         http.post("/v1/completions", json={"prompt": "a", "logit_bias": {str(V): 1}}).status_code
         == 400
     )
+
+
+def test_who_does_not_say_how_much_gets_what_they_may(start, server):
+    client, _, _ = start(lambda: server, max_tokens=5, chat_template="transcript")
+    body = {"ignore_eos": True, "seed": 1}
+    chat = {"messages": [{"role": "user", "content": "A"}]}
+    for path, asked in (("completions", {"prompt": "A"}), ("chat/completions", chat)):
+        answer = client.post(f"/v1/{path}", json={**body, **asked})
+        assert answer.json()["usage"]["completion_tokens"] == 5
+        refused = client.post(f"/v1/{path}", json={**body, **asked, "max_tokens": 6})
+        assert refused.json()["error"]["message"] == "max_tokens must be at most 5, found 6"
 
 
 def test_the_model_is_listed_under_its_name(http, complete):
@@ -526,6 +541,26 @@ def test_what_nobody_foresaw_is_an_answer_like_the_others(http, monkeypatch, cap
     assert count() == before + 2
     assert [record.name for record in caplog.records] == ["grok1.server"] * 2
     assert "ZeroDivisionError: of ours" in caplog.text
+
+
+def test_a_position_that_was_not_generated_is_told(http, complete, server, monkeypatch):
+    acting = (grok1.ScaleHeads(1, positions=(2, 7)),)
+    monkeypatch.setattr(Engine, "interventions", property(lambda _: acting))
+    message = (
+        "ScaleHeads: nothing was changed at position 7, which the text did not reach: it ended by "
+        "'stop' with 5 tokens run; give ignore_eos=True or fewer stops, or name all positions from "
+        "one on as slice(10, None)"
+    )
+    body = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 8, "n": 2, "allowed_token_ids": [77]}
+    assert not any("warnings" in one for one in complete(**body)["choices"])
+    body["stop_token_ids"] = [77]
+    assert [one["warnings"] for one in complete(**body)["choices"]] == [[message]] * 2
+    parts = events_of(http.post("/v1/completions", json={**body, "stream": True}).text)
+    told = [one.get("warnings") for part in parts for one in part["choices"]]
+    assert [words for words in told if words is not None] == [[message]] * 2
+    handle = server.submit(body["prompt"], max_new_tokens=8, allowed_tokens=[77], stop=[77])
+    with pytest.warns(UserWarning, match="^ScaleHeads: nothing was changed at position 7"):
+        assert handle.result(20).tokens == [77]
 
 
 def test_a_fingerprint_is_that_of_the_bits(server, toy):
