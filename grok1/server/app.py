@@ -113,7 +113,9 @@ class App:
                 CORSMiddleware,
                 allow_origins=list(access.origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["authorization", "content-type"],
+                # Clients have headers of their own, and read some.
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after", "x-should-retry"],
             )
             middleware.insert(0, cors)
         handlers: dict[Any, Callable] = {

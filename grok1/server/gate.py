@@ -1,5 +1,6 @@
 """What every request passes before it is read: who asks, for which host, and how much they send."""
 
+import codecs
 import hashlib
 import hmac
 import logging
@@ -30,7 +31,7 @@ class Keys:
     """Keys that clients may have; those of a file are read anew when the file changes."""
 
     def __init__(self, keys: Sequence[str] = (), file: pathlib.Path | None = None):
-        self._given = [_hash(key) for key in keys]
+        self._given = [_hash(key.encode("utf-8", "surrogateescape")) for key in keys]
         self._file, self._stamp = file, _NEVER
         self._of_file: list[bytes] = []
         if file is not None:
@@ -41,8 +42,8 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._given or self._file)
 
-    def has(self, key: str) -> bool:
-        """Whether a key is one of these; takes as long for every key."""
+    def has(self, key: bytes) -> bool:
+        """Whether a key, as a client has sent it, is one of these; takes as long for every key."""
         self._read()
         digest = _hash(key)
         matches = [hmac.compare_digest(digest, one) for one in (*self._given, *self._of_file)]
@@ -56,8 +57,10 @@ class Keys:
             stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
             if stamp != self._stamp:
                 data = read_bounded(self._file, _MOST_KEYS)
-                words = map(str.strip, data.decode("utf-8", "surrogateescape").splitlines())
-                self._of_file = [_hash(word) for word in words if word and not word.startswith("#")]
+                words = map(bytes.strip, data.removeprefix(codecs.BOM_UTF8).splitlines())
+                self._of_file = [
+                    _hash(word) for word in words if word and not word.startswith(b"#")
+                ]
                 if self._stamp != _NEVER:
                     say(f"grok1: {self._file}: read again, keys: {len(self._of_file)}")
                 self._stamp = stamp
@@ -71,8 +74,8 @@ class Keys:
             self._of_file, self._stamp = [], _GONE
 
 
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _hash(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 class Gate:
@@ -159,7 +162,7 @@ class Gate:
         is_open = path in _OPEN or (path in _PAGE and method in ("GET", "HEAD"))
         if keys and not is_open and method != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not keys.has(key.strip()):
+            if kind.lower() != "bearer" or not keys.has(key.strip().encode("latin-1")):
                 raise RefusalError(
                     "a key is needed: Authorization: Bearer KEY"
                     if not key.strip()

@@ -102,6 +102,10 @@ class HttpOptions:
         ]:
             if value == "":
                 raise ValueError(f"{name} must not be empty; leave it out, or give one")
+            if name != "name" and value is not None and value != value.strip():
+                raise ValueError(
+                    f"{name} must not begin or end with a space: a client cannot send those"
+                )
         # What a browser never sends would let nobody in, without a word.
         for origin in _each(self.cors):
             if not _ORIGIN.fullmatch(origin):

@@ -156,8 +156,11 @@ def test_who_may_come_in(start, server, tmp_path):
     assert [status(), status(""), status("x"), status("alpha"), status("gamma")] == [
         401, 401, 401, 200, 200,
     ]  # fmt: skip
-    keys.write_text("beta and more\n")
-    assert [status("alpha"), status("beta and more")] == [401, 200]
+    keys.write_text("\ufeffbeta and more\nschlüssel\n", encoding="utf-8")
+    in_bytes = [b"Bearer beta and more", "Bearer schlüssel".encode(), b"Bearer schl\xfcssel"]
+    assert [status("alpha"), *(status(authorization=key) for key in in_bytes)] == [
+        401, 200, 200, 401,
+    ]  # fmt: skip
     assert status("gamma", host="evil.example") == 421
     assert [status(path="/"), status(path="/metrics")] == [200, 200]
     answer = client.post("/v1/completions", content="{}", headers={"authorization": "Bearer gamma"})
@@ -186,6 +189,8 @@ def test_who_may_come_in(start, server, tmp_path):
         ({"drain": float("nan")}, "drain must be 0 seconds or more, found nan"),
         ({"name": ""}, "^name must not be empty"),
         ({"metrics_key": ""}, "^metrics_key must not be empty"),
+        ({"api_key": ["a", "b "]}, "^api_key must not begin or end with a space"),
+        ({"metrics_key": " "}, "^metrics_key must not begin or end with a space"),
         ({"cors": ["http://a", "b.example"]}, "cors must be .*, found 'b.example'"),
         ({"cors": "http://a/"}, "cors must be .*, found 'http://a/'"),
         ({"cors": ""}, "cors must be .*, found ''"),
@@ -201,7 +206,7 @@ def test_keys_are_taken_again_when_their_file_is_back_as_it_was(tmp_path, capsys
     path, away = tmp_path / "keys", tmp_path / "away"
     path.write_text("alpha\nbeta\n")
     keys = gate.Keys(file=path)
-    assert keys.has("alpha")
+    assert keys.has(b"alpha")
     assert capsys.readouterr().err == ""
     path.rename(away)
     if way == "emptied":
@@ -213,7 +218,7 @@ def test_keys_are_taken_again_when_their_file_is_back_as_it_was(tmp_path, capsys
     else:
         said = f"grok1: {path}: cannot be read: No such file or directory; check the path"
     for _ in range(3):
-        assert not keys.has("alpha")
+        assert not keys.has(b"alpha")
     err = capsys.readouterr().err
     assert err.startswith(said)
     assert len(err.splitlines()) == 1
@@ -221,7 +226,7 @@ def test_keys_are_taken_again_when_their_file_is_back_as_it_was(tmp_path, capsys
         path.rmdir()
     away.rename(path)
     for _ in range(3):
-        assert keys.has("alpha")
+        assert keys.has(b"alpha")
     assert capsys.readouterr().err == f"grok1: {path}: read again, keys: 2\n"
 
 
@@ -232,6 +237,17 @@ def test_one_host_and_one_origin_need_no_list(start, server):
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "http://a"
     assert client.get("/version", headers={"host": "g"}).status_code == 421
+    # As OpenAI's own client in a page asks, and reads what it is told.
+    asked = "authorization,content-type,x-stainless-os,x-stainless-retry-count"
+    preflight = {**headers, "access-control-request-headers": asked}
+    preflight["access-control-request-method"] = "POST"
+    answer = client.options("/v1/completions", headers=preflight)
+    assert (answer.status_code, answer.headers["access-control-allow-headers"]) == (200, asked)
+    answer = client.post("/v1/completions", json={}, headers=headers)
+    assert answer.status_code == 400
+    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    preflight["origin"] = "http://b"
+    assert client.options("/v1/completions", headers=preflight).status_code == 400
 
 
 def test_a_request_that_comes_slowly_is_given_up(start, server, monkeypatch):
