@@ -162,7 +162,7 @@ class Gate:
         is_open = path in _OPEN or (path in _PAGE and method in ("GET", "HEAD"))
         if keys and not is_open and method != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not keys.has(key.strip().encode("latin-1")):
+            if kind.lower() != "bearer" or not keys.has(key.encode("latin-1").strip()):
                 raise RefusalError(
                     "a key is needed: Authorization: Bearer KEY"
                     if not key.strip()
