@@ -87,12 +87,16 @@ class Track:
           num_top: How many of these to report.
         """
         offset, name = self.offset, self._texts.name(token)
-        if self._decoder is not None:
-            self.offset += len(self._decoder.push(token))
         if self._begins:
             name = name.removeprefix(" ")
             # A control piece leaves the next one the first.
             self._begins = not self._texts.bytes_of(token)
+        if self._decoder is not None:
+            added = self._decoder.push(token)
+            self.offset += len(added)
+            if name and added.endswith(name):
+                # A character that was left unfinished is told with the next token, and before it.
+                offset = self.offset - len(name)
         if logprob is None or best is None:
             return Entry(token, name, None, None, offset)
         top = {key: finite(value) for key, value in list(best.items())[:num_top]}

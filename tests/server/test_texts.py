@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from grok1.server.texts import Entry, TokenTexts, special_id, top_ids, utf8_escape
+from grok1.server.texts import Entry, TokenTexts, Track, special_id, top_ids, utf8_escape
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,26 @@ def test_a_token_has_a_name_and_bytes(texts, ids, piece, name, data):
 def test_without_a_tokenizer_a_token_is_its_id():
     texts = TokenTexts(None)
     assert (texts.name(5), texts.bytes_of(5)) == ("token_id:5", [])
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["▁the", "<0xE5>", "▁the", "A"],  # a character that the next token leaves unfinished
+        ["<0xF0>", "<0x9F>", "A", "<0xC3>", "<0xA9>", "▁the"],
+        ["A", "<0xE5>", "[EOS]", "▁the", "[UNK]", "<0xFF>", "A"],
+    ],
+)
+def test_a_token_stands_in_the_text_where_it_is_said_to(toy, texts, ids, pieces, begins):
+    tokens = [ids[piece] for piece in pieces]
+    decoder = toy.tokenizer.stream_decoder(continuation=not begins)
+    text = "".join(map(decoder.push, tokens))
+    track = Track(texts, begins=begins)
+    for entry in [track.entry(token, None, None, 0) for token in tokens]:
+        if texts.bytes_of(entry.token) and not entry.name.startswith("bytes:"):
+            assert text[entry.offset :].startswith(entry.name), (entry, text)
+    assert track.offset == len(text)
 
 
 def test_of_two_tokens_of_one_name_the_better_stays_but_for_the_one_that_was_drawn(texts, ids):
