@@ -35,6 +35,7 @@ from grok1.server.traces import Traces
 from grok1.version import __version__
 
 _BODY_SECONDS = 30.0  # that a client has to send its body
+_LONG_BODY = 1 << 14  # bytes; longer ones are read beside the event loop
 _LONG_TEXT = 20_000  # characters; longer ones are encoded beside the event loop
 _MOST_TRACED = 1024  # tokens
 
@@ -170,7 +171,8 @@ class App:
             raise RefusalError(
                 f"the body was not there after {_BODY_SECONDS:.0f} s", status=408
             ) from None
-        body = bodies.decode(data, kind, self._access.ignore_unknown)
+        decode = functools.partial(bodies.decode, data, kind, self._access.ignore_unknown)
+        body = await asyncio.to_thread(decode) if len(data) > _LONG_BODY else decode()
         fields.check_model(getattr(body, "model", None), [self._name])
         return body
 
@@ -320,14 +322,20 @@ class App:
     async def _tokenize(self, request: Request) -> Response:
         body = await self._read(request, bodies.TokenizeBody)
         tokenizer = self._tokenizer()
-        add_bos = bool(body.add_special_tokens) and self._limits.add_bos
-        encode = functools.partial(encode_text, tokenizer, body.prompt, add_bos=add_bos)
-        special = special_id(tokenizer, body.prompt)
-        tokens = await asyncio.to_thread(encode) if special is None else [special]
-        found = {"tokens": tokens, "count": len(tokens), "max_model_len": self._capacity}
-        if body.return_token_strs:
-            found["token_strs"] = [tokenizer.piece(token) for token in tokens]
-        return Json(found)
+        add_bos, capacity = bool(body.add_special_tokens) and self._limits.add_bos, self._capacity
+
+        def made() -> bytes:
+            special = special_id(tokenizer, body.prompt)
+            if special is None:
+                tokens = encode_text(tokenizer, body.prompt, add_bos=add_bos)
+            else:
+                tokens = [special]
+            found = {"tokens": tokens, "count": len(tokens), "max_model_len": capacity}
+            if body.return_token_strs:
+                found["token_strs"] = [tokenizer.piece(token) for token in tokens]
+            return msgspec.json.encode(found)
+
+        return Json(await asyncio.to_thread(made))
 
     async def _detokenize(self, request: Request) -> Response:
         body = await self._read(request, bodies.DetokenizeBody)
