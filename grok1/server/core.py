@@ -154,7 +154,8 @@ class Server:
         """
         self.drain()
         with self._wake:
-            self._wake.wait_for(lambda: not self._desk.num_open or self._state == "dead", drain)
+            seconds = min(drain, threading.TIMEOUT_MAX)
+            self._wake.wait_for(lambda: not self._desk.num_open or self._state == "dead", seconds)
         seconds, thread, self._thread = self._end(), self._thread, None
         if thread is not None:
             thread.join(seconds)

@@ -125,8 +125,9 @@ class Handle:
           ServingError: If it has none; a subclass says why.
           TimeoutError: If it is not over in time; it goes on.
         """
+        seconds = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
-            if not self._changed.wait_for(lambda: self._is_over, timeout):
+            if not self._changed.wait_for(lambda: self._is_over, seconds):
                 raise TimeoutError(f"the request is not over after {timeout} s; it goes on")
         return self._result()
 

@@ -1,6 +1,7 @@
 """Running the HTTP interface: its socket, its signals, and its end."""
 
 import asyncio
+import contextlib
 import dataclasses
 import ipaddress
 import logging
@@ -30,6 +31,7 @@ from grok1.server.protocol import Protocol
 _CHECK_SECONDS = 0.5
 _IDLE_SECONDS = 75  # that a connection stays open without one
 _END_SECONDS = 5  # for the last answers, once the requests are over
+_CUT_SECONDS = 1.0  # for the tasks of those that were cut off
 _MOST_HEAD = 1 << 16  # bytes
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^\s/]+")
 _HOST_NAME = re.compile(r"[^\s/]+")
@@ -210,6 +212,7 @@ class Running(uvicorn.Server):
         self._error: BaseException | None = None
         self._is_draining = False
         self._left_by: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def run_all(self) -> None:
         """Runs until a signal, or until there can be no model.
@@ -236,6 +239,7 @@ class Running(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         """Opens the socket, says where, and begins to load."""
+        self._loop = asyncio.get_running_loop()
         uvicorns = logging.getLogger("uvicorn.error")
         uvicorns.addFilter(_is_no_stranger)
         uvicorns.disabled = True
@@ -259,9 +263,13 @@ class Running(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Ends all connections, in time also those whose clients do not read their answers."""
-        timer = asyncio.get_running_loop().call_later(_END_SECONDS, self._abort)
+        seconds = 0.0 if self.force_exit else _END_SECONDS
+        timer = asyncio.get_running_loop().call_later(seconds, self._abort)
         try:
             await super().shutdown(sockets)
+            if tasks := set(self.server_state.tasks):
+                # Those that were cut off end by themselves, and say nothing.
+                await asyncio.wait(tasks, timeout=_CUT_SECONDS)
         finally:
             timer.cancel()
 
@@ -281,6 +289,9 @@ class Running(uvicorn.Server):
             if not self._is_draining:
                 self._left_by = sig
             self.force_exit = self.should_exit = True
+            if self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # it has ended
+                    self._loop.call_soon_threadsafe(self._abort)
             return
         assert server is not None
         self._is_draining = True

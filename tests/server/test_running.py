@@ -74,6 +74,32 @@ def test_states_and_the_end(start, toy, monkeypatch):
     assert not thread.is_alive()
 
 
+def test_a_second_signal_waits_for_nobody(start, toy, caplog):
+    server = Server(toy, **SIZES)
+    client, one, thread = start(lambda: server, drain=float("inf"))
+    while client.get("/health").status_code != 200:
+        time.sleep(0.01)
+    body = {"prompt": "A", "max_tokens": 900, "ignore_eos": True}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(client.post, "/v1/completions", json={**body, "stream": stream})
+            for stream in (True, False)
+        ]
+        while server.load().num_running < 2:
+            assert not any(each.done() for each in asked)
+            time.sleep(0.005)
+        began = time.monotonic()
+        one.handle_exit(15, None)
+        one.handle_exit(15, None)
+        thread.join(20)
+        assert time.monotonic() - began < 3
+        for each in asked:
+            with pytest.raises(httpx.HTTPError):
+                each.result(20)
+    assert server.state == "closed"
+    assert not caplog.records
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_program(capsys):
     def make():
         raise FileNotFoundError("nowhere: there is no such directory")
