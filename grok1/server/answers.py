@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grok1.server.asks import Ask, Prompt
-from grok1.server.errors import StepError
+from grok1.server.errors import NoTokenError
 from grok1.server.handle import Handle, Piece
 from grok1.server.texts import Entry, TokenTexts, Track, chat_logprobs, legacy_logprobs, top_ids
 
@@ -79,15 +79,20 @@ def prompt_entries(
     """Yields the entries of a prompt's tokens.
 
     Raises:
-      StepError: If one has no finite log-probability.
+      NoTokenError: If one has no finite log-probability.
     """
     track = Track(texts, begins=True)
     yield track.entry(prompt.tokens[0], None, None, num_top)
     at = 1
     for part in handle.request.prompt_scores:
         found = part.on_host()
-        if not np.isfinite(found.logprobs).all():
-            raise StepError("not-finite")
+        is_finite = np.isfinite(found.logprobs)
+        if not is_finite.all():
+            raise NoTokenError(
+                f"token {at + int(np.argmin(is_finite))} of the prompt has no log-probability: the "
+                "model's logits must be finite, found NaN or infinity; a weight is damaged or too "
+                "large (verify --deep looks at every one), or an intervention makes it so"
+            )
         columns = zip(found.logprobs, found.top_tokens, found.top_logprobs, strict=True)
         for logprob, ids, values in columns:
             best = dict(zip(ids.tolist(), values.tolist(), strict=True))

@@ -34,7 +34,7 @@ class SlowReaderError(CancelledError):
 
 
 class NoTokenError(ServingError, ValueError):
-    """No token could be drawn for the request, as where the model's logits are not finite."""
+    """No token could be drawn or scored, as where the model's logits are not finite."""
 
 
 class StepError(ServingError):

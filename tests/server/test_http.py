@@ -14,7 +14,7 @@ import pytest
 import grok1
 from grok1.engine.engine import Engine
 from grok1.generate.completion import CompletionBuilder
-from grok1.generate.request import Request, Wishes
+from grok1.generate.request import Request, ScoredPart, Wishes
 from grok1.server import app, asks, bodies, running, texts
 from grok1.server.errors import NoTokenError
 from grok1.server.events import EventStream
@@ -513,6 +513,21 @@ def test_a_request_without_a_token_is_told_why(http, complete, server, monkeypat
     server.enqueue([handle])
     with pytest.raises(NoTokenError, match="logits must be finite"):
         handle.result(20)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/score"])
+def test_a_prompt_that_cannot_be_scored_is_told_why(complete, monkeypatch, path):
+    on_host = ScoredPart.on_host
+
+    def damaged(part):
+        found = on_host(part)
+        return found._replace(logprobs=np.where(np.arange(len(found.logprobs)) == 1, np.nan, 0.0))
+
+    monkeypatch.setattr(ScoredPart, "on_host", damaged)
+    body = {"echo": True, "logprobs": 1, "max_tokens": 0} if "completions" in path else {}
+    error = complete(500, path=path, prompt=[5, 6, 7, 8], **body)["error"]
+    assert error["message"].startswith("token 2 of the prompt has no log-probability")
+    assert error["code"] == "no_token"
 
 
 def test_what_nobody_foresaw_is_an_answer_like_the_others(http, monkeypatch, caplog):
