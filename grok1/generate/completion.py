@@ -67,6 +67,7 @@ class CompletionBuilder:
       stop_reason: None while the request runs.
       num_prompt_tokens: How many tokens it continues, for whoever reads the completion.
       keeps_stop: Whether the text ends with the stop string or token, not before it.
+      min_tokens: Stop strings are looked for in what comes after so many tokens.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class CompletionBuilder:
         self._max_tokens = max_tokens
         self._limit_reason: StopReason = limit_reason
         self._stop_tokens, self._stop_strings = frozenset(stop_tokens), tuple(stop_strings)
-        self._with_logprobs, self.keeps_stop = with_logprobs, False
+        self._with_logprobs, self.keeps_stop, self.min_tokens = with_logprobs, False, 0
         self._sampled: list[Sampled] = []
         self._text = ""  # certain
         self._held = ""  # could still turn out to be the beginning of a stop string
@@ -136,6 +137,8 @@ class CompletionBuilder:
     def _extend(self, text: str) -> str:
         """Adds text, and releases all that no stop string can begin in any more."""
         self._held += text
+        if len(self._sampled) <= self.min_tokens:
+            return self._release(len(self._held))
         found = [(self._held.find(stop), stop) for stop in self._stop_strings]
         ends = [(at + len(stop), at, stop) for at, stop in found if at >= 0]
         if ends:

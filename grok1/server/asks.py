@@ -323,6 +323,7 @@ class Sampler:
             )
             builder.num_prompt_tokens = len(tokens)
             builder.keeps_stop = bool(self._body.include_stop_str_in_output)
+            builder.min_tokens = self._body.min_tokens or 0
             deadline = None if timeout is None else now + timeout
             pending = _MOST_PENDING if self._body.stream else None
             made.append(Handle(request, builder, deadline, pending))

@@ -177,7 +177,8 @@ class Handle:
 
     async def groups(self) -> AsyncIterator[list[Piece]]:
         """Yields what has come since the last time, until the request is over."""
-        if self._woken is None:
+        # That of an earlier wait may have ended, and would be told in place of this one.
+        if self._woken is None or self._loop is not asyncio.get_running_loop():
             self._woken = asyncio.Event()
             self._loop = asyncio.get_running_loop()
         while True:

@@ -129,6 +129,15 @@ def test_requests_in_asyncio(server):
             await handle
 
     asyncio.run(main())
+    # What one loop has begun another one ends.
+    handle = server.submit(PROMPTS[0], max_new_tokens=300, ignore_eos=True)
+
+    async def begin():
+        async for _ in handle:
+            return
+
+    asyncio.run(begin())
+    assert len(asyncio.run(asyncio.wait_for(handle.wait(), 20)).tokens) == 300
     idle(server)
 
 

@@ -143,6 +143,11 @@ def test_fields_do_what_they_say(complete, toy):
     held = ask(stop_token_ids=[ids[3]], min_tokens=6, return_token_ids=True)["choices"][0]
     assert held["token_ids"][:3] == ids[:3]
     assert ids[3] not in held["token_ids"][3:6]
+    letters = sorted(set(plain["text"]))[:16]
+    late = ask(stop=letters, min_tokens=6, return_token_ids=True)["choices"][0]
+    assert late["token_ids"] == ids[: len(late["token_ids"])]
+    assert len(late["token_ids"]) == 7
+    assert late["text"] == toy.generate("x", temperature=0, max_new_tokens=6).text
     stop = plain["text"][3:5]
     cut, kept = ask(stop=stop)["choices"][0], ask(stop=stop, include_stop_str_in_output=True)
     assert cut["text"] + stop == kept["choices"][0]["text"] == plain["text"][: len(cut["text"]) + 2]
