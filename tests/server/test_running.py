@@ -55,7 +55,7 @@ def test_states_and_the_end(start, toy, monkeypatch):
     server = one._app.server
     monkeypatch.setattr(server, "_step_timeout", 0.0)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        body = {"prompt": "A", "max_tokens": 800, "ignore_eos": True}
+        body = {"prompt": "A", "max_tokens": 400, "ignore_eos": True}
         asked = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(3)]
         while server.load().num_running < 3:
             assert not any(each.done() for each in asked)
