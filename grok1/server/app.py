@@ -316,6 +316,10 @@ class App:
             raise RefusalError(
                 f"at most {most} tokens are traced, found {len(prompt.tokens)}", param="prompt"
             )
+        try:
+            server.model.engine.check_length(len(prompt.tokens))
+        except ValueError as error:
+            raise RefusalError(str(error), param="prompt") from None
         work = self._traces.trace(prompt.tokens, lens_top)
         return Json(await unless_gone(work, request.receive, lambda: None))
 

@@ -574,6 +574,10 @@ def test_a_position_that_was_not_generated_is_told(http, complete, server, monke
     )
     body = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 8, "n": 2, "allowed_token_ids": [77]}
     assert not any("warnings" in one for one in complete(**body)["choices"])
+    for path, more in (("trace", {}), ("score", {}), ("completions", {"max_tokens": 2})):
+        error = complete(400, path=f"/v1/{path}", prompt=body["prompt"], **more)["error"]
+        assert error["message"].startswith("ScaleHeads: positions must be from 0 to ")
+        assert error["param"] == "prompt"
     body["stop_token_ids"] = [77]
     assert [one["warnings"] for one in complete(**body)["choices"]] == [[message]] * 2
     parts = events_of(http.post("/v1/completions", json={**body, "stream": True}).text)
