@@ -370,6 +370,8 @@ def _wishes(body: SamplingBody, vocab_size: int, max_tokens: int) -> Wishes | No
             raise refuse("logit_bias", "by token id", key)
         [token] = checked_ids("logit_bias", [int(key[:20])], vocab_size)
         within("logit_bias", value, -100, 100, "from -100 to 100")
+        if token in biases:  # "5" and "05"
+            raise refuse("logit_bias", "one number for each token id", key)
         biases[token] = value
     wishes = Wishes(
         biases=biases,

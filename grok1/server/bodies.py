@@ -199,7 +199,10 @@ _LENIENT: dict[type, type] = {}
 
 def _lenient(kind: type[B]) -> type[B]:
     if kind not in _LENIENT:
+        inner: list[Any] = []
+        if issubclass(kind, SamplingBody):
+            inner = [("stream_options", _lenient(StreamOptions) | None, None)]
         _LENIENT[kind] = msgspec.defstruct(
-            kind.__name__, [], bases=(kind,), forbid_unknown_fields=False, kw_only=True
+            kind.__name__, inner, bases=(kind,), forbid_unknown_fields=False, kw_only=True
         )
     return _LENIENT[kind]

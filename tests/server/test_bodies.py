@@ -15,6 +15,13 @@ def test_an_unknown_field_is_named_unless_it_is_to_be_ignored():
     body = decode(UNKNOWN, CompletionBody, ignore_unknown=True)
     assert isinstance(body, CompletionBody)
     assert (body.prompt, body.max_tokens, body.temperature) == ("a", 3, None)
+    inside = b'{"prompt": "a", "stream_options": {"include_usage": true, "include_usages": true}}'
+    with pytest.raises(RefusalError, match="the field 'include_usages' is unknown here"):
+        decode(inside, CompletionBody)
+    body = decode(inside, CompletionBody, ignore_unknown=True)
+    assert isinstance(body, CompletionBody)
+    assert body.stream_options is not None
+    assert body.stream_options.include_usage
 
 
 @pytest.mark.parametrize("ignore_unknown", [False, True])

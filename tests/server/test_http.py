@@ -190,6 +190,7 @@ BAD = [
     ({"prompt": "a", "suffix": "b"}, "only continues", "suffix"),
     ({"prompt": "a", "stream_options": {}}, "stream_options needs stream", "stream_options"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be by token id", "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"5": 1, "05": 2}}, "one number for each", "logit_bias"),
     ({"prompt": "a", "logit_bias": {"1": 101}}, "from -100 to 100", "logit_bias"),
     ({"prompt": "a", "min_tokens": 17}, "min_tokens must be from 0 to 16", "min_tokens"),
     ({"prompt": "a", "repetition_penalty": 1e-40}, "must be from 0.01", "repetition_penalty"),
