@@ -7,6 +7,8 @@ import inspect
 import math
 import numbers
 import re
+import sys
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -48,6 +50,24 @@ def as_python(value: Any) -> Any:
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, of Python or NumPy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def warn(message: str) -> None:
+    """Warns of what a caller gave, at the line outside of this package that led here.
+
+    However many functions and generators lie between: a line of the library tells a user nothing,
+    and Python shows a warning once a line, so that a second caller would not see his own.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and _is_inside(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    # Level 1 is this function.
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_inside(module: str) -> bool:
+    # Functions under `own_settings` are called by contextlib.
+    return module.split(".")[0] in ("grok1", "contextlib")
 
 
 def suggesting(options: type | None = None) -> Callable[[F], F]:

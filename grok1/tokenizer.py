@@ -13,14 +13,13 @@ import pathlib
 import re
 import struct
 import threading
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 import sentencepiece
 
 from grok1.files import CheckpointError, read_bounded
-from grok1.keywords import shown
+from grok1.keywords import shown, warn
 
 _MOST_BYTES = 1 << 28  # of a file; the released one has 2.2 MB
 _SPACE = "▁"  # U+2581, as pieces spell it
@@ -127,10 +126,9 @@ class Tokenizer:
                 'errors="replace"'
             ) from None
         if _SPACE in text:
-            warnings.warn(
+            warn(
                 "text holds the character U+2581, with which the vocabulary spells a space: it is "
-                "read as one; put another in its place, such as _, if it matters",
-                stacklevel=2,
+                "read as one; put another in its place, such as _, if it matters"
             )
         if add_bos and self.bos_id < 0:
             raise ValueError("add_bos needs a [BOS] piece, and this tokenizer has none")

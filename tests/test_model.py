@@ -1,5 +1,6 @@
 """What a user of `grok1.load` relies on: batches, streams, stops, seeds, and clear refusals."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -306,6 +307,22 @@ def test_stream_needs_a_tokenizer_and_one_prompt(nano, toy):
         nano.stream([1])
     with pytest.raises(TypeError, match="stream takes one prompt"):
         toy.stream(["a", "b"])
+
+
+def test_a_warning_is_of_the_line_that_called(toy):
+    for call in (
+        lambda: toy.stream("a▁b"),
+        lambda: toy.trace("a▁b", capture=("none",)),
+        lambda: toy.choose("▁a", [" b", ""]),
+        lambda: toy.tokenizer.encode("a▁b"),
+    ):
+        # Nothing is run.
+        message = "text holds the character U"
+        with pytest.warns(UserWarning, match=message) as told, contextlib.suppress(ValueError):
+            call()
+        assert {(one.filename, one.lineno) for one in told} == {
+            (__file__, call.__code__.co_firstlineno)
+        }
 
 
 def test_dtype_and_tokenizer_that_are_refused(nano_path):

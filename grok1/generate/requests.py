@@ -1,6 +1,5 @@
 """One call's prompts: checked, made into requests, and their tokens into completions."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from grok1.generate.completion import CompletionBuilder
 from grok1.generate.options import GenerationOptions, check_flags, check_ids
 from grok1.generate.request import Request
 from grok1.generate.scheduler import generate
-from grok1.keywords import shown
+from grok1.keywords import shown, warn
 from grok1.machine.agreement import agree
 from grok1.tokenizer import Tokenizer
 
@@ -75,7 +74,7 @@ class Batch:
             for i, (request, builder) in enumerate(zip(self._requests, self.builders, strict=True)):
                 words = unreached(one, request, builder, f"prompt {i}")
                 if words is not None:
-                    warnings.warn(words, stacklevel=3)
+                    warn(words)
                     break  # one message for all prompts
 
 

@@ -3,13 +3,13 @@
 import asyncio
 import threading
 import time
-import warnings
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from grok1.generate.completion import Completion, CompletionBuilder
 from grok1.generate.request import Request, Sampled
 from grok1.generate.requests import unreached
+from grok1.keywords import warn
 from grok1.server.errors import CancelledError, NoTokenError, ServingError
 
 
@@ -197,7 +197,7 @@ class Handle:
         if self.error is not None:
             raise self.error
         for words in self.warnings:
-            warnings.warn(words, stacklevel=3)
+            warn(words)
         return self.builder.build()
 
     # What follows is the engine thread's.
