@@ -42,6 +42,9 @@ class Model:
       engine: The compiled steps.
     """
 
+    _acting: Sequence[tuple[Intervention, Any]] = ()
+    """Each hook that acts, on the devices, behind the intervention that it is of."""
+
     def __init__(
         self,
         params: Params,
@@ -375,10 +378,15 @@ class Model:
             it has forced. What does not fit a text, as a patch of another length or a position that
             it has not, says so when that is to be run.
         """
+        # What acts already is not read again: a user's arrays may hold other numbers by now.
+        acting = [*self._acting, *prepare(interventions, self.config, self._acting)]
         changed = IntervenedModel.__new__(IntervenedModel)
         changed.__dict__.update(self.__dict__)
-        everything = (*self.engine.interventions, *interventions)
-        changed.engine = self.engine.intervened(everything, prepare(everything, self.config))
+        changed.engine = self.engine.intervened(
+            (*self.engine.interventions, *interventions), tuple(hook for _, hook in acting)
+        )
+        on_devices = changed.engine.weights.interventions
+        changed._acting = [(one, hook) for (one, _), hook in zip(acting, on_devices, strict=True)]
         return changed
 
 

@@ -38,10 +38,14 @@ class Engine(EngineBase):
 
         Args:
           interventions: Those of `study.intervention`; each can check the length of a text.
-          hooks: What they are on the device, of `nn.hooks`, in numpy arrays.
+          hooks: What they are on the device, of `nn.hooks`, in numpy arrays, or on the devices.
         """
         everywhere = NamedSharding(self.mesh, P())
-        on_device = jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), hooks)
+
+        def placed(leaf):
+            return leaf if isinstance(leaf, jax.Array) else put(np.asarray(leaf), everywhere)
+
+        on_device = jax.tree.map(placed, hooks)
         return self._seen(interventions=tuple(interventions), hooks=on_device)
 
     def observed(self, capture: Capture, capacity: int, observer: Observer) -> "Engine":

@@ -154,7 +154,8 @@ class Intervention:
             # NumPy would read texts, and None as NaN, and drop imaginary parts.
             if array.dtype.kind in "OSUc":
                 raise TypeError
-            array = array.astype(np.float32)
+            with np.errstate(over="ignore", under="ignore"):  # infinity is refused below
+                array = array.astype(np.float32)
         except (TypeError, ValueError):
             raise self._error(f"{what} must be numbers, found {shown(given)}") from None
         if not np.isfinite(array).all():
@@ -227,8 +228,17 @@ class Intervention:
             )
 
 
-def prepare(interventions: Sequence[Any], config: ModelConfig) -> tuple[Any, ...]:
-    """Returns the hooks that `nn.hooks` applies, in numpy arrays.
+def prepare(
+    interventions: Sequence[Any],
+    config: ModelConfig,
+    before: Sequence[tuple[Intervention, Any]] = (),
+) -> list[tuple[Intervention, Any]]:
+    """Returns the hooks that `nn.hooks` applies, in numpy arrays, each behind what asked for it.
+
+    Args:
+      interventions: Those to prepare.
+      config: The model.
+      before: What was returned for those that act already.
 
     Raises:
       TypeError: If one is no intervention.
@@ -242,17 +252,16 @@ def prepare(interventions: Sequence[Any], config: ModelConfig) -> tuple[Any, ...
             )
     found = [(one, hook) for one in interventions for hook in one.prepare(config)]
     for later, (one, hook) in enumerate(found):
-        for before, forced in found[:later]:
+        for earlier, forced in [*before, *found[:later]]:
             if isinstance(hook, (hooks.Reroute, hooks.Select)) and isinstance(forced, hooks.Force):
-                _check_not_forced(one, hook, before, forced)
-    return tuple(hook for _, hook in found)
+                _check_not_forced(one, hook, earlier, forced)
+    return found
 
 
 def _check_not_forced(one: Intervention, hook: Any, before: Intervention, forced: Any) -> None:
-    shared = np.flatnonzero(hook.where.layers & forced.where.layers)
-    places = [
-        where.positions for where in (hook.where, forced.where) if where.positions is not None
-    ]
+    wheres = (hook.where, forced.where)
+    shared = np.flatnonzero(np.logical_and(*(where.layers for where in wheres)))
+    places = [where.positions for where in wheres if where.positions is not None]
     if shared.size and (not places or np.logical_and.reduce(places).any()):
         raise one._error(
             f"it lets the router of layer {shared[0]} choose anew where {type(before).__name__}, "

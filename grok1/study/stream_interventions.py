@@ -107,10 +107,9 @@ class Patch(Intervention):
     def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
         """As `Intervention.check_length`."""
         super().check_length(num_tokens, is_whole)
-        if self.point == "router":
-            self._check_tokens("values", self._recorded("expert_indices").shape[1], num_tokens)
-        else:
-            self._check_tokens("values", self._values().shape[1], num_tokens)
+        given = self._recorded("expert_indices") if self.point == "router" else self._given()
+        # The shape alone: this is asked before every run, of each of its texts.
+        self._check_tokens("values", np.shape(given)[-2], num_tokens)
 
     @property
     def _tells_positions(self) -> bool:
@@ -123,17 +122,17 @@ class Patch(Intervention):
                 f"and expert_weights, found {type(self.values).__name__}"
             )
         indices, weights = map(self._recorded, ("expert_indices", "expert_weights"))
-        return ForceExperts(indices, weights, layers=self.layers, positions=self.positions)
+        return _PatchedRouting(indices, weights, layers=self.layers, positions=self.positions)
 
     def _values(self) -> np.ndarray:
+        array = self._floats("values", self._given())
+        return array[None] if array.ndim == 2 else array
+
+    def _given(self) -> Any:
         if self.point not in STREAM_POINTS:
             points = ", ".join((*STREAM_POINTS, "router"))
             raise self._error(f"point must be one of {points}, found {shown(self.point)}")
-        given = self.values
-        if isinstance(given, Mapping):
-            given = self._recorded(self.point)
-        array = self._floats("values", given)
-        return array[None] if array.ndim == 2 else array
+        return self._recorded(self.point) if isinstance(self.values, Mapping) else self.values
 
     def _recorded(self, name: str) -> np.ndarray:
         if name not in self.values:
@@ -141,6 +140,13 @@ class Patch(Intervention):
                 f"the trace has no {name}; it has {', '.join(self.values) or 'nothing'}"
             )
         return np.asarray(self.values[name])
+
+
+class _PatchedRouting(ForceExperts):
+    """What `Patch` asks for at the router, so that errors name what the user wrote."""
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"{Patch.__name__}: {message}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

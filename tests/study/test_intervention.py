@@ -208,7 +208,8 @@ def test_interventions_on_experts_do_not_undo_one_another(names):
         return
     logits = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     routing = choose_experts(jnp.asarray(logits), 2)
-    found = redirect(prepare(interventions, config), logits, routing, 0, np.arange(40))
+    hooks = [hook for _, hook in prepare(interventions, config)]
+    found = redirect(hooks, logits, routing, 0, np.arange(40))
     probs = np.asarray(routing.probs, np.float64)
     for token in range(40):
         indices, weights = found.expert_indices[token].tolist(), found.expert_weights[token]
@@ -228,8 +229,10 @@ def test_what_is_forced_may_be_chosen_anew_elsewhere(nano, tokens):
         prepare([patch, later], nano.config)
     message = "^SelectExperts: it lets the router of layer 3 choose anew where Patch, which comes"
     later = SelectExperts(3, layers=3, positions=9)
+    with pytest.raises(ValueError, match=message):
+        prepare([patch, later], nano.config)
     with nano.intervene(patch) as changed, pytest.raises(ValueError, match=message):
-        prepare([*changed.engine.interventions, later], nano.config)
+        changed.intervene(later)
     prepare([SelectExperts(3), patch], nano.config)
 
 
@@ -330,6 +333,21 @@ def test_interventions_compose_in_order_and_nest(nano, tokens):
     np.testing.assert_array_equal(nano.logits(tokens), before)
 
 
+def test_what_acts_keeps_the_numbers_that_it_was_given(nano, tokens):
+    vector, recorded = np.ones(64), nano.trace(tokens, ALL)
+    given = (
+        AddToResidual(vector, layers=5),
+        Patch("moe_out", recorded, layers=2),
+        ForceExperts(recorded.expert_indices, layers=3),
+    )
+    with nano.intervene(*given) as outer:
+        expected = outer.logits(tokens)
+        for array in (vector, recorded.moe_out, recorded.expert_indices):
+            array[...] = 0
+        with outer.intervene(ScaleHeads((), 0.5)) as inner:
+            np.testing.assert_allclose(inner.logits(tokens), expected, rtol=0, atol=1e-5)
+
+
 def test_two_ablations_that_leave_no_expert_leave_zeros(nano, tokens):
     halves = (AblateExperts(range(4), reroute=True), AblateExperts(range(4, 8), reroute=True))
     with nano.intervene(*halves) as changed:
@@ -421,8 +439,7 @@ def test_what_is_compiled_is_a_part_of_the_identity(nano):
         (AblateExperts(1),),
         (AblateExperts(1, reroute=True),),
     ):
-        hooks = prepare(interventions, nano.config)
-        engine: Engine = nano.engine.intervened(interventions, hooks)
+        engine: Engine = nano.intervene(*interventions).engine
         identities.add(engine.prefill_program(16)._identity)
         identities.add(engine.score_program(16, ("residual",))._identity)
     assert len(identities) == 16
@@ -531,6 +548,20 @@ def of_any_type(value: Any) -> Any:
         ),
         (AddToResidual(np.zeros((3, 64))), "^AddToResidual: vectors are of 3 layers"),
         (Patch("heads", np.zeros((12, 3, 64))), "^Patch: point must be one of .*, router, found"),
+        *(
+            (
+                Patch(
+                    "router", {"expert_indices": experts, "expert_weights": experts / 2}, **where
+                ),
+                f"^Patch: {message}",
+            )
+            for experts, where, message in (
+                (np.full((3, 5, 1), 4), {}, "experts are of 3 layers; give those of the 12 that"),
+                (np.full((12, 5, 1), 8), {}, "experts must be from 0 to 7, found 8$"),
+                (np.full((12, 5, 1), 4), {"positions": 5}, "positions must be from 0 to 4, fou"),
+                (np.full((12, 5, 1), 4), {"layers": 12}, "layers must be from 0 to 11, found 12$"),
+            )
+        ),
         (Patch("router", np.zeros((12, 3, 2))), '^Patch: at the point "router" values must be a'),
         (Patch("residual", {}), "^Patch: the trace has no residual; it has nothing$"),
         (
@@ -547,6 +578,7 @@ def of_any_type(value: Any) -> Any:
             "^Patch: positions must be from 0 to 2, found 3$",
         ),
         (ScaleHeads(16), "^ScaleHeads: heads must be from 0 to 15, found 16$"),
+        (AddToResidual(np.full(64, 1e300)), "^AddToResidual: vector must be finite numbers$"),
         (ScaleHeads(1, float("inf")), "^ScaleHeads: factor must be finite numbers$"),
         (
             ScaleHeads(1, of_any_type((1.0, 2.0))),
@@ -564,6 +596,13 @@ def test_arrays_without_axes_are_numbers(nano, tokens):
         given = AblateExperts(of_any_type(three), layers=of_any_type(three))
         expected = nano.intervene(AblateExperts(3, layers=3)).logits(tokens)
         np.testing.assert_array_equal(nano.intervene(given).logits(tokens), expected)
+
+
+def test_numbers_too_small_for_float32_are_zero_whatever_numpy_is_told(nano):
+    with np.errstate(all="raise"):
+        nano.intervene(AddToResidual(np.full(64, 1e-50)), ScaleHeads(1, 1e-42))
+        with pytest.raises(ValueError, match=r"^ScaleHeads: factor must be finite numbers$"):
+            nano.intervene(ScaleHeads(1, 1e42))
 
 
 def test_only_interventions_intervene(nano):
