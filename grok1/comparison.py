@@ -89,8 +89,10 @@ def compare(
                 f"{side} is a file of logits, and force_experts needs two models; leave it out"
             )
         _check_source(source, side, options[side])
-    if text is not None and all(_names_tokens(source) for source in sources.values()):
-        raise ValueError("both files hold their tokens; leave out the text")
+    if text is not None and all(map(_is_saved, sources.values())):
+        for side, source in sources.items():
+            if _names_tokens(source):
+                raise ValueError(f"{side} is a file that holds its tokens; leave out the text")
     if save_logits is not None:
         save_logits = pathlib.Path(os.path.expanduser(save_logits))
         check_new_file(save_logits)
@@ -265,12 +267,12 @@ def _with_tokens(runs: dict[str, RecordedRun], text: Prompt | None) -> dict[str,
     """Gives logits that were saved alone the other side's tokens."""
     known = next((run for run in runs.values() if run.tokens is not None), None)
     if known is None:
-        ids = None if text is None or isinstance(text, str) else np.asarray(text).tolist()
-        if ids is None:
+        if text is None or isinstance(text, str):
             raise ValueError(
                 "neither file says what its tokens are; give token ids, or logits in a .npz file "
                 "with their tokens"
             )
+        ids = encode_prompt(text, None, runs["A"].logits.shape[1])
         return {side: run._replace(tokens=ids) for side, run in runs.items()}
     return {
         side: run if run.tokens is not None else run._replace(tokens=known.tokens)

@@ -240,8 +240,17 @@ def test_saved_logits_stand_for_a_model(toy, other, tmp_path):
         compare(alone, other, TEXT[:40])
     with pytest.raises(ValueError, match="neither file says what its tokens are"):
         compare(alone, alone)
-    with pytest.raises(ValueError, match="both files hold their tokens; leave out the text"):
-        compare(file, file, TEXT)
+    for a, b, side in ((file, file, "A"), (file, alone, "A"), (alone, file, "B")):
+        message = f"^{side} is a file that holds its tokens; leave out the text$"
+        with pytest.raises(ValueError, match=message):
+            compare(a, b, TEXT)
+    for ids, message in (
+        ([whole.tokens], "must be one sequence of whole numbers"),
+        (whole.tokens[0], "is text or a sequence of token ids, found int"),
+        ([1280, *whole.tokens[1:]], "must be token ids from 0 to 1279, found 1280"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            compare(alone, alone, ids)
     with pytest.raises(ValueError, match="A is a file of logits, which takes no dtype"):
         compare(file, other, load_a={"dtype": "float32"})
 
