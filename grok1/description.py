@@ -14,19 +14,28 @@ from grok1.tokenizer import Tokenizer
 
 def particulars(engine: Engine) -> list[str]:
     """Says what sets a model apart from the released one as it is loaded by default."""
-    config = engine.config
     parts = []
     if stats_of(engine) is not None:
         parts.append("experts on disk")
     if engine.cache_dtype != precision.default_cache_dtype(engine.dtype):
         parts.append(f"cache {engine.cache_dtype}")
-    if config.router_softcap is not None:
-        parts.append(f"router soft cap {config.router_softcap:g}")
-    if config.renormalize_gates:
-        parts.append("gates renormalised")
+    parts += _of_router(engine)
     if engine.interventions:
-        parts.append(f"with {', '.join(map(repr, engine.interventions))}")
+        parts.append(f"with {_interventions(engine)}")
     return parts
+
+
+def _of_router(engine: Engine) -> list[str]:
+    parts = []
+    if engine.config.router_softcap is not None:
+        parts.append(f"router soft cap {engine.config.router_softcap:g}")
+    if engine.config.renormalize_gates:
+        parts.append("gates renormalised")
+    return parts
+
+
+def _interventions(engine: Engine) -> str:
+    return ", ".join(map(repr, engine.interventions))
 
 
 def table(engine: Engine, tensors: list[TensorSpec], tokenizer: Tokenizer | None) -> str:
@@ -69,6 +78,11 @@ def table(engine: Engine, tensors: list[TensorSpec], tokenizer: Tokenizer | None
         ("vocabulary", f"{config.vocab_size:,}" + ("" if tokenizer else ", no tokenizer")),
         ("context", f"{config.sequence_len:,} tokens"),
     ]
+    # What two models of the same sizes differ in.
+    if of_router := _of_router(engine):
+        rows.append(("routing", ", ".join(of_router)))
+    if engine.interventions:
+        rows.append(("interventions", _interventions(engine)))
     return reprs.table("Grok-1 model", rows)
 
 

@@ -117,14 +117,17 @@ class Model:
             self.mesh,
         )
         try:
-            array = np.asarray(tokens)
-        except ValueError:  # rows of different lengths
+            array, remedy = np.asarray(tokens), ""
+        except ValueError:
             array = np.asarray(tokens, object)
+            remedy = "; give rows of different lengths one by one, or fill them up at their ends"
+        if array.dtype.kind == "U":
+            remedy = "; encode text first, with the model's tokenizer.encode"
         rows = array[None] if array.ndim == 1 else array
         if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(
                 f"tokens must be integer ids [T] or [B, T] with at least one token, found "
-                f"{array.dtype}{list(array.shape)}"
+                f"{array.dtype}{list(array.shape)}{remedy}"
             )
         num_rows, length = rows.shape
         check_ids(rows, self.config.vocab_size, "tokens")

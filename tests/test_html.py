@@ -156,6 +156,13 @@ def test_model_says_what_sets_it_apart(toy):
             "AblateExperts(experts=(3, 4), reroute=True, layers=(1, 2)), "
             "AddToResidual(vector=float32[128], point='residual'))"
         )
+        shown = cells(changed._repr_html_())
+    assert shown["routing"] == "router soft cap 30, gates renormalised"
+    assert shown["interventions"] == (
+        "AblateExperts(experts=(3, 4), reroute=True, layers=(1, 2)), "
+        "AddToResidual(vector=float32[128], point='residual')"
+    )
+    assert not {"routing", "interventions"} & set(cells(toy._repr_html_()))
 
 
 def test_choice_shows_every_option(toy):

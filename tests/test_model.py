@@ -249,11 +249,12 @@ def test_options_that_are_refused(nano, options, error, message):
         (np.zeros((1, 2, 3), int), r"integer ids \[T\] or \[B, T\].*found int64\[1, 2, 3\]"),
         ([], r"with at least one token"),
         ([0.5], r"found float64\[1\]"),
-        ([[1, 2], [3]], r"integer ids \[T\] or \[B, T\].*found object\[2\]"),
+        ([[1, 2], [3]], r"integer ids \[T\] or \[B, T\].*found object\[2\]; give rows of diff"),
+        ("text", r"integer ids .* found <U4\[\]; encode text first, with the model's tokenizer"),
         ([1, 200], r"tokens must be token ids from 0 to 127, found 200"),
         (np.zeros(97, int), r"97 tokens are 1 more than the context of 96"),
     ],
-    ids=["rank", "empty", "float", "ragged", "range", "context"],
+    ids=["rank", "empty", "float", "ragged", "text", "range", "context"],
 )
 def test_logits_refuses_what_is_no_token_array(nano, tokens, message):
     with pytest.raises(ValueError, match=message):
