@@ -15,7 +15,7 @@ from typing import Any
 
 from grok1 import reprs
 from grok1.files import CheckpointError, LongInteger, json_object, read_bounded
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 
 _DERIVED = float("nan")  # stands for a multiplier that was not given
 _MOST_FILE_BYTES = 1 << 20
@@ -188,10 +188,10 @@ class ModelConfig:
         """
         if layers is None:
             return self
-        whole = isinstance(layers, numbers.Integral) and not isinstance(layers, bool)
-        if not whole or not 1 <= layers <= self.num_layers:
-            raise ValueError(f"layers must be from 1 to {self.num_layers}, found {layers!r:.80}")
-        return dataclasses.replace(self, num_layers=int(layers))
+        given: Any = as_python(layers)
+        if not is_whole(given) or not 1 <= given <= self.num_layers:
+            raise ValueError(f"layers must be from 1 to {self.num_layers}, found {shown(given)}")
+        return dataclasses.replace(self, num_layers=int(given))
 
     def to_json(self, *, hugging_face: bool = False) -> str:
         """Returns the configuration as JSON text that `from_json` reads back unchanged.

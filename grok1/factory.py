@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import jax
@@ -92,6 +93,7 @@ def load(
     Raises:
       CheckpointError: If a file is missing, damaged, foreign or of the wrong shape; nothing in a
         file is ever executed.
+      TypeError: If the path or the tokenizer is of another type.
       ValueError: If the configuration is impossible, a type is none of those, the model does not
         divide over the mesh, cannot fit in its memory or has fewer layers, or the tokenizer is
         another model's; or if experts cannot be offloaded: on several devices, or with too small a
@@ -107,7 +109,12 @@ def load(
     cache_dtype = precision.cache_dtype(cache_dtype)
     embedding_type = precision.embedding_dtype(embedding_dtype)
     if not isinstance(tokenizer, Tokenizer):
-        file = tokenizer or tokenizer_path(path, config)
+        if not isinstance(tokenizer, (str, os.PathLike, NoneType)):
+            raise TypeError(
+                "tokenizer must be a Tokenizer, or the path of its file, found "
+                f"{type(tokenizer).__name__}"
+            )
+        file = tokenizer_path(path, config) if tokenizer is None else tokenizer
         tokenizer = None if file is None else Tokenizer.load(file)
     if tokenizer is not None:
         tokenizer.check_vocabulary(config.vocab_size)

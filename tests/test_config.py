@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,6 +51,7 @@ def test_numbers_of_numpy_are_numbers():
             dataclasses.replace(TOY, num_layers=given)
     with pytest.raises(ValueError, match=r"^layers must be from 1 to 6, found 2\.0$"):
         TOY.first_layers(2.0)
+    assert TOY.first_layers(jnp.int32(2)) == TOY.first_layers(np.array(2)) == TOY.first_layers(2)
 
 
 def test_nano_config_file_reads_field_by_field():

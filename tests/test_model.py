@@ -7,6 +7,7 @@ import gc
 import pathlib
 import pickle
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -332,6 +333,14 @@ def test_dtype_and_tokenizer_that_are_refused(nano_path):
     toy_tokenizer = nano_path.parents[2] / "checkpoints" / "toy" / "tokenizer.model"
     with pytest.raises(ValueError, match=r"tokenizer has 1280 pieces, the model's vocabulary 128"):
         grok1.load(nano_path, tokenizer=toy_tokenizer, progress=False)
+    message = r"toy: is a directory; give the file in it: .*toy.tokenizer\.model$"
+    with pytest.raises(grok1.CheckpointError, match=message):
+        grok1.load(nano_path, tokenizer=toy_tokenizer.parent)
+    wrong: Any
+    for wrong, found in ((False, "bool"), (3, "int"), (b"tokenizer.model", "bytes")):
+        message = f"^tokenizer must be a Tokenizer, or the path of its file, found {found}$"
+        with pytest.raises(TypeError, match=message):
+            grok1.load(nano_path, tokenizer=wrong)
 
 
 @pytest.mark.parametrize("make", [grok1.load, grok1.random_model], ids=["load", "random_model"])

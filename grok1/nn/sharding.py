@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grok1.config import ModelConfig
-from grok1.keywords import shown
+from grok1.keywords import as_python, is_whole, shown
 from grok1.machine.startup import start_jax
 from grok1.nn.transformer import LayerParams, Params
 from grok1.ops.attention import KVCache
@@ -135,10 +135,11 @@ def mesh_sizes(
             if num_devices % size == 0 and not _indivisible(config, size)
         )
         return num_devices // model_size, model_size
-    found: tuple[Any, ...] = tuple(sizes) if isinstance(sizes, Sequence) else ()
-    if isinstance(sizes, str):
-        found = tuple(int(size) for size in sizes.split("x") if size.isdecimal())
-    if len(found) != 2 or any(not isinstance(n, int) or n < 1 for n in found):
+    given: Any = as_python(sizes)
+    if isinstance(given, str):
+        given = [int(size) if size.isdecimal() else size for size in given.split("x")]
+    found = tuple(given) if isinstance(given, Sequence) else ()
+    if len(found) != 2 or any(not is_whole(n) or n < 1 for n in found):
         raise ValueError(
             f"mesh must be two sizes above 0, (data, model), as 1x8, found {shown(sizes)}"
         )

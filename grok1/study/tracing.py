@@ -136,7 +136,8 @@ class Trace(Mapping[str, np.ndarray]):
         return reprs.table("Trace", rows)
 
     def _missing(self, name: str) -> str:
-        groups = [group for group, names in GROUPS.items() if name in names]
+        known = {**GROUPS, _LOGITS: (_LOGITS,)}
+        groups = [group for group, names in known.items() if name in names]
         remedy = f"; trace with capture=({groups[0]!r},)" if groups else ""
         return f"this trace has no {name}, but {', '.join(self.arrays) or 'nothing'}{remedy}"
 

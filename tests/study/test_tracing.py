@@ -183,6 +183,8 @@ def test_a_trace_is_a_mapping_with_attributes_and_axes(toy):
         _ = trace.lens_tokens
     with pytest.raises(KeyError, match=r"no attention_out.*capture=\('branches',\)"):
         _ = trace["attention_out"]
+    with pytest.raises(AttributeError, match=r"no logits.*capture=\('logits',\)"):
+        _ = trace.logits
     with pytest.raises(AttributeError, match="a Trace has no router"):
         _ = trace.router
 
