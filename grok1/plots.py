@@ -206,13 +206,13 @@ def attention_map(trace: Trace, layer: int, head: int | None = None) -> Plot:
       ValueError: If the layer was not captured or has no such head.
     """
     layer, head = as_python(layer), as_python(head)
-    if not is_whole(layer):
-        raise ValueError(f"layer must be one layer's number, found {shown(layer)}")
+    if not is_whole(layer) or layer < 0:
+        raise ValueError(f"layer must be one layer's number, from 0, found {shown(layer)}")
     layers = [int(index) for index in trace.attention_layers]
     if layer not in layers:
         raise ValueError(
             f"this trace has the attention of layers {layers}, not of layer {layer}; trace again "
-            f"with attention_layers=[{layer}]"
+            f'with capture=("attention",) and attention_layers=[{layer}]'
         )
     probs_NTT = trace.attention_probs[layers.index(layer)]
     num_heads, length, _ = probs_NTT.shape

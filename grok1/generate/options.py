@@ -163,7 +163,8 @@ class GenerationOptions:
                     f"allowed_tokens as a mask must be bool[{vocab_size}], found "
                     f"bool{list(given.shape)}"
                 )
-            mask = given
+            # The caller's array may change before the last token is drawn.
+            mask = given.copy()
         else:
             check_ids(given, vocab_size, "allowed_tokens")
             mask = np.zeros(vocab_size, bool)

@@ -192,6 +192,14 @@ def test_one_new_token_and_no_alternatives_are_enough():
     assert (options.max_new_tokens, options.logprobs) == (1, 0)
 
 
+def test_an_allowed_mask_that_is_changed_afterwards_changes_nothing():
+    given = np.arange(5) == 3
+    mask = make_options(allowed_tokens=given).allowed_mask(5)
+    given[:] = np.arange(5) == 1
+    assert mask is not None
+    assert np.flatnonzero(mask).tolist() == [3]
+
+
 def test_without_allowed_tokens_there_is_no_mask():
     assert make_options(allowed_tokens=None).allowed_mask(5) is None
 
