@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from grok1.checkpoint.tensor_file import CheckpointError
 from grok1.factory import load
+from grok1.generate.options import check_flags
+from grok1.keywords import is_whole, shown
 from grok1.machine.agreement import agree
 from grok1.machine.processes import OtherProcessError
 from grok1.model import Model
@@ -75,7 +77,7 @@ class Grok1LM(LM):
         tokenizer, embedding_dtype, router_softcap and renormalize_gates; none with a loaded model.
 
     Raises:
-      TypeError: If an option is unknown, or given with a loaded model.
+      TypeError: If an option is unknown or of another type, or given with a loaded model.
       ValueError: If the model has no tokenizer, or max_length is out of range; or as `load`.
     """
 
@@ -97,6 +99,11 @@ class Grok1LM(LM):
                 f"model_args {', '.join(unknown)} are unknown; known are path, max_length, "
                 f"add_bos, seed, {', '.join(_LOAD_OPTIONS)}"
             )
+        # Before a model is loaded, and not when its first text has come.
+        check_flags(add_bos=add_bos)
+        for name, number in (("max_length", max_length), ("seed", seed)):
+            if not is_whole(number) and (name, number) != ("max_length", None):
+                raise TypeError(f"{name} must be a whole number, found {shown(number)}")
         if not isinstance(path, Model):
             if options.get("offload", "auto") is None:
                 options["offload"] = "none"  # the harness takes the word for Python's

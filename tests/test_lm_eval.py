@@ -382,3 +382,11 @@ def test_what_it_cannot_do_is_said(toy, nano_path):
         Grok1LM(nano_path, mesh="all")
     with pytest.raises(ValueError, match="max_length must be from 2 to 1024, found 4096"):
         Grok1LM(toy, max_length=4096)
+    for name, value, message in (
+        ("max_length", 2.5, r"max_length must be a whole number, found 2\.5"),
+        ("max_length", "all", "max_length must be a whole number, found 'all'"),
+        ("seed", None, "seed must be a whole number, found None"),
+        ("add_bos", "yes", "add_bos must be True or False, found 'yes'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Grok1LM("nowhere", **{name: value})
