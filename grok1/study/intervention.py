@@ -200,6 +200,12 @@ class Intervention:
                 f"{what} are of {values.shape[1]} tokens, and the context holds "
                 f"{config.sequence_len}"
             )
+        if len(values) == len(layers) == config.num_layers and layers != sorted(set(layers)):
+            raise self._error(
+                f"{what} of all {config.num_layers} layers may be in their order or in that of "
+                f"layers=, found {shown(self.layers)}; put them in the order of the layers, and "
+                "leave layers= out"
+            )
         if len(values) == config.num_layers:
             values = values[layers]
         elif len(values) != len(layers):

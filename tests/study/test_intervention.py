@@ -1,6 +1,7 @@
 """Interventions: what changes nothing, what must change how much, and what is refused."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -504,6 +505,17 @@ def of_any_type(value: Any) -> Any:
         (
             AddToResidual(np.zeros((2, 64)), layers=(3, 3)),
             r"^AddToResidual: layers must differ where each has vectors of its own, found \(3, 3\)",
+        ),
+        *(
+            (
+                kind(np.zeros((12, *shape), int), layers=range(11, -1, -1)),
+                f"^[A-Za-z]+: {what} of all 12 layers may be in their order or in that of",
+            )
+            for kind, shape, what in (
+                (AddToResidual, (64,), "vectors"),
+                (ForceExperts, (5, 1), "experts"),
+                (functools.partial(Patch, "residual"), (5, 64), "values"),
+            )
         ),
         (
             ForceExperts(np.zeros((2, 5, 1), int), layers=(3, 3)),
