@@ -21,7 +21,7 @@ from grok1.factory import load
 from grok1.files import open_regular
 from grok1.generate.options import check_ids
 from grok1.generate.requests import Prompt, encode_prompt
-from grok1.keywords import as_python, is_whole, shown
+from grok1.keywords import as_python, check_flags, is_whole, shown
 from grok1.machine.agreement import agree
 from grok1.machine.float_errors import as_numpy_comes
 from grok1.machine.jax_settings import own_settings
@@ -72,12 +72,14 @@ def compare(
         tells the rounding of weights from near ties of the router (`Comparison.forced`).
 
     Raises:
+      TypeError: If the text or a switch is of another type.
       ValueError: If the two have different vocabularies, tokenizers or lengths, there is no text or
         no model to run, an option is out of range, or an intervention does not fit the text.
       FileNotFoundError, FileExistsError: If a source, or the directory of `save_logits`, is
         missing; if there is a file of this name.
       CheckpointError: As `load`, or if saved logits are no regular file.
     """
+    check_flags(force_experts=force_experts)
     sources: dict[str, _Opened] = {
         side: source if isinstance(source, Model) else pathlib.Path(os.path.expanduser(source))
         for side, source in (("A", a), ("B", b))

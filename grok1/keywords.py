@@ -52,6 +52,17 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def check_flags(**given: Any) -> None:
+    """Checks arguments that are True or False, by their names: any text would count as True.
+
+    Raises:
+      TypeError: If one is something else.
+    """
+    for name, value in given.items():
+        if not isinstance(as_python(value), bool):
+            raise TypeError(f"{name} must be True or False, found {shown(value)}")
+
+
 def warn(message: str) -> None:
     """Warns of what a caller gave, at the line outside of this package that led here.
 

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from grok1.checkpoint.tensor_file import CheckpointError
 from grok1.factory import load
-from grok1.generate.options import check_flags
-from grok1.keywords import is_whole, shown
+from grok1.keywords import check_flags, is_whole, shown
 from grok1.machine.agreement import agree
 from grok1.machine.processes import OtherProcessError
 from grok1.model import Model

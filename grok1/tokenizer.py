@@ -19,7 +19,7 @@ from typing import Any, SupportsIndex
 import sentencepiece
 
 from grok1.files import CheckpointError, read_bounded
-from grok1.keywords import shown, warn
+from grok1.keywords import check_flags, shown, warn
 
 _MOST_BYTES = 1 << 28  # of a file; the released one has 2.2 MB
 _SPACE = "▁"  # U+2581, as pieces spell it
@@ -114,12 +114,13 @@ class Tokenizer:
           UserWarning: If the text holds "▁" (U+2581), which is read as a space.
 
         Raises:
-          TypeError: If the text is not a str.
+          TypeError: If the text is not a str, or a switch is neither True nor False.
           ValueError: If the text holds half a surrogate pair, or [BOS] is asked of a model that
             has none.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, found {type(text).__name__}")
+        check_flags(add_bos=add_bos, allow_control=allow_control)
         try:
             text.encode()
         except UnicodeEncodeError as error:

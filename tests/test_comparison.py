@@ -265,6 +265,8 @@ def test_models_of_other_sizes_have_no_layers_to_compare(toy):
 def test_it_refuses_what_it_cannot_compare(toy, nano, tmp_path):
     with pytest.raises(ValueError, match="vocabularies differ: A has 1280 tokens, B 128; only"):
         compare(toy, nano, [5, 6])
+    with pytest.raises(TypeError, match="force_experts must be True or False, found 'no'"):
+        compare(toy, toy, "text", force_experts="no")
     with pytest.raises(ValueError, match="compare needs a text; give one, or logits saved with"):
         compare(toy, toy)
     with pytest.raises(ValueError, match="the text is empty; give at least one token"):

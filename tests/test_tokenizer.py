@@ -189,6 +189,14 @@ def test_encode_takes_only_str(released, text):
         unchecked(Tokenizer.encode)(released, text)
 
 
+@pytest.mark.parametrize("switch", ["add_bos", "allow_control"])
+@pytest.mark.parametrize("value", ["no", "False", 1, None])
+def test_encode_takes_no_switch_for_true_that_is_none(released, switch, value):
+    with pytest.raises(TypeError, match=f"^{switch} must be True or False, found {value!r}$"):
+        released.encode("<|separator|>", **{switch: value})
+    assert released.encode("a", **{switch: np.False_}) == released.encode("a")
+
+
 def test_encode_names_a_lone_surrogate(released):
     with pytest.raises(ValueError, match=r"lone surrogate U\+D83E at index 2"):
         released.encode("ab\ud83e")

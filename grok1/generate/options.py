@@ -9,7 +9,7 @@ import numpy as np
 
 from grok1.engine.sampling import SamplingParams
 from grok1.engine.steps import LogitsProcessor
-from grok1.keywords import as_python, is_whole, shown
+from grok1.keywords import as_python, check_flags, is_whole, shown
 
 
 class GenerationArguments(TypedDict, total=False):
@@ -200,17 +200,6 @@ def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
         raise ValueError(
             f"{what} must be token ids from 0 to {vocab_size - 1}, found {outside.flat[0]}"
         )
-
-
-def check_flags(**given: Any) -> None:
-    """Checks arguments that are True or False, by their names: any text would count as True.
-
-    Raises:
-      TypeError: If one is something else.
-    """
-    for name, value in given.items():
-        if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{name} must be True or False, found {shown(value)}")
 
 
 def check_seed(seed: Any) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.generate.completion import CompletionBuilder
-from grok1.generate.options import GenerationOptions, check_flags, check_ids
+from grok1.generate.options import GenerationOptions, check_ids
 from grok1.generate.request import Request
 from grok1.generate.scheduler import generate
-from grok1.keywords import shown, warn
+from grok1.keywords import check_flags, shown, warn
 from grok1.machine.agreement import agree
 from grok1.tokenizer import Tokenizer
 
