@@ -90,30 +90,36 @@ class Patch(Intervention):
 
     point: str
     values: Any
+    _num_tokens = 0  # until it is prepared
 
     def prepare(self, config: ModelConfig) -> list[Any]:
         """As `Intervention.prepare`."""
         if self.point == "router":
-            return self._forced().prepare(config)
+            forced = self._forced()
+            self._keep_length(forced.experts)
+            return forced.prepare(config)
         values = self._values()
         if values.ndim != 3 or values.shape[-1] != config.emb_size or not values.size:
             raise self._error(
                 f"values must have shape [layers, tokens, {config.emb_size}], found "
                 f"{list(values.shape)}"
             )
+        self._keep_length(values)
         where = self._where(config, values.shape[1])
         return [hooks.Replace(where, self._table("values", values, config), self.point)]
 
     def check_length(self, num_tokens: int, is_whole: bool = True) -> None:
         """As `Intervention.check_length`."""
         super().check_length(num_tokens, is_whole)
-        given = self._recorded("expert_indices") if self.point == "router" else self._given()
-        # The shape alone: this is asked before every run, of each of its texts.
-        self._check_tokens("values", np.shape(given)[-2], num_tokens)
+        self._check_tokens("values", self._num_tokens, num_tokens)
 
     @property
     def _tells_positions(self) -> bool:
         return True
+
+    def _keep_length(self, values: np.ndarray) -> None:
+        # Asked before every run, of each of its texts; a file of arrays may be closed by then.
+        object.__setattr__(self, "_num_tokens", values.shape[1])
 
     def _forced(self) -> ForceExperts:
         if not isinstance(self.values, Mapping):
@@ -122,17 +128,20 @@ class Patch(Intervention):
                 f"and expert_weights, found {type(self.values).__name__}"
             )
         indices, weights = map(self._recorded, ("expert_indices", "expert_weights"))
+        if indices.ndim != 3:
+            raise self._error(
+                "expert_indices must have shape [layers, tokens, experts], found "
+                f"{list(indices.shape)}"
+            )
         return _PatchedRouting(indices, weights, layers=self.layers, positions=self.positions)
 
     def _values(self) -> np.ndarray:
-        array = self._floats("values", self._given())
-        return array[None] if array.ndim == 2 else array
-
-    def _given(self) -> Any:
         if self.point not in STREAM_POINTS:
             points = ", ".join((*STREAM_POINTS, "router"))
             raise self._error(f"point must be one of {points}, found {shown(self.point)}")
-        return self._recorded(self.point) if isinstance(self.values, Mapping) else self.values
+        given = self._recorded(self.point) if isinstance(self.values, Mapping) else self.values
+        array = self._floats("values", given)
+        return array[None] if array.ndim == 2 else array
 
     def _recorded(self, name: str) -> np.ndarray:
         if name not in self.values:

@@ -349,6 +349,18 @@ def test_what_acts_keeps_the_numbers_that_it_was_given(nano, tokens):
             np.testing.assert_allclose(inner.logits(tokens), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("point", ["moe_out", "router"])
+def test_a_patch_comes_from_a_file_that_is_closed(nano, tokens, point, tmp_path):
+    recorded = nano.trace(tokens[::-1], ALL)
+    np.savez(tmp_path / "trace.npz", **recorded)
+    expected = logits_with(nano, tokens, Patch(point, recorded, layers=3))
+    with np.load(tmp_path / "trace.npz") as file:
+        changed = nano.intervene(Patch(point, file, layers=3))
+    np.testing.assert_array_equal(changed.logits(tokens), expected)
+    with pytest.raises(ValueError, match=f"^Patch: values are of {len(tokens)} tokens and the"):
+        changed.logits(tokens[1:])
+
+
 def test_two_ablations_that_leave_no_expert_leave_zeros(nano, tokens):
     halves = (AblateExperts(range(4), reroute=True), AblateExperts(range(4, 8), reroute=True))
     with nano.intervene(*halves) as changed:
@@ -573,6 +585,10 @@ def of_any_type(value: Any) -> Any:
                 (np.full((12, 5, 1), 4), {"positions": 5}, "positions must be from 0 to 4, fou"),
                 (np.full((12, 5, 1), 4), {"layers": 12}, "layers must be from 0 to 11, found 12$"),
             )
+        ),
+        (
+            Patch("router", dict.fromkeys(("expert_indices", "expert_weights"), np.ones(2, int))),
+            r"^Patch: expert_indices must have shape \[layers, tokens, experts\], found \[2\]$",
         ),
         (Patch("router", np.zeros((12, 3, 2))), '^Patch: at the point "router" values must be a'),
         (Patch("residual", {}), "^Patch: the trace has no residual; it has nothing$"),
