@@ -257,12 +257,18 @@ def save(model: Model, path: str | pathlib.Path) -> None:
       CheckpointError: If the directory already holds a checkpoint, in this format or another, or
         a file of these names, or cannot be written; nothing is replaced or left half-written.
       ValueError: If the model lies on the devices of several processes, its experts on disk, or
-        they are 4-bit.
+        they are 4-bit, or something intervenes in it.
     """
     if model.offload_stats is not None:
         raise ValueError(
             "save needs the whole model in memory, and this one's experts are read from its files; "
             "copy those, or load it with offload='none'"
+        )
+    if model.engine.interventions:
+        acting = ", ".join(map(repr, model.engine.interventions))
+        raise ValueError(
+            f"save writes weights, and what intervenes in this model is none: {acting}; save the "
+            "model that it was made of"
         )
     if any(spec.dtype == INT4.name for spec in model.tensors):
         raise ValueError(

@@ -262,6 +262,14 @@ def test_logits_refuses_what_is_no_token_array(nano, tokens, message):
         nano.logits(tokens)
 
 
+def test_what_intervenes_is_not_saved_and_said(nano, tmp_path):
+    with nano.intervene(grok1.AblateExperts(3)) as changed:
+        message = r"what intervenes in this model is none: AblateExperts\(experts=3\); save the mo"
+        with pytest.raises(ValueError, match=message):
+            grok1.save(changed, tmp_path / "changed")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_is_copied_with_its_weights_and_not_without(nano):
     changed = nano.intervene(grok1.AblateExperts(1))
     for model in (nano, changed):
