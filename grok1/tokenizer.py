@@ -79,7 +79,7 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"{path}: no such file; expected the SentencePiece model of Grok-1, tokenizer.model"
             )
-        if path.is_dir():
+        if (path / "tokenizer.model").is_file():
             remedy = f"give the file in it: {path / 'tokenizer.model'}"
             raise CheckpointError(path, "is a directory", remedy, "irregular")
         data = read_bounded(path, _MOST_BYTES)
