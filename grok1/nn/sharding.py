@@ -5,6 +5,7 @@ width of every expert, and the vocabulary. Each layer then needs two all-reduces
 weight ever moves.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from grok1.ops.formats import format_of, is_quantized
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or one without, which serves to compute shapes."""
+
+_SIZES = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
 
 DATA_AXIS = "data"
 MODEL_AXIS = "model"
@@ -135,10 +138,11 @@ def mesh_sizes(
             if num_devices % size == 0 and not _indivisible(config, size)
         )
         return num_devices // model_size, model_size
-    given: Any = as_python(sizes)
-    if isinstance(given, str):
-        given = [int(size) if size.isdecimal() else size for size in given.split("x")]
-    found = tuple(given) if isinstance(given, Sequence) else ()
+    sizes = as_python(sizes)
+    found: tuple[Any, ...] = tuple(sizes) if isinstance(sizes, Sequence) else ()
+    if isinstance(sizes, str):
+        match = _SIZES.fullmatch(sizes)
+        found = tuple(map(int, match.groups())) if match else ()
     if len(found) != 2 or any(not is_whole(n) or n < 1 for n in found):
         raise ValueError(
             f"mesh must be two sizes above 0, (data, model), as 1x8, found {shown(sizes)}"
