@@ -41,6 +41,11 @@ from grok1.machine.safe_files import is_plain
 from grok1.nn.manifest import TensorSpec
 
 _MAX_HEADER = 100_000_000  # The format's own limit.
+# A header has room for millions of axes, whose product would take hours, and for names that no
+# message should repeat.
+_MOST_AXES = 32
+_MOST_SIZE = 2**63 - 1
+_MOST_NAME = 1000
 
 
 def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
@@ -86,7 +91,7 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
     except KeyError as error:
         raise CheckpointError(
             path,
-            f"its header has {error} where a tensor's dtype (F32, BF16, I8, U8 or F16), "
+            f"its header has {error!s:.80} where a tensor's dtype (F32, BF16, I8, U8 or F16), "
             "shape and data_offsets are expected",
             CONVERSION,
             "foreign",
@@ -100,14 +105,18 @@ def read_shard_header(path: str | os.PathLike[str]) -> ShardHeader:
 
 def _checked_place(name: str, entry: Any) -> tuple[int, int]:
     """The data_offsets of a tensor in a shard's header, of which each part has its type."""
-    if not is_plain(name):
+    if not _is_name(name):
         raise ValueError(f"{name!r:.80} is no name of a tensor")
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is {entry!r:.80}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise ValueError(f"{name} has the dtype {dtype!r:.80}")
-    if not (isinstance(shape, list) and shape and all(type(n) is int and n > 0 for n in shape)):
+    if not (
+        isinstance(shape, list)
+        and 1 <= len(shape) <= _MOST_AXES
+        and all(type(n) is int and 1 <= n <= _MOST_SIZE for n in shape)
+    ):
         raise ValueError(f"{name} has the shape {shape!r:.80}")
     if not (isinstance(offsets, list) and [type(n) for n in offsets] == [int, int]):
         raise ValueError(f"{name} has the data_offsets {offsets!r:.80}, expected two whole numbers")
@@ -256,7 +265,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
             path, "expected a weight_map from tensors to files beside it", DAMAGED
         )
     for tensor, name in weight_map.items():
-        if not (is_plain(tensor) and isinstance(name, str) and _is_beside(name)):
+        if not (_is_name(tensor) and isinstance(name, str) and _is_beside(name)):
             raise CheckpointError(
                 path,
                 f"its weight_map has {tensor!r:.80} in {name!r:.80}, expected a weight_map from "
@@ -266,5 +275,9 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
+def _is_name(text: str) -> bool:
+    return len(text) <= _MOST_NAME and is_plain(text)
+
+
 def _is_beside(name: str) -> bool:
-    return is_plain(name) and name not in ("", ".", "..") and name == os.path.basename(name)
+    return _is_name(name) and name not in ("", ".", "..") and name == os.path.basename(name)
