@@ -88,7 +88,15 @@ def write_files(
     try:
         with noted(target, place) as note:
             staging = note.directory()
-            if os.path.lexists(place) and not (files[0].name and _is_empty_directory(place)):
+            is_free = not _is_there(place) or (files[0].name and _is_empty_directory(place))
+            if is_free and os.path.ismount(place):
+                raise CheckpointError(
+                    target,
+                    "is where a disk is mounted, and a directory is put in its place as a whole",
+                    "give a new directory on that disk, nothing was written",
+                    "unwritable",
+                )
+            if not is_free:
                 if staging is not None and not os.path.lexists(_path(staging, "")):
                     note.remove()  # Of a run that was stopped after its last step.
                 raise CheckpointError(
@@ -235,6 +243,19 @@ def _sync(directory: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_there(place: pathlib.Path) -> bool:
+    """As `os.path.lexists`, which says no to names that are too long to become a file's.
+
+    Raises:
+      OSError: If there can be nothing, or nobody can say.
+    """
+    try:
+        place.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_empty_directory(place: pathlib.Path) -> bool:

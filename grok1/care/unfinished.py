@@ -163,7 +163,12 @@ def noted(target: Any, place: pathlib.Path) -> Iterator[Note]:
         note = Note(place, path, file)
         if not is_kept:
             stack.callback(note.remove)
-        yield note
+        try:
+            yield note
+        finally:
+            # Where nothing was begun, nothing is to be found again.
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
 
 
 def _number(directory: pathlib.Path) -> list[int]:

@@ -1,5 +1,6 @@
 """A checkpoint directory: one tensor file for each tensor of the manifest, checked and written."""
 
+import errno
 import os
 import pathlib
 import re
@@ -149,6 +150,9 @@ def save_checkpoint(
 
 
 def _check_nothing_is_replaced(target: pathlib.Path, beside: Iterable[str]) -> None:
+    there = next(path for path in target.parents if os.path.lexists(path))
+    if not there.is_dir():  # which would show when all is written, and is to be moved below it
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(there))
     around = os.listdir(target.parent) if target.parent.is_dir() else []
     of_another = [name for name in around if name.endswith((".safetensors", INDEX_NAME))]
     for place, found in (

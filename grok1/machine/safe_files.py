@@ -151,7 +151,8 @@ def move_new(source: pathlib.Path, target: pathlib.Path) -> None:
         # A rename would put the file in the place of another.
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
-        if os.path.lexists(target):
+        # Where a disk is mounted there is something that is no other's file.
+        if os.path.lexists(target) and error.errno != errno.EBUSY:
             raise _exists(target) from error
         if is_directory or error.errno not in _NO_LINKS:
             raise

@@ -19,6 +19,7 @@ from grok1.checkpoint.directory import open_tensors
 from grok1.checkpoint.storage import read_matrix
 from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
 from grok1.files import CheckpointError
+from grok1.machine.cache_directory import private_directory
 from tests.care.helpers import released
 from tests.conftest import GOLDEN, TOY
 from tests.helpers import dequantized, named_params, relative_error
@@ -207,6 +208,24 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
         (tmp_path / "closed").mkdir(mode=0o500)
         with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
             convert(TOY, tmp_path / "closed" / "out", to="grok1", progress=False)
+
+
+def test_a_name_that_is_too_long_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
+        convert(TOY, tmp_path / ("n" * 256), to="grok1", progress=False)
+    assert not os.listdir(tmp_path)
+
+
+def test_where_a_disk_is_mounted_nothing_is_written_beside_it(own_cache, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    is_mount = os.path.ismount
+    monkeypatch.setattr(
+        os.path, "ismount", lambda path: path == tmp_path / "disk" or is_mount(path)
+    )
+    with pytest.raises(CheckpointError, match="disk: is where a disk is mounted, .*; give a new "):
+        convert(TOY, tmp_path / "disk", to="grok1", progress=False)
+    assert os.listdir(tmp_path) == ["disk"]
+    assert not list(private_directory().glob("convert-*")), "notes of nothing"
 
 
 @pytest.mark.parametrize(

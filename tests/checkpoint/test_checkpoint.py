@@ -426,10 +426,13 @@ def test_a_disk_that_is_full_after_the_tensors_leaves_nothing(when, before, tmp_
 
 def test_a_place_that_cannot_hold_a_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "ckpt-0"):
+    (tmp_path / "lost").symlink_to("nowhere")
+    for place in ("file", "file/ckpt-0", "file/below/ckpt-0", "lost/ckpt-0"):
+        tensors = iter(tensors_of(MANIFEST))
         with pytest.raises(CheckpointError, match=r"not saved: (Not a directory|File exists) on "):
-            save_checkpoint(place, tensors_of(MANIFEST))
-    assert os.listdir(tmp_path) == ["file"]
+            save_checkpoint(tmp_path / place, tensors)
+        assert len(list(tensors)) == len(MANIFEST), "some were written"
+    assert sorted(os.listdir(tmp_path)) == ["file", "lost"]
 
 
 def test_a_tensor_of_no_known_type_is_refused_by_name(tmp_path):
