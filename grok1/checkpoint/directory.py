@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Iterator
 
 from grok1 import bundled
@@ -40,7 +41,7 @@ def located(path: str | os.PathLike[str], *, weights: bool = True) -> pathlib.Pa
             f"{type(path).__name__}"
         )
     place = bundled.named(os.path.expanduser(path))
-    if not place.is_dir():
+    if not _is_directory(place):
         raise _no_directory(place)
     if _holds_weights(place) or (not weights and os.path.lexists(place / "config.json")):
         return place
@@ -104,6 +105,15 @@ def open_tensors(path: str | os.PathLike[str], config: ModelConfig) -> StoredMod
         for spec, tensor in zip(expected, tensors, strict=True)
     ]
     return StoredModel(tensors, specs)
+
+
+def _is_directory(place: pathlib.Path) -> bool:
+    try:
+        return stat.S_ISDIR(place.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of what is no path
+        return False
+    except OSError as error:
+        raise unreadable(place, error) from error
 
 
 def _holds_weights(place: pathlib.Path) -> bool:

@@ -96,7 +96,8 @@ def _check_directories(parsed: argparse.Namespace) -> None:
         return
     for name in ("checkpoint", "directory", "source", "a", "b"):
         path = getattr(parsed, name, None)
-        if isinstance(path, pathlib.Path) and not path.exists():
+        # No shell has put a home into `--checkpoint=~/model`.
+        if isinstance(path, pathlib.Path) and not pathlib.Path(os.path.expanduser(path)).exists():
             raise FileNotFoundError(f"{path}: there is no such directory")
 
 

@@ -58,7 +58,7 @@ def read_text(path: str) -> str:
     """
     if path == "-":
         return _text(sys.stdin.buffer.read(_LONGEST_TEXT + 1), "standard input")
-    with pathlib.Path(path).open("rb") as file:
+    with pathlib.Path(os.path.expanduser(path)).open("rb") as file:
         return _text(file.read(_LONGEST_TEXT + 1), path)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from grok1.checkpoint.directory import is_safetensors, load_config, open_tensors
+from grok1.checkpoint.directory import is_safetensors, load_config, located, open_tensors
 from grok1.checkpoint.loading import expert_arrays
 from grok1.config import GROK_1, ModelConfig
 from grok1.engine.engine import Engine
@@ -105,10 +105,13 @@ def plan(
         `checkpoint`, or int8 as released.
 
     Raises:
+      CheckpointError: If `checkpoint` is no model's directory.
       ValueError: If a number is out of range, the model does not divide over the mesh, or the
         memory of a device is unknown.
       RuntimeError: If the programs could not be compiled.
     """
+    if checkpoint is not None:
+        checkpoint = located(checkpoint, weights=False)
     whole = config or (GROK_1 if checkpoint is None else load_config(checkpoint))
     devices, batch, context, layers = map(as_python, (devices, batch, context, layers))
     _check_devices(devices, device)

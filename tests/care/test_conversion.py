@@ -222,7 +222,7 @@ def test_where_a_disk_is_mounted_nothing_is_written_beside_it(own_cache, tmp_pat
     monkeypatch.setattr(
         os.path, "ismount", lambda path: path == tmp_path / "disk" or is_mount(path)
     )
-    with pytest.raises(CheckpointError, match="disk: is where a disk is mounted, .*; give a new "):
+    with pytest.raises(CheckpointError, match="disk: is where a disk is mounted"):
         convert(TOY, tmp_path / "disk", to="grok1", progress=False)
     assert os.listdir(tmp_path) == ["disk"]
     assert not list(private_directory().glob("convert-*")), "notes of nothing"

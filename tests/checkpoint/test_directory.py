@@ -14,8 +14,10 @@ import pytest
 
 import grok1
 from grok1 import bundled
+from grok1.__main__ import main
 from grok1.care import conversion, inspection, verification
 from grok1.checkpoint.directory import load_config, located, tokenizer_path
+from grok1.command import streams
 from grok1.config import GROK_1, TOY
 from grok1.files import CheckpointError
 
@@ -130,6 +132,19 @@ def test_weights_without_a_configuration_are_taken_for_no_other_models(door, hou
         DOORS[door](tmp_path)
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_path_that_the_system_refuses_is_told(door, tmp_path):
+    def refused(path):
+        with pytest.raises(CheckpointError, match="cannot be read: ") as caught:
+            DOORS[door](path)
+        assert caught.value.kind == "unreadable"
+        assert caught.value.path == path
+
+    refused(tmp_path / ("n" * 256))
+    (tmp_path / "loop").symlink_to("loop")
+    refused(tmp_path / "loop" / "nano")
+
+
 @pytest.mark.parametrize("path", [None, 7, b"/tmp", ["a"]])
 def test_what_is_no_path_is_refused(path):
     with pytest.raises(TypeError, match=r"^path must be that of a model's directory, a str or a"):
@@ -153,6 +168,10 @@ def test_home_has_its_name_where_something_is_written(house, tmp_path, monkeypat
     assert grok1.ModelConfig.load("~/new/config.json").emb_size == 64
     assert verification.verify("~/new", deep=True, sums_file="~/sums", progress=False).is_good
     assert (tmp_path / "sums").exists()
+    # As a shell hands on what stands behind an equals sign.
+    assert main(["verify", "~/new", "--manifest=~/sums", "--deep"]) == 0
+    (tmp_path / "text").write_text("text")
+    assert streams.read_text("~/text") == "text"
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/absent.npz: there is no")):
         grok1.compare("~/absent.npz", "~/new")
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/no: there is no")):

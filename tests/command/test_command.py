@@ -77,6 +77,7 @@ def test_choices_are_the_librarys():
         (["generate", "a" * 5000], 2, "did you mean --prompt aaaa"),
         (["generate", "--checkpoint", "absent"], 1, "absent: there is no such directory"),
         (["inspect", "absent"], 1, "absent: there is no such directory"),
+        (["plan", "~/absent"], 1, "~/absent: there is no such directory"),
         (["generate", "--interactive", "--json"], 2, "--json: not allowed with argument --inter"),
         (["compare", "absent.npz", "b"], 1, "absent.npz: there is no such directory"),
         (["generate", "--stop", r"\d"], 2, r"holds \d, which is no escape"),

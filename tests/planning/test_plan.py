@@ -16,6 +16,7 @@ from grok1.care.conversion import convert
 from grok1.checkpoint.directory import open_tensors
 from grok1.config import GROK_1, TOY
 from grok1.engine.head_copies import LEFT_FREE
+from grok1.files import CheckpointError
 from grok1.nn.sharding import abstract_mesh
 from grok1.planning import devices, planning, report
 from grok1.planning.memory import abstract_engine, fewest_devices, released_weights
@@ -297,7 +298,7 @@ def test_a_plan_round_trips_through_json(compiled):
     assert read["needed_bytes"] == found.weights_bytes + found.cache_bytes + found.working_bytes
 
 
-def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path, capsys):
+def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path, capsys, monkeypatch):
     path = tmp_path / "bf"
     convert(TOY_PATH, path, to="safetensors", dtype="bfloat16", progress=False)
     for options in {}, {"layers": 2, "embedding_dtype": "bfloat16"}:
@@ -306,6 +307,8 @@ def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path, capsys
         assert found.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         assert found.num_weights == sum(np.prod(spec.shape) for spec in model.tensors)
     whole = grok1.plan(checkpoint=path, device="cpu", memory=1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert grok1.plan(checkpoint="~/bf", device="cpu", memory=1) == whole
     stored, _ = open_tensors(path, TOY)
     assert whole.checkpoint_bytes == sum(tensor.values.nbytes for tensor in stored)
     assert grok1.plan(checkpoint=path, device="cpu", memory=0.001).streaming is None
@@ -318,6 +321,12 @@ def test_a_plan_of_a_directory_counts_what_load_holds(compiled, tmp_path, capsys
     assert said.endswith(
         "until the files are whole, the plan counts weights as released, in int8\n"
     )
+
+
+def test_a_plan_of_a_directory_that_is_not_there_is_none_of_what_was_released(tmp_path):
+    for config in None, TOY:
+        with pytest.raises(CheckpointError, match="absent: there is no such directory"):
+            grok1.plan(config, checkpoint=tmp_path / "absent", device="cpu", memory=1)
 
 
 def test_a_plan_of_a_configuration_alone_says_nothing(compiled, tmp_path, capsys):
