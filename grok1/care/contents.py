@@ -11,11 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grok1.checkpoint.elements import MOST_SCALE, are_scales, is_finite
-from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, open_unchanged, read_at
+from grok1.checkpoint.elements import (
+    MOST_SCALE,
+    are_scales,
+    check_finite,
+    check_scales,
+    is_finite,
+)
+from grok1.checkpoint.storage import StoredArray, StoredModel, read_matrix
+from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, DataFile, open_unchanged, read_at
 from grok1.files import CheckpointError, read_bounded
 from grok1.machine.cache_directory import private_directory
 from grok1.machine.safe_files import absolute, is_plain, replacing
+from grok1.nn.manifest import is_large
 
 _READ_BYTES = 1 << 24  # A thread holds as much.
 _MOST_SUMS_BYTES = 1 << 24
@@ -143,6 +151,43 @@ def _blocks(
             stop = min(start + _READ_BYTES, end)
             yield check, start, stop
             start = stop
+
+
+def check_elements(stored: StoredModel) -> None:
+    """Checks of a model's elements what `load` checks: scales, and floats that are few.
+
+    A number that is none gives other numbers that look well where weights are rounded anew.
+
+    Args:
+      stored: The model.
+
+    Raises:
+      CheckpointError: If a scale, a norm, a router's weight or an embedding is not finite, or a
+        scale too large; or a file cannot be read.
+    """
+    for tensor, spec in zip(stored.tensors, stored.specs, strict=True):
+        if tensor.scales is not None:
+            for file, scales, origin in in_blocks(tensor.scales):
+                check_scales(file, scales, origin)
+        elif not is_large(spec):
+            for file, values, origin in in_blocks(tensor.values):
+                check_finite(file, spec.name, values, origin)
+
+
+def in_blocks(array: StoredArray) -> Iterator[tuple[DataFile, np.ndarray, list[int]]]:
+    """Yields an array in parts: the file, the elements, and the indices of the first of them."""
+    lead = array.shape[:-2]
+    row_bytes = array.nbytes // array.num_matrices // array.num_rows
+    # A file's columns lie apart.
+    step = array.num_rows if array.transposed else max(1, _READ_BYTES // row_bytes)
+    for number in range(array.num_matrices):
+        file, _ = array.parts[number if len(array.parts) > 1 else 0]
+        for start in range(0, array.num_rows, step):
+            stop = min(start + step, array.num_rows)
+            rows = np.ascontiguousarray(read_matrix(array, number, start, stop))
+            place = [int(n) for n in np.unravel_index(number, lead)] if lead else []
+            origin = [*place, start, 0][: len(array.shape)]
+            yield file, rows.reshape((1,) * len(lead) + rows.shape), origin
 
 
 _WHOLE_NUMBERS = ("int8", "uint8")

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grok1.care import gguf_file
+from grok1.care.contents import check_elements
 from grok1.care.int4_card import NAME as CARD_NAME
 from grok1.care.rounding import Calibrated, Rounding, calibration_tokens
-from grok1.care.staging import OutputFile, Piece, content, write_files
+from grok1.care.staging import Checks, OutputFile, Piece, content, write_files
 from grok1.checkpoint import safetensors_layout
 from grok1.checkpoint.directory import load_config, located, open_tensors, tokenizer_path
 from grok1.checkpoint.released import open_checkpoint
@@ -86,7 +87,8 @@ def convert(
       What there is to know about the result, a sentence each.
 
     Raises:
-      CheckpointError: If the source is no model, or the target cannot be written.
+      CheckpointError: If the source is no model, or one that `grok1.load` refuses because of its
+        elements; or the target cannot be written.
       ValueError: If the options do not go together.
       ModuleNotFoundError: If the package of the format is not installed.
     """
@@ -141,11 +143,13 @@ def convert(
         "source files": _digest(tensors),
         "versions": _versions(to),
     }
+    checks = Checks(functools.partial(check_elements, StoredModel(tensors, specs)), plan.check)
+    arguments = target, plan.files, identity, checks, progress
     if rounding is None:
-        return plan.notes + write_files(target, plan.files, identity, plan.check, progress)
+        return plan.notes + write_files(*arguments)
     if rounding.calibration is not None:
         identity["calibration"] = rounding.calibration
-    notes = write_files(target, plan.files, identity, plan.check, progress, rounding.keep_in)
+    notes = write_files(*arguments, rounding.keep_in)
     return [*plan.notes, *rounding.notes(), *notes]
 
 

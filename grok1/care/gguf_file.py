@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from grok1.care.contents import in_blocks
+from grok1.checkpoint.elements import check_scales
 from grok1.checkpoint.storage import (
     StoredTensor,
     dequantize_matrix,
@@ -305,7 +307,8 @@ def scale_report(tensors: list[StoredTensor], layout: list[GgufTensor]) -> Scale
         file.
     """
     total, inexact, worst = 0, 0, 0.0
-    for file, scales in _q8_0_scales(tensors, layout):
+    for file, scales, origin in _q8_0_scales(tensors, layout):
+        check_scales(file, scales, origin)
         exact = scales.astype(np.float32)
         rounded = _halves(scales).astype(np.float32)
         if not np.isfinite(rounded).all():
@@ -386,12 +389,11 @@ def _halves(scales: np.ndarray) -> np.ndarray:
         return scales.astype(np.float32).astype(np.float16)
 
 
-def _q8_0_scales(tensors, layout) -> Iterator[tuple[Any, np.ndarray]]:
+def _q8_0_scales(tensors, layout) -> Iterator[tuple[Any, np.ndarray, list[int]]]:
     for entry in layout:
         scales = tensors[entry.tensor].scales
         if entry.kind == "q8_0" and scales is not None:
-            for number in range(scales.num_matrices):
-                yield scales.parts[0][0], read_matrix(scales, number)
+            yield from in_blocks(scales)
 
 
 def _add_tokenizer(writer: Any, config: ModelConfig, tokenizer: Tokenizer | None) -> None:

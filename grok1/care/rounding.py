@@ -15,6 +15,7 @@ from jaxtyping import Array
 from grok1.care import int4_card
 from grok1.care.calibration import Calibration, peak_bytes
 from grok1.care.staging import Piece
+from grok1.checkpoint.elements import check_finite
 from grok1.checkpoint.storage import StoredModel, StoredTensor, matrix_as_float32
 from grok1.checkpoint.tensor_file import DTYPES
 from grok1.config import ModelConfig
@@ -154,6 +155,10 @@ class Rounding:
             measured = self._calibration.measured(layer, number)
         tokens = None if measured is None else measured.num_tokens
         weight = matrix_as_float32(tensor, number)
+        if tensor.scales is None:  # where there are some, they have been looked at
+            parts = tensor.values.parts
+            file, _ = parts[number if len(parts) > 1 else 0]
+            check_finite(file, spec.name, weight[None], (number, 0, 0))
         if measured is not None and measured.factors:
             rounded, lost = round_with_feedback(weight, num_blocks, measured.factors[matrix])
             energy = measured.energy[matrix]

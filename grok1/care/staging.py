@@ -56,11 +56,23 @@ def content(name: str, data: bytes) -> OutputFile:
     return OutputFile(name, [Piece(len(data), lambda: data)])
 
 
+class Checks(NamedTuple):
+    """What is looked at before files are written and after; both raise if something is wrong.
+
+    Attributes:
+      source: Called when the target can be written, and before anything is made.
+      target: Called with the complete target under its temporary name.
+    """
+
+    source: Callable[[], None]
+    target: Callable[[pathlib.Path], None]
+
+
 def write_files(
     target: str | os.PathLike[str],
     files: list[OutputFile],
     identity: dict[str, Any],
-    check: Callable[[pathlib.Path], None],
+    checks: Checks,
     progress: bool,
     keep_in: Callable[[pathlib.Path], None] = lambda directory: None,
 ) -> list[str]:
@@ -70,7 +82,7 @@ def write_files(
       target: The directory, absent or empty; or the file, absent, if `files` is one without a name.
       files: What to write.
       identity: What the content depends on; an unfinished target of another identity is refused.
-      check: Called with the complete target under its temporary name; raises if it is not valid.
+      checks: What may refuse it.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
       keep_in: Told, before anything is made, a directory for what making it has to keep until all
         is written; of an unfinished target it is the same as before.
@@ -105,6 +117,7 @@ def write_files(
                     "choose a new place, nothing was written",
                     "unwritable",
                 )
+            checks.source()
             if staging is None:
                 staging = note.new_directory()
             with Journal(staging / "journal", identity) as journal:
@@ -114,7 +127,7 @@ def write_files(
                 _write(staging, files, journal, total, progress)
                 _verify(staging, files, journal, total, progress)
             _check_names(staging, files)
-            check(_path(staging, ""))
+            checks.target(_path(staging, ""))
             _move(target, staging, place)
             _sync(place.parent)
             note.remove()

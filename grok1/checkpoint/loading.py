@@ -6,7 +6,6 @@ transfer (`carrying`). Beyond the model itself the host needs those, the scales 
 """
 
 import math
-import re
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,14 +26,12 @@ from grok1.config import ModelConfig
 from grok1.machine.cuda_driver import copier_of
 from grok1.machine.processes import together
 from grok1.machine.progress import progress_bar
-from grok1.nn.manifest import arrange
+from grok1.nn.manifest import arrange, is_large
 from grok1.nn.sharding import abstract_stack
 from grok1.nn.transformer import NamedParams, Params
 from grok1.ops.experts import fetched_parts
 from grok1.ops.formats import OF_VALUES, Part, is_quantized
 
-# The large tensors, which take as long to look at as to read; `verify --deep` does that.
-_QUANTIZED = re.compile("/(moe|multi_head_attention)/")
 _MOST_IN_HOST = 1 << 24  # bytes of an array that costs less to send than to compile what fills it
 _ALIGNMENT = 64  # bytes; XLA's CPU client adopts host memory so aligned without copying it
 
@@ -379,7 +376,8 @@ def _named_leaves(stored: StoredModel) -> NamedParams:
         module, _, parameter = spec.name.rpartition("/")
         leaf: Any
         if tensor.scales is None:
-            name = spec.name if _QUANTIZED.search(spec.name) is None else ""
+            # `verify --deep` looks at the large ones.
+            name = "" if is_large(spec) else spec.name
             leaf = _Leaf(tensor.values, jnp.dtype(spec.dtype), name=name)
         else:
             stored_as = OF_VALUES[tensor.values.dtype]

@@ -6,6 +6,7 @@ because tracing 64 takes a second.
 """
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from grok1.ops.int4 import num_blocks
 EMBEDDING = "language_model/in_out_embed/embeddings"
 
 _FIRST_LAYER = "transformer/decoder_layer_0/"
+_LARGE = re.compile("/(moe|multi_head_attention)/")
 
 
 class TensorSpec(NamedTuple):
@@ -120,6 +122,11 @@ def with_int4_experts(specs: list[TensorSpec]) -> list[TensorSpec]:
 def is_of_experts(spec: TensorSpec) -> bool:
     """Whether a tensor has the weights of a layer's experts."""
     return len(spec.shape) == 3
+
+
+def is_large(spec: TensorSpec) -> bool:
+    """Whether a tensor is one of the weights that take as long to look at as to read."""
+    return _LARGE.search(spec.name) is not None
 
 
 def named_leaves(named: NamedParams) -> list[tuple[str, Any]]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import shutil
 import sys
 
@@ -15,9 +17,9 @@ import grok1
 from grok1 import __main__, bundled
 from grok1.care import inspection, staging
 from grok1.care.conversion import convert
-from grok1.checkpoint.directory import open_tensors
+from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.checkpoint.storage import read_matrix
-from grok1.checkpoint.tensor_file import read_header, read_span, write_tensor
+from grok1.checkpoint.tensor_file import DTYPES, read_header, read_span, write_tensor
 from grok1.files import CheckpointError
 from grok1.machine.cache_directory import private_directory
 from tests.care.helpers import released
@@ -148,6 +150,64 @@ def test_bfloat16_is_rounded_once_and_loads(tmp_path, toy):
     convert(tmp_path / "bf", tmp_path / "floats", to="grok1", progress=False)
     again = grok1.load(tmp_path / "floats", mesh=(1, 1), dtype="float32", progress=False)
     assert relative_error(again.logits(tokens), loaded.logits(tokens)) < 1e-5
+
+
+EXPERTS = "transformer/decoder_layer_2/moe/linear_1/w"
+
+
+def spoil(directory: pathlib.Path, name: str, part: str) -> pathlib.Path:
+    """Makes the last element of a tensor's array no number; returns the file it is in."""
+    stored = open_tensors(directory, load_config(directory))
+    (tensor,) = (t for t, s in zip(stored.tensors, stored.specs, strict=True) if s.name == name)
+    file, span = getattr(tensor, part).parts[-1]
+    dtype = DTYPES[span.dtype]
+    with open(file.path, "r+b") as opened:
+        opened.seek(span.offset + span.nbytes - dtype.itemsize)
+        opened.write(np.array(np.nan, dtype).tobytes())
+    return file.path
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "options"),
+    [
+        (EXPERTS, "scales", {"to": "grok1"}),
+        (EXPERTS, "scales", {"to": "safetensors", "dtype": "bfloat16"}),
+        (EXPERTS, "scales", {"to": "int4"}),
+        (EXPERTS, "scales", {"to": "gguf"}),
+        ("transformer/decoder_layer_0/multi_head_attention/key/w", "scales", {"to": "gguf"}),
+        ("language_model/rms_norm/scale", "values", {"to": "gguf"}),
+        ("transformer/decoder_layer_5/router/w", "values", {"to": "safetensors"}),
+        ("language_model/in_out_embed/embeddings", "values", {"to": "int4"}),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value[-12:],
+)
+@pytest.mark.parametrize("source", ["grok1", "safetensors"])
+def test_what_load_refuses_is_not_converted(source, name, part, options, toy_safetensors, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(toy_safetensors if source == "safetensors" else TOY, damaged)
+    path = spoil(damaged, name, part)
+    with pytest.raises(CheckpointError, match="are not finite") as refused:
+        grok1.load(damaged, mesh=(1, 1), progress=False)
+    with pytest.raises(CheckpointError) as caught:
+        convert(damaged, tmp_path / "out", progress=False, **options)
+    assert caught.value.path == path
+    # How many there are is told of all that one has read at a time.
+    problems = [re.sub(r"\d+ of \d+ ", "", error.value.problem) for error in (caught, refused)]
+    assert problems[0] == problems[1]
+    assert os.listdir(tmp_path) == ["damaged"]
+
+
+@pytest.mark.parametrize(("made", "part"), [("bfloat16", "values"), ("int4", "scales")])
+def test_experts_that_are_no_numbers_are_not_rounded(made, part, tmp_path):
+    damaged = tmp_path / "damaged"
+    options = {"to": "int4"} if made == "int4" else {"to": "safetensors", "dtype": made}
+    convert(TOY, damaged, progress=False, **options)
+    path = spoil(damaged, EXPERTS, part)
+    to = {"to": "safetensors", "dtype": "bfloat16"} if made == "int4" else {"to": "int4"}
+    with pytest.raises(CheckpointError, match=r"not finite.* is nan at \[7, \d+, \d+\]") as caught:
+        convert(damaged, tmp_path / "out", progress=False, **to)
+    assert caught.value.path == path
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
