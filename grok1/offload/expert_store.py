@@ -23,6 +23,7 @@ from grok1.checkpoint.storage import StoredArray
 from grok1.checkpoint.tensor_file import DTYPES
 from grok1.offload.buffers import Buffer, PartOfExpert, pageable_buffer
 from grok1.offload.expert_cache import ExpertCache, Key
+from grok1.offload.stored_experts import check_mapped, check_of, place_of
 from grok1.ops.cpu import bindings
 
 _NUM_THREADS = 8
@@ -134,6 +135,7 @@ class ExpertStore:
         self.lock = threading.Lock()
         self._cache: ExpertCache[Buffer] = ExpertCache(0)
         self._spare: list[Buffer] = []
+        self._looked_at: set[Key] = set()
         self._cancelled = threading.Event()
         self._traffic = Traffic()
         self._on_layer: Callable[[int], Any] = lambda _: None
@@ -387,7 +389,7 @@ class ExpertStore:
         for array, matrix in zip(self._layers[layer], buffer.matrices, strict=True):
             bounds = ((expert, expert + 1), *((0, size) for size in matrix.shape[1:]))
             targets = [Target(bounds, matrix, buffer.copier)]
-            number = reader.submit(array, targets, most_bytes=most)
+            number = reader.submit(array, targets, check_of(array, expert), most_bytes=most)
         return number
 
     def _map(self, key: Key) -> _Fetched:
@@ -396,15 +398,14 @@ class ExpertStore:
         try:
             for array in self._layers[layer]:
                 size = array.nbytes // array.num_matrices
-                if len(array.parts) == 1:
-                    file, span = array.parts[0]
-                    windows.append(Window(file, span.offset + expert * size, size))
-                else:
-                    file, span = array.parts[expert]
-                    windows.append(Window(file, span.offset, size))
+                windows.append(Window(*place_of(array, expert), size))
             blocks = [block for window in windows for block in window.blocks()]
             for _ in self._pools[1].map(self._populate, blocks):
                 pass
+            # Once: a file that has changed since is refused.
+            if key not in self._looked_at:
+                check_mapped(self._layers[layer], expert, windows)
+                self._looked_at.add(key)
         except BaseException:
             for window in windows:
                 window.close()

@@ -14,10 +14,12 @@ import grok1
 from grok1.care import inspection, int4_card, rounding, verification
 from grok1.care.conversion import convert
 from grok1.care.rounding import Calibrated, Rounding
+from grok1.checkpoint import mapping
 from grok1.checkpoint.directory import load_config, open_tensors
 from grok1.checkpoint.safetensors_file import read_shard_header
 from grok1.checkpoint.storage import matrix_as_float32
 from grok1.command.main import main
+from grok1.files import CheckpointError
 from grok1.nn.manifest import with_int4_experts
 from grok1.nn.sharding import abstract_mesh
 from grok1.nn.transformer import forward
@@ -171,6 +173,28 @@ def test_what_is_wrong_is_said(fault, int4_path, tmp_path):
         assert report.is_good
         return
     assert [said in each.problem for each in report.faults] == [True]
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_a_scale_that_is_no_number_is_an_error_where_experts_stay_on_disk(
+    is_mapped, int4_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mapping, "is_available", lambda: is_mapped)
+    shutil.copytree(int4_path, tmp_path / "model")
+    path = tmp_path / "model" / "model-00002-of-00013.safetensors"
+    name = "model.layers.0.moe_block.experts.2.linear_1.weight_scale"
+    offset = read_shard_header(path).spans[name].offset
+    data = bytearray(path.read_bytes())
+    data[offset + 20 : offset + 22] = np.float16("nan").tobytes()
+    path.write_bytes(data)
+    for room in "disk", "host":
+        model = grok1.load(tmp_path / "model", mesh=(1, 1), offload=room, progress=False)
+        for _ in range(2):
+            with pytest.raises(CheckpointError) as caught:
+                model.logits(TOKENS)
+            assert caught.value.path == path
+            assert "scales are not finite" in caught.value.problem
+            assert caught.value.problem.endswith("the first is nan at [2, 0, 10]")
 
 
 @pytest.mark.parametrize(("count", "each"), [(4, 43.6e9), (2, 87e9)])
