@@ -6,7 +6,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -284,6 +285,47 @@ def read_sums(path: pathlib.Path) -> dict[str, str]:
             )
         known[os.path.normpath(match[2])] = match[1].lower()
     return known
+
+
+def others_named(
+    directory: pathlib.Path, sums_path: pathlib.Path, known: Set[str], expected: Set[str]
+) -> tuple[list[CheckedFile], list[str]]:
+    """Returns the files that checksums name beside those of the weights, and what to say of others.
+
+    Args:
+      directory: The checkpoint.
+      sums_path: Where the checksums are from.
+      known: The names there.
+      expected: Names of the files of the weights, good or bad.
+
+    Raises:
+      CheckpointError: If there are checksums, and none is of a file here.
+    """
+    found, absent = [], []
+    for name in sorted(known - expected):
+        path = pathlib.Path(name)
+        is_inside = not path.is_absolute() and path.parts[:1] != ("..",)
+        with contextlib.suppress(OSError, ValueError):  # the last of what is no path
+            status = (directory / path).stat()
+            if is_inside and stat.S_ISREG(status.st_mode):
+                sizes = status.st_size, status.st_mtime_ns
+                found.append(CheckedFile(name, directory / path, *sizes, []))
+                continue
+        absent.append(name)
+    if not absent:
+        return found, []
+    if len(absent) == len(known):
+        raise CheckpointError(
+            sums_path,
+            f"none of its {len(known)} names is of a file here, the first is {absent[0]!r:.80}; "
+            f"expected names relative to {directory}, as ckpt-0/tensor00000_000",
+            "repair them, or give another file with --manifest FILE",
+            "foreign",
+        )
+    return found, [
+        f"{sums_path}: {len(absent)} of its names are of no file here, the first is "
+        f"{absent[0]!r:.80}"
+    ]
 
 
 def check_writable(path: pathlib.Path) -> None:

@@ -18,6 +18,7 @@ from grok1.care.contents import (
     CheckedFile,
     Journal,
     check_writable,
+    others_named,
     read_contents,
     read_sums,
     write_sums,
@@ -104,9 +105,10 @@ def verify(
     Args:
       directory: A directory that `grok1.load` reads.
       deep: Also read every weight: scales and float weights must be finite, int8 weights without
-        holes, and files have the SHA-256 that `sums_file` says. Files that it does not name are
-        taken as they are: their checksums are added once the weights are good, so that a later run,
-        or `sha256sum -c`, sees any change. An interrupted run is continued by the next.
+        holes, and all files that `sums_file` names have the SHA-256 that it says. Files of weights
+        that it does not name are taken as they are: their checksums are added once the weights are
+        good, so that a later run, or `sha256sum -c`, sees any change. An interrupted run is
+        continued by the next.
       sums_file: Checksums in the form of `sha256sum`, with names relative to `directory`; None for
         `SHA256SUMS` in `directory`.
       progress: Show bytes, rate and time left on stderr, if that is a terminal.
@@ -120,13 +122,14 @@ def verify(
     specs = manifest(config)
     find = _safetensors_files if is_safetensors(directory) else _tensor_files
     files, faults = find(directory, specs)
+    known_bad = {fault.path for fault in faults}
     faults = _pointers_as_one(faults)
     notes: list[str] = []
     if deep:
         sums_path = directory / SUMS_NAME
         if sums_file is not None:
             sums_path = pathlib.Path(os.path.expanduser(sums_file))
-        found, notes = _read_all(directory, files, sums_path, progress)
+        found, notes = _read_all(directory, files, known_bad, sums_path, progress)
         faults += found
     faults += _tokenizer_faults(directory, config)
     bad = {fault.path for fault in faults}
@@ -153,7 +156,7 @@ def _tokenizer_faults(directory: pathlib.Path, config: ModelConfig) -> Iterator[
     try:
         Tokenizer.load(path).check_vocabulary(config.vocab_size)
     except CheckpointError as error:
-        yield _fault(TOKENIZER_NAME, error)._replace(fetch=False)
+        yield _fault(TOKENIZER_NAME, error, fetch=False)
     except (OSError, ValueError) as error:
         problem = str(error).removeprefix(f"{path}: ")
         yield Fault(TOKENIZER_NAME, problem, "copy it again, or remove it", fetch=False)
@@ -278,9 +281,9 @@ def _header_fault(path: pathlib.Path, spec: TensorSpec, error: CheckpointError) 
     return fault
 
 
-def _fault(name: str, error: CheckpointError) -> Fault:
-    is_closed = isinstance(error.__cause__, PermissionError)
-    return Fault(name, error.problem, error.remedy or "fetch it again", fetch=not is_closed)
+def _fault(name: str, error: CheckpointError, fetch: bool = True) -> Fault:
+    fetch = fetch and not isinstance(error.__cause__, PermissionError)
+    return Fault(name, error.problem, error.remedy or "fetch it again", fetch)
 
 
 def _unlike_faults(headers: dict[int, TensorHeader], specs: list[TensorSpec]) -> Iterator[Fault]:
@@ -329,13 +332,20 @@ class _StoppedError(Exception):
 
 
 def _read_all(
-    directory: pathlib.Path, files: list[CheckedFile], sums_path: pathlib.Path, progress: bool
+    directory: pathlib.Path,
+    files: list[CheckedFile],
+    bad: set[str],
+    sums_path: pathlib.Path,
+    progress: bool,
 ) -> tuple[list[Fault], list[str]]:
     """Reads the files side by side; `known` and what was read before an interruption count."""
     known = read_sums(sums_path)
+    weights = {file.name for file in files} | bad
+    others, notes = others_named(directory, sums_path, known.keys(), weights)
+    files = [*files, *others]
     if any(file.name not in known for file in files):
         check_writable(sums_path)
-    faults, notes, sums = [], [], dict(known)
+    faults, sums = [], dict(known)
     journal, stopped, lock = Journal(sums_path), threading.Event(), threading.Lock()
     with (
         progress_bar(sum(file.file_size for file in files), "reading", progress) as bar,
@@ -360,7 +370,8 @@ def _read_all(
                             "the contents have changed: fetch it again",
                         )
                 except CheckpointError as error:
-                    faults.append(_fault(file.name, error))
+                    # Others are not where the weights are fetched from.
+                    faults.append(_fault(file.name, error, fetch=file.name in weights))
                     continue
                 sums[file.name] = digest
                 notes += found

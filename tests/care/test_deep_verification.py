@@ -1,5 +1,6 @@
 """Verification of every weight: contents, checksums, and readings that were interrupted."""
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -198,6 +199,41 @@ def test_sums_that_are_none_are_refused(nano_copy):
     (nano_copy / "SHA256SUMS").write_text("hello\n")
     with pytest.raises(CheckpointError, match=r"SHA256SUMS: line 1 is 'hello', expected a SHA-256"):
         verification.verify(nano_copy, deep=True)
+
+
+def test_sums_of_other_files_are_compared_too(nano_copy):
+    (nano_copy / "sub").mkdir()
+    for name in "sub/a", "b":
+        (nano_copy / name).write_bytes(b"")
+    empty = hashlib.sha256(b"").hexdigest()
+    lines = [f"{empty}  {name}\n" for name in ("sub/a", "./b", "config.json", "../c", "no")]
+    (nano_copy / "SHA256SUMS").write_text("".join(lines))
+    report = verification.verify(nano_copy, deep=True)
+    ((path, problem, _, fetch),) = report.faults
+    assert (path, fetch) == ("config.json", False)
+    assert f"expected {empty} as in " in problem
+    assert "SHA256SUMS: 2 of its names are of no file here, the first is '../c'" in report.notes[-2]
+    assert "SHA256SUMS: 3 checksums compared, 146 added" in report.notes[-1]
+
+
+@pytest.mark.parametrize("name", ["tensor00003_000", "grok-1/ckpt-0/tensor00003_000", "n" * 300])
+def test_sums_of_no_file_here_are_refused_before_reading(name, nano_copy, monkeypatch):
+    sums = nano_copy / "SHA256SUMS"
+    sums.write_text(before := f"{'0' * 64}  {name}\n")
+    monkeypatch.setattr(verification, "read_contents", None)
+    with pytest.raises(CheckpointError, match="none of its 1 names is of a file here") as caught:
+        verification.verify(nano_copy, deep=True)
+    assert f"expected names relative to {nano_copy}, as ckpt-0/" in caught.value.problem
+    assert sums.read_text() == before
+
+
+def test_sums_of_files_that_are_bad_are_no_names_of_others(nano_copy):
+    path = nano_copy / "ckpt-0" / file_name(3)
+    (nano_copy / "SHA256SUMS").write_text(f"{'0' * 64}  ckpt-0/{path.name}\n")
+    path.write_bytes(b"")
+    assert list(faults_of(nano_copy, deep=True)) == [f"ckpt-0/{path.name}"]
+    path.unlink()
+    assert "missing" in faults_of(nano_copy, deep=True)[f"ckpt-0/{path.name}"]
 
 
 @pytest.mark.parametrize("name", ["a\x1bb", "a\x00b", "a\x7f"])
