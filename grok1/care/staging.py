@@ -119,10 +119,12 @@ def write_files(
                 )
             checks.source()
             if staging is None:
+                # Before there is a directory, which would stay where no room was.
+                _check_space(target, next(path for path in place.parents if path.is_dir()), total)
                 staging = note.new_directory()
             with Journal(staging / "journal", identity) as journal:
                 _check_names(staging, files)
-                _check_space(target, staging, files, journal)
+                _check_space(target, staging, _missing(files, journal))
                 keep_in(staging)
                 _write(staging, files, journal, total, progress)
                 _verify(staging, files, journal, total, progress)
@@ -151,14 +153,18 @@ def write_files(
         ) from error
 
 
-def _check_space(target, staging, files, journal) -> None:
-    missing = sum(
+def _missing(files: list[OutputFile], journal: Journal) -> int:
+    """Bytes of the pieces that are not complete."""
+    return sum(
         piece.nbytes
         for file in files
         for number, piece in enumerate(file.pieces)
         if journal.checksum(file.name, number) is None
     )
-    free = shutil.disk_usage(staging).free
+
+
+def _check_space(target: Any, directory: pathlib.Path, missing: int) -> None:
+    free = shutil.disk_usage(directory).free
     if missing > free:
         raise CheckpointError(
             target,

@@ -33,8 +33,18 @@ def absolute(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns a path from the root that leads where the system goes by this one.
 
     It goes through a link before it goes back by a `..` behind it.
+
+    Raises:
+      FileNotFoundError: If it leads from the current directory, which is no longer there.
     """
-    path = pathlib.Path(path)
+    try:
+        return _absolute(pathlib.Path(path))
+    except FileNotFoundError as error:
+        words = "the current directory has been removed; give a path from the root"
+        raise FileNotFoundError(errno.ENOENT, words, os.fspath(path)) from error
+
+
+def _absolute(path: pathlib.Path) -> pathlib.Path:
     if ".." not in path.parts:
         return pathlib.Path(os.path.abspath(path))
     if path.name == "..":

@@ -49,7 +49,7 @@ def budget(memory: float | str | None) -> int:
         return int(SHARE * available)
     try:
         found = float(memory.upper().removesuffix("GB") if isinstance(memory, str) else memory)
-    except ValueError:
+    except (TypeError, ValueError):
         found = 0.0
     if not 0 < found < float("inf"):
         raise ValueError(

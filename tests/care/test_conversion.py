@@ -216,7 +216,8 @@ def test_too_small_a_disk_is_refused_before_writing(tmp_path, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"4,\d+,\d+ bytes are still to be written and the disk has 1,000 fr"
     ):
-        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+        convert(TOY, tmp_path / "new" / "out", to="grok1", progress=False)
+    assert not os.listdir(tmp_path)
 
 
 def test_names_that_are_not_utf_8_are_taken(tmp_path, capfd):
@@ -274,6 +275,18 @@ def test_a_name_that_is_too_long_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
         convert(TOY, tmp_path / ("n" * 256), to="grok1", progress=False)
     assert not os.listdir(tmp_path)
+
+
+def test_a_current_directory_that_is_gone_is_said(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        convert(TOY, "out", to="grok1", progress=False)
+    assert caught.value.filename == "out"
+    assert caught.value.strerror == (
+        "the current directory has been removed; give a path from the root"
+    )
 
 
 def test_where_a_disk_is_mounted_nothing_is_written_beside_it(own_cache, tmp_path, monkeypatch):

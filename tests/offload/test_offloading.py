@@ -266,7 +266,8 @@ def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
     on_disk = {"offload": "disk", "mesh": (1, 1)}
     refused("memory must be a number of GB above 0, as 16 or '16GB', found 'all'",
             memory="all", **on_disk)  # fmt: skip
-    refused("memory must be a number of GB above 0", memory=-1, **on_disk)
+    for wrong in -1, [4], {}:
+        refused("memory must be a number of GB above 0", memory=wrong, **on_disk)
     refused(
         r"a memory budget of 1000000.00 GB is more than the .* available", memory=1e6, **on_disk
     )
