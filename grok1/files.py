@@ -160,6 +160,18 @@ def unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
     return CheckpointError(path, problem, remedy, "missing" if is_missing else "unreadable")
 
 
+def listed(directory: str | os.PathLike[str]) -> list[str]:
+    """Returns the names in a directory.
+
+    Raises:
+      CheckpointError: If it cannot be listed.
+    """
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        raise unreadable(directory, error) from error
+
+
 def json_object(text: bytes | str) -> dict[str, Any]:
     """Reads a JSON object in which no name occurs twice.
 

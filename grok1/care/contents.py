@@ -271,9 +271,14 @@ def read_sums(path: pathlib.Path) -> dict[str, str]:
       CheckpointError: If it cannot be read.
     """
     known: dict[str, str] = {}
-    if not path.exists():
-        return known
-    lines = read_bounded(path, _MOST_SUMS_BYTES).decode(errors="surrogateescape").splitlines()
+    try:
+        data = read_bounded(path, _MOST_SUMS_BYTES)
+    except CheckpointError as error:
+        # A link to nowhere is replaced, and what it leads to left alone.
+        if error.kind == "missing":
+            return known
+        raise
+    lines = data.decode(errors="surrogateescape").splitlines()
     for number, line in enumerate(lines, 1):
         match = _SUMS_LINE.fullmatch(line)
         if match is None or not is_plain(match[2]):
@@ -334,7 +339,9 @@ def check_writable(path: pathlib.Path) -> None:
     Raises:
       CheckpointError: If they cannot.
     """
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    # Of the directory alone: a new file takes the place of what is there.
+    place = absolute(path).parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise CheckpointError(
             path,
             "cannot be written",

@@ -11,6 +11,7 @@ import numpy as np
 from grok1.care.staging import Piece
 from grok1.checkpoint.storage import StoredModel, StoredTensor
 from grok1.config import ModelConfig
+from grok1.files import open_file, unreadable
 from grok1.nn.manifest import is_of_experts, with_int4_experts
 from grok1.ops.int4 import BOOK, group_rows
 from grok1.version import __version__
@@ -167,9 +168,12 @@ def _digests(tensors: list[StoredTensor]) -> dict[str, str]:
     for path in sorted(files):
         size = files[path].file_size
         digest = hashlib.sha256(str(size).encode())
-        with open(path, "rb") as opened:
-            for number in range(_SAMPLES):
-                opened.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-                digest.update(opened.read(_SAMPLE_BYTES))
+        with open_file(path) as opened:
+            try:
+                for number in range(_SAMPLES):
+                    opened.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                    digest.update(opened.read(_SAMPLE_BYTES))
+            except OSError as error:
+                raise unreadable(path, error) from error
         digests[path.name] = digest.hexdigest()
     return digests

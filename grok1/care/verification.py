@@ -29,7 +29,7 @@ from grok1.checkpoint.safetensors_file import examine_safetensors
 from grok1.checkpoint.safetensors_layout import INDEX_NAME
 from grok1.checkpoint.tensor_file import TensorHeader, read_header, tensor_file_size
 from grok1.config import GROK_1, ModelConfig
-from grok1.files import LFS_PROBLEM, LFS_REMEDY, CheckpointError, printable
+from grok1.files import LFS_PROBLEM, LFS_REMEDY, CheckpointError, listed, printable
 from grok1.machine.progress import progress_bar
 from grok1.nn.manifest import TensorSpec, file_name, manifest
 from grok1.ops.formats import INT4
@@ -180,7 +180,7 @@ def _safetensors_files(
             faults.append(_fault(name, error))
     bad = {fault.path for fault in faults}
     known = {shard.path.name for shard in found.shards} | bad
-    for name in sorted(os.listdir(directory)):
+    for name in sorted(listed(directory)):
         if name.endswith(".safetensors") and name not in known:
             faults.append(
                 Fault(name, "foreign, expected no such file by the index", "move it away", False)
@@ -212,18 +212,12 @@ def _tensor_files(
     """Checks names and headers of `ckpt-0`."""
     place = directory / "ckpt-0"
     try:
-        names = set(os.listdir(place))
-    except OSError as error:
-        hint = ""
-        if (directory / file_name(0)).exists():
-            hint = "; this directory itself holds tensor files: give the one above it"
-        raise CheckpointError(
-            place,
-            f"cannot be listed: {error.strerror}",
-            "expected the directory of the tensor files. Grok-1's are fetched with "
-            f"{_hf_command(directory)}{hint}",
-            "missing" if isinstance(error, FileNotFoundError) else "unreadable",
-        ) from error
+        names = set(listed(place))
+    except CheckpointError as error:
+        if error.kind != "missing":
+            raise
+        remedy = f"{error.remedy}; Grok-1's are fetched with {_hf_command(directory)}"
+        raise CheckpointError(place, error.problem, remedy, "missing") from error
     faults, headers = [], {}
     for index, spec in enumerate(specs):
         name = file_name(index)

@@ -14,7 +14,7 @@ from grok1.checkpoint.safetensors_layout import INDEX_NAME
 from grok1.checkpoint.storage import StoredModel, from_header
 from grok1.checkpoint.tensor_file import read_header
 from grok1.config import GROK_1, ModelConfig
-from grok1.files import CheckpointError, open_file, unreadable
+from grok1.files import CheckpointError, listed, open_file, unreadable
 from grok1.nn.manifest import file_name, manifest
 
 _EXPECTED = f"ckpt-0/ or {INDEX_NAME}"
@@ -160,10 +160,7 @@ def _no_directory(place: pathlib.Path) -> CheckpointError:
 
 
 def _no_model(place: pathlib.Path) -> CheckpointError:
-    try:
-        names = sorted(os.listdir(place))
-    except OSError as error:
-        return unreadable(place, error)
+    names = sorted(listed(place))
     if any(_TENSOR_FILE.fullmatch(name) for name in names):
         above = pathlib.Path(os.path.abspath(place)).parent
         problem, remedy = "holds the tensor files itself", f"give the directory above: {above}"

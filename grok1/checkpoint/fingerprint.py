@@ -6,7 +6,7 @@ import os
 import pathlib
 
 from grok1.checkpoint.directory import is_safetensors
-from grok1.files import open_regular
+from grok1.files import open_regular, unreadable
 
 _SAMPLE_BYTES = 1 << 14
 _SAMPLES = 4  # of a file, the first at its beginning and the last at its end; a small one is whole
@@ -45,6 +45,9 @@ def _sampled(file: pathlib.Path) -> bytes:
         digest = hashlib.sha256(str(size).encode())
         last = max(0, size - _SAMPLE_BYTES)
         for number in range(_SAMPLES):
-            opened.seek(last * number // (_SAMPLES - 1))
-            digest.update(opened.read(_SAMPLE_BYTES))
+            try:
+                opened.seek(last * number // (_SAMPLES - 1))
+                digest.update(opened.read(_SAMPLE_BYTES))
+            except OSError as error:
+                raise unreadable(file, error) from error
     return digest.digest()

@@ -18,7 +18,7 @@ from grok1.checkpoint.tensor_file import (
     tensor_file_size,
     write_tensor,
 )
-from grok1.files import CheckpointError
+from grok1.files import CheckpointError, listed
 from grok1.machine.safe_files import absolute, move_new, scratch_directory
 from grok1.nn.manifest import TensorSpec, file_name
 
@@ -203,7 +203,7 @@ def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
             download_advice(directory.parent),
             "missing",
         )
-    found = {name for name in os.listdir(directory) if name.startswith("tensor")}
+    found = {name for name in listed(directory) if name.startswith("tensor")}
     expected = {file_name(i) for i in range(len(manifest))}
     if found == expected:
         return

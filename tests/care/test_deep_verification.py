@@ -1,5 +1,6 @@
 """Verification of every weight: contents, checksums, and readings that were interrupted."""
 
+import errno
 import hashlib
 import os
 import pathlib
@@ -244,8 +245,32 @@ def test_a_name_with_controls_among_sums_is_refused(name, nano_copy):
     assert name not in str(caught.value)
 
 
-def test_sums_without_a_place_are_refused_before_reading(nano_copy, tmp_path):
+@pytest.mark.parametrize("place", ["file/sums", "closed/sums", "absent/sums"])
+def test_sums_that_cannot_be_put_in_their_place_are_refused_before_reading(
+    place, nano_copy, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "sums").write_text("")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: pathlib.Path(path).name != "closed" and access(path, mode)
+    )
+    monkeypatch.setattr(verification, "read_contents", None)
     with pytest.raises(
         CheckpointError, match=r"cannot be written; give a place .* --manifest FILE"
     ):
-        verification.verify(nano_copy, deep=True, sums_file=tmp_path / "absent" / "sums")
+        verification.verify(nano_copy, deep=True, sums_file=tmp_path / place)
+
+
+def test_sums_that_nobody_may_read_are_refused(nano_copy, tmp_path, monkeypatch):
+    stat = os.stat
+
+    def closed(path, **options):
+        if str(path).endswith("sums"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", closed)
+    with pytest.raises(CheckpointError, match="sums: cannot be read: Permission denied; check"):
+        verification.verify(nano_copy, deep=True, sums_file=tmp_path / "sums")

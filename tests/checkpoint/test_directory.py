@@ -1,6 +1,7 @@
 """Which directory is a model's: all else is refused, with what to give instead."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import re
@@ -254,6 +255,26 @@ def test_what_is_no_file_is_refused_by_every_door(door, kind, name, house, tmp_p
     ):
         DOORS[door](model)
     assert time.monotonic() - start < 30  # and does not wait
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_files_that_nobody_may_list_are_told(door, house, tmp_path, monkeypatch, capsys):
+    model, listdir = copied(house, tmp_path), os.listdir
+
+    def closed(path="."):
+        if str(path).endswith("ckpt-0"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    said = "ckpt-0: cannot be read: Permission denied; check the path and its permissions"
+    if door == "plan":  # needs no tensors
+        DOORS[door](model)
+        assert said in capsys.readouterr().err
+        return
+    with pytest.raises(CheckpointError, match=said) as caught:
+        DOORS[door](model)
+    assert caught.value.kind == "unreadable"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
