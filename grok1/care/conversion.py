@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -392,9 +392,11 @@ def _transposed(tensor: StoredTensor, named: safetensors_layout.NamedMatrix) -> 
 
 def _digest(tensors: list[StoredTensor]) -> str:
     """A checksum of the source's file names, lengths and times: whether it is still the same."""
-    paths = sorted({file.path for tensor in tensors for file, _ in tensor.values.parts})
-    files: list[Any] = []
-    for path in paths:
-        status = path.stat()
-        files.append([path.name, status.st_size, status.st_mtime_ns])
+    found = {
+        file.path: [file.path.name, file.file_size, file.modified]
+        for tensor in tensors
+        for part in tensor.parts
+        for file, _ in part.parts
+    }
+    files = [found[path] for path in sorted(found)]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

@@ -17,6 +17,8 @@ import pytest
 import grok1
 from grok1.care import conversion, staging
 from grok1.care.conversion import convert
+from grok1.checkpoint.storage import StoredArray, StoredTensor
+from grok1.checkpoint.tensor_file import ArraySpan, TensorHeader
 from grok1.files import CheckpointError
 from tests.care.helpers import interrupt_after, interrupted, journal_of, released, staging_of, tree
 from tests.conftest import GOLDEN, TOY
@@ -295,6 +297,19 @@ def test_what_is_resumed_depends_on_all_that_is_written(changed, tmp_path, monke
         (source / changed).unlink()
     with pytest.raises(CheckpointError, match=r"\.out\.partial-.*: holds an unfinished conversion"):
         convert(source, tmp_path / "out", to="safetensors", progress=False)
+
+
+def test_what_is_resumed_depends_on_a_file_of_scales_alone():
+    def digest(modified):
+        parts = []
+        for name, dtype, when in ("a", "int8", 1), ("b", "bfloat16", modified):
+            span = ArraySpan(0, (1, 2), dtype)
+            file = TensorHeader(pathlib.Path(name), 8, when, span, None)
+            parts.append(StoredArray(span.shape, dtype, ((file, span),)))
+        return conversion._digest([StoredTensor(*parts)])
+
+    assert digest(1) == digest(1)
+    assert digest(1) != digest(2)
 
 
 def test_a_full_disk_is_said_and_can_be_continued(tmp_path, monkeypatch):
