@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from grok1.model import Model
 
 _HISTORY_LINES = 1000
 _QUOTES = '"""'
+_UNREAD = re.compile("[\udc80-\udcff]")  # bytes that were not of the input's encoding
 
 _HELP = r"""A line is a prompt; what the model makes of it follows. Three quotes begin a prompt of
 several lines, and three quotes end it; all between is taken as it is.
@@ -122,6 +124,7 @@ class Session:
         # Of several processes, each would have to be interrupted, or fail, at the same place.
         stays = jax.process_count() == 1
         try:
+            _check_was_read(typed.text)
             self._command(typed.text) if typed.is_command else self._answer(typed.text)
         except KeyboardInterrupt:
             if not (stays and self._is_terminal):
@@ -192,6 +195,14 @@ class Session:
 
     def _say(self, message: str) -> None:
         print(f"{self._program}: {message}", file=sys.stderr, flush=True)
+
+
+def _check_was_read(text: str) -> None:
+    if found := _UNREAD.search(text):
+        raise ValueError(
+            f"what is typed must be {sys.stdin.encoding.upper()}, found the byte "
+            f"0x{ord(found[0]) - 0xDC00:02x} at {found.start()}; type or convert it again"
+        )
 
 
 def _dashed(name: str) -> str:

@@ -25,6 +25,8 @@ def prepare() -> None:
         except OSError:
             # Else the next file that is opened takes its number, and messages go into it.
             os.open(os.devnull, os.O_RDWR)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, encoding="utf-8")
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", encoding="utf-8")
     if sys.stderr is None:
@@ -37,6 +39,9 @@ def prepare() -> None:
         fails = errors == "strict" or (errors == "surrogateescape" and not _is_utf8(stream))
         if fails and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    if type(sys.stdin) is io.TextIOWrapper and sys.stdin.errors == "strict":
+        # Who takes the line says what is wrong with it, and goes on to the next.
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def hush() -> None:

@@ -422,6 +422,21 @@ def test_a_session_outlives_what_is_wrong(toy, capsys):
         assert words in err
 
 
+@pytest.mark.parametrize("typed", [b"caf\xe9", b'"""\n\xff"""', b"/stop \xff"])
+def test_a_session_outlives_bytes_that_are_no_text(toy, capsys, typed):
+    given = io.TextIOWrapper(io.BytesIO(typed + b"\nThe first\n"), encoding="utf-8")
+    with mock.patch.object(sys, "stdin", given):
+        streams.prepare()
+        options = generate.GenerationOptions(temperature=0, max_new_tokens=4)
+        status = interactive.Session(toy, options, "grok1").run()
+    out, err = capsys.readouterr()
+    assert (status, out) == (
+        1,
+        toy.generate("The first", temperature=0, max_new_tokens=4).text + "\n",
+    )
+    assert f"what is typed must be UTF-8, found the byte 0x{max(typed):02x} at " in err
+
+
 def test_ctrl_c_ends_an_answer_alone(toy, capsys):
     calls = []
 

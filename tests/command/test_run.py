@@ -120,6 +120,23 @@ def test_a_stream_that_nobody_reads_or_that_is_closed_ends_nothing(closed):
     assert "run.py: " not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("generate --prompt-file -", "the prompt is empty"),
+        pytest.param("generate --batch-file -", "standard input: no prompts", marks=slow),
+        pytest.param("compare toy toy --text -", "the text is empty", marks=slow),
+        pytest.param("generate --interactive", "bundled toy", marks=slow),
+    ],
+)
+def test_a_closed_standard_input_holds_nothing(arguments, said):
+    command = f'exec "$0" -m grok1 {arguments} <&-'
+    result = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True)
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "AttributeError" not in result.stderr
+
+
 # As it ends `inspect`, in tests/care/test_inspection.py.
 @slow
 def test_a_reader_that_has_enough_ends_it_quietly():
