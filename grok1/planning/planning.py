@@ -51,6 +51,8 @@ from grok1.planning.memory import (
 from grok1.planning.report import Plan, Streaming
 
 _DISK = 2.0  # GB/s
+_LEAST_GB, _MOST_GB = 1e-9, 1e9
+_MOST_DEVICES = 2048  # XLA takes more devices of a CPU for those of several processes.
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -101,8 +103,8 @@ def plan(
         float32 in memory. Part of a download is taken for a release.
       layers: Only so many layers, the first ones; None for all.
       embedding_dtype: "float32", or "bfloat16" for half of the embedding's memory.
-      weights: "int4" for the experts that `convert --to int4` makes; None for those of
-        `checkpoint`, or int8 as released.
+      weights: "int4" for the experts that `convert --to int4` makes; "int8" for weights as
+        released, whatever `checkpoint` has; None for those of `checkpoint`, or as released.
 
     Raises:
       CheckpointError: If `checkpoint` is no model's directory.
@@ -121,6 +123,12 @@ def plan(
     found = device_table.find(devices, memory, device)
     sizes = mesh_sizes(config, mesh, found.number, found.platform)
     num_devices = sizes[0] * sizes[1]
+    if num_devices > _MOST_DEVICES:
+        raise ValueError(
+            f"mesh {sizes[0]}x{sizes[1]} has {num_devices} devices, and programs can be compiled "
+            f"for {_MOST_DEVICES}; give a smaller mesh: copies of the model beside each other need "
+            "no plan of their own"
+        )
     if found.platform == "cpu" and num_devices < found.number:
         # The devices of a CPU share one memory, however many of them are used.
         memory_bytes = found.memory_bytes * found.number / num_devices
@@ -200,7 +208,7 @@ def _stored_tensors(
         raise ValueError(f"weights must be one of {', '.join(FORMATS)}, found {shown(weights)}")
     if weights == INT4.name:
         return with_int4_experts(expected)
-    if checkpoint is None:
+    if checkpoint is None or weights is not None:
         return expected
     try:
         _, specs = open_tensors(checkpoint, config)
@@ -239,6 +247,10 @@ def _check_numbers(
         is_number = isinstance(value, numbers.Real) and 0 < value < math.inf
         if value is not None and not is_number:
             raise ValueError(f"{name} must be a number above 0, found {shown(value)}")
+        if value is not None and not _LEAST_GB <= value <= _MOST_GB:
+            raise ValueError(
+                f"{name} must be in GB, from {_LEAST_GB:g} to {_MOST_GB:g}, found {shown(value)}"
+            )
     if not is_whole(batch) or not 1 <= batch <= MAX_ROWS:
         raise ValueError(
             f"batch must be between 1 and {MAX_ROWS}, the most prompts that run side by side, "

@@ -171,6 +171,15 @@ def test_beyond_one_device_a_head_only_its_own_key_columns_are_read():
         ({"memory": -1, "devices": 8}, "memory must be a number above 0, found -1"),
         ({"disk": 0, "devices": 8}, "disk must be a number above 0, found 0"),
         ({"memory": "80", "devices": 8}, "memory must be a number above 0, found '80'"),
+        (
+            {"memory": 1e300, "devices": 8},
+            "memory must be in GB, from 1e-09 to 1e.09, found 1e.300",
+        ),
+        ({"disk": 5e-324, "devices": 8}, "disk must be in GB, from 1e-09 to 1e.09, found 5e-324"),
+        (
+            {"memory": 80, "devices": 1 << 20},
+            "has 1048576 devices, and programs can be compiled for",
+        ),
         ({"devices": 8.0}, "devices must be a whole number above 0, found 8.0"),
         ({"batch": 2.5}, "batch must be between 1 and 32, .* found 2.5"),
         ({"context": 2.5}, "context must be between 1 and 1024, the model's, found 2.5"),
@@ -327,6 +336,18 @@ def test_a_plan_of_a_directory_that_is_not_there_is_none_of_what_was_released(tm
     for config in None, TOY:
         with pytest.raises(CheckpointError, match="absent: there is no such directory"):
             grok1.plan(config, checkpoint=tmp_path / "absent", device="cpu", memory=1)
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_weights_that_are_asked_for_are_counted_whatever_a_directory_has(
+    compiled, tmp_path, weights
+):
+    convert(TOY_PATH, tmp_path / "bf", to="safetensors", dtype="bfloat16", progress=False)
+    options = {"device": "cpu", "memory": 1, "weights": weights}
+    of_files = grok1.plan(checkpoint=tmp_path / "bf", **options)
+    as_released = grok1.plan(TOY, **options)
+    assert (of_files.weights_bytes == as_released.weights_bytes) == (weights is not None)
+    assert (of_files.checkpoint_bytes == as_released.checkpoint_bytes) == (weights is not None)
 
 
 def test_a_plan_of_a_configuration_alone_says_nothing(compiled, tmp_path, capsys):
