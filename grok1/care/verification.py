@@ -115,8 +115,10 @@ def verify(
 
     Raises:
       CheckpointError: If there is no such directory, or the checksums cannot be read or written.
-      ValueError: If `config.json` is none.
+      ValueError: If `config.json` is none, or there are checksums to compare and nothing is read.
     """
+    if sums_file is not None and not deep:
+        raise ValueError("sums_file is compared with what deep=True reads; give both, or neither")
     directory = located(directory)
     config = load_config(directory)
     specs = manifest(config)

@@ -63,6 +63,8 @@ def parse(arguments: Sequence[str], program: str, command: str | None = None) ->
         parsed.parser.refuse(unknown)
     if parsed.command == "generate" and parsed.interactive and parsed.json:
         parsed.parser.error("argument --json: not allowed with argument --interactive")
+    if parsed.command == "verify" and parsed.manifest is not None and not parsed.deep:
+        parsed.parser.error("argument --manifest: compared with what --deep reads; give both")
     return parsed
 
 
@@ -333,7 +335,8 @@ def _verify(parser: argparse.ArgumentParser) -> None:
         "--manifest",
         type=pathlib.Path,
         metavar="FILE",
-        help="checksums as sha256sum writes them; default: SHA256SUMS in the directory",
+        help="checksums to compare and add to with --deep, as sha256sum writes them; default: "
+        "SHA256SUMS in the directory",
     )
 
 

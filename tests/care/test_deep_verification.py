@@ -237,6 +237,11 @@ def test_sums_of_files_that_are_bad_are_no_names_of_others(nano_copy):
     assert "missing" in faults_of(nano_copy, deep=True)[f"ckpt-0/{path.name}"]
 
 
+def test_sums_that_nothing_would_be_compared_with_are_refused(nano_path, tmp_path):
+    with pytest.raises(ValueError, match="sums_file is compared with what deep=True reads"):
+        verification.verify(nano_path, sums_file=tmp_path / "sums")
+
+
 @pytest.mark.parametrize("name", ["a\x1bb", "a\x00b", "a\x7f"])
 def test_a_name_with_controls_among_sums_is_refused(name, nano_copy):
     (nano_copy / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")

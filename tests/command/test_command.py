@@ -79,6 +79,7 @@ def test_choices_are_the_librarys():
         (["inspect", "absent"], 1, "absent: there is no such directory"),
         (["plan", "~/absent"], 1, "~/absent: there is no such directory"),
         (["generate", "--interactive", "--json"], 2, "--json: not allowed with argument --inter"),
+        (["verify", "toy", "--manifest", "sums"], 2, "--manifest: compared with what --deep reads"),
         (["compare", "absent.npz", "b"], 1, "absent.npz: there is no such directory"),
         (["generate", "--stop", r"\d"], 2, r"holds \d, which is no escape"),
     ],
