@@ -4,6 +4,7 @@ The plots are Matplotlib's; the HTML of notebooks is photographed, light and dar
 Chromium to do it.
 """
 
+import argparse
 import pathlib
 import shutil
 import subprocess
@@ -84,6 +85,7 @@ def photograph(name: str, fragments: Sequence[str], size: tuple[int, int], brows
 
 def main() -> None:
     """Draws them all."""
+    argparse.ArgumentParser(description="Draws the pictures of docs/images anew.").parse_args()
     IMAGES.mkdir(exist_ok=True)
     model = grok1.load(ROOT / "checkpoints" / "toy", mesh=(1, 1), progress=False)
     draw_plots(model)

@@ -93,8 +93,8 @@ class HttpOptions:
         """Returns the endpoints.
 
         Raises:
-          ValueError: If it would listen to other machines without a key, or a value is out of
-            range.
+          ValueError: If it would listen to other machines without a key, a value is out of range,
+            or two would have no effect together.
           CheckpointError: If the file of keys cannot be read.
           FileNotFoundError: If there is no template.
         """
@@ -137,6 +137,16 @@ class HttpOptions:
             raise ValueError(
                 f"host {self.host} is reached by other machines, and there is no key: give one "
                 "with api_key, or no_auth if everybody there may ask"
+            )
+        if self.no_auth and of_clients:
+            raise ValueError(
+                "no_auth is for a server that needs no key, and there are keys; leave out one or "
+                "the other"
+            )
+        if _each(self.allowed_host) and not self.is_local():
+            raise ValueError(
+                f"host {self.host} is reached by other machines, and under any name; allowed_host "
+                "adds names where the server listens to this machine alone: leave it out, or host"
             )
         access = Access(
             of_clients,

@@ -195,6 +195,11 @@ def test_who_may_come_in(start, server, tmp_path):
         ({"cors": "http://a/"}, "cors must be .*, found 'http://a/'"),
         ({"cors": ""}, "cors must be .*, found ''"),
         ({"allowed_host": ["http://a"]}, "allowed_host must be a name .*, found 'http://a'"),
+        (
+            {"allowed_host": "a", "host": "0.0.0.0", "api_key": "k"},
+            "host 0.0.0.0 is reached by other machines, and under any name; allowed_host adds",
+        ),
+        ({"no_auth": True, "api_key": "k"}, "no_auth is for a server that needs no key, and"),
         ({"allowed_host": ""}, "allowed_host must be a name .*, found ''"),
     ):
         with pytest.raises(ValueError, match=words):
