@@ -53,7 +53,7 @@ class Server:
         max_slots: int | None = None,
         capacity: int | None = None,
         max_queue: int = 256,
-        max_stall: float = 0.5,
+        max_stall: float = sizing.MAX_STALL,
         chunk: int | None = None,
         prefix_tokens: int | None = None,
         host_prefix_tokens: int | None = None,

@@ -17,6 +17,8 @@ from grok1.machine.host_memory import gigabytes_apart, host_bytes_available
 from grok1.nn.sharding import DATA_AXIS
 from grok1.server.replica import Sizes
 
+MAX_STALL = 0.5  # seconds, where nobody says
+
 _MOST_SLOTS = 16  # of each group of devices
 _SHARE = 0.5  # of the memory that is free, for slots and kept prompts
 _HOST_SHARE = 0.25  # of the host's: XLA's allocator may take twice what it is asked for
@@ -33,7 +35,7 @@ def check(options: Mapping[str, Any], context: int) -> None:
       context: That of the model, in tokens.
 
     Raises:
-      ValueError: If one is out of range.
+      ValueError: If one is out of range, or has no effect beside another.
     """
     for name in ("max_stall", "step_timeout"):
         if not options.get(name, 1.0) > 0:
@@ -45,6 +47,11 @@ def check(options: Mapping[str, Any], context: int) -> None:
     chunk, capacity = options.get("chunk"), options.get("capacity")
     if chunk is not None and chunk not in CHUNK_LENGTHS:
         raise ValueError(f"chunk must be one of 16, 64, 256 and 1024 tokens, found {chunk}")
+    if chunk is not None and options.get("max_stall", MAX_STALL) != MAX_STALL:
+        raise ValueError(
+            f"chunk is {chunk} and max_stall {options['max_stall']}, but pauses are as long as the "
+            "chunks make them; give one or the other"
+        )
     if capacity is not None and not 2 <= capacity <= context:
         raise ValueError(
             f"capacity must be from 2 to the context of {context} tokens, found {capacity}"
