@@ -333,6 +333,15 @@ def test_a_closed_server_lets_its_requests_end_or_ends_them(toy):
             act()
 
 
+@pytest.mark.parametrize("seconds", [math.inf, 1e300])
+def test_a_server_closes_however_long_its_requests_may_take(toy, seconds):
+    one = Server(toy, **SIZES)
+    with one:
+        ends = one.submit("A", max_new_tokens=40, ignore_eos=True)
+        one.close(drain=seconds)
+        assert len(ends.result(20).tokens) == 40
+
+
 def test_positions_that_a_request_cannot_reach_are_refused(toy):
     one = Server(toy.intervene(grok1.ScaleHeads(1, positions=8)), **SIZES)
     message = (
