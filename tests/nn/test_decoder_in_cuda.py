@@ -17,7 +17,7 @@ pytestmark = pytest.mark.not_on_gpu("a CPU stands for a device there")
 def launched(monkeypatch):
     """Has programs for CPUs take the forms for NVIDIA GPUs; the kernels that are run, by name."""
     names = []
-    run = standin.run
+    run = standin.run_once
 
     def noted(library, kernel, *inputs):
         names.append(kernel.name.removeprefix("grok1_"))
@@ -28,7 +28,7 @@ def launched(monkeypatch):
             monkeypatch.setitem(table, "cpu", table.get("cuda", table["default"]))
     monkeypatch.setattr(bindings, "is_available", lambda: False)
     monkeypatch.setattr(calls, "call", standin.call)
-    monkeypatch.setattr(standin, "run", noted)
+    monkeypatch.setattr(standin, "run_once", noted)
     with presence.assumed():
         yield names
 
