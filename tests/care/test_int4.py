@@ -298,6 +298,17 @@ def test_only_int4_is_calibrated(nano_path, tmp_path, capsys):
     assert "--calibrate is for --to int4" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="a file that fails")
+def test_a_source_that_cannot_be_read_is_named(nano_copy):
+    tensors, _ = open_tensors(nano_copy, load_config(nano_copy))
+    path = nano_copy / "ckpt-0" / "tensor00002_000"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # nothing is mapped at its beginning
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error") as caught:
+        int4_card._digests(tensors)
+    assert caught.value.path == path
+
+
 def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
     record = int4_card.Record()
     record.keep_in(tmp_path)

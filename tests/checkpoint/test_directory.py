@@ -18,6 +18,7 @@ from grok1 import bundled
 from grok1.__main__ import main
 from grok1.care import conversion, inspection, verification
 from grok1.checkpoint.directory import load_config, located, tokenizer_path
+from grok1.checkpoint.fingerprint import fingerprint
 from grok1.command import streams
 from grok1.config import GROK_1, TOY
 from grok1.files import CheckpointError
@@ -239,6 +240,16 @@ def test_what_only_unix_has_is_not_needed_to_look_convert_and_load(nano_path, na
 
 
 # ------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="a file that fails")
+def test_a_file_that_cannot_be_read_has_no_fingerprint(tmp_path):
+    path = tmp_path / "ckpt-0" / "tensor00000_000"
+    path.parent.mkdir()
+    path.symlink_to("/proc/self/mem")  # nothing is mapped at its beginning
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error") as caught:
+        fingerprint(tmp_path)
+    assert caught.value.path == path
 
 
 @pytest.mark.parametrize("door", DOORS)
