@@ -124,6 +124,6 @@ def why_skipped(item) -> str | None:
 
 
 def _num_devices(mesh: object) -> int:
-    if isinstance(mesh, str) and re.fullmatch(r"\d+x\d+", mesh):
+    if isinstance(mesh, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", mesh):
         mesh = tuple(map(int, mesh.split("x")))
     return math.prod(mesh) if isinstance(mesh, tuple) else 1

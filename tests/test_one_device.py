@@ -31,6 +31,7 @@ HOST = "it has nothing to do with the device"
         ("generate/test_prefix.py", [], {"engine": "float32"}, None),
         ("ops/test_int4.py", [], {"form": "cpp", "num_rows": 3}, "it is of the CPU's form in C++"),
         ("ops/test_int4.py", [], {"form": "blocked", "num_rows": 3}, None),
+        ("nn/test_sharding.py", [], {"mesh": "1x" + "8" * 5000}, None),  # no number of Python's
     ],
 )
 def test_why_a_test_is_skipped(path, marks, params, reason):
@@ -40,6 +41,11 @@ def test_why_a_test_is_skipped(path, marks, params, reason):
         callspec=SimpleNamespace(params=params),
     )
     assert one_device.why_skipped(item) == reason
+
+
+def test_what_each_test_needs_can_be_told(request):
+    for item in request.session.items:
+        assert isinstance(one_device.why_skipped(item), str | None)
 
 
 def test_a_platform_that_is_none_is_refused(monkeypatch):
