@@ -71,6 +71,13 @@ PROCESSED_NOT_FINITE = -3
 """In place of a token: a logit that a processor has returned is no number, or +infinity."""
 
 
+WHY_NOT_FINITE = (
+    "the model's logits must be finite, found NaN or infinity; a weight is damaged or too large "
+    "(verify --deep looks at every one), or an intervention makes it so"
+)
+"""What to say where a token cannot be drawn or scored because a logit is no number."""
+
+
 def no_token_error(code: int, processor: Any = None, *, all_allowed: bool = True) -> ValueError:
     """Returns the error that says why no token can be drawn.
 
@@ -81,11 +88,7 @@ def no_token_error(code: int, processor: Any = None, *, all_allowed: bool = True
     """
     name = getattr(processor, "__qualname__", None) or repr(processor)
     if code == NOT_FINITE:
-        return ValueError(
-            "no token can be drawn: the model's logits must be finite, found NaN or infinity; a "
-            "weight is damaged or too large (verify --deep looks at every one), or an intervention "
-            "makes it so"
-        )
+        return ValueError(f"no token can be drawn: {WHY_NOT_FINITE}")
     if code == PROCESSED_NOT_FINITE:
         return ValueError(
             f"no token can be drawn: logits_processor {name} must return numbers, or -infinity for "

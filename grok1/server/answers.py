@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from grok1.engine.sampling import WHY_NOT_FINITE
 from grok1.server.asks import Ask, Prompt
 from grok1.server.errors import NoTokenError
 from grok1.server.handle import Handle, Piece
@@ -89,9 +90,8 @@ def prompt_entries(
         is_finite = np.isfinite(found.logprobs)
         if not is_finite.all():
             raise NoTokenError(
-                f"token {at + int(np.argmin(is_finite))} of the prompt has no log-probability: the "
-                "model's logits must be finite, found NaN or infinity; a weight is damaged or too "
-                "large (verify --deep looks at every one), or an intervention makes it so"
+                f"token {at + int(np.argmin(is_finite))} of the prompt has no log-probability: "
+                f"{WHY_NOT_FINITE}"
             )
         columns = zip(found.logprobs, found.top_tokens, found.top_logprobs, strict=True)
         for logprob, ids, values in columns:

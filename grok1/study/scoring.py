@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from grok1.engine.engine import Engine
+from grok1.engine.sampling import WHY_NOT_FINITE
 from grok1.engine.shapes import CHUNK_LENGTHS
 from grok1.generate.requests import Prompt, encode_prompt, is_batch
 from grok1.keywords import as_python, is_whole, shown
@@ -352,9 +353,8 @@ def _score_batch(
         finite = np.isfinite(statistics.logprobs)
         if not finite.all():
             raise ValueError(
-                f"token {window.first + int(finite.argmin())} of a text cannot be scored: the "
-                "model's logits must be finite, found NaN or infinity; a weight is damaged or too "
-                "large (verify --deep looks at every one), or an intervention makes it so"
+                f"token {window.first + int(finite.argmin())} of a text cannot be scored: "
+                f"{WHY_NOT_FINITE}"
             )
         yield statistics
 

@@ -298,7 +298,7 @@ def test_only_int4_is_calibrated(nano_path, tmp_path, capsys):
     assert "--calibrate is for --to int4" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="a file that fails")
+@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="no /proc/self/mem here")
 def test_a_source_that_cannot_be_read_is_named(nano_copy):
     tensors, _ = open_tensors(nano_copy, load_config(nano_copy))
     path = nano_copy / "ckpt-0" / "tensor00002_000"

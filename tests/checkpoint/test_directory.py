@@ -242,7 +242,7 @@ def test_what_only_unix_has_is_not_needed_to_look_convert_and_load(nano_path, na
 # ------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="a file that fails")
+@pytest.mark.skipif(not pathlib.Path("/proc/self/mem").exists(), reason="no /proc/self/mem here")
 def test_a_file_that_cannot_be_read_has_no_fingerprint(tmp_path):
     path = tmp_path / "ckpt-0" / "tensor00000_000"
     path.parent.mkdir()
