@@ -1,6 +1,10 @@
 """The training of the toy, in miniature, and the checkpoint of the real size."""
 
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +32,26 @@ def corpus(tmp_path_factory) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy_corpus, "_library", lambda: part)
         return toy_corpus.documents()
+
+
+def test_each_tool_says_how_it_is_run():
+    # As a file it would not find the others.
+    for path in sorted(pathlib.Path(toy_corpus.__file__).parent.glob("*.py")):
+        text = path.read_text()
+        assert "python tools/" not in text, path
+        if '__name__ == "__main__"' in text:
+            assert f"python -m tools.{path.stem}" in text, path
+
+
+@pytest.mark.parametrize("name", ["gpu_programs", "tpu_programs"])
+def test_a_tool_that_begins_anew_is_run_as_it_was(name):
+    root = pathlib.Path(toy_corpus.__file__).parent.parent
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    environment.pop("PYTHONPATH", None)  # by which it would find all
+    command = [sys.executable, "-m", f"tools.{name}", "--help"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--cache-dtype" in done.stdout
 
 
 @slow

@@ -2,7 +2,7 @@
 
     pip install jax==0.11.2 jaxlib==0.11.2
     pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvrtc
-    python tools/gpu_programs.py --device h200 --devices 1 8
+    python -m tools.gpu_programs --device h200 --devices 1 8
 
 It needs no GPU, and none of NVIDIA's libraries but NVRTC: XLA compiles for a description of a
 device. Nothing is tuned and nothing can be timed. A line for each program:
@@ -192,5 +192,5 @@ if __name__ == "__main__":
     if os.environ.get("JAX_PLATFORMS") != "cpu":
         # What is described needs no device, and one that is here would be taken.
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     raise SystemExit(main())

@@ -15,7 +15,7 @@ so may another patch release or a distribution that moves standard modules into 
 `main` prints the SHA-256 that identifies it. The bundled checkpoint was trained on the text of
 Python 3.11.
 
-    python tools/toy_corpus.py checkpoints/toy/tokenizer.model
+    python -m tools.toy_corpus checkpoints/toy/tokenizer.model
 """
 
 import argparse

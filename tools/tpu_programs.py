@@ -1,7 +1,7 @@
 """Compiles the steps of Grok-1 for TPUs that are not here, and says what they hold.
 
     pip install 'jax[tpu]'
-    python tools/tpu_programs.py --topology v5p:2x2x2 v6e:4x4 --cache-dtype int8 --rows 1 32
+    python -m tools.tpu_programs --topology v5p:2x2x2 v6e:4x4 --cache-dtype int8 --rows 1 32
 
 It needs no TPU: libtpu, 0.2 GB, compiles for a description of one. Nothing can be timed. A line for
 each program:
@@ -175,5 +175,5 @@ def main() -> int:
 if __name__ == "__main__":
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.environ.update(ENVIRONMENT)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     raise SystemExit(main())
