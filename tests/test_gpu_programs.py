@@ -157,9 +157,9 @@ def test_a_step_with_4_bit_experts_is_one_graph_that_copies_no_weight(h200, coun
     if count == 1:
         assert (found.graphs, found.outside) == (1, 0)
     kernels = [name for name in found.layer if name.startswith("grok1_")]
-    assert len(kernels) == 8, found.layer
+    # Those that have a row at a time make its digits themselves.
+    assert len(kernels) == 7, found.layer
     assert [name for name in kernels if "int4" in name or "digits" in name] == [
-        "grok1_digits",
         "grok1_gate_up_int4",
         "grok1_down_int4",
     ]

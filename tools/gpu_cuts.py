@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import device
 from grok1.config import GROK_1, ModelConfig
 from grok1.machine.processor import available_cores
-from grok1.ops.cuda import calls, shapes, shapes_int4
+from grok1.ops.cuda import calls, presence, shapes, shapes_int4
 from grok1.ops.cuda.kernel import Array, Kernel
 from grok1.ops.cuda.shapes import Cut, Matrix
 
@@ -92,7 +92,10 @@ class Product(NamedTuple):
         down = self._replace(name=f"down{kind}").matrices[0]
         config, module = self.config, shapes_int4 if self.is_int4 else shapes
         choice = self.rows, config.num_selected_experts, config.num_experts
-        kernels = module.experts(*choice, gate, down, "bfloat16")
+        how = {}
+        if self.is_int4:
+            how["is_made_in_blocks"] = "experts_int4_of_one" in presence.kernels()
+        kernels = module.experts(*choice, gate, down, "bfloat16", **how)
         if self.name.startswith("down"):
             return kernels[-2], kernels[-1]
         return (kernels[0] if self.is_int4 else None), kernels[-2]

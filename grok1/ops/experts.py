@@ -322,7 +322,8 @@ def experts_cuda_int4(
     """As `experts_cuda`, of 4-bit weights; of more than a few bfloat16 tokens 15 bits count."""
     (layer,) = index or (0,)
     choice = routing.expert_indices, routing.expert_weights
-    return calls.experts_int4(x, tuple(weights), layer, choice, valid)
+    is_made_in_blocks = "experts_int4_of_one" in presence.kernels()
+    return calls.experts_int4(x, tuple(weights), layer, choice, valid, is_made_in_blocks)
 
 
 def experts_fetched(

@@ -1,6 +1,7 @@
 // What the CUDA kernels ask of a device, on a CPU: threads of a block are fibers that take turns, in
 // one order or the other, and wait for each other at barriers and in what a warp does together.
 #pragma once
+#include <climits>
 #include <csetjmp>
 #include <cmath>
 #include <cstdint>
@@ -17,7 +18,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
-#define DYNAMIC_SHARED(name) alignas(16) static unsigned char name[1 << 18]
+// The same whatever its name, as on a device.
+alignas(1024) static unsigned char dynamic_shared[1 << 18];
+#define DYNAMIC_SHARED(name) unsigned char* const name = dynamic_shared
 #define DEVICE inline
 
 struct Dim {
@@ -124,14 +127,18 @@ __attribute__((noinline)) static void go_on() {
   setcontext(&fiber.start);
 }
 
-// Runs one block after the other; `backward` lets the last block and thread go first.
-static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threads, bool backward) {
+// Runs one block after the other; `backward` lets the last block and thread go first. A block finds no
+// numbers in its shared memory, and writes to no more than it was given.
+static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threads, int shared_bytes,
+                     bool backward) {
+  constexpr int BEHIND = 1024;
   body = kernel, arguments = buffers;
   gridDim = grid, blockDim = {threads, 1, 1};
   const int blocks = grid.x * grid.y * grid.z;
   for (int turn_of_block = 0; turn_of_block < blocks; ++turn_of_block) {
     const int number = backward ? blocks - 1 - turn_of_block : turn_of_block;
     blockIdx = {number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
+    std::memset(dynamic_shared, 255, shared_bytes + BEHIND);
     fibers.resize(threads);
     warps.assign((threads + 31) / 32, Warp());
     block_meeting = Meeting();
@@ -164,6 +171,11 @@ static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threa
           }
         } while (has_moved);
       }
+    }
+    for (int i = 0; i < BEHIND; ++i) {
+      if (dynamic_shared[shared_bytes + i] == 255) continue;
+      std::fprintf(stderr, "block %d writes behind its %d bytes of shared memory\n", number, shared_bytes);
+      std::abort();
     }
   }
 }
@@ -239,7 +251,10 @@ inline unsigned pick_signed(unsigned x, unsigned y, unsigned selector) {
     if (selector >> 4 * i & 8) result = result & ~(255u << 8 * i) | (result >> 8 * i & 128 ? 255u : 0) << 8 * i;
   return result;
 }
-inline int nearest(float value) { return (int)std::lrint(value); }
+inline int nearest(float value) {
+  if (value != value) return 0;
+  return (int)std::lrint(std::fmin(std::fmax((double)value, INT_MIN), INT_MAX));
+}
 inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 template <int N>
 inline void load_once(const void* from, unsigned (&words)[N]) {
@@ -321,6 +336,11 @@ inline float shuffle(float value, int lane) {
   return float_of_bits(exchange(&mine, 1)[lane][0]);
 }
 inline float shuffle_xor(float value, int mask) { return shuffle(value, threadIdx.x % 32 ^ mask); }
+inline unsigned largest_of_warp(unsigned number) {
+  const auto all = exchange(&number, 1);
+  for (int lane = 0; lane < 32; ++lane) number = all[lane][0] > number ? all[lane][0] : number;
+  return number;
+}
 inline unsigned vote(bool is_set) {
   const unsigned mine = is_set;
   const auto all = exchange(&mine, 1);

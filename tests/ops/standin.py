@@ -37,9 +37,10 @@ def _caller(kernel: Kernel) -> str:
     arguments = ", ".join(f"({of})a[{i}]" for i, of in enumerate(kernel.parameters))
     body = f"[](void** a) {{ {kernel.name}({arguments}); }}"
     grid = f"{{{kernel.grid[0]}, {kernel.grid[1]}, 1}}"
+    sizes = f"{grid}, {kernel.threads}, {kernel.shared_bytes}"
     return (
         f'extern "C" void run_{kernel.name}(void** buffers, int backward) {{\n'
-        f"  run_grid({body}, buffers, {grid}, {kernel.threads}, backward);\n}}\n"
+        f"  run_grid({body}, buffers, {sizes}, backward);\n}}\n"
     )
 
 

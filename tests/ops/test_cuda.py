@@ -281,6 +281,7 @@ def of_grok_1(shards, tokens):
         shapes.convert(exact[1], True, "float16"),
         *shapes_of_screening.most_probable(min(tokens, 8), 131072 // shards, WIDTH, tokens > 1),
         *shapes_int4.experts(tokens, 2, 8, *short, "bfloat16"),
+        shapes_int4.experts(min(tokens, 2), 2, 8, *short, "bfloat16", is_made_in_blocks=True)[1],
         shapes_int4.convert(short[0]),
     ]
 
@@ -316,7 +317,7 @@ def wide(tmp_path_factory):
         kernels = [kernel for case in ((1, 1), (1, 8), (8, 32)) for kernel in of_grok_1(*case)]
     else:
         # Of one token products are others, and the rest of a step is the same.
-        kernels = [*of_grok_1(8, 32), *of_grok_1(1, 1)[:4], *of_grok_1(1, 1)[-3:-1]]
+        kernels = [*of_grok_1(8, 32), *of_grok_1(1, 1)[:4], *of_grok_1(1, 1)[-4:-1]]
     for tokens, shards in itertools.product((4, 20), (1, 8)):
         gate, down = (
             Matrix(WIDTH, HIDDEN // shards, 24),

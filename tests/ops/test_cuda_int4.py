@@ -1,6 +1,7 @@
 """The CUDA kernels of 4-bit weights against float64, on a CPU in place of a device."""
 
 import functools
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +33,14 @@ EXPERTS = [
     ("bfloat16", 64, 1, 4, 32, 64),
     ("float32", 2, 1, 4, 1024, 1088),
 ]
+# Of one row at a time: one block of rows, several that blocks of threads share, and so many that a
+# warp makes the digits of more than one.
+OF_ONE = [
+    ("float32", 1, 2, 4, 256, 512),
+    ("bfloat16", 2, 1, 4, 96, 160),
+    ("float32", 2, 2, 8, 1024, 64),
+    ("bfloat16", 1, 2, 4, 2560, 32),
+]
 # Rows, columns: blocks of 256 rows and of fewer, groups of 32 and of fewer.
 COPIES = [(512, 264), (96, 8), (144, 520), (40, 16)]
 DIGITS = [(3, 512, 4), (2, 96, 4), (5, 256, 2)]
@@ -43,10 +52,14 @@ def matrix(rows, columns):
     return Matrix(rows, columns, int4.num_blocks(rows))
 
 
-def experts_kernels(case):
+def experts_kernels(case, is_made_in_blocks=False):
     precision, tokens, selected, num_experts, width, hidden = case
     sizes = matrix(width, hidden), matrix(hidden, width)
-    return shapes_int4.experts(tokens, selected, num_experts, *sizes, precision)
+    of_choice = tokens, selected, num_experts
+    # As if a device were busy with the columns alone.
+    busy = 1 if case == OF_ONE[3] else shapes_int4._MULTIPROCESSORS
+    with mock.patch.object(shapes_int4, "_MULTIPROCESSORS", busy):
+        return shapes_int4.experts(*of_choice, *sizes, precision, is_made_in_blocks)
 
 
 def digits_kernel(case):
@@ -56,6 +69,7 @@ def digits_kernel(case):
 
 KERNELS = [
     *(kernel for case in SOME_EXPERTS for kernel in experts_kernels(case)),
+    *(kernel for case in OF_ONE for kernel in experts_kernels(case, is_made_in_blocks=True)[1:]),
     *map(digits_kernel, DIGITS),
     *(shapes_int4.convert(matrix(*case)) for case in COPIES),
 ]
@@ -83,9 +97,7 @@ def weight(rng, lead, rows, columns):
     return parts, int4.dequantize_int4(parts).astype(float)
 
 
-@pytest.mark.parametrize("how", ["at random", "all to one", "some to none"])
-@pytest.mark.parametrize("case", SOME_EXPERTS, ids=str)
-def test_experts(library, rng, case, how):
+def check_experts(library, rng, case, how, is_made_in_blocks):
     precision, tokens, selected, num_experts, width, hidden = case
     x = inputs(rng, (tokens, width), precision)
     gate, of_gate = weight(rng, (2, num_experts), width, hidden)
@@ -98,16 +110,29 @@ def test_experts(library, rng, case, how):
         expert = indices[token, choice]
         mixed = gelu(x[token] @ of_gate[1, expert]) * (x[token] @ of_up[1, expert])
         expected[token] += weights[token, choice] * (mixed @ of_down[1, expert])
-    digits_of_x, gate_up, down_sum = experts_kernels(case)
+    digits_of_x, gate_up, down_sum = experts_kernels(case, is_made_in_blocks)
+    assert is_made_in_blocks == (digits_of_x is None)
     is_run = (valid[:, None] & (indices < num_experts)).reshape(-1)
-    digits = standin.run(library, digits_of_x, x)
+    of_x = [x] if digits_of_x is None else standin.run(library, digits_of_x, x)
     of_choice = LAYER, indices, valid
-    hidden = standin.run(library, gate_up, *digits, *gate, *up, *of_choice)[:2]
+    hidden = standin.run(library, gate_up, *of_x, *gate, *up, *of_choice)[:2]
     found, parts = standin.run(library, down_sum, *hidden, *down, *of_choice, weights)
     assert np.isnan(parts[:, ~is_run]).all()  # padding costs nothing
     is_short = precision == "bfloat16" and tokens > shapes_int4.MOST_EXACT
     assert_close(found, expected, TWO_DIGITS if is_short else EXACT)
     assert not found[~valid].any()
+
+
+@pytest.mark.parametrize("how", ["at random", "all to one", "some to none"])
+@pytest.mark.parametrize("case", SOME_EXPERTS, ids=str)
+def test_experts(library, rng, case, how):
+    check_experts(library, rng, case, how, is_made_in_blocks=False)
+
+
+@pytest.mark.parametrize("how", ["at random", "all to one", "some to none"])
+@pytest.mark.parametrize("case", OF_ONE, ids=str)
+def test_blocks_that_have_a_row_at_a_time_make_its_digits(library, rng, case, how):
+    check_experts(library, rng, case, how, is_made_in_blocks=True)
 
 
 @pytest.mark.parametrize("case", DIGITS, ids=str)
@@ -149,6 +174,12 @@ def test_a_copy_is_the_nearest_to_the_matrix(library, rng, case):
 
 BREAKS = [
     ("word ^ 0x88888888u", "word", EXPERTS[0]),
+    ("g % 4 * APART + 8 * t", "g % 4 * APART", OF_ONE[0]),
+    ("      barrier();\n      const int g", "      const int g", OF_ONE[0]),
+    ("unit < end; unit += WARPS", "unit < end; unit += 2 * WARPS", OF_ONE[3]),
+    ("(unit + WARPS) * S::UNIT, next", "unit * S::UNIT, next", OF_ONE[3]),
+    ("(first + S::TEAMS) * TILES_OF_K", "first * TILES_OF_K", OF_ONE[2]),
+    ("rings + 2 * S::Hidden::TEAMS * Of::RING", "rings", OF_ONE[0]),
     ("group % 2 ? of_low >> 2 : of_low << 2", "of_low << 2", EXPERTS[0]),
     ("g < 4 ? 0x4432u : 0x3244u", "0x4432u", EXPERTS[0]),
     ("(tile + 1) % IN_UNIT == 0 || tile + 1 == end", "tile + 1 == end", EXPERTS[8]),
@@ -157,7 +188,9 @@ BREAKS = [
     ("sum(i) * 65536 + other", "sum(i) * 65536", EXPERTS[0]),
     ("values[2 * i] = is_odd ? other : kept", "values[2 * i] = kept", EXPERTS[0]),
     ("is_next * 2 * HALF + is_odd * HALF", "is_odd * HALF", EXPERTS[0]),
-    ("to + 32 * i + lane", "to + 31 * i + lane", EXPERTS[0]),
+    ("128 * (i / 4) + 4 * lane", "127 * (i / 4) + 4 * lane", EXPERTS[0]),
+    (": 32 * i + lane", ": 31 * i + lane", EXPERTS[3]),
+    ("byte % 2 ? 0x7632", "byte % 2 ? 0x5410", EXPERTS[0]),
     (
         "    barrier();\n    for (int i = threadIdx.x / 32",
         "    for (int i = threadIdx.x / 32",
@@ -173,16 +206,17 @@ BREAKS = [
     ids=lambda of: str(of)[:40],
 )
 def test_a_broken_kernel_is_noticed(rng, text, broken, case):
-    library = standin.build(experts_kernels(case), [(text, broken)])
+    is_made = case in OF_ONE
+    library = standin.build([*filter(None, experts_kernels(case, is_made))], [(text, broken)])
     with pytest.raises(AssertionError):
-        test_experts(library, rng, case, "at random")
+        check_experts(library, rng, case, "at random", is_made)
 
 
-def of_grok_1(shards, tokens):
+def of_grok_1(shards, tokens, is_made_in_blocks=False):
     """The sizes of Grok-1's experts on one of some devices, and the kernels."""
     width, hidden = 6144, 32768 // shards
     sizes = matrix(width, hidden), matrix(hidden, width)
-    return sizes, shapes_int4.experts(tokens, 2, 8, *sizes, "bfloat16")
+    return sizes, shapes_int4.experts(tokens, 2, 8, *sizes, "bfloat16", is_made_in_blocks)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8, 16])
@@ -195,6 +229,22 @@ def test_every_share_of_grok_1_keeps_the_memory_busy(shards, tokens):
         # What the smallest multiprocessor with tensor cores for bfloat16 gives a block.
         assert kernel.shared_bytes <= 96 << 10
         assert kernel.threads * kernel.resident <= 1024
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_blocks_of_grok_1_that_make_digits_have_room_for_them_beside_each_other(shards, tokens):
+    _, (before, gate_up, down) = of_grok_1(shards, tokens, is_made_in_blocks=True)
+    assert before is None
+    assert gate_up.grid[0] * gate_up.grid[1] >= 96
+    # What compute capability 9.0 gives a multiprocessor, 1 kB of it to each block.
+    assert gate_up.resident * (gate_up.shared_bytes + 1024 + 1024) <= 228 << 10
+    assert down == of_grok_1(shards, tokens)[1][2]
+
+
+@pytest.mark.parametrize("tokens", [3, 9, 64])
+def test_digits_of_several_rows_are_made_before(tokens):
+    assert of_grok_1(8, tokens, is_made_in_blocks=True) == of_grok_1(8, tokens)
 
 
 def test_what_the_kernels_do_not_take_they_say():

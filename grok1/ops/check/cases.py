@@ -15,7 +15,7 @@ from grok1.ops.attention import (
     attend_cuda,
     attend_cuda_tiles,
 )
-from grok1.ops.cuda import shapes
+from grok1.ops.cuda import calls, shapes
 from grok1.ops.experts import (
     ExpertWeights,
     experts_cuda,
@@ -81,6 +81,7 @@ def cases(operation: str) -> Iterator[tuple[str, Case]]:
         "add_and_route": _of_sums_with_routers,
         "convert": _of_copies,
         "experts_int4": _of_int4_experts,
+        "experts_int4_of_one": _of_int4_experts_of_one,
         "convert_int4": _of_int4_copies,
         "most_probable": _of_vocabularies,
     }[operation]
@@ -118,6 +119,17 @@ def _of_int4_experts(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
     sizes = (width, hidden), (width, hidden), (hidden, width)
     weights = ExpertWeights(*(_int4_weight(rng, lead, *size) for size in sizes))
     return _of_tokens(rng, experts_cuda_int4, shapes.MOST_ROWS, weights)
+
+
+def _of_int4_experts_of_one(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    for name, (_, form, arguments) in _of_int4_experts(rng):
+        if len(arguments[0]) == 1:
+            yield name, (_experts_int4_of_one, form, arguments)
+
+
+def _experts_int4_of_one(x, weights, layer, routing, valid):
+    choice = routing.expert_indices, routing.expert_weights
+    return calls.experts_int4(x, weights, layer, choice, valid, is_made_in_blocks=True)
 
 
 def _of_tokens(

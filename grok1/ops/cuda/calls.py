@@ -166,8 +166,9 @@ def experts_int4(
     layer: int | Array,
     choice: tuple[Int[Array, "M A"], Float[Array, "M A"]],
     valid: Bool[Array, " M"],
+    is_made_in_blocks: bool = False,
 ) -> Float[Array, "M D"]:
-    """As `experts`, of 4-bit weights."""
+    """As `experts`, of 4-bit weights; for the last argument see `shapes_int4.experts`."""
     gate, up, down = weights
     expert_indices, expert_weights = choice
     tokens, selected = expert_indices.shape
@@ -178,11 +179,13 @@ def experts_int4(
         int4_matrix_of(gate),
         int4_matrix_of(down),
         "bfloat16" if x.dtype == jnp.bfloat16 else "float32",
+        is_made_in_blocks,
     )
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
-    digits = call(digits_of, x.astype(jnp.float32))
-    hidden = call(gate_up, *digits, *gate, *up, layer, indices, valid)[:2]
+    x = x.astype(jnp.float32)
+    inputs = [x] if digits_of is None else call(digits_of, x)
+    hidden = call(gate_up, *inputs, *gate, *up, layer, indices, valid)[:2]
     out, _ = call(down_sum, *hidden, *down, layer, indices, valid, expert_weights)
     return out
 

@@ -145,6 +145,7 @@ DEVICE void multiply_tile_of_bytes(int (&sum)[4], const unsigned (&a)[4], const 
 
 DEVICE float shuffle(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE unsigned largest_of_warp(unsigned number) { return __reduce_max_sync(~0u, number); }
 DEVICE unsigned vote(bool is_set) { return __ballot_sync(~0u, is_set); }
 DEVICE int count_bits(unsigned bits) { return __popc(bits); }
 DEVICE int lowest_bit(unsigned bits) { return __ffs(bits) - 1; }

@@ -40,12 +40,13 @@ OPERATIONS = (
     "add_and_route",
     "convert",
     "experts_int4",
+    "experts_int4_of_one",
     "convert_int4",
     "most_probable",
 )
 """What there are kernels for, in the order in which they are checked."""
 
-ONLY_ON = {"experts_prompt": (9, 0)}
+ONLY_ON = {"experts_prompt": (9, 0), "experts_int4_of_one": (9, 0)}
 """The one compute capability that an operation's kernels are for, where they are not for all."""
 
 _PATIENCE = 600.0  # seconds for the check of all kernels, most of which XLA compiles

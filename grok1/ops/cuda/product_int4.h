@@ -20,6 +20,37 @@
 struct Digits {
   const signed char* digits;
   const float* factors;
+
+  // What a lane multiplies: of 32 rows a digit of eight.
+  template <class S, int TILES>
+  struct Mine {
+    const signed char* x[TILES];
+    const float* factors[TILES];
+
+    // Every thread of the block calls it, with its team's share.
+    DEVICE Mine(const Rows<Digits>& inputs, int) {
+      constexpr int DIGITS = S::TERMS / 2;
+      const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) {
+        const int slot = 4 * n + g % 4, input = slot / DIGITS, summed = (4 * n + 2 * (t % 2)) / DIGITS;
+        x[n] = nullptr, factors[n] = nullptr;
+        if (input < inputs.count)
+          x[n] = inputs.x.digits + ((long long)inputs.rows[input] * DIGITS + slot % DIGITS) * S::K + 8 * t;
+        if (summed < inputs.count)
+          factors[n] = inputs.x.factors + (long long)inputs.rows[summed] * (S::K / S::UNIT);
+      }
+    }
+
+    DEVICE void read(int n, unsigned tile, unsigned (&four)[2]) const {
+      four[0] = four[1] = 0;
+      if (x[n] == nullptr) return;
+      const uint2 loaded = *reinterpret_cast<const uint2*>(x[n] + 32 * tile);
+      four[0] = loaded.x, four[1] = loaded.y;
+    }
+
+    DEVICE float factor(int n, unsigned unit) const { return factors[n] == nullptr ? 0 : factors[n][unit]; }
+  };
 };
 
 // The scales of a group, of the two in each word of columns that a lane has sums of, times 4.
@@ -64,22 +95,21 @@ struct Int4Matrix {
   }
 
   // The products of a share of the rows, as `multiply`.
-  template <class S, int TILES>
-  DEVICE void multiply_by(float (&total)[S::BYTES / 8][TILES][4], int column,
-                          const Rows<Digits>& inputs, int share, unsigned char* ring) const;
+  template <class S, int TILES, class X>
+  DEVICE void multiply_by(float (&total)[S::BYTES / 8][TILES][4], int column, const Rows<X>& inputs,
+                          int share, unsigned char* ring) const;
 
   template <class S, int TILES, class Visit>
   static DEVICE void visit(const float (&sums)[S::BYTES / 8][TILES][4], int column, int count,
                            Visit visit);
 };
 
-template <class S, int TILES>
+template <class S, int TILES, class X>
 DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int column,
-                                    const Rows<Digits>& inputs, int share,
-                                    unsigned char* ring) const {
+                                    const Rows<X>& inputs, int share, unsigned char* ring) const {
   constexpr int GROUPS = S::BLOCK / 32, TILES_OF_K = S::K / 32, IN_UNIT = S::UNIT / 32;
   constexpr int WORDS = S::BYTES / 4, OF_TEAM = Widths<S>::OF_TEAM, IN_ROW = OF_TEAM / S::BYTES;
-  constexpr int STAGES = S::STAGES - 1, OF_STAGE = 16 * OF_TEAM, DIGITS = S::TERMS / 2;
+  constexpr int STAGES = S::STAGES - 1, OF_STAGE = 16 * OF_TEAM;
   // Few products add up both picks of a code more quickly than bytes are added.
   constexpr int PICKS = TILES <= 4 ? 2 : 1;
   static_assert(STAGES <= GROUPS + 1, "scales are copied in the place of others that are read");
@@ -128,22 +158,12 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
   // Before anything else, so that weights are on their way while it is made ready.
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) start(begin + stage, stage);
+  const typename X::template Mine<S, TILES> x(inputs, share);
   const Book book;
   const Shared read_from = kept(
       shared_place(ring) + (4 * t * IN_ROW + (place.member * 8 + g ^ 2 * t)) * S::BYTES);
   const Shared of_own = kept(of_blocks + own), of_mine = kept(of_blocks + 6 * OF_TEAM + 2 * (own + t / 2));
 
-  const signed char* x[TILES];
-  const float* factors[TILES];
-#pragma unroll
-  for (int n = 0; n < TILES; ++n) {
-    const int slot = 4 * n + g % 4, input = slot / DIGITS, summed = (4 * n + 2 * (t % 2)) / DIGITS;
-    x[n] = nullptr, factors[n] = nullptr;
-    if (input < inputs.count)
-      x[n] = inputs.x.digits + ((long long)inputs.rows[input] * DIGITS + slot % DIGITS) * S::K + 8 * t;
-    if (summed < inputs.count)
-      factors[n] = inputs.x.factors + (long long)inputs.rows[summed] * (S::K / S::UNIT);
-  }
   // Digits of two rows, with zeros for the other column of a pair.
   const unsigned first_pair = kept(g < 4 ? 0x4410u : 0x1044u);
   const unsigned second_pair = kept(g < 4 ? 0x4432u : 0x3244u), mine = kept(t >= 2 ? 0x7531u : 0x6420u);
@@ -159,12 +179,7 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
     const unsigned block = tile / GROUPS, group = tile % GROUPS;
     unsigned four[TILES][2];
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      four[n][0] = four[n][1] = 0;
-      if (x[n] == nullptr) continue;
-      const uint2 loaded = *reinterpret_cast<const uint2*>(x[n] + 32 * tile);
-      four[n][0] = loaded.x, four[n][1] = loaded.y;
-    }
+    for (int n = 0; n < TILES; ++n) x.read(n, tile, four[n]);
     wait_for_all_but<STAGES - 2>();
     // What the others have copied is there, and nobody reads the tile before any more.
     team_barrier<Widths<S>::THREADS>(place.team);
@@ -212,7 +227,7 @@ DEVICE void Int4Matrix::multiply_by(float (&total)[S::BYTES / 8][TILES][4], int 
     if ((tile + 1) % IN_UNIT == 0 || tile + 1 == end) {
       float factor[TILES];
 #pragma unroll
-      for (int n = 0; n < TILES; ++n) factor[n] = factors[n] == nullptr ? 0 : factors[n][tile / IN_UNIT];
+      for (int n = 0; n < TILES; ++n) factor[n] = x.factor(n, tile / IN_UNIT);
 #pragma unroll
       for (int p = 0; p < WORDS; ++p) {
 #pragma unroll

@@ -102,7 +102,8 @@ def experts(
     gate: Matrix,
     down: Matrix,
     precision: Precision,
-) -> tuple[Kernel, Kernel, Kernel]:
+    is_made_in_blocks: bool = False,
+) -> tuple[Kernel | None, Kernel, Kernel]:
     """The chosen experts of up to `shapes.MOST_ROWS` tokens.
 
     The kernels make digits of the inputs; gate, up and GELU, and digits of that; down and the sum.
@@ -115,6 +116,9 @@ def experts(
       gate: The gate's matrix; up is like it.
       down: The matrix that leads back.
       precision: Of x; all of float32 counts, but where x is of bfloat16 and the tokens are many.
+      is_made_in_blocks: Whether blocks of gate and up make the inputs' digits themselves where they
+        have a row at a time, in more shared memory than every device has; there is no first kernel
+        then.
     """
     chosen, rows = min(num_experts, tokens * selected), tokens * selected
     # A few experts have more rows than the mean.
@@ -151,21 +155,24 @@ def experts(
     )
     parts, of_hidden = (of["SHARES"] // of["TEAMS"] for of in (out, hidden))
     choice = ("int32", "int32", "bool")
+    is_made = is_made_in_blocks and tiles == 1 and digits == 4
+    # A row's digits, 32 bytes apart from each other, and a factor for each unit.
+    room = digits * (gate.rows + 32) + 4 * gate.groups if is_made else 0
     return (
-        digits_of(tokens, gate, digits),
+        None if is_made else digits_of(tokens, gate, digits),
         Kernel(
             "grok1_gate_up_int4",
             _HEADERS,
             structs,
-            "gate_up_int4<S>",
-            ("int8", "float32", *WEIGHTS, *WEIGHTS, *choice),
+            "gate_up_int4_of_numbers<S>" if is_made else "gate_up_int4<S>",
+            (*(("float32",) if is_made else ("int8", "float32")), *WEIGHTS, *WEIGHTS, *choice),
             (
                 *_arrays_of_digits(rows, down.rows, digits, out["UNIT"]),
                 *(Array((2 * of_hidden, rows, gate.columns), "float32"),) * (of_hidden > 1),
             ),
             (hidden["COLUMN_TILES"], chosen * of_hidden),
             2 * _threads(hidden),
-            shared_bytes=2 * _shared_bytes(hidden),
+            shared_bytes=2 * _shared_bytes(hidden) + room,
             resident=resident,
         ),
         Kernel(
