@@ -1,6 +1,7 @@
 """The contents of files, read once: their checksums, and whether the elements can be weights."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -23,6 +24,7 @@ from grok1.checkpoint.storage import StoredArray, StoredModel, read_matrix
 from grok1.checkpoint.tensor_file import DTYPES, ArraySpan, DataFile, open_unchanged, read_at
 from grok1.files import CheckpointError, read_bounded
 from grok1.machine.cache_directory import private_directory
+from grok1.machine.progress import progress_bar
 from grok1.machine.safe_files import absolute, is_plain, replacing
 from grok1.nn.manifest import is_large
 
@@ -154,25 +156,34 @@ def _blocks(
             start = stop
 
 
-def check_elements(stored: StoredModel) -> None:
+def check_elements(stored: StoredModel, progress: bool = False) -> None:
     """Checks of a model's elements what `load` checks: scales, and floats that are few.
 
     A number that is none gives other numbers that look well where weights are rounded anew.
 
     Args:
       stored: The model.
+      progress: Show bytes, rate and time left on stderr, if that is a terminal.
 
     Raises:
       CheckpointError: If a scale, a norm, a router's weight or an embedding is not finite, or a
         scale too large; or a file cannot be read.
     """
+    checks: list[tuple[StoredArray, Callable[..., None]]] = []
     for tensor, spec in zip(stored.tensors, stored.specs, strict=True):
         if tensor.scales is not None:
-            for file, scales, origin in in_blocks(tensor.scales):
-                check_scales(file, scales, origin)
+            checks.append((tensor.scales, check_scales))
         elif not is_large(spec):
-            for file, values, origin in in_blocks(tensor.values):
-                check_finite(file, spec.name, values, origin)
+            checks.append((tensor.values, functools.partial(_check_floats, spec.name)))
+    with progress_bar(sum(array.nbytes for array, _ in checks), "checking", progress) as bar:
+        for array, check in checks:
+            for file, elements, origin in in_blocks(array):
+                check(file, elements, origin)
+                bar.update(elements.nbytes)
+
+
+def _check_floats(name: str, file: DataFile, values: np.ndarray, origin: list[int]) -> None:
+    check_finite(file, name, values, origin)
 
 
 def in_blocks(array: StoredArray) -> Iterator[tuple[DataFile, np.ndarray, list[int]]]:

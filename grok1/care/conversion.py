@@ -143,7 +143,8 @@ def convert(
         "source files": _digest(tensors),
         "versions": _versions(to),
     }
-    checks = Checks(functools.partial(check_elements, StoredModel(tensors, specs)), plan.check)
+    check_source = functools.partial(check_elements, StoredModel(tensors, specs), progress)
+    checks = Checks(check_source, plan.check)
     arguments = target, plan.files, identity, checks, progress
     if rounding is None:
         return plan.notes + write_files(*arguments)

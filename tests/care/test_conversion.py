@@ -1,5 +1,6 @@
 """Conversions: exact, atomic, and clear when refused."""
 
+import io
 import json
 import os
 import pathlib
@@ -58,6 +59,17 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error(to, tokenizer, tmp_path):
     with pytest.raises((ValueError, OSError), match=rf"^{path}: "):
         convert(source, tmp_path / "out", to=to, progress=False)
     assert os.listdir(tmp_path) == ["toy"]
+
+
+def test_each_pass_over_the_files_is_shown_on_a_terminal(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    convert(TOY, tmp_path / "out", to="safetensors")
+    ends = re.findall(r"(\w+): 100%[^\r]*?([\d.]+[kM])/\2 ", terminal.getvalue())
+    assert list(dict(ends)) == ["checking", "writing", "verifying"]
+    sizes = dict(ends)
+    assert sizes["checking"] != sizes["writing"] == sizes["verifying"]
 
 
 def test_settings_of_numpy_are_not_the_conversions_business(tmp_path):
