@@ -163,6 +163,11 @@ def test_who_may_come_in(start, server, tmp_path):
     ]  # fmt: skip
     assert status("gamma", host="evil.example") == 421
     assert [status(path="/"), status(path="/metrics")] == [200, 200]
+    # Without a redirection, which would leave TLS behind a proxy, and with the same keys.
+    assert [status(path=f"{path}//") for path in ("", "/health", "/v1/models", "/metrics")] == [
+        200, 200, 401, 200,
+    ]  # fmt: skip
+    assert status("gamma", path="/v1/models/") == 200
     answer = client.post("/v1/completions", content="{}", headers={"authorization": "Bearer gamma"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (415, "invalid_request_error")
     own = {"authorization": "Bearer gamma", "x-request-id": "mine"}
