@@ -9,6 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#ifdef __linux__
+#include <link.h>
+#endif
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -17,7 +20,8 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+// Numbers of a block lie side by side as those of a thread of the system do, so that they can be found.
+#define __shared__ static thread_local
 // The same whatever its name, as on a device.
 alignas(1024) static unsigned char dynamic_shared[1 << 18];
 #define DYNAMIC_SHARED(name) unsigned char* const name = dynamic_shared
@@ -127,11 +131,42 @@ __attribute__((noinline)) static void go_on() {
   setcontext(&fiber.start);
 }
 
+// Where what is shared without a launch's asking is.
+struct OfBlock {
+  void* begin = nullptr;
+  size_t size = 0;
+
+#ifdef __linux__
+  OfBlock() {
+    static thread_local volatile char first;
+    first = 0;  // the system gives a thread its numbers when it first asks for one
+    dl_iterate_phdr(look, this);
+  }
+
+  static int look(dl_phdr_info* info, size_t, void* found) {
+    const auto here = (uintptr_t)dynamic_shared - info->dlpi_addr;
+    bool is_own = false;
+    size_t size = 0;
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      const auto& part = info->dlpi_phdr[i];
+      is_own |= part.p_type == PT_LOAD && here - part.p_vaddr < part.p_memsz;
+      if (part.p_type == PT_TLS) size = part.p_memsz;
+    }
+    if (is_own) *(OfBlock*)found = OfBlock(info->dlpi_tls_data, size);
+    return is_own;
+  }
+
+ private:
+  OfBlock(void* begin, size_t size) : begin(begin), size(size) {}
+#endif
+};
+
 // Runs one block after the other; `backward` lets the last block and thread go first. A block finds no
 // numbers in its shared memory, and writes to no more than it was given.
 static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threads, int shared_bytes,
                      bool backward) {
   constexpr int BEHIND = 1024;
+  const OfBlock of_block;
   body = kernel, arguments = buffers;
   gridDim = grid, blockDim = {threads, 1, 1};
   const int blocks = grid.x * grid.y * grid.z;
@@ -139,6 +174,7 @@ static void run_grid(void (*kernel)(void**), void** buffers, Dim grid, int threa
     const int number = backward ? blocks - 1 - turn_of_block : turn_of_block;
     blockIdx = {number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
     std::memset(dynamic_shared, 255, shared_bytes + BEHIND);
+    if (of_block.size) std::memset(of_block.begin, 255, of_block.size);
     fibers.resize(threads);
     warps.assign((threads + 31) / 32, Warp());
     block_meeting = Meeting();

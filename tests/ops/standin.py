@@ -23,6 +23,7 @@ _FLAGS = (
     "-U_FORTIFY_SOURCE",
     "-w",
     "-fPIC",
+    "-fvisibility=hidden",  # what templates keep is each library's own
 )
 _HEADER = pathlib.Path(__file__).parent / "standin.h"
 
@@ -39,7 +40,8 @@ def _caller(kernel: Kernel) -> str:
     grid = f"{{{kernel.grid[0]}, {kernel.grid[1]}, 1}}"
     sizes = f"{grid}, {kernel.threads}, {kernel.shared_bytes}"
     return (
-        f'extern "C" void run_{kernel.name}(void** buffers, int backward) {{\n'
+        'extern "C" __attribute__((visibility("default"))) '
+        f"void run_{kernel.name}(void** buffers, int backward) {{\n"
         f"  run_grid({body}, buffers, {sizes}, backward);\n}}\n"
     )
 

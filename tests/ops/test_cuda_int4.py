@@ -176,6 +176,7 @@ BREAKS = [
     ("word ^ 0x88888888u", "word", EXPERTS[0]),
     ("g % 4 * APART + 8 * t", "g % 4 * APART", OF_ONE[0]),
     ("      barrier();\n      const int g", "      const int g", OF_ONE[0]),
+    ("/ S::A;\n    barrier();", "/ S::A;", OF_ONE[0]),  # whose block before had the same token
     ("unit < end; unit += WARPS", "unit < end; unit += 2 * WARPS", OF_ONE[3]),
     ("(unit + WARPS) * S::UNIT, next", "unit * S::UNIT, next", OF_ONE[3]),
     ("(first + S::TEAMS) * TILES_OF_K", "first * TILES_OF_K", OF_ONE[2]),
