@@ -110,7 +110,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # A path may end in slashes; a redirection would name the scheme that a proxy speaks to here.
+        # Paths may end in slashes: a redirection would name the scheme that a proxy speaks to here.
         scope["path"] = scope["path"].rstrip("/") or "/"
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
