@@ -109,7 +109,7 @@ def test_what_is_for_another_device_is_left_out_without_a_word(gpus, monkeypatch
     assert gpus("8.0") == frozenset(presence.OPERATIONS) - {*presence.ONLY_ON}
     assert "experts_prompt" not in capfd.readouterr().err
     assert gpus("9.0") == frozenset(presence.OPERATIONS) - {"experts_prompt"}
-    assert "experts_prompt runs through XLA, its CUDA kernel was refused" in capfd.readouterr().err
+    assert "experts_prompt runs in another form, its CUDA kernel was refused" in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_what_differs_is_refused_by_name_and_that_is_kept(gpus, monkeypatch, tmp
     for _ in range(2):
         assert gpus("9.0") == there
         assert capfd.readouterr().err == (
-            "grok1: route runs through XLA, its CUDA kernel was refused: it is wrong\n"
+            "grok1: route runs in another form, its CUDA kernel was refused: it is wrong\n"
         )
     assert len(started) == 1
     monkeypatch.setattr(presence, "_kernels", lambda: there)

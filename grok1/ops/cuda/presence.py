@@ -113,7 +113,7 @@ def _kernels() -> frozenset[str]:
     }
     for operation, problem in wanted.items():
         if problem:
-            hint(f"{operation} runs through XLA, its CUDA kernel was refused: {problem}")
+            hint(f"{operation} runs in another form, its CUDA kernel was refused: {problem}")
     return frozenset(operation for operation, problem in wanted.items() if not problem)
 
 
