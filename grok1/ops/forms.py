@@ -110,7 +110,11 @@ def kernels_in_words(platform: str) -> list[str]:
     if platform not in ("gpu", "cuda"):
         return []
     there = presence.kernels()
-    missing = sorted(set(presence.OPERATIONS) - there)
+    missing = sorted(
+        operation
+        for operation in set(presence.OPERATIONS) - there
+        if presence.INSTEAD.get(operation) not in there
+    )
     if not missing:
         return ["CUDA kernels"]
     return [f"CUDA kernels but for {', '.join(missing)}" if there else "no CUDA kernels"]

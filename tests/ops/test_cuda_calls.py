@@ -109,7 +109,8 @@ def test_what_is_for_another_device_is_left_out_without_a_word(gpus, monkeypatch
     assert gpus("8.0") == frozenset(presence.OPERATIONS) - {*presence.ONLY_ON}
     assert "experts_prompt" not in capfd.readouterr().err
     assert gpus("9.0") == frozenset(presence.OPERATIONS) - {"experts_prompt"}
-    assert "experts_prompt runs in another form, its CUDA kernel was refused" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "experts_prompt runs in another form, its CUDA kernel was refused" in said
 
 
 @pytest.fixture
@@ -195,6 +196,13 @@ def test_what_differs_is_refused_by_name_and_that_is_kept(gpus, monkeypatch, tmp
     monkeypatch.setattr(presence, "_kernels", lambda: there)
     assert forms.kernels_in_words("gpu") == ["CUDA kernels but for route"]
     assert forms.kernels_in_words("cpu") == []
+    # Others run instead, if they are there.
+    monkeypatch.setattr(presence, "_kernels", lambda: there - {"experts_int4_of_one"})
+    assert forms.kernels_in_words("gpu") == ["CUDA kernels but for route"]
+    neither = there - {"experts_int4", "experts_int4_of_one"}
+    monkeypatch.setattr(presence, "_kernels", lambda: neither)
+    (words,) = forms.kernels_in_words("gpu")
+    assert words == "CUDA kernels but for experts_int4, experts_int4_of_one, route"
 
 
 def test_a_check_that_crashes_refuses_what_it_did_not_come_to(gpus, monkeypatch, tmp_path, capfd):

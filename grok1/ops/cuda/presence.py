@@ -49,6 +49,9 @@ OPERATIONS = (
 ONLY_ON = {"experts_prompt": (9, 0), "experts_int4_of_one": (9, 0)}
 """The one compute capability that an operation's kernels are for, where they are not for all."""
 
+INSTEAD = {"experts_int4_of_one": "experts_int4"}
+"""Whose kernels run where those of an operation do not, if they are there."""
+
 _PATIENCE = 600.0  # seconds for the check of all kernels, most of which XLA compiles
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
 _LOCK = threading.Lock()
