@@ -24,5 +24,11 @@ def print_logprobs(tokenizer: Tokenizer, answer: Answer) -> None:
     for token, logprob, alternatives in zip(
         found.tokens, found.logprobs or [], found.top_logprobs or [], strict=False
     ):
-        best = (f"{tokenizer.piece(t)} {p:.2f}" for t, p in alternatives.items())
-        print(f"{tokenizer.piece(token):>16} {logprob:7.2f}   {'  '.join(best)}", flush=True)
+        best = (f"{_in_a_column(tokenizer.piece(t))} {p:.2f}" for t, p in alternatives.items())
+        piece = _in_a_column(tokenizer.piece(token))
+        print(f"{piece:>16} {logprob:7.2f}   {'  '.join(best)}", flush=True)
+
+
+def _in_a_column(piece: str) -> str:
+    """A piece as it is, in quotes where it would break the line or could not be seen."""
+    return piece if piece.isprintable() and piece.strip(" ") == piece != "" else repr(piece)

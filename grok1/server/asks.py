@@ -236,6 +236,12 @@ class Sampler:
             raise RefusalError("stream_options needs stream", param="stream_options")
         if body.use_beam_search:
             raise RefusalError("there is no beam search here", param="use_beam_search")
+        if body.skip_special_tokens is False:
+            raise RefusalError(
+                "skip_special_tokens must be true: special tokens have no text here; "
+                "return_token_ids has their ids",
+                param="skip_special_tokens",
+            )
         within("priority", body.priority, 0, 0, "0: the first that comes is served first")
         self._sampling = _sampling(body)
         self._seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
@@ -368,7 +374,8 @@ def _wishes(body: SamplingBody, vocab_size: int, max_tokens: int) -> Wishes | No
     for key, value in (body.logit_bias or {}).items():
         if not key.isascii() or not key.isdecimal():
             raise refuse("logit_bias", "by token id", key)
-        [token] = checked_ids("logit_bias", [int(key[:20])], vocab_size)
+        # Python reads no number of thousands of digits; zeros before it are none of it.
+        [token] = checked_ids("logit_bias", [int(key.lstrip("0")[:20] or 0)], vocab_size)
         within("logit_bias", value, -100, 100, "from -100 to 100")
         if token in biases:  # "5" and "05"
             raise refuse("logit_bias", "one number for each token id", key)

@@ -57,8 +57,8 @@ class SamplingBody(Body):
     priority: int | None = None
     cache_salt: str | None = None
     use_beam_search: bool | None = None
+    skip_special_tokens: bool | None = None
     # Taken and ignored.
-    skip_special_tokens: Any = None
     spaces_between_special_tokens: Any = None
     length_penalty: Any = None
     request_id: Any = None

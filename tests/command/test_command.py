@@ -11,9 +11,11 @@ import pytest
 
 from grok1 import bundled
 from grok1.care import conversion, gguf_file
-from grok1.command import advice, escapes, generate, interactive, parser, streams
+from grok1.command import advice, answers, escapes, generate, interactive, parser, report, streams
 from grok1.command.main import main
+from grok1.generate.completion import Completion
 from grok1.planning import planning
+from grok1.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -341,6 +343,18 @@ def test_a_line_that_is_none_is_named_before_anything_runs(line, message, capsys
 
 
 # --- what is printed --------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_a_line_a_token_whatever_it_is_spelt_as(capsys):
+    released = Tokenizer.load(bundled.tokenizer())
+    tokens = [5, 24, 32, released.encode("a list")[-1]]
+    completion = Completion("", tokens, [-1.0] * 4, [{5: -1.0, token: -2.0} for token in tokens],
+                            "length")  # fmt: skip
+    report.print_logprobs(released, answers.Answer(completion, 1.0, 2.0))
+    lines = capsys.readouterr().out.splitlines()
+    ends, tab, spaces = (repr(piece) for piece in ("\n\n", "\t", "  "))
+    assert [line.split("-1.00")[0].strip() for line in lines] == [ends, tab, spaces, "\u2581list"]
+    assert lines[3].endswith(f"{ends} -1.00  \u2581list -2.00")
 
 
 def test_json_has_no_number_that_json_has_not(capsys):

@@ -133,8 +133,9 @@ def test_fields_do_what_they_say(complete, toy):
     plain = ask(return_token_ids=True)["choices"][0]
     ids = plain["token_ids"]
     assert plain["prompt_token_ids"] == toy.tokenizer.encode("x")
-    biased = ask(logit_bias={"77": 100}, return_token_ids=True)["choices"][0]
-    assert biased["token_ids"] == [77] * 8
+    for key in ("77", "0" * 30 + "77"):
+        biased = ask(logit_bias={key: 100}, return_token_ids=True)["choices"][0]
+        assert biased["token_ids"] == [77] * 8
     few = ask(allowed_token_ids=[5, 9], return_token_ids=True, temperature=1)["choices"][0]
     assert set(few["token_ids"]) <= {5, 9}
     stopped = ask(stop_token_ids=[ids[3]], return_token_ids=True)["choices"][0]
@@ -192,6 +193,9 @@ BAD = [
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be by token id", "logit_bias"),
     ({"prompt": "a", "logit_bias": {"5": 1, "05": 2}}, "one number for each", "logit_bias"),
     ({"prompt": "a", "logit_bias": {"1": 101}}, "from -100 to 100", "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "from 0 to 1279, found 9999", "logit_bias"),
+    ({"prompt": "a", "logit_bias": {"0" * 30 + "1280": 1}}, "found 1280", "logit_bias"),
+    ({"prompt": "a", "skip_special_tokens": False}, "must be true", "skip_special_tokens"),
     ({"prompt": "a", "min_tokens": 17}, "min_tokens must be from 0 to 16", "min_tokens"),
     ({"prompt": "a", "repetition_penalty": 1e-40}, "must be from 0.01", "repetition_penalty"),
     ({"prompt": "a", "priority": 1}, "priority must be 0", "priority"),
