@@ -222,7 +222,9 @@ def test_positions_and_values_must_fit_the_text(toy):
     long, cut = "of the file is " * 40, "^ScaleHeads: .* is cut into pieces that begin elsewhere"
     with toy.intervene(grok1.ScaleHeads(1, positions=3)) as changed:
         lm = Grok1LM(changed, max_length=16)
-        assert len(lm.loglikelihood([request("The", " file")])) == 1
+        assert len(lm.loglikelihood([request("The first argument is", " a file")])) == 1
+        with pytest.raises(ValueError, match="positions must be from 0 to 1, since the text has 2"):
+            lm.loglikelihood([request("The", " file")])
         with pytest.raises(ValueError, match=cut):
             lm.loglikelihood([request(long, " opened")])
         with pytest.raises(ValueError, match=cut):
