@@ -20,11 +20,14 @@ class Answer(NamedTuple):
       completion: The continuation.
       first: Seconds from the start of the run to the first token.
       last: Seconds from the start of the run to the last token.
+      start: When the run started, in seconds of `time.perf_counter`; those that ran together have
+        the same.
     """
 
     completion: Completion
     first: float
     last: float
+    start: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the completion's fields, with "usage"; seconds are rounded to milliseconds."""
@@ -70,14 +73,20 @@ def answers(
             builder = batch.builders[current]
             if builder.stop_reason is None:
                 break
-            yield "", Answer(builder.build(), first[current], last[current])
+            yield "", Answer(builder.build(), first[current], last[current], start)
             current += 1
 
 
 def tokens_per_second(told: Sequence[Answer]) -> float | None:
-    """Returns the rate of the tokens after each answer's first; None where they are too few."""
+    """Returns the rate of the tokens after each answer's first; None where they are too few.
+
+    Of runs one after another, what each takes before its first token is no part of it.
+    """
     count = sum(len(answer.completion.tokens) - 1 for answer in told)
-    seconds = max(answer.last for answer in told) - min(answer.first for answer in told)
+    seconds = 0.0
+    for start in {answer.start for answer in told}:
+        run = [answer for answer in told if answer.start == start]
+        seconds += max(answer.last for answer in run) - min(answer.first for answer in run)
     return count / seconds if count >= _FEWEST and seconds > 0 else None
 
 
@@ -85,7 +94,8 @@ def cost(told: Sequence[Answer]) -> str:
     """Returns what a run cost in one line, as "11 prompt tokens, 100 tokens, ..."."""
     prompt_tokens = sum(answer.completion.num_prompt_tokens or 0 for answer in told)
     tokens = sum(len(answer.completion.tokens) for answer in told)
-    first = min(answer.first for answer in told)
+    first = min(answer.start + answer.first for answer in told)
+    first -= min(answer.start for answer in told)
     parts = [] if len(told) == 1 else [f"{len(told)} prompts"]
     parts += [
         _count(prompt_tokens, "prompt token"),

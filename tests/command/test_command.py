@@ -311,6 +311,17 @@ def test_a_batch_file_gives_each_line_its_own_options(capsys, toy, tmp_path):
     assert "grok1: 4 prompts, " in err.splitlines()[-1]
 
 
+def test_runs_one_after_another_are_counted_as_such():
+    def answer(*times):
+        return answers.Answer(Completion("", [5] * 11, None, None, "length"), *times)
+
+    together = [answer(4.0, 5.0, 100.0), answer(4.0, 5.0, 100.0)]
+    alone = answer(1.0, 2.0, 105.0)
+    assert answers.cost([alone]).endswith("the first after 1.00 s, then 10 tokens/s")
+    assert answers.cost(together).endswith("the first after 4.00 s, then 20 tokens/s")
+    assert answers.cost([*together, alone]).endswith("the first after 4.00 s, then 15 tokens/s")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
