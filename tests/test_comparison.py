@@ -104,6 +104,8 @@ def test_a_text_of_any_length_modulo_the_block_of_rows(num_tokens, tmp_path, mon
     else:
         chosen = logprobs[1][np.arange(num_tokens - 1), tokens[1:]]
         assert found.perplexity_b == pytest.approx(np.exp(-chosen.mean()))
+        np.savez(files[1], logits=1e5 * runs[1], tokens=tokens)
+        assert compare(*files, top_k=2).perplexity_b == np.inf
 
 
 @pytest.mark.devices(4)

@@ -123,6 +123,8 @@ def test_completion_shows_its_text_and_perplexity():
         "perplexity": "7.39",
     }
     assert repr(completion) == "Completion(text=' <b>&\\n  x', 2 tokens, stop_reason='length')"
+    unlikely = dataclasses.replace(completion, logprobs=[-1000.0, -3000.0])
+    assert "inf" in Checker(unlikely._repr_html_()).words
 
 
 def test_score_shows_its_text_and_numbers(toy):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Literal
 
@@ -10,6 +11,11 @@ from grok1.generate.request import Sampled
 from grok1.tokenizer import Tokenizer
 
 StopReason = Literal["stop", "length", "context"]
+
+
+def perplexity(nats: float) -> float:
+    """Returns the exponential of a mean surprisal; infinity for what no float holds."""
+    return math.inf if nats > math.log(sys.float_info.max) else math.exp(nats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Completion:
         if self.logprobs is not None:
             mean = sum(self.logprobs) / len(self.logprobs)
             rows.append(("mean log-probability", f"{mean:.3f} nats a token"))
-            rows.append(("perplexity", f"{math.exp(-mean):.2f}"))
+            rows.append(("perplexity", f"{perplexity(-mean):.2f}"))
         text = "" if self.text is None else reprs.text_block(self.text)
         return text + reprs.table("Completion", rows)
 

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from grok1.generate.completion import perplexity
 from grok1.server import answers, asks, bodies, fields
 from grok1.server.asks import Ask, Limits
 from grok1.server.chat import Template, chat_ask
@@ -296,7 +297,7 @@ class App:
             "index": number,
             "token_ids": prompt.tokens,
             "total_logprob": total,
-            "perplexity": float(np.exp(-total / len(logprobs))),
+            "perplexity": perplexity(-total / len(logprobs)),
             "ranks": [None, *np.concatenate([part.ranks for part in parts]).tolist()],
             "entropies": [None, *np.concatenate([part.entropies for part in parts]).tolist()],
             "logprobs": answers.legacy_logprobs(entries, self._texts),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grok1.generate.completion import perplexity
 from grok1.study.comparison_report import Comparison, LayerDifference, Position
 
 _ROWS_BYTES = 1 << 25  # most memory that one float64 array of the comparison takes
@@ -83,7 +84,7 @@ def compare_runs(a: RecordedRun, b: RecordedRun, top_k: int) -> Comparison:
     ]
     perplexity_a, perplexity_b = None, None
     if num_tokens > 1:
-        perplexity_a, perplexity_b = np.exp(-logprobs / (num_tokens - 1)).tolist()
+        perplexity_a, perplexity_b = map(perplexity, (-logprobs / (num_tokens - 1)).tolist())
     layers, notes = _compare_layers(a, b)
     return Comparison(
         a.name,

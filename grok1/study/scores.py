@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from grok1 import reprs
+from grok1.generate.completion import perplexity
 from grok1.generate.requests import Prompt
 
 _TOKENS_SHOWN = 2000  # of a score in a notebook; a page of 100,000 coloured tokens does not scroll
@@ -56,8 +57,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the mean negative log-probability of the scored tokens."""
-        return math.exp(-self.total_logprob / self.num_scored)
+        """The exponential of the mean negative log-probability of the scored tokens.
+
+        Infinity where no float holds it.
+        """
+        return perplexity(-self.total_logprob / self.num_scored)
 
     @property
     def bits_per_byte(self) -> float:

@@ -1,5 +1,6 @@
 """Scores of texts against a float64 softmax of the logits; windows; choices; refusals."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -213,6 +214,11 @@ def test_perplexity_and_bits_per_byte(toy):
     )
     assert toy.score(score.tokens).bits_per_byte == pytest.approx(score.bits_per_byte)
     assert repr(score).startswith(f"Score({score.num_scored} tokens scored, logprob ")
+    # As of a model whose logits are thousands apart.
+    unlikely = dataclasses.replace(score, logprobs=1000 * score.logprobs)
+    assert unlikely.perplexity == np.inf
+    assert "perplexity inf" in repr(unlikely)
+    assert "perplexity inf" in unlikely._repr_html_()
 
 
 @pytest.mark.parametrize("text", [TEXT, "x", " leading", "\ttab\n", "é", "漢字 \U0001f600"])
