@@ -274,6 +274,8 @@ async def events(
         made = {**form.head(is_event=True), "choices": told}
         if with_usage:
             made["usage"] = usage(ask, num_new)
+        elif include_usage:
+            made["usage"] = None  # as OpenAI's interface has it in all events but the last
         return made
 
     tasks = [asyncio.create_task(pump(choice)) for choice in choices]

@@ -64,6 +64,7 @@ def test_the_openai_client_gets_what_generate_gives(client, toy):
         assert "".join(part.choices[0].text for part in parts) == expected[0].text
         assert [part.choices[0].finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
         assert parts[-1].choices[0].finish_reason == "length"
+        assert all("usage" in part.model_fields_set and part.usage is None for part in parts)
         assert not last.choices
         assert last.usage.completion_tokens == 9
 
