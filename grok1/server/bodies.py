@@ -95,6 +95,8 @@ class Message(msgspec.Struct, kw_only=True):
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
 
 
 class ChatBody(SamplingBody, kw_only=True):

@@ -27,7 +27,8 @@ class Template(NamedTuple):
     """How messages become a text.
 
     Attributes:
-      render: Takes messages as dicts of "role" and "content", returns what `encoded` takes.
+      render: Takes messages as dicts of "role", "content" and, where it was given, "name"; returns
+        what `encoded` takes.
       stops: What ends the assistant's message.
     """
 
@@ -162,6 +163,12 @@ def chat_ask(body: ChatBody, server: Server, limits: Limits, template: Template 
 
 
 def _plain(message: Message) -> dict[str, str]:
+    for name in ("tool_calls", "function_call"):
+        if getattr(message, name):
+            raise RefusalError(
+                f"{name} are not supported here; give a message's content alone",
+                param="messages",
+            )
     content: Any = message.content
     if isinstance(content, list):
         for part in content:
@@ -173,4 +180,5 @@ def _plain(message: Message) -> dict[str, str]:
         content = "".join(part.text for part in content)
     if content is None:
         raise RefusalError("a message must have content", param="messages")
-    return {"role": message.role, "content": content}
+    plain = {"role": message.role, "content": content}
+    return plain if message.name is None else {**plain, "name": message.name}

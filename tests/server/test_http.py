@@ -630,6 +630,8 @@ def test_a_chat_needs_a_template_and_stops_at_the_next_speaker(client, complete,
         ({"messages": []}, "at least one message"),
         ({"tools": [{}]}, "tools are not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
+        ({"messages": [{**messages[0], "tool_calls": [{"id": "a"}]}]}, "tool_calls are not"),
+        ({"messages": [{**messages[0], "function_call": {"name": "a"}}]}, "function_call are not"),
     ):
         error = complete(400, path="/v1/chat/completions", **{"messages": messages, **more})[
             "error"
@@ -659,19 +661,21 @@ def test_a_chat_takes_what_a_completion_takes(complete):
 def test_a_template_has_the_tokens_and_messages_have_their_spellings(start, server, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(
-        "{{ bos_token }}{% for one in messages %}{{ one.content }}{{ eos_token }}{% endfor %}A:"
+        "{{ bos_token }}{% for one in messages %}{{ one.name }}{{ one.content }}{{ eos_token }}"
+        "{% endfor %}A:"
     )
     client, _, _ = start(lambda: server, chat_template=str(path), add_bos=True)
     while client.get("/health").status_code != 200:
         time.sleep(0.01)
     tokenizer = server.model.tokenizer
     bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
-    body = {"messages": [{"role": "user", "content": f"{bos} {eos}"}, {"role": "a", "content": ""}],
+    body = {"messages": [{"role": "user", "content": f"{bos} {eos}"},
+                         {"role": "a", "content": "", "name": "Al", "tool_calls": []}],
             "max_tokens": 1, "return_token_ids": True}  # fmt: skip
     for given in ({}, {"add_special_tokens": True}):
         answer = client.post("/v1/chat/completions", json=body | given).json()
         expected = [tokenizer.bos_id, *tokenizer.encode(f"{bos} {eos}"), tokenizer.eos_id,
-                    tokenizer.eos_id, *tokenizer.encode("A:")]  # fmt: skip
+                    *tokenizer.encode("Al"), tokenizer.eos_id, *tokenizer.encode("A:")]  # fmt: skip
         assert answer["choices"][0]["prompt_token_ids"] == expected
 
 
