@@ -49,7 +49,7 @@ class GenerationOptions:
         Token ids are taken as they are, and with this an error.
       allow_control: Let control pieces such as `<|separator|>` in a text prompt be themselves,
         instead of the plain text they are spelled with.
-      allowed_tokens: Draw only these: token ids, or bool `[V]`; None for all.
+      allowed_tokens: Draw only these, for all prompts: token ids, or bool `[V]`; None for all.
       logits_processor: Function (logits float32 `[B, V]`, tokens int32 `[B, S]`, length int32
         `[B]`) -> logits, in JAX operations, run on the device before each draw; `tokens[:length]`
         are a row's tokens so far. Each function compiles a program.
@@ -156,7 +156,15 @@ class GenerationOptions:
         if self.allowed_tokens is None:
             return None
         given = self.allowed_tokens
-        given = np.asarray(list(given) if isinstance(given, Set) else given)
+        try:
+            given = np.asarray(list(given) if isinstance(given, Set) else given)
+        except ValueError:  # sequences of different lengths
+            given = np.asarray(given, object)
+        if given.dtype == object or (given.ndim > 1 and given.dtype != bool):
+            raise ValueError(
+                "allowed_tokens must be one sequence of token ids, or one mask, for all prompts, "
+                f"found {shown(self.allowed_tokens)}"
+            )
         if given.dtype == bool:
             if given.shape != (vocab_size,):
                 raise ValueError(

@@ -204,6 +204,9 @@ def test_without_allowed_tokens_there_is_no_mask():
     assert make_options(allowed_tokens=None).allowed_mask(5) is None
 
 
+NOT_ONE = "allowed_tokens must be one sequence of token ids, or one mask, for all prompts, found"
+
+
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [
@@ -213,6 +216,10 @@ def test_without_allowed_tokens_there_is_no_mask():
         (["a"], "allowed_tokens must be whole-number token ids, found text"),
         ([True] * 4, "allowed_tokens as a mask must be bool[5], found bool[4]"),
         (np.ones((1, 5), bool), "allowed_tokens as a mask must be bool[5], found bool[1, 5]"),
+        ([[1, 2], [3, 4]], f"{NOT_ONE} [[1, 2], [3, 4]]"),
+        ([[1, 2], [3]], f"{NOT_ONE} [[1, 2], [3]]"),
+        ({1: 2}, f"{NOT_ONE} {{1: 2}}"),
+        ([10**30], f"{NOT_ONE} [1{'0' * 30}]"),
         ([False] * 5, "allowed_tokens allows no token; allow at least one"),
         ([], "allowed_tokens allows no token; allow at least one"),
     ],
