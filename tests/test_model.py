@@ -198,6 +198,7 @@ def test_generation_ends_at_the_context(nano):
         ([-1], ValueError, r"the prompt must be token ids from 0 to 127, found -1"),
         ([1.5], ValueError, r"the prompt must be whole-number token ids, found float64"),
         ("text", ValueError, r"this model has no tokenizer; give token ids"),
+        ([["a", "b"]], ValueError, r"found a sequence of texts \['a', 'b'\]; give each by itself"),
         ([[1], []], ValueError, r"the prompt is empty"),
         (3, TypeError, r"a prompt is text or a sequence of token ids, found int"),
     ],

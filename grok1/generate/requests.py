@@ -246,6 +246,11 @@ def encode_prompt(
         raise ValueError(
             f"a prompt of token ids must be one sequence of whole numbers, found {shown(prompt)}"
         )
+    if array.dtype.kind == "U":
+        raise ValueError(
+            "a prompt is one text, or one sequence of token ids, found a sequence of texts "
+            f"{shown(prompt)}; give each by itself"
+        )
     check_ids(array, vocab_size, "the prompt")
     return array.tolist()
 

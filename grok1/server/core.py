@@ -22,7 +22,7 @@ from grok1.server.errors import (
     StepError,
     UnavailableError,
 )
-from grok1.server.handle import Handle
+from grok1.server.handle import Handle, check_timeout
 from grok1.server.links import Follower, Leader
 from grok1.server.replica import MOST_TOP, Replica
 
@@ -218,6 +218,7 @@ class Server:
           QueueFullError: If as many requests wait as may.
           UnavailableError: If the server is not ready, or closed.
         """
+        check_timeout(timeout)
         parsed = GenerationOptions(**options)
         if parsed.logits_processor is not None:
             raise ValueError("a server takes no logits_processor: each compiles its own programs")

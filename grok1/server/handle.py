@@ -1,6 +1,8 @@
 """A request as its caller sees it: text as it comes, and the completion, in threads and asyncio."""
 
 import asyncio
+import math
+import numbers
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 from grok1.generate.completion import Completion, CompletionBuilder
 from grok1.generate.request import Request, Sampled
 from grok1.generate.requests import unreached
-from grok1.keywords import warn
+from grok1.keywords import shown, warn
 from grok1.server.errors import CancelledError, NoTokenError, ServingError
 
 
@@ -41,6 +43,17 @@ class Times(NamedTuple):
     prefilled: float = 0.0
     first: float = 0.0
     last: float = 0.0
+
+
+def check_timeout(seconds: Any) -> None:
+    """Checks a time to wait: of NaN nothing is ever late.
+
+    Raises:
+      TypeError: If it is neither a number nor None.
+    """
+    is_number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
+    if seconds is not None and not (is_number and not math.isnan(seconds)):
+        raise TypeError(f"timeout must be a number of seconds, or None, found {shown(seconds)}")
 
 
 class Handle:
@@ -123,8 +136,10 @@ class Handle:
 
         Raises:
           ServingError: If it has none; a subclass says why.
+          TypeError: If the timeout is no number.
           TimeoutError: If it is not over in time; it goes on.
         """
+        check_timeout(timeout)
         seconds = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         with self._changed:
             if not self._changed.wait_for(lambda: self._is_over, seconds):

@@ -145,6 +145,9 @@ def test_a_deadline_ends_what_waits_and_what_runs(server):
     expected = server.submit(PROMPTS[2], max_new_tokens=9, temperature=0).result().text
     running = [server.submit("A", timeout=0.3, **LONG) for _ in range(4)]
     waiting = server.submit("A", timeout=0.1, **LONG)
+    for bad in NO_SECONDS:
+        with pytest.raises(TypeError, match=r"^timeout must be a number of seconds"):
+            waiting.result(bad)
     behind = server.submit(PROMPTS[2], max_new_tokens=9, temperature=0)
     for handle in (waiting, *running):
         with pytest.raises(DeadlineError, match=r"was not over after its 0\.[13] s"):
@@ -177,15 +180,20 @@ def test_the_queue_is_bounded(server):
     idle(server)
 
 
+NO_SECONDS = ("5", float("nan"), True, [1])
+
+
 def test_what_no_request_may_ask(server, toy):
     for options, words in (
         ({"logprobs": 21}, "logprobs must be at most 20 here, found 21"),
         ({"logits_processor": lambda *_: 0}, "takes no logits_processor"),
         ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
         ({"max_new_token": 1}, "did you mean 'max_new_tokens'"),
+        ({"prompt": ["a", "b"]}, "found a sequence of texts"),
+        *(({"timeout": bad}, "^timeout must be a number of seconds") for bad in NO_SECONDS),
     ):
         with pytest.raises((ValueError, TypeError), match=words):
-            server.submit("A", **options)
+            server.submit(**{"prompt": "A", **options})
     for options, words in (
         ({"max_slots": 0}, "max_slots must be 1 or more"),
         ({"capacity": 5000}, "capacity must be from 2 to the context of 1024"),
