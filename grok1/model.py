@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grok1 import description, keywords
+from grok1 import description, keywords, reprs
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
 from grok1.generate.completion import Completion
@@ -71,7 +71,7 @@ class Model:
         parts = [
             f"{self.config.num_layers} layers",
             f"{self.config.num_experts} experts",
-            f"{gigabytes:.3g} GB",
+            f"{reprs.figures(gigabytes)} GB",
             f"{self.dtype}",
             f"mesh {sizes} {self.mesh.devices.flat[0].platform}",
             *kernels_in_words(self.mesh.devices.flat[0].platform),

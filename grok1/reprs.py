@@ -4,6 +4,7 @@ Text keeps the page's own colour and backgrounds are translucent, so that nothin
 which page it is on.
 """
 
+import decimal
 import html
 import math
 import re
@@ -47,6 +48,14 @@ def table(title: str, rows: Iterable[tuple[str, object]]) -> str:
     return (
         f'<div><strong>{html.escape(title)}</strong><table style="{_TABLE}">{lines}</table></div>'
     )
+
+
+def figures(value: float) -> str:
+    """Returns a number with three digits, or all of those before the point, and no exponent."""
+    text = f"{value:.3g}"
+    if "e" not in text:
+        return text
+    return f"{value:,.0f}" if abs(value) >= 1 else f"{decimal.Decimal(text):f}"
 
 
 def text_block(text: str) -> str:

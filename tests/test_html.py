@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import grok1
-from grok1.reprs import readable, surprisal_text, table
+from grok1.reprs import figures, readable, surprisal_text, table
 
 
 class Checker(html.parser.HTMLParser):
@@ -62,6 +62,15 @@ def test_table_escapes_names_and_values():
 )
 def test_readable(piece, text):
     assert readable(piece) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.0000512, "0.0000512"), (0.00234, "0.00234"), (46.71, "46.7"), (318.24, "318"),
+     (999.6, "1,000"), (1262.35, "1,262"), (-1262.35, "-1,262"), (float("inf"), "inf")],
+)  # fmt: skip
+def test_figures_have_no_exponent(value, text):
+    assert figures(value) == text
 
 
 def test_surprisal_text_escapes_and_scales():

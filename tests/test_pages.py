@@ -1,12 +1,20 @@
-"""What the pages show of Python runs on the toy, and prints what they say it prints."""
+"""What the pages show of Python runs on the toy, and prints what they say it prints.
 
+The commands that they show are ones that there are.
+"""
+
+import argparse
+import contextlib
 import pathlib
 import re
+import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import grok1
+from grok1.command import parser
 from tests.conftest import TOY
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -81,3 +89,54 @@ def test_what_the_readme_says_can_be_asked_for_can_be(monkeypatch, tmp_path, cap
     assert names["model"].dtype == "bfloat16"
     assert names["trace"].router_probs.ndim == 3
     assert (tmp_path / "saved" / "ckpt-0" / "tensor00000_000").exists()
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+COMMAND = re.compile(
+    r"(?<![\w.'-])(?<!--model )(?:python -m grok1|python (run\.py)|grok1) (?!import)(?=[a-z-])"
+)
+
+
+def commands(page: str) -> Iterator[tuple[str, list[str]]]:
+    """The commands of the command line that a page shows: (whole text, arguments)."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for found in COMMAND.finditer(text):
+        lines = text[found.end() :].splitlines()
+        if text[: found.end()].rpartition("\n")[2].count("`") % 2:
+            lines = [lines[0].partition("`")[0]]
+        for count in range(1, len(lines) + 1):
+            # A prompt in quotes may have several lines.
+            try:
+                words = shlex.split("\n".join(lines[:count]), comments=True)
+            except ValueError:
+                continue
+            yield found[0] + lines[0], (["generate"] if found[1] else []) + words
+            break
+
+
+def test_commands_are_found():
+    found = [words for page in PAGES for _, words in commands(page)]
+    assert len(found) > 30
+    assert {words[0] for words in found} >= set(parser._COMMANDS)
+    assert any("def is_prime" in word for words in found for word in words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_have_the_options_that_it_shows(page, capsys):
+    for shown, words in commands(page):
+        given = [word for word in words if word not in ("...", ";")]
+        with contextlib.suppress(SystemExit):
+            parser.parse(given, "grok1")
+        assert capsys.readouterr().err == "", shown
+
+
+def test_every_option_of_the_server_is_told_on_its_page():
+    options = argparse.ArgumentParser()
+    parser._serve(options)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"--[a-z-]+", page))
+    model = argparse.ArgumentParser()
+    parser._model(model)
+    parser._hosts(model)
+    names = set(options._option_string_actions) - set(model._option_string_actions)
+    assert {name for name in names if name.startswith("--")} <= told

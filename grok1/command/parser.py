@@ -125,11 +125,10 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         "--interactive", action="store_true", help="prompts typed one by one; /help there says more"
     )
     prompts.add_argument(
-        "--batch-file",
-        metavar="FILE",
+        "--batch-file", metavar="FILE",
         help='a JSON object a line, as {"prompt": "text", "temperature": 0}; prints one for each; '
         "- is standard input",
-    )
+    )  # fmt: skip
     group.add_argument("--add-bos", action="store_true", help="begin prompts with [BOS]")
 
     sampling = parser.add_argument_group("sampling")
@@ -150,12 +149,9 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=13, metavar="N", help="of the draws; default: %(default)s"
     )
     sampling.add_argument(
-        "--stop",
-        action="append",
-        type=_stop,
-        metavar="TEXT",
+        "--stop", action="append", type=_stop, metavar="TEXT",
         help=r"text that ends a continuation, with Python's escapes as \n; may be repeated",
-    )
+    )  # fmt: skip
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after end of sequence")
 
     output = parser.add_argument_group("output")
@@ -174,7 +170,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=_directory,
         metavar="DIR",
-        help="directory that holds ckpt-0/; default: ./checkpoints, or the bundled toy",
+        help="directory with ckpt-0/ or safetensors; default: ./checkpoints, or the bundled toy",
     )
     model.add_argument(
         "--tokenizer", type=pathlib.Path, metavar="FILE", help="a tokenizer.model kept elsewhere"
@@ -233,7 +229,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--api-key-file", type=pathlib.Path, metavar="FILE", help="a key a line; read as it changes"
     )
-    http.add_argument("--metrics-key", metavar="KEY", help="of /metrics; default: none")
+    http.add_argument("--metrics-key", metavar="KEY", help="of /metrics; default: anybody reads it")
     http.add_argument(
         "--no-auth", action="store_true", help="listen to other machines without a key"
     )
@@ -261,8 +257,9 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         "--max-body", type=int, default=4 << 20, metavar="BYTES", help="default: 4 MiB"
     )
     protocol.add_argument(
-        "--request-timeout", type=float, default=600.0, metavar="S", help="default: %(default)s"
-    )
+        "--request-timeout", type=float, default=600.0, metavar="S",
+        help="after which a request that is not over is given up; default: %(default)s",
+    )  # fmt: skip
     protocol.add_argument(
         "--drain", type=float, default=30.0, metavar="S",
         help="that requests have to end once the program is told to; default: %(default)s",
@@ -273,8 +270,9 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         "--max-slots", type=int, metavar="N", help="default: up to 16, as memory allows"
     )
     scheduling.add_argument(
-        "--capacity", type=int, metavar="TOKENS", help="of a request; default: the context"
-    )
+        "--capacity", type=int, metavar="TOKENS",
+        help="of a request, rounded up to a power of two; default: the context",
+    )  # fmt: skip
     scheduling.add_argument(
         "--max-queue", type=int, default=256, metavar="N", help="that wait; default: %(default)s"
     )
@@ -306,11 +304,13 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", type=_directory, nargs="?", help="a model's, for its sizes; default: Grok-1"
     )
-    parser.add_argument("--devices", type=int, metavar="N", help="default: those present")
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="default: those present; of --device 8, of cpu 1"
+    )
     parser.add_argument("--memory", type=float, metavar="GB", help="of each; of a CPU, all of it")
     parser.add_argument("--device", choices=DEVICES, help="what they are")
     parser.add_argument("--mesh", help="DATAxMODEL devices, as 1x8; default: all")
-    parser.add_argument("--batch", type=int, default=1, help="prompts side by side; default: 1")
+    parser.add_argument("--batch", type=int, default=1, help="prompts, up to 32; default: 1")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="default: the model's")
     parser.add_argument("--dtype", choices=_TYPES, help="default: by device")
     parser.add_argument("--cache-dtype", choices=_CACHE_TYPES, help="default: by --dtype")
@@ -329,7 +329,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=_directory, help="directory that holds ckpt-0/")
+    parser.add_argument("directory", type=_directory, help="directory with ckpt-0/ or safetensors")
     parser.add_argument("--deep", action="store_true", help="read the weights too; SHA-256 of each")
     parser.add_argument(
         "--manifest",
@@ -341,7 +341,7 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=_directory, help="directory that holds ckpt-0/")
+    parser.add_argument("directory", type=_directory, help="directory with ckpt-0/ or safetensors")
     parser.add_argument("--layer", type=int, metavar="N", help="only this layer")
     parser.add_argument("--full", action="store_true", help="statistics of all rows, not a sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

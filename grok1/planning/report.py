@@ -4,6 +4,7 @@ import dataclasses
 import html
 from typing import Any, NamedTuple
 
+from grok1 import reprs
 from grok1.generate.scheduler import MAX_ROWS
 from grok1.planning.memory import MOST_PREALLOCATED, RAISE_FRACTION
 
@@ -179,8 +180,8 @@ class Plan:
             "",
             *self._verdict(),
             *self._streaming(),
-            f"Loading takes {self.load_seconds:.3g} s if the disk delivers {self.disk:g} GB/s "
-            f"({_size(self.checkpoint_bytes)}).",
+            f"Loading takes {reprs.figures(self.load_seconds)} s if the disk delivers "
+            f"{reprs.figures(self.disk)} GB/s ({_size(self.checkpoint_bytes)}).",
             "",
             *self._speed(),
             "Working memory is XLA's figure for the programs compiled for CPU devices.",
@@ -228,10 +229,11 @@ class Plan:
         if found.budget_bytes < found.least_bytes:
             return [f"With its experts on disk it takes {_size(found.least_bytes)} at least."]
         return [
-            f"With its experts on disk (--offload, --memory {found.budget_bytes / 1e9:.0f}GB) it "
-            f"runs: {found.seconds:.3g} s a token,",
-            f"with {_size(found.read_bytes)} from files at {found.files:.3g} GB/s"
-            f"{found.note('files')}, and memory at {found.memory:.3g} GB/s{found.note('memory')}.",
+            f"With its experts on disk (--offload disk --memory {found.budget_bytes / 1e9:.0f}GB) "
+            f"it runs: {reprs.figures(found.seconds)} s a token,",
+            f"with {_size(found.read_bytes)} from files at {reprs.figures(found.files)} GB/s"
+            f"{found.note('files')}, and memory at {reprs.figures(found.memory)} GB/s"
+            f"{found.note('memory')}.",
         ]
 
     def _advice(self) -> str:
@@ -270,7 +272,7 @@ class Plan:
             fits = f"at {estimate.needed_share:.0%}"
         bound = estimate.tokens_per_second
         return (
-            f"  {f'{self.num_devices} x {estimate.name}':22}{estimate.memory:6.3g}"
+            f"  {f'{self.num_devices} x {estimate.name}':22}{reprs.figures(estimate.memory):>6}"
             f"{estimate.bandwidth:8.0f}{fits:>8}"
             f"{'-' if bound is None else f'{bound:,.1f}':>12}"
         )

@@ -66,7 +66,8 @@ class Server:
           model: Loaded.
           max_slots: Most requests that run side by side; None for as many as half of the free
             memory holds, at most 16 for each group of devices.
-          capacity: Most tokens of a request, its prompt included; None for the context.
+          capacity: Most tokens of a request, its prompt included; None for the context. Rounded up
+            to a power of two, 256 at least, but to no more than the context.
           max_queue: Most requests that wait for a slot.
           max_stall: Longest pause, in seconds, that the prompt of one request makes for others.
           chunk: Tokens of a prompt that are run at a time, one of 16, 64, 256 and 1,024; None for

@@ -81,7 +81,7 @@ def sizes_for(
       engine: The model.
       max_slots: Most requests that run side by side; None for as many as half of the free memory
         holds, at most 16 for each group of devices.
-      capacity: Most tokens of a request; None for the context.
+      capacity: Most tokens of a request, which are rounded up; None for the context.
       prefix_tokens: Tokens of prompts to keep on the devices, None for half as many as the slots
         hold; and in the host's memory, None for as many as `host_prefix_tokens` finds.
       row_counts: Numbers of rows that decode steps run.

@@ -404,7 +404,8 @@ def test_a_cpu_too_small_is_told_how_it_would_run_from_disk(compiled):
     assert streaming.seconds == pytest.approx(
         streaming.read_bytes / 2e9 + found.decode_bytes / streaming.memory / 1e9
     )
-    assert f"runs: {streaming.seconds:.3g} s a token" in "\n".join(found.lines())
+    lines = "\n".join(found.lines())
+    assert f"(--offload disk --memory 19GB) it runs: {streaming.seconds:.3g} s a token" in lines
     assert found.to_dict()["streaming"]["num_held"] == 13
     assert streaming.measured == ("memory",)
     assert "from files at 2 GB/s, and memory at" in "\n".join(found.lines())
@@ -415,3 +416,18 @@ def test_a_cpu_too_small_is_told_how_it_would_run_from_disk(compiled):
     small = grok1.plan(device="cpu", memory=8, context=256)
     assert "With its experts on disk it takes 10.94 GB at least" in "\n".join(small.lines())
     assert grok1.plan(device="cpu", memory=400, context=256).streaming is None
+
+
+def test_long_times_and_large_memories_are_shown_without_exponents(compiled):
+    found = grok1.plan(TOY, device="cpu", devices=1, memory=1, bandwidth=100)
+    slow = report.Streaming(13 * 10**9, 11 * 10**9, 0, 77 * 10**9, 0.05, 1234.5, (), 1536.4)
+    large = report.Estimate("yours", 1152.0, 1000.0, True, None, 11.4)
+    shown = dataclasses.replace(
+        found, load_seconds=6364.8, disk=0.05, streaming=slow, estimates=(large,)
+    )
+    lines = "\n".join(shown.lines())
+    assert "it runs: 1,536 s a token,\n" in lines
+    assert " from files at 0.05 GB/s, and memory at 1,234 GB/s.\n" in lines
+    assert "Loading takes 6,365 s if the disk delivers 0.05 GB/s" in lines
+    assert "  1 x yours              1,152    1000     yes        11.4" in lines
+    assert "e+" not in lines
