@@ -1,12 +1,15 @@
 """Imports point one way, and importing does nothing."""
 
 import ast
+import dataclasses
 import importlib
 import pathlib
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -137,6 +140,32 @@ def test_what_is_not_shown_to_users_takes_few_parameters():
         if count > MOST_PARAMETERS and name not in public and name.rpartition(".")[0] not in public
     }
     assert not many, f"gather what belongs together: {many}"
+
+
+def classes_of(hint: Any) -> Iterator[type]:
+    """The classes that a type is made of."""
+    if isinstance(hint, type) and not typing.get_args(hint):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from classes_of(part)
+
+
+def test_what_the_fields_of_a_result_hold_is_in_the_reference_too():
+    reference = (PACKAGE.parent / "docs" / "reference.md").read_text()
+    shown = re.findall(r"^::: (\S+)", reference, re.MULTILINE)
+    for name in shown:
+        if name.removeprefix("grok1.") in MODULES:
+            continue
+        holder, _, last = name.rpartition(".")
+        value = getattr(importlib.import_module(holder), last)
+        if not dataclasses.is_dataclass(value) and not hasattr(value, "_fields"):
+            continue
+        for field, hint in typing.get_type_hints(value).items():
+            for one in classes_of(hint):
+                is_data = dataclasses.is_dataclass(one) or hasattr(one, "_fields")
+                if one.__module__.startswith("grok1.") and is_data and field[0] != "_":
+                    names = {f"{one.__module__}.{one.__name__}", f"grok1.{one.__name__}"}
+                    assert names & set(shown), f"{name}.{field} is a {one.__name__}; show it"
 
 
 def test_importing_starts_no_device_and_says_nothing():
