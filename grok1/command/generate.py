@@ -107,13 +107,14 @@ def checkpoint_of(arguments: argparse.Namespace) -> pathlib.Path:
     usual = arguments.checkpoints
     if (usual / "ckpt-0").exists() or is_safetensors(usual):
         return usual
-    print(
-        f"{arguments.program}: no checkpoints/ckpt-0 here, so this is the bundled toy; for the "
-        "real model put the 318 GB of huggingface.co/xai-org/grok-1 (its ckpt-0/) into "
-        "checkpoints/",
-        file=sys.stderr,
-        flush=True,
-    )
+    if processes.is_first():
+        print(
+            f"{arguments.program}: no checkpoints/ckpt-0 here, so this is the bundled toy; for the "
+            "real model put the 318 GB of huggingface.co/xai-org/grok-1 (its ckpt-0/) into "
+            "checkpoints/",
+            file=sys.stderr,
+            flush=True,
+        )
     return bundled.toy()
 
 

@@ -15,6 +15,7 @@ from grok1.command import advice, answers, escapes
 from grok1.command.report import print_logprobs, print_usage
 from grok1.generate.options import GenerationOptions
 from grok1.generate.requests import check_options, prompt_tokens
+from grok1.machine import processes
 from grok1.machine.cache_directory import private_directory
 from grok1.model import Model
 
@@ -153,7 +154,7 @@ class Session:
         word, _, value = typed[1:].partition(" ")
         name, value = word.replace("-", "_"), value.strip()
         if name == "help":
-            print(_HELP, file=sys.stderr, flush=True)
+            _tell(_HELP)
         elif name == "options":
             for each in _SETTINGS:
                 self._show(each)
@@ -187,14 +188,20 @@ class Session:
         value = getattr(self._options, name)
         words = {None: "off", True: "on", False: "off"}
         shown = words[value] if value is None or isinstance(value, bool) else repr(value)
-        print(f"{_dashed(name):>16} {shown}", file=sys.stderr, flush=True)
+        _tell(f"{_dashed(name):>16} {shown}")
 
     def _fail(self, error: Exception) -> None:
         self._failed = True
         self._say(advice.in_options(str(error), _SETTINGS))
 
     def _say(self, message: str) -> None:
-        print(f"{self._program}: {message}", file=sys.stderr, flush=True)
+        _tell(f"{self._program}: {message}")
+
+
+def _tell(text: str) -> None:
+    """Prints to stderr; of several processes, which are given the same lines, the first does."""
+    if processes.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _check_was_read(text: str) -> None:

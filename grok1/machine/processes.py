@@ -100,6 +100,11 @@ def initialize_distributed(
     return jax.process_index()
 
 
+def is_first() -> bool:
+    """Whether this process speaks for all; to ask starts no device in one that is alone."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")

@@ -1,5 +1,6 @@
 """The command line in one process: options, prompts, what is printed, and how errors read."""
 
+import argparse
 import io
 import json
 import os
@@ -446,6 +447,15 @@ def test_a_session_outlives_what_is_wrong(toy, capsys):
                   "--temperature must be 0", "/nothing is no command", "top-k off",
                   "2 prompt tokens, 4 new tokens, the first after "):  # fmt: skip
         assert words in err
+
+
+def test_of_several_processes_the_first_speaks(toy, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("grok1.machine.processes.is_first", lambda: False)
+    typed = ("/help", "/options", "/temperature x", "/nothing", "word " * 9000)
+    assert session(toy, capsys, *typed, is_terminal=False) == (1, "", "")
+    arguments = argparse.Namespace(program="grok1", checkpoint=None, checkpoints=tmp_path)
+    assert generate.checkpoint_of(arguments) == bundled.toy()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("typed", [b"caf\xe9", b'"""\n\xff"""', b"/stop \xff"])

@@ -139,6 +139,8 @@ def test_run_prints_once_and_in_all_the_same(start, toy):
     expected = toy.generate("The", max_new_tokens=4, temperature=0)
     assert json.loads(output)["tokens"] == expected.tokens
     assert other_output == ""
+    assert "bundled toy" in errors
+    assert "bundled toy" not in other_errors
 
 
 @pytest.mark.parametrize("prepare", ["", "streams.prepare()"], ids=["library", "command"])
