@@ -76,7 +76,8 @@ def initialize_distributed(
         _show_devices(local_device_ids)
         return 0
     _check(*given)
-    if coordinator is not None and process_id:
+    # Without their number there is nothing to wait for, but an error that says so.
+    if coordinator is not None and process_id and (num_processes or _is_launched()):
         _wait_for(coordinator)
     # Where only some are given, a launcher may know the rest, such as a process's local devices.
     method = "deactivate" if None not in given and not _is_launched() else None
@@ -92,8 +93,8 @@ def initialize_distributed(
         )
     except ValueError as error:
         raise ValueError(
-            f"coordinator, num_processes and process_id are {given}, and no launcher says more: "
-            f"{error} Give all three"
+            f"found coordinator={coordinator}, num_processes={num_processes} and "
+            f"process_id={process_id}, and no launcher says more: {error} Give all three"
         ) from error
     if jax.default_backend() == "cpu" and jax.process_count() > 1:
         _keep_stdout_for_python()

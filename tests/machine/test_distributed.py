@@ -420,6 +420,15 @@ def test_a_coordinator_that_does_not_answer_is_an_error(joined, monkeypatch):
         assert joined == [(coordinator, 2, 1, None)]
 
 
+def test_without_the_number_of_processes_no_coordinator_is_waited_for(joined, monkeypatch):
+    monkeypatch.setattr(processes, "_START_SECONDS", 0.1)
+    grok1.initialize_distributed("localhost:1", None, 1)
+    assert joined == [("localhost:1", None, 1, None)]
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="does not answer"):
+        grok1.initialize_distributed("localhost:1", None, 1)
+
+
 def test_half_of_the_arguments_is_an_error():
     program = (
         "import grok1\n"
@@ -427,5 +436,5 @@ def test_half_of_the_arguments_is_an_error():
         "except ValueError as error:\n    print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "coordinator, num_processes and process_id are ('localhost:1', 2, None)" in result.stdout
+    assert "coordinator=localhost:1, num_processes=2 and process_id=None, and" in result.stdout
     assert result.stdout.rstrip().endswith("Give all three")
