@@ -42,6 +42,7 @@ from grok1.offload.expert_store import ExpertStore, Traffic
 from grok1.offload.layerwise import LayerwiseStep
 from grok1.ops import forms
 from grok1.ops.experts import FetchedInt4Experts
+from grok1.ops.formats import is_quantized
 from grok1.planning.budget import budget, resident_bytes, without_experts
 from grok1.planning.memory import (
     WORKING_BYTES,
@@ -284,8 +285,13 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
     try:
         require_memory(engine)
     except DoesNotFitError as error:
-        if offload == "none" or not on_one:
+        if not on_one:
             raise
+        if offload == "none":
+            if not is_quantized(engine.params.layers.experts[0]):
+                raise
+            remedy = "leave out offload='none', so that experts are read when they are needed, or "
+            raise DoesNotFitError(error.problem, remedy + error.remedy) from None
         reason = error.problem
     else:
         if memory is None or not on_one or engine.mesh.devices.flat[0].platform != "cpu":

@@ -245,10 +245,14 @@ def test_auto_offloads_what_does_not_fit(nano_path, nano, monkeypatch, capfd):
     assert model.engine.runner.budget_bytes == 2_400_000
     tokens = np.arange(8)
     np.testing.assert_array_equal(model.logits(tokens), nano.logits(tokens))
-    with pytest.raises(ValueError, match="the model does not fit"):
+    none = r"the model does not fit: .* available; leave out offload='none', so that .*, or use a"
+    with pytest.raises(ValueError, match=none):
         grok1.load(nano_path, mesh=(1, 1), offload="none", progress=False)
-    with pytest.raises(ValueError, match="the model does not fit"):
-        grok1.load(nano_path, mesh=(1, 2), progress=False)
+    for options in {}, {"offload": "none"}:
+        with pytest.raises(
+            ValueError, match=r"the model does not fit: .* available; use a machine"
+        ):
+            grok1.load(nano_path, mesh=(1, 2), progress=False, **options)
 
 
 def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
