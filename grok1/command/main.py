@@ -98,7 +98,8 @@ def _check_directories(parsed: argparse.Namespace) -> None:
         path = getattr(parsed, name, None)
         # No shell has put a home into `--checkpoint=~/model`.
         if isinstance(path, pathlib.Path) and not pathlib.Path(os.path.expanduser(path)).exists():
-            raise FileNotFoundError(f"{path}: there is no such directory")
+            kind = "directory, nor file of logits" if name in ("a", "b") else "directory"
+            raise FileNotFoundError(f"{path}: there is no such {kind}")
 
 
 _LAUNCHERS = (

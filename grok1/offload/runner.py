@@ -274,7 +274,8 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
         )
     if memory is not None and offload in ("none", "host"):
         raise ValueError(
-            f"memory is a budget for offload='disk' or 'auto', found it with offload={offload!r}"
+            "memory must be left out, or given as a budget for offload='disk' or offload='auto', "
+            f"found it with offload={offload!r}"
         )
     sizes = "x".join(map(str, engine.mesh.devices.shape))
     on_one = engine.mesh.size == 1

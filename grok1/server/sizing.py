@@ -49,8 +49,8 @@ def check(options: Mapping[str, Any], context: int) -> None:
         raise ValueError(f"chunk must be one of 16, 64, 256 and 1024 tokens, found {chunk}")
     if chunk is not None and options.get("max_stall", MAX_STALL) != MAX_STALL:
         raise ValueError(
-            f"chunk is {chunk} and max_stall {options['max_stall']}, but pauses are as long as the "
-            "chunks make them; give one or the other"
+            f"found chunk={chunk} and max_stall={options['max_stall']}, but pauses are as long as "
+            "the chunks make them; give one or the other"
         )
     if capacity is not None and not 2 <= capacity <= context:
         raise ValueError(

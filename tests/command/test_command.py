@@ -15,7 +15,9 @@ from grok1.care import conversion, gguf_file
 from grok1.command import advice, answers, escapes, generate, interactive, parser, report, streams
 from grok1.command.main import main
 from grok1.generate.completion import Completion
+from grok1.offload.runner import is_offloaded
 from grok1.planning import planning
+from grok1.server import sizing
 from grok1.tokenizer import Tokenizer
 
 
@@ -83,7 +85,7 @@ def test_choices_are_the_librarys():
         (["plan", "~/absent"], 1, "~/absent: there is no such directory"),
         (["generate", "--interactive", "--json"], 2, "--json: not allowed with argument --inter"),
         (["verify", "toy", "--manifest", "sums"], 2, "--manifest: compared with what --deep reads"),
-        (["compare", "absent.npz", "b"], 1, "absent.npz: there is no such directory"),
+        (["compare", "absent.npz", "b"], 1, "absent.npz: there is no such directory, nor file of"),
         (["generate", "--stop", r"\d"], 2, r"holds \d, which is no escape"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -174,6 +176,22 @@ def test_advice_speaks_of_options(message, expected):
     names = ("add_bos", "temperature", "top_p", "tokenizer", "offload", "memory", "layers", "mesh",
              "max_new_tokens")  # fmt: skip
     assert advice.in_options(message, names) == expected
+
+
+def test_what_the_library_says_of_two_arguments_names_two_options():
+    names = ("memory", "offload", "chunk", "max_stall")
+    pauses = {"chunk": 64, "max_stall": 1.0}
+    calls = lambda: is_offloaded(None, "host", 3), lambda: sizing.check(pauses, 1024)
+    said = []
+    for call in calls:
+        with pytest.raises(ValueError, match="found") as caught:
+            call()
+        said.append(advice.in_options(str(caught.value), names).partition(", but pauses")[0])
+    assert said == [
+        "--memory must be left out, or given as a budget for --offload disk or --offload auto, "
+        "found it with --offload host",
+        "found --chunk 64 and --max-stall 1.0",
+    ]
 
 
 # --- prompts ----------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ def test_host_keeps_what_was_read(nano_path):
     for _ in range(2):
         model.generate(list(range(20)), **GREEDY)
     assert model.offload_stats.decode.hit_rate > 0.9
-    with pytest.raises(ValueError, match="memory is a budget for offload='disk' or 'auto'"):
+    with pytest.raises(ValueError, match="memory must be left out, or given as a budget"):
         grok1.load(nano_path, mesh=(1, 1), offload="host", memory=1, progress=False)
 
 
@@ -266,7 +266,7 @@ def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
         offload="disk",
         mesh=(1, 2),
     )
-    refused("memory is a budget for offload", offload="none", memory="16GB")
+    refused("given as a budget for offload='disk' or offload='auto'", offload="none", memory="16GB")
     on_disk = {"offload": "disk", "mesh": (1, 1)}
     refused("memory must be a number of GB above 0, as 16 or '16GB', found 'all'",
             memory="all", **on_disk)  # fmt: skip

@@ -199,7 +199,7 @@ def test_what_no_request_may_ask(server, toy):
         ({"capacity": 5000}, "capacity must be from 2 to the context of 1024"),
         ({"chunk": 17}, "chunk must be one of 16, 64, 256 and 1024"),
         ({"max_stall": 0}, "max_stall must be above 0"),
-        ({"max_stall": 0.1, "chunk": 64}, "chunk is 64 and max_stall 0.1, but pauses are as long"),
+        ({"max_stall": 0.1, "chunk": 64}, "chunk=64 and max_stall=0.1, but pauses are as long"),
         ({"max_queue": 0}, "max_queue must be 1 or more"),
         ({"prefix_tokens": -1}, "prefix_tokens must be 0"),
         ({"max_slots": 10**7}, "10000000 slots of 1024 tokens and .* GB left; give a smaller max_"),
