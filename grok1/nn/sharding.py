@@ -156,6 +156,11 @@ def mesh_sizes(
     return found
 
 
+def most_on_model(config: ModelConfig, num_devices: int) -> int:
+    """Returns among how many of some devices one copy of a model can be shared at most."""
+    return max(size for size in range(1, num_devices + 1) if not _indivisible(config, size))
+
+
 def num_cache_heads(config: ModelConfig, mesh: AnyMesh) -> int:
     """Key/value heads in the cache: with more devices than heads, several hold the same one."""
     return max(config.num_kv_heads, mesh.shape[MODEL_AXIS])

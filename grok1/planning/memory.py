@@ -16,7 +16,14 @@ from grok1.machine import environment
 from grok1.machine.device_memory import device_bytes_available
 from grok1.machine.host_memory import gigabytes, gigabytes_apart, host_bytes_available
 from grok1.nn.manifest import TensorSpec, arrange, manifest
-from grok1.nn.sharding import MODEL_AXIS, AnyMesh, abstract_mesh, abstract_stack, mesh_sizes
+from grok1.nn.sharding import (
+    MODEL_AXIS,
+    AnyMesh,
+    abstract_mesh,
+    abstract_stack,
+    mesh_sizes,
+    most_on_model,
+)
 from grok1.nn.transformer import NamedParams, Params
 from grok1.ops import forms
 from grok1.ops.cuda import shapes_of_screening
@@ -214,6 +221,7 @@ def require_memory(engine: Engine) -> None:
         f"{gigabytes(working)} of working memory"
     )
     together, there_are = gigabytes_apart(needed_here, available)
+    fewer_copies = _fewer_copies(engine, needed, available)
     if on_cpu:
         shares = ""
         if len(local) > 1:
@@ -221,8 +229,8 @@ def require_memory(engine: Engine) -> None:
         raise DoesNotFitError(
             f"the model does not fit: it takes {parts}{shares}, {together} together, and "
             f"{there_are} of memory are available",
-            "use a machine with more memory, or more machines. `python -m grok1 plan` says what "
-            "fits",
+            f"{fewer_copies}use a machine with more memory, or more machines. `python -m grok1 "
+            "plan` says what fits",
         )
     helps = "use more devices or ones with more memory, or free what is in use"
     if local[0].platform in GPU_PLATFORMS:
@@ -233,7 +241,26 @@ def require_memory(engine: Engine) -> None:
     raise DoesNotFitError(
         f"the model does not fit: it takes {parts}, {together} together, on each of {mesh.size} "
         f"devices, and {there_are} are available on {local[0].device_kind}",
-        f"{helps}. `python -m grok1 plan` says what fits",
+        f"{fewer_copies}{helps}. `python -m grok1 plan` says what fits",
+    )
+
+
+def _fewer_copies(engine: Engine, needed: int, available: int) -> str:
+    """Returns what helps where the devices hold several copies of a model, of which one would fit.
+
+    Args:
+      engine: The model, on a mesh.
+      needed: Bytes that each device would hold.
+      available: Bytes that it can, or on a CPU all of them together.
+    """
+    mesh = engine.mesh
+    held, most = mesh.shape[MODEL_AXIS], most_on_model(engine.config, mesh.size)
+    one_copy = needed * held if _is_on_cpu(engine) else needed * held / most
+    if mesh.size == held or one_copy > available:
+        return ""
+    return (
+        f"give mesh='1x{most}', which shares one copy of the model among {most} of these devices, "
+        "or "
     )
 
 

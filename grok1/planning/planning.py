@@ -27,7 +27,7 @@ from grok1.keywords import as_python, is_whole, shown
 from grok1.machine.announcement import hint
 from grok1.nn import precision
 from grok1.nn.manifest import TensorSpec, in_memory, with_int4_experts
-from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, abstract_mesh, mesh_sizes
+from grok1.nn.sharding import DATA_AXIS, MODEL_AXIS, abstract_mesh, mesh_sizes, most_on_model
 from grok1.nn.transformer import Params
 from grok1.ops.cuda import shapes_of_screening
 from grok1.ops.experts import fetched_parts
@@ -267,11 +267,7 @@ def _wider_mesh(
     config: ModelConfig, found: Devices, sizes: tuple[int, int]
 ) -> tuple[int, int] | None:
     """Returns a mesh that shares the model among more of the devices; None if there is none."""
-    model = next(
-        size
-        for size in range(found.number, 0, -1)
-        if mesh_sizes(config, None, size, found.platform)[1] == size
-    )
+    model = most_on_model(config, found.number)
     return (found.number // model, model) if model > sizes[1] else None
 
 

@@ -84,9 +84,13 @@ def test_accelerators_are_asked_one_by_one(monkeypatch):
             platform="gpu", device_kind="NVIDIA A100", memory_stats=lambda: stats
         )
 
-    def require(*limits):
-        mesh = types.SimpleNamespace(local_devices=[gpu(limit) for limit in limits], size=4)
-        memory.require_memory(types.SimpleNamespace(mesh=mesh))
+    def require(*limits, sizes=(1, 4)):
+        mesh = types.SimpleNamespace(
+            local_devices=[gpu(limit) for limit in limits],
+            shape=dict(zip(("data", "model"), sizes, strict=True)),
+            size=sizes[0] * sizes[1],
+        )
+        memory.require_memory(types.SimpleNamespace(mesh=mesh, config=GROK_1))
 
     require(needed + 1000, needed + 1000)
     require(None, None)  # an allocator that does not say
@@ -98,3 +102,21 @@ def test_accelerators_are_asked_one_by_one(monkeypatch):
     )
     with pytest.raises(ValueError, match=message):
         require(needed + 1000, needed + 999)
+    # Copies side by side that do not fit, where one would: by default, and as it was asked for.
+    for sizes in (3, 4), (2, 4):
+        helps = (
+            r"; give mesh='1x8', which shares one copy .* among 8 of these devices, or JAX takes"
+        )
+        with pytest.raises(ValueError, match=helps):
+            require(needed // 2 + 2000, sizes=sizes)
+        with pytest.raises(ValueError, match=r"on NVIDIA A100; JAX takes 75%"):
+            require(needed // 2 + 500, sizes=sizes)
+
+
+def test_a_cpu_that_holds_one_copy_and_not_two_is_told(monkeypatch):
+    engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (2, 1)), "float32")
+    one = least_bytes(engine) + memory.working_bytes(engine)
+    for available, helps in (one, "give mesh='1x2', which"), (one - 1, "use a machine with more"):
+        monkeypatch.setattr(memory, "host_bytes_available", lambda: available)  # noqa: B023
+        with pytest.raises(ValueError, match=rf"of memory are available; {helps}"):
+            memory.require_memory(engine)
