@@ -63,8 +63,8 @@ def load(
     """Loads a checkpoint in Grok-1's on-disk format or our safetensors, sharded over devices.
 
     Args:
-      path: A directory with `ckpt-0/`, or with the files that `python -m grok1 convert --to
-        safetensors` makes, and, where they differ from Grok-1's, `config.json` and
+      path: A directory with `ckpt-0/`, or with the files that `python -m grok1 convert` makes with
+        `--to safetensors` or `--to int4`, and, where they differ from Grok-1's, `config.json` and
         `tokenizer.model`; or "toy", the toy that comes with the library.
       mesh: Sizes (data, model), as (1, 8) or "1x8", a `jax.sharding.Mesh` with these axes, or None
         for every device.
@@ -81,10 +81,10 @@ def load(
       offload: Where experts' weights are. "none": on the devices, with all else. "disk": in their
         files, read when the router chooses them; those used most fill the memory that is left.
         "host": as with "disk", and all that was read once stays in the host's memory. "auto":
-        "disk" for a model that does not fit on its one device, otherwise "none".
+        "disk" for a model that does not fit on its one device, or on a CPU in `memory`, otherwise
+        "none".
       memory: GB (1e9 bytes), a number or as "16GB", that this process may take of the host's
         memory when experts are read from disk; None for most of what is available.
-
       router_softcap: Caps the router's logits to (-router_softcap, router_softcap), as some ports
         of Grok-1 do; None for what the configuration says, which as released is no cap.
       renormalize_gates: Whether the weights of a token's experts are divided by their sum, as some
