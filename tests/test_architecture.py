@@ -160,7 +160,9 @@ def test_what_the_fields_of_a_result_hold_is_in_the_reference_too():
         value = getattr(importlib.import_module(holder), last)
         if not dataclasses.is_dataclass(value) and not hasattr(value, "_fields"):
             continue
-        for field, hint in typing.get_type_hints(value).items():
+        bases = getattr(value, "__bases__", ())  # none of a value, such as GROK_1
+        hints = [*typing.get_type_hints(value).items(), *(("base", base) for base in bases)]
+        for field, hint in hints:
             for one in classes_of(hint):
                 is_data = dataclasses.is_dataclass(one) or hasattr(one, "_fields")
                 if one.__module__.startswith("grok1.") and is_data and field[0] != "_":

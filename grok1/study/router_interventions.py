@@ -20,6 +20,8 @@ from grok1.study.intervention import Intervention, everywhere
 class AblateExperts(Intervention):
     """Takes experts out.
 
+    In which layers and at which positions, `layers` and `positions` say, as of an `Intervention`.
+
     By default a chosen expert that is ablated does not run, nothing takes its place, and the other
     experts keep their weights (zero ablation); it does not run either where a later intervention
     chooses it again, unless that is `ForceExperts`. With `reroute` the router cannot choose it: its
@@ -54,6 +56,8 @@ class AblateExperts(Intervention):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ForceExperts(Intervention):
     """Sends tokens to given experts, whatever the router would choose.
+
+    In which layers and at which positions, `layers` and `positions` say, as of an `Intervention`.
 
     It overrides what came before it: an expert that was ablated runs if it is forced, and one that
     was ablated with `reroute` has probability 0, unless `weights` are given. After it, experts can
@@ -127,6 +131,8 @@ class ForceExperts(Intervention):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SelectExperts(Intervention):
     """Changes how many experts the router picks for a token; their weights stay probabilities.
+
+    In which layers and at which positions, `layers` and `positions` say, as of an `Intervention`.
 
     An expert that `AblateExperts` took out before is picked and does not run, or with `reroute` is
     not picked. To pick anew what `ForceExperts` or `Patch("router", ...)` has set is an error.

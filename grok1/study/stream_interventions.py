@@ -21,6 +21,8 @@ from grok1.study.router_interventions import ForceExperts
 class CapLayers(Intervention):
     """Ends the model early: what layers from `num_layers` on would add is left out.
 
+    At which positions, `positions` says, as of an `Intervention`.
+
     The program keeps its shape, and computes those layers, so that one serves every cap; the
     residual stream passes them unchanged into the final norm.
 
@@ -43,6 +45,8 @@ class CapLayers(Intervention):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AddToResidual(Intervention):
     """Adds a vector to the residual stream.
+
+    In which layers and at which positions, `layers` and `positions` say, as of an `Intervention`.
 
     Attributes:
       vector: `[D]`; or `[P, D]`, one for each of `layers`, or for every layer.
@@ -77,6 +81,8 @@ class AddToResidual(Intervention):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Patch(Intervention):
     """Puts activations recorded from another run in the place of this one's.
+
+    In which layers and at which positions, `layers` and `positions` say, as of an `Intervention`.
 
     Position t takes the value of the recorded text's token t. Without `positions`, or with a slice
     of them, the two texts have the same length, and what is generated afterwards is not patched.
@@ -161,6 +167,8 @@ class _PatchedRouting(ForceExperts):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ScaleHeads(Intervention):
     """Multiplies what attention heads mixed, before the output projection.
+
+    In which layers and at which positions, `layers` and `positions` say, as of an `Intervention`.
 
     Attributes:
       heads: Query heads, one or several, from 0 to N - 1; none changes nothing.
