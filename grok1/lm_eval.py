@@ -31,9 +31,11 @@ try:
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 except ImportError as error:
-    raise ImportError(
-        "grok1.lm_eval needs the package lm-eval: pip install 'grok1[lm-eval]'"
-    ) from error
+    # The cause too: what the harness itself needs may be what is not there.
+    words = f"grok1.lm_eval needs the package lm-eval ({error}): pip install 'grok1[lm-eval]'"
+    if __name__ == "__main__":
+        sys.exit(words)
+    raise ImportError(words) from error
 
 _REQUESTS_AT_ONCE = 64  # between two movements of the progress bar
 _MAX_NEW_TOKENS = 256  # the harness's own default

@@ -12,8 +12,13 @@ import re
 import sys
 import tempfile
 
-import nbformat
-from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
+try:
+    import nbformat
+    from nbclient import NotebookClient  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"tools.run_notebooks: {error}; pip install '.[notebooks]' brings it")
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from unittest import mock
@@ -176,6 +177,24 @@ def test_advice_speaks_of_options(message, expected):
     names = ("add_bos", "temperature", "top_p", "tokenizer", "offload", "memory", "layers", "mesh",
              "max_new_tokens")  # fmt: skip
     assert advice.in_options(message, names) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [("grok1.lm_eval", "lm_eval", "grok1[lm-eval]"), ("tools.run_notebooks", "nbclient", ".[note")],
+)
+def test_a_module_that_is_a_command_says_in_a_line_what_it_needs(
+    module, package, extra, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(module, run_name="__main__")
+    words = str(left.value)
+    assert words.startswith(f"{module}")
+    assert package in words
+    assert f"pip install '{extra}" in words
+    assert "\n" not in words
 
 
 def test_what_the_library_says_of_two_arguments_names_two_options():
