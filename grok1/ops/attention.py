@@ -112,9 +112,9 @@ def attend_cache(
       layer: Which layer of the cache to read.
       place: Of the queries; each sees the keys of its slot at positions up to its own.
       scale: Factor on the query-key products, before the soft cap.
-      implementation: "blocked" and "sliced" go through XLA, "cpp" through C++, from a float32
-        cache, "cuda" through CUDA, for few queries, "cuda_tiles" likewise for many; None for that
-        of `forms.PREFERRED`.
+      implementation: "blocked", "by_row" and "sliced" go through XLA, "cpp" through C++, from a
+        float32 cache, "cuda" through CUDA, for few queries, "cuda_tiles" likewise for many; None
+        for that of `forms.PREFERRED`.
 
     Returns:
       float32.
@@ -200,6 +200,32 @@ def attend_blocked(
         return jax.vmap(lambda slot: of_slot(slot)[0, 0])(slots)
 
     return _attend_by_blocks(query, cache, layer, place, scale, gathered)
+
+
+def _is_not_beside_kernels(query, cache, layer, place) -> str | None:
+    # Without them what else a layer computes differs with the number of rows.
+    return None if bindings.is_available() else "the native kernels are not available here"
+
+
+@forms.form("attend_cache", "by_row", refuses=_is_not_beside_kernels)
+def attend_by_row(
+    query: Float[Array, "R T C G H"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    place: Place,
+    scale: float,
+) -> Float[Array, "R T C G H"]:
+    """`attend_blocked`, one row after another: none has other bits beside others, or waits.
+
+    Of several rows at once XLA takes exponentials in other vectors. The last bit of a float32 then
+    becomes that of a float16 or int8 where the next layer rounds keys and values to these.
+    """
+
+    def attend_row(arguments):
+        query_of, *its_place = jax.tree.map(lambda array: array[None], arguments)
+        return attend_blocked(query_of, cache, layer, Place(*its_place), scale)[0]
+
+    return jax.lax.map(attend_row, (query, *place))
 
 
 @forms.form("attend_cache", "sliced")

@@ -37,7 +37,7 @@ PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {
         "default": ("sparse",),
     },
     "attend_cache": {
-        "cpu": ("cpp", "blocked"),
+        "cpu": ("cpp", "by_row", "blocked"),
         "cuda": ("cuda", "cuda_tiles", "blocked"),
         "tpu": ("sliced",),
         "default": ("blocked",),

@@ -11,7 +11,7 @@ from grok1.generate import pace
 from grok1.generate.request import Request, Wishes
 from grok1.generate.scheduler import Scheduler
 from tests.conftest import TOY
-from tests.helpers import SLOW_TESTS, covered_by_a_mesh, skip_unless_it_runs_here
+from tests.helpers import SLOW_TESTS, covered_by_a_mesh, skip_unless_it_runs_here, slow
 
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=1.2, top_p=0.9)
@@ -220,9 +220,10 @@ def test_a_row_lies_where_its_slot_does(slots, expected, rows):
 
 
 @pytest.mark.not_on_gpu("a row has the same bits in any batch in the CPU's form alone")
-def test_log_probabilities_are_the_same_bits_whoever_runs_beside(kernels):
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8", pytest.param("float16", marks=slow)])
+def test_log_probabilities_are_the_same_bits_whoever_runs_beside(kernels, cache_dtype):
     skip_unless_it_runs_here("cpp")
-    engine = grok1.load(TOY, mesh=(1, 1), dtype="float32").engine
+    engine = grok1.load(TOY, mesh=(1, 1), dtype="float32", cache_dtype=cache_dtype).engine
 
     def made(seed, **options):
         sampling = SamplingParams(temperature=1.0)

@@ -66,7 +66,7 @@ def with_slots(cache, where, k, v):
     return cache._replace(k=jnp.asarray(new_k), v=jnp.asarray(new_v))
 
 
-FORMS = ["blocked", "sliced", "cpp"]
+FORMS = ["blocked", "by_row", "sliced", "cpp"]
 
 
 @functools.partial(jax.jit, static_argnames="form")
