@@ -206,7 +206,9 @@ class PrefixStore:
 
     @property
     def _is_full(self) -> bool:
-        return len(self._order) == self._num_blocks + self._num_on_host
+        # One on its way to the devices has left its place, and is in the order all the same.
+        held = len(self._on_devices) + len(self._on_host)
+        return held == self._num_blocks + self._num_on_host
 
     def _room(self) -> int:
         """Returns the number of a block on the devices that is free, or is now."""

@@ -188,6 +188,7 @@ def test_what_makes_room_on_the_devices_is_lost_on_the_host_last(engine_of):
     assert runner.kept == (2, 4)
     assert reused(request(40, 0)) == 0
     assert reused(request(40, 1)) == 32  # after the first was lost
+    assert runner.kept == (2, 4)  # two that change places need no room
     assert reused(request(40)) == 0
     for changed in ((1,), (0,), ()):
         assert runner.run(request(40, *changed)) == lone.run(request(40, *changed))
