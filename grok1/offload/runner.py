@@ -265,8 +265,8 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
       memory: The budget, if one is given.
 
     Raises:
-      ValueError: If the choice is none of the four, a model that must be resident does not fit, or
-        one that must not be lies on several devices.
+      ValueError: If the choice is none of the four, a model that must be resident does not fit, one
+        that must not be, or has a budget, lies on several devices.
     """
     if offload not in get_args(Offload):
         raise ValueError(
@@ -283,6 +283,11 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
         if not on_one:
             raise ValueError(f"offloading runs on one device, found mesh {sizes}; give mesh='1x1'")
         return True
+    if memory is not None and not on_one:
+        raise ValueError(
+            f"memory is a budget for experts on disk, and offloading runs on one device, found it "
+            f"with mesh {sizes}; give mesh='1x1' with it, or leave it out"
+        )
     try:
         require_memory(engine)
     except DoesNotFitError as error:
@@ -295,7 +300,7 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
             raise DoesNotFitError(error.problem, remedy + error.remedy) from None
         reason = error.problem
     else:
-        if memory is None or not on_one or engine.mesh.devices.flat[0].platform != "cpu":
+        if memory is None or engine.mesh.devices.flat[0].platform != "cpu":
             return False
         needed = least_bytes(engine) + head_copies_bytes(engine) + WORKING_BYTES
         if needed <= budget(memory):

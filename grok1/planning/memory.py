@@ -126,8 +126,9 @@ def state_bytes(engine: EngineBase, batch: int, capacity: int) -> int:
 
 
 def screening_table_bytes(engine: EngineBase) -> int:
-    """Returns what is read of the output head on a CPU to decode, its int8 copy."""
-    return _table_bytes(engine) if forms.has_kernels("cpu") else 0
+    """Returns what the int8 copy of the output head takes on a CPU; 0 where none is made."""
+    is_read = forms.has_kernels("cpu") and engine.params.embedding.dtype == jnp.float32
+    return _table_bytes(engine) if is_read else 0
 
 
 def screening_table_bytes_on_gpu(engine: EngineBase, free: float) -> int:
@@ -153,9 +154,13 @@ def _table_bytes(engine: EngineBase) -> int:
 
 def head_copies_bytes(engine: EngineBase) -> int:
     """Returns what decoding's copies of the output head take, those for log-probabilities too."""
-    rows = screening_table_bytes(engine) // (engine.config.emb_size + 8)
+    table = screening_table_bytes(engine)
+    # Log-probabilities, and draws, are by way of the copies where one device has the whole head.
+    if engine.mesh.shape[MODEL_AXIS] > 1:
+        return table
+    rows = table // (engine.config.emb_size + 8)
     codes = 32 * -(-engine.config.emb_size // 64)
-    return screening_table_bytes(engine) + rows * (codes + 4)
+    return table + rows * (codes + 4)
 
 
 def working_bytes(engine: Engine) -> int:

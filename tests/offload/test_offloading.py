@@ -267,6 +267,11 @@ def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
         mesh=(1, 2),
     )
     refused("given as a budget for offload='disk' or offload='auto'", offload="none", memory="16GB")
+    refused(
+        "memory is a budget for experts on disk, and .* one device, found it with mesh 1x2; give",
+        memory="16GB",
+        mesh=(1, 2),
+    )
     on_disk = {"offload": "disk", "mesh": (1, 1)}
     refused("memory must be a number of GB above 0, as 16 or '16GB', found 'all'",
             memory="all", **on_disk)  # fmt: skip

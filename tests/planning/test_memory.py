@@ -3,15 +3,20 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import grok1
 from grok1.config import GROK_1, TOY
-from grok1.nn.manifest import manifest
+from grok1.engine.steps import Draw
+from grok1.nn.manifest import in_memory, manifest
 from grok1.nn.sharding import make_mesh
 from grok1.planning import memory
 from grok1.planning.memory import abstract_engine, least_bytes, released_weights, shard_bytes
 from tests.conftest import TOY as TOY_PATH
+from tests.helpers import skip_unless_it_runs_here
+
+DRAW = Draw(allowed=None, sampling=None, num_top=0)
 
 
 def test_released_weights_are_those_of_the_manifest():
@@ -39,6 +44,18 @@ def test_the_output_heads_table_and_working_memory_are_needed_too(monkeypatch):
     assert memory.working_bytes(engine) == 131072 * (6144 + 6144 // 2 + 12) + 10**9
     toy = abstract_engine(released_weights(TOY), TOY, mesh, "float32")
     assert memory.working_bytes(toy) < 2e6
+
+
+def test_copies_of_the_output_head_are_counted_where_they_are_made(kernels):
+    skip_unless_it_runs_here("cpp")
+    tensors = manifest(TOY)
+    for mesh, embedding in (((1, 1), "float32"), ((1, 1), "bfloat16"), ((1, 2), "float32")):
+        weights = memory.abstract_weights(in_memory(tensors, jnp.dtype(embedding)), TOY)
+        abstract = abstract_engine(weights, TOY, make_mesh(TOY, mesh), "float32")
+        model = grok1.load(TOY_PATH, mesh=mesh, embedding_dtype=embedding, progress=False)
+        copies = model.engine.head_copies
+        made = [copies.table, copies.remainders if model.engine.is_screened(DRAW) else None]
+        assert memory.head_copies_bytes(abstract) == shard_bytes(made)
 
 
 @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
