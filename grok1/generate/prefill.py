@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from grok1.engine.base import EngineBase
 from grok1.engine.engine import Engine
 from grok1.engine.shapes import prompt_chunks
 from grok1.engine.slots import Slots
@@ -68,8 +69,7 @@ class SideBySide:
         self._lengths, most = prompt_chunks(engine.mesh.devices.flat[0].platform)
         self._chunk_tokens = most if chunk_tokens is None else chunk_tokens
         self._num_groups = engine.mesh.shape[DATA_AXIS]
-        wanted = [self._num_groups * 4**n for n in range(6)]
-        self._row_counts = row_counts(wanted, num_slots, self._num_groups)
+        self._row_counts = _counts_side_by_side(num_slots, self._num_groups)
 
     def run(
         self, state: DecodeState, prefilling: Sequence[Running], slots: Slots, num_decoding: int
@@ -96,6 +96,30 @@ class SideBySide:
 
     def forget(self) -> None:
         """Keeps nothing."""
+
+
+def largest_call(
+    engine: EngineBase, num_slots: int, num_tokens: int, platform: str
+) -> tuple[int, int]:
+    """Returns the rows and the chunk of the call of `SideBySide` that computes the most.
+
+    Args:
+      engine: The model, of which the shapes are enough.
+      num_slots: Most prompts that run side by side.
+      num_tokens: Tokens of the longest.
+      platform: JAX's name of that whose chunks are run.
+    """
+    groups = engine.mesh.shape[DATA_AXIS]
+    lengths, most = prompt_chunks(platform)
+    left = {num_tokens, *(length for length in lengths if length < num_tokens)}
+    chunks = {engine.chunk_for(groups, each, most, lengths) for each in left}
+    counts = _counts_side_by_side(num_slots, groups)
+    calls = [(rows, chunk) for rows in counts for chunk in chunks if rows * chunk <= most]
+    return max(calls or [(counts[0], min(chunks))], key=lambda call: (call[0] * call[1], call))
+
+
+def _counts_side_by_side(num_slots: int, num_groups: int) -> list[int]:
+    return row_counts([num_groups * 4**n for n in range(6)], num_slots, num_groups)
 
 
 def _as_many(candidates: Sequence[Running], slots: Slots, counts: Sequence[int]) -> list[Running]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from grok1.config import ModelConfig
 from grok1.engine.engine import Engine
-from grok1.engine.shapes import prompt_chunks
+from grok1.generate.prefill import largest_call
 from grok1.generate.scheduler import MAX_ROWS
 from grok1.nn.manifest import TensorSpec
 from grok1.nn.sharding import DATA_AXIS, make_mesh
@@ -32,11 +32,11 @@ def working_bytes(engine: Engine, batch: int, capacity: int, platform: str = "cp
     """
     state = engine.abstract_state(batch, capacity)
     decode = engine.decode_program(None, None)
-    lengths, most_tokens = prompt_chunks(platform)
-    prefill = engine.prefill_program(engine.chunk_for(batch, capacity, most_tokens, lengths))
+    rows, chunk = largest_call(engine, batch, capacity, platform)
+    prefill = engine.prefill_program(chunk)
     lowered = (
         decode.lower(engine.weights, state, *engine.abstract_decode_arguments(batch)),
-        prefill.lower(engine.weights, state, engine.abstract_rows(batch)),
+        prefill.lower(engine.weights, state, engine.abstract_rows(rows)),
     )
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda program: program.compile(), lowered)

@@ -1,14 +1,19 @@
 """Requests that come and go: what each draws is what it draws alone, and slots are never lost."""
 
+import types
+from typing import Any
+
 import numpy as np
 import pytest
 
 import grok1
+from grok1.engine import shapes
 from grok1.engine.engine import Engine
 from grok1.engine.sampling import SamplingParams
 from grok1.engine.slots import Slots
 from grok1.generate import pace
-from grok1.generate.request import Request, Wishes
+from grok1.generate.prefill import SideBySide, largest_call
+from grok1.generate.request import Request, Running, Wishes
 from grok1.generate.scheduler import Scheduler
 from tests.conftest import TOY
 from tests.helpers import SLOW_TESTS, covered_by_a_mesh, skip_unless_it_runs_here, slow
@@ -190,6 +195,27 @@ def test_what_does_not_fit_a_slot_is_refused(engine, tokens, max_tokens):
     with pytest.raises(ValueError, match=message):
         one.submit(Request(tokens=tokens, max_tokens=max_tokens))
     assert one.is_idle
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("num_slots", "groups"), [(1, 1), (2, 1), (8, 1), (32, 1), (8, 2), (6, 3)])
+def test_the_largest_call_is_the_largest_that_is_made(platform, num_slots, groups):
+    calls = []
+    devices = np.array([types.SimpleNamespace(platform=platform)])
+    mesh = types.SimpleNamespace(shape={"data": groups}, devices=devices)
+
+    def prefill(state, num_valid, chunk, slots):
+        calls.append((len(slots), chunk))
+
+    state: Any = None
+    engine: Any = types.SimpleNamespace(mesh=mesh, chunk_for=shapes.chunk_for, prefill=prefill)
+    slots, side_by_side = Slots(num_slots, groups), SideBySide(engine, num_slots, None)
+    request = Request(tokens=[1] * 8192, max_tokens=0)
+    prompts = [Running(request, slots.take(), np.zeros(2), 8191) for _ in range(num_slots)]
+    while prompts := [one for one in prompts if one.to_prefill]:
+        side_by_side.run(state, prompts, slots, 0)
+    rows, chunk = largest_call(engine, num_slots, 8192, platform)
+    assert rows * chunk == max(rows * chunk for rows, chunk in calls)
 
 
 # --- slots ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 import grok1
 from grok1.config import GROK_1, TOY
+from grok1.generate.prefill import largest_call
 from grok1.nn.manifest import in_memory
 from grok1.nn.sharding import make_mesh
 from grok1.planning import compiled_memory, memory, planning, stored_figures
@@ -67,16 +68,44 @@ def test_working_memory_is_that_of_the_toys_compiled_programs():
     found = grok1.plan(TOY, devices=2, memory=1, batch=32, context=1024, dtype="float32")
     engine = abstract_engine(released_weights(TOY), TOY, make_mesh(TOY, (1, 2)), "float32")
     state = engine.abstract_state(32, 1024)
-    rows = engine.abstract_rows(32)
-    prefill = (
-        engine.prefill_program(engine.chunk_for(32, 1024))
-        .lower(engine.weights, state, rows)
-        .compile()
-    )
+    num_rows, chunk = largest_call(engine, 32, 1024, "cpu")
+    rows = engine.abstract_rows(num_rows)
+    prefill = engine.prefill_program(chunk).lower(engine.weights, state, rows).compile()
     # Here with the native kernels, which need less.
     assert found.working_bytes >= prefill.memory_analysis().temp_size_in_bytes > 0
     assert found.cache_bytes == state_bytes(engine, 32, 1024)
     assert (found.batch, found.context, found.mesh) == (32, 1024, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("platform", "batch", "tokens"), [("tpu", 8, 4096), ("tpu", 32, 4096), ("gpu", 32, 8192)]
+)
+def test_what_is_compiled_of_prefill_is_as_much_as_a_call_runs(
+    monkeypatch, platform, batch, tokens
+):
+    engine = abstract_engine(released_weights(GROK_1), GROK_1, make_mesh(GROK_1, (1, 8)), "float32")
+    compiled = []
+
+    class Program:
+        def __init__(self, chunk):
+            self.chunk = chunk
+
+        def lower(self, weights, state, rows, *arguments):
+            if self.chunk is not None:
+                compiled.append(rows.slots.shape[0] * self.chunk)
+            return self
+
+        def compile(self):
+            return self
+
+        def memory_analysis(self):
+            names = "temp_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes"
+            return types.SimpleNamespace(**dict.fromkeys(names, 0))
+
+    monkeypatch.setattr(engine, "prefill_program", Program)
+    monkeypatch.setattr(engine, "decode_program", lambda *_: Program(None))
+    compiled_memory.working_bytes(engine, batch, 8192, platform)
+    assert compiled == [tokens]
 
 
 def test_the_largest_batch_and_context_are_the_largest_that_fit(monkeypatch):
