@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import math
 from typing import Any, NamedTuple
 
 from grok1 import reprs
@@ -54,6 +55,11 @@ class Streaming(NamedTuple):
     memory: float
     measured: tuple[str, ...]
     seconds: float
+
+    @property
+    def budget(self) -> float:
+        """The budget in GB, with few digits, and no less than is taken."""
+        return max(round(self.budget_bytes / 1e9, 1), math.ceil(self.least_bytes / 1e6) / 1000)
 
     def note(self, rate: str) -> str:
         """Returns where a rate is from, if it was found out here."""
@@ -229,7 +235,7 @@ class Plan:
         if found.budget_bytes < found.least_bytes:
             return [f"With its experts on disk it takes {_size(found.least_bytes)} at least."]
         return [
-            f"With its experts on disk (--offload disk --memory {found.budget_bytes / 1e9:.0f}GB) "
+            f"With its experts on disk (--offload disk --memory {found.budget:g}GB) "
             f"it runs: {reprs.figures(found.seconds)} s a token,",
             f"with {_size(found.read_bytes)} from files at {reprs.figures(found.files)} GB/s"
             f"{found.note('files')}, and memory at {reprs.figures(found.memory)} GB/s"

@@ -29,6 +29,11 @@ def test_host_memory_is_at_most_the_machines_and_the_containers(monkeypatch):
     available = host_memory.host_bytes_available()
     assert available is not None
     assert 0 < available <= total
+    monkeypatch.setattr(host_memory, "_swap_limits", lambda: iter([0]))
+    no_swap = host_memory.host_bytes_available()
+    assert no_swap is not None
+    fields = {f[0]: 1024 * int(f[1]) for f in lines}
+    assert no_swap <= fields["MemTotal:"]
     monkeypatch.setattr(host_memory, "_group_limits", lambda swap: iter([12345 + swap]))
     limited = host_memory.host_bytes_available()
     assert limited is not None
@@ -44,11 +49,20 @@ def test_a_control_group_leaves_its_limit_less_what_is_no_file(tmp_path):
     own = tmp_path / "own"
     own.write_text("1:name=systemd:/\n0::/job\n")
     assert list(host_memory._group_limits(7, tmp_path, own)) == [1000 - 350 + 7]
+    assert not list(host_memory._swap_limits(tmp_path, own))
+    (group / "memory.swap.max").write_text("50\n")
+    (group / "memory.swap.current").write_text("20\n")
+    (tmp_path / "memory.swap.max").write_text("max\n")
+    assert list(host_memory._swap_limits(tmp_path, own)) == [50 - 20]
     own.write_text("9:cpu,cpuacct:/job\n8:memory:/job\n")
     first = tmp_path / "memory" / "job"
     first.mkdir(parents=True)
     (first / "memory.limit_in_bytes").write_text("2000\n")
-    (first / "memory.stat").write_text("cache 900\ntotal_rss 400\ntotal_shmem 60\n")
+    (first / "memory.stat").write_text("cache 900\ntotal_rss 400\ntotal_shmem 60\ntotal_swap 5\n")
     assert list(host_memory._group_limits(7, tmp_path, own)) == [2000 - 460 + 7]
+    (first / "memory.memsw.limit_in_bytes").write_text("2000\n")
+    assert list(host_memory._swap_limits(tmp_path, own)) == [0]
+    (first / "memory.memsw.limit_in_bytes").write_text("3000\n")
+    assert list(host_memory._swap_limits(tmp_path, own)) == [1000 - 5]
     own.unlink()
     assert not list(host_memory._group_limits(7, tmp_path, own))

@@ -409,6 +409,11 @@ def test_a_cpu_too_small_is_told_how_it_would_run_from_disk(compiled):
     assert found.to_dict()["streaming"]["num_held"] == 13
     assert streaming.measured == ("memory",)
     assert "from files at 2 GB/s, and memory at" in "\n".join(found.lines())
+    assert "(--offload disk, --memory 19.2GB)" in "\n".join(found.lines())
+    # The budget that is named is one that load takes.
+    assert (
+        streaming._replace(budget_bytes=11_440_000_000, least_bytes=11_432_100_000).budget == 11.433
+    )
     given = grok1.plan(device="cpu", memory=24, context=256, bandwidth=100)
     assert (given.streaming.files, given.streaming.memory) == (2, 100)
     assert given.streaming.measured == ()
