@@ -268,7 +268,7 @@ def test_impossible_wishes_are_refused(nano_path, offloaded, tmp_path):
     )
     refused("given as a budget for offload='disk' or offload='auto'", offload="none", memory="16GB")
     refused(
-        "memory is a budget for experts on disk, and .* one device, found it with mesh 1x2; give",
+        "^memory takes one device, as .* on disk, found it with mesh 1x2; give mesh='1x1' with it",
         memory="16GB",
         mesh=(1, 2),
     )
