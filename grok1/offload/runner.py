@@ -285,8 +285,8 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
         return True
     if memory is not None and not on_one:
         raise ValueError(
-            f"memory takes one device, as a budget for experts on disk, found it with mesh {sizes}; "
-            f"give mesh='1x1' with it, or leave it out"
+            f"memory takes one device, as a budget for experts on disk, found it with mesh {sizes}"
+            f"; give mesh='1x1' with it, or leave it out"
         )
     try:
         require_memory(engine)
