@@ -9,13 +9,7 @@ import grok1
 from grok1.study.router_interventions import AblateExperts, ForceExperts
 from grok1.study.stream_interventions import AddToResidual, Patch, ScaleHeads
 from tests.helpers import relative_error
-
-ALL = ("router", "residual", "branches")
-
-
-@pytest.fixture(scope="module")
-def tokens(nano_reference) -> np.ndarray:
-    return nano_reference["tokens"]
+from tests.study.helpers import ALL
 
 
 def test_positions_are_refused_where_a_text_is_cut(nano, tokens):
