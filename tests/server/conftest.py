@@ -50,6 +50,14 @@ def http(server, start):
     return client
 
 
+@pytest.fixture(scope="session")
+def client(http):
+    """OpenAI's own."""
+    openai = pytest.importorskip("openai")  # what it imports in turn may be missing, too
+    with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="any", max_retries=0) as one:
+        yield one
+
+
 @pytest.fixture
 def complete(http):
     """Posts a completion; returns its JSON."""

@@ -1,6 +1,7 @@
-"""Chat templates of the server's owner: files in the language of Jinja, run in a sandbox."""
+"""Chats: templates in the language of Jinja, run in a sandbox, and what becomes of messages."""
 
 import builtins
+import time
 
 import pytest
 
@@ -73,3 +74,70 @@ def test_a_missing_file_or_package_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="needs the package jinja2: pip install jinja2"):
         load_template(str(tmp_path / "template"))
+
+
+def test_a_chat_needs_a_template_and_stops_at_the_next_speaker(client, complete, start, server):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    chat = client.chat.completions.create(
+        model="toy", messages=messages, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
+    )
+    plain = complete(prompt="User: Hello\n\nAssistant:", max_tokens=6, temperature=0)
+    assert chat.choices[0].message.content == plain["choices"][0]["text"]
+    assert len(chat.choices[0].logprobs.content) == 6
+    stream = client.chat.completions.create(
+        model="toy", messages=messages, max_completion_tokens=6, temperature=0, stream=True
+    )
+    parts = list(stream)
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(one.choices[0].delta.content for one in parts) == plain["choices"][0]["text"]
+    for more, words in (
+        ({"messages": []}, "at least one message"),
+        ({"tools": [{}]}, "tools are not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
+        ({"messages": [{**messages[0], "tool_calls": [{"id": "a"}]}]}, "tool_calls are not"),
+        ({"messages": [{**messages[0], "function_call": {"name": "a"}}]}, "function_call are not"),
+    ):
+        error = complete(400, path="/v1/chat/completions", **{"messages": messages, **more})[
+            "error"
+        ]
+        assert words in error["message"]
+    without, _, _ = start(lambda: server)
+    while without.get("/health").status_code != 200:
+        time.sleep(0.01)
+    answer = without.post("/v1/chat/completions", json={"messages": messages})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
+    assert "/v1/completions" in answer.text
+
+
+def test_a_chat_takes_what_a_completion_takes(complete):
+    path, messages = "/v1/chat/completions", [{"role": "user", "content": "Hello"}]
+    options = {"messages": messages, "max_tokens": 2, "temperature": 0}
+    whole = complete(path=path, **options, truncate_prompt_tokens=1000)
+    # The server's own stops are not the client's.
+    assert (
+        complete(path=path, **options, stop=[f"{k}!" for k in range(16)])["choices"]
+        == (whole["choices"])
+    )
+    error = complete(400, path, **options, stop=["!"] * 17)["error"]
+    assert error["message"] == "stop must be at most 16 texts, found 17"
+
+
+def test_a_template_has_the_tokens_and_messages_have_their_spellings(start, server, tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(
+        "{{ bos_token }}{% for one in messages %}{{ one.name }}{{ one.content }}{{ eos_token }}"
+        "{% endfor %}A:"
+    )
+    client, _, _ = start(lambda: server, chat_template=str(path), add_bos=True)
+    while client.get("/health").status_code != 200:
+        time.sleep(0.01)
+    tokenizer = server.model.tokenizer
+    bos, eos = tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id)
+    body = {"messages": [{"role": "user", "content": f"{bos} {eos}"},
+                         {"role": "a", "content": "", "name": "Al", "tool_calls": []}],
+            "max_tokens": 1, "return_token_ids": True}  # fmt: skip
+    for given in ({}, {"add_special_tokens": True}):
+        answer = client.post("/v1/chat/completions", json=body | given).json()
+        expected = [tokenizer.bos_id, *tokenizer.encode(f"{bos} {eos}"), tokenizer.eos_id,
+                    *tokenizer.encode("Al"), tokenizer.eos_id, *tokenizer.encode("A:")]  # fmt: skip
+        assert answer["choices"][0]["prompt_token_ids"] == expected

@@ -14,7 +14,7 @@ import pytest
 from grok1.files import CheckpointError
 from grok1.server import gate, protocol, running
 from grok1.study import tracing
-from tests.server.test_core import LONG, PROMPTS, idle
+from tests.server.helpers import LONG, PROMPTS, idle
 
 
 def posted(body, path="/v1/completions") -> bytes:

@@ -27,18 +27,7 @@ from grok1.server.errors import (
 )
 from grok1.server.replica import Sizes
 from tests.server.conftest import SIZES
-
-PROMPTS = [
-    "The answer",
-    "Once upon a time",
-    "def f(x):",
-    "A" * 60,
-    "import os\n",
-    "x = 1",
-    "It",
-    "1 2 3",
-]
-LONG = {"max_new_tokens": 900, "ignore_eos": True}
+from tests.server.helpers import LONG, PROMPTS, idle
 
 
 def options_of(number: int) -> dict:
@@ -51,15 +40,6 @@ def options_of(number: int) -> dict:
         "logprobs": 3 if number % 4 == 0 else None,
         "allowed_tokens": range(300) if number % 7 == 3 else None,
     }
-
-
-def idle(server: Server) -> None:
-    """Waits until no request is left, and sees that no slot is lost."""
-    deadline = time.monotonic() + 20
-    while (load := server.load()).num_running or load.num_waiting or server._replica._requests:
-        assert time.monotonic() < deadline, load
-        time.sleep(0.01)
-    assert not server._desk.num_open
 
 
 def test_an_answer_is_that_of_generate(server, toy):

@@ -9,7 +9,7 @@ import threading
 
 from grok1.server import bodies
 from tests.helpers import slow
-from tests.server.test_core import PROMPTS, idle
+from tests.server.helpers import PROMPTS, idle
 
 pytestmark = slow
 

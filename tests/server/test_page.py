@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.server.browser import PROGRAM, Browser
-from tests.server.test_core import idle
+from tests.server.helpers import idle
 
 PROMPT = "The answer to life is <img src=x onerror=alert(1)> "
 
