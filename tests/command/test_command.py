@@ -13,7 +13,17 @@ import pytest
 
 from grok1 import bundled
 from grok1.care import conversion, gguf_file
-from grok1.command import advice, answers, escapes, generate, interactive, parser, report, streams
+from grok1.command import (
+    advice,
+    answers,
+    escapes,
+    generate,
+    interactive,
+    parser,
+    report,
+    streams,
+    tool_options,
+)
 from grok1.command.main import main
 from grok1.generate.completion import Completion
 from grok1.offload.runner import is_offloaded
@@ -64,9 +74,9 @@ def test_a_text_that_is_not_utf_8_is_refused(capsys, option):
 
 
 def test_choices_are_the_librarys():
-    assert parser.FORMATS == conversion.FORMATS
-    assert parser.EMBEDDING_TYPES == gguf_file.EMBEDDING_TYPES
-    assert (*planning.DEVICE_KINDS, "cpu") == parser.DEVICES
+    assert tool_options.FORMATS == conversion.FORMATS
+    assert tool_options.EMBEDDING_TYPES == gguf_file.EMBEDDING_TYPES
+    assert (*planning.DEVICE_KINDS, "cpu") == tool_options.DEVICES
 
 
 @pytest.mark.parametrize(
