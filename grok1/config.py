@@ -271,8 +271,9 @@ class ModelConfig:
             _check_size(name, value, _MOST[own_name])
             if own.setdefault(own_name, value) != value:
                 raise ValueError(f"{name} is {value!r:.80}, and {own_name} {own[own_name]!r:.80}")
-        if "key_size" not in own and {"hidden_size", "num_attention_heads"} <= fields.keys():
-            own["key_size"] = fields["hidden_size"] // fields["num_attention_heads"]
+        hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+        if "key_size" not in own and hidden is not None and heads is not None:
+            own["key_size"] = hidden // heads
         width = fields.get("intermediate_size")
         if width is not None and "emb_size" in own:
             _check_size("intermediate_size", width, _MOST["emb_size"] * _MOST["widening_factor"])

@@ -93,6 +93,9 @@ OTHER_ROUTER = dataclasses.replace(TOY, router_softcap=30.0, renormalize_gates=T
 def test_json_round_trip(config, tmp_path):
     text = config.to_json()
     assert text.endswith("}\n")
+    # Files of models that are routed as Grok-1 is name what every version knows.
+    for name in ("router_softcap", "renormalize_gates"):
+        assert (name in text) == (config is OTHER_ROUTER)
     assert ModelConfig.from_json(text) == config
     path = tmp_path / "config.json"
     path.write_text(text)
@@ -322,6 +325,9 @@ def test_what_is_written_for_ports_reads_the_same(config):
         ({"num_hidden_layers": 10**18}, "num_hidden_layers must be at most 1,024, found 10{18}"),
         ({"hidden_size": [6144]}, r"hidden_size must be a whole number above 0, found \[6144\]"),
         ({"num_key_value_heads": None}, "configuration field 'num_kv_heads' is missing"),
+        ({"hidden_size": None}, "configuration field 'emb_size' is missing"),
+        ({"num_attention_heads": None}, "configuration field 'key_size' is missing"),
+        ({"hidden_size": None, "emb_size": 0}, "emb_size must be a whole number above 0, found 0"),
         ({"vocab_size": 0}, "vocab_size must be a whole number above 0, found 0"),
     ],
 )

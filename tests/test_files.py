@@ -27,7 +27,7 @@ def test_an_error_has_fields_and_one_line():
 
 @pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
 def test_an_error_can_be_handed_on(again):
-    error = again(CheckpointError("a/b", "is short", "fetch it again", "missing"))
+    error = again(CheckpointError("a/b", "is short", remedy="fetch it again", kind="missing"))
     assert str(error) == "a/b: is short; fetch it again"
     assert error.kind == "missing"
 
@@ -39,6 +39,7 @@ def test_an_error_can_be_handed_on(again):
         ("two\nlines", "two\\nlines"),
         ("\x1b[31mred", "\\x1b[31mred"),
         ("half \ud800", "half \\ud800"),
+        ("▁é\\\n", "▁é\\\\n"),
         ("\u2028\x00", "\\u2028\\x00"),
     ],
 )
@@ -108,6 +109,10 @@ def test_a_file_that_is_not_there_is_missing(tmp_path):
         with pytest.raises(CheckpointError, match=f"{name}: {problem}") as caught:
             read_bounded(tmp_path / name, 10)
         assert caught.value.kind == "missing"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="loop: cannot be read: Too many levels") as caught:
+        read_bounded(tmp_path / "loop", 10)
+    assert caught.value.kind == "unreadable"
 
 
 def test_reading_is_bounded(tmp_path):

@@ -109,7 +109,8 @@ def test_model_on_a_mesh_shows_the_share_of_a_device(nano_path):
 
 
 def test_config_shows_every_field():
-    shown = cells(grok1.GROK_1._repr_html_())
+    shown = cells(dataclasses.replace(grok1.GROK_1, renormalize_gates=True)._repr_html_())
+    assert shown["renormalize_gates"] == "True"
     assert shown["emb_size (D)"] == "6,144"
     assert shown["ffn_size (F)"] == "32,768"
     assert shown["embedding_multiplier_scale"] == "78.38367177"
