@@ -198,13 +198,8 @@ class App:
     ) -> Response:
         form = answers.Form(self._texts, self._name, self._fingerprint, is_chat)
         self._submit(ask)
-
-        def cancel():
-            for handle in ask.every_handle:
-                handle.cancel()
-
         if not body.stream:
-            await unless_gone(_all(ask), request.receive, cancel)
+            await unless_gone(_all(ask), request.receive, ask.cancel)
             return await _written(ask, answers.whole, ask, form)
         options = body.stream_options or bodies.StreamOptions()
         rest = answers.events(
@@ -214,8 +209,8 @@ class App:
             continuous_usage=bool(options.continuous_usage_stats),
         )
         # An error before the first event has a status of its own.
-        first = await unless_gone(_first(rest), request.receive, cancel)
-        return EventStream(first, rest, cancel)
+        first = await unless_gone(_first(rest), request.receive, ask.cancel)
+        return EventStream(first, rest, ask.cancel)
 
     def _submit(self, ask: Ask) -> None:
         server, now = self._ready(), time.monotonic()
@@ -271,12 +266,7 @@ class App:
                     "a text of one token has nothing to score; give at least two", param="prompt"
                 )
         self._submit(ask)
-
-        def cancel():
-            for handle in ask.every_handle:
-                handle.cancel()
-
-        await unless_gone(_all(ask), request.receive, cancel)
+        await unless_gone(_all(ask), request.receive, ask.cancel)
         return await _written(ask, self._all_scored, ask)
 
     def _all_scored(self, ask: Ask) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class Ask:
         """All handles, those of the first prompt first."""
         return [handle for handles in self.handles for handle in handles]
 
+    def cancel(self) -> None:
+        """Cancels all choices."""
+        for handle in self.every_handle:
+            handle.cancel()
+
     @property
     def is_long(self) -> bool:
         """Whether so much is told that nobody else should wait until it is written."""
