@@ -87,7 +87,12 @@ def test_too_few_devices_are_told_how_many_would_do(compiled, monkeypatch):
     found = grok1.plan(devices=4, memory=80)
     assert found.fewest_devices == 8
     assert "8 devices of this memory would hold the weights." in found.lines()
-    assert grok1.plan(devices=4, memory=2).fewest_devices is None
+    small = grok1.plan(devices=4, memory=2)
+    assert small.fewest_devices is None
+    assert "Devices with more memory are needed." in small.lines()
+    host = grok1.plan(devices=4, device="cpu", memory=80, mesh=(1, 4))
+    total = f"{4 * host.needed_bytes / 1e9:.2f}"
+    assert f"The machine needs {total} GB of memory for this." in host.lines()
     weights = released_weights(GROK_1)
     engine = abstract_engine(weights, GROK_1, abstract_mesh((1, 1)), "bfloat16")
     assert fewest_devices(weights, engine, "gpu", 21e9) == 16
