@@ -83,6 +83,16 @@ def test_a_text_longer_than_the_context_is_run_in_pieces(nano):
     assert found.perplexity_a == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_text_that_fills_the_context_is_whole(nano, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        type(nano.engine), "check_length", lambda *_, is_whole: told.append(is_whole)
+    )
+    for num_tokens in (96, 97):
+        compare(nano, nano, [5] * num_tokens)
+    assert told == [True, True, False, False]
+
+
 @pytest.mark.parametrize("num_tokens", [1, 4, 5, 6, 9])
 def test_a_text_of_any_length_modulo_the_block_of_rows(num_tokens, tmp_path, monkeypatch):
     rng = np.random.default_rng(num_tokens)
@@ -262,6 +272,9 @@ def test_models_of_other_sizes_have_no_layers_to_compare(toy):
     found = compare(toy, shorter, TEXT)
     assert found.mean_divergence > 0
     assert found.notes == ["layers are not compared: A has 6 of width 128, B 3 of width 128"]
+    message = "^force_experts needs .* found 6 layers in A and 3 of 8 experts in B$"
+    with pytest.raises(ValueError, match=message):
+        compare(toy, shorter, TEXT, force_experts=True)
 
 
 def test_it_refuses_what_it_cannot_compare(toy, nano, tmp_path):
