@@ -96,6 +96,10 @@ def test_a_chat_needs_a_template_and_stops_at_the_next_speaker(client, complete,
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
         ({"messages": [{**messages[0], "tool_calls": [{"id": "a"}]}]}, "tool_calls are not"),
         ({"messages": [{**messages[0], "function_call": {"name": "a"}}]}, "function_call are not"),
+        ({"messages": [{"role": "user"}]}, "a message must have content"),
+        ({"messages": messages * 1025}, "messages must be at most 1024"),
+        ({"response_format": {"type": "json_object"}}, "response_format must be text here"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
     ):
         error = complete(400, path="/v1/chat/completions", **{"messages": messages, **more})[
             "error"

@@ -214,6 +214,10 @@ def test_who_may_come_in(start, server, tmp_path):
 @pytest.mark.parametrize("way", ["moved away", "emptied", "a directory"])
 def test_keys_are_taken_again_when_their_file_is_back_as_it_was(tmp_path, capsys, way):
     path, away = tmp_path / "keys", tmp_path / "away"
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"keys: holds no key; write one a line$"):
+        gate.Keys(file=path)
+    assert capsys.readouterr().err == ""
     path.write_text("alpha\nbeta\n")
     keys = gate.Keys(file=path)
     assert keys.has(b"alpha")

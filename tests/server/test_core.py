@@ -14,7 +14,9 @@ import pytest
 
 import grok1
 from grok1.engine import compilation
+from grok1.generate.completion import CompletionBuilder
 from grok1.generate.prefix import PrefixStore
+from grok1.generate.request import Request
 from grok1.machine import background
 from grok1.server import warmup
 from grok1.server.core import Server
@@ -22,9 +24,11 @@ from grok1.server.errors import (
     CancelledError,
     DeadlineError,
     QueueFullError,
+    SlowReaderError,
     StepError,
     UnavailableError,
 )
+from grok1.server.handle import Handle
 from grok1.server.replica import Sizes
 from tests.server.conftest import SIZES
 from tests.server.helpers import LONG, PROMPTS, idle
@@ -303,6 +307,24 @@ def test_requests_that_fail_one_by_one_are_steps_in_a_row(own, monkeypatch, num_
         return
     own._thread.join(20)
     assert own.state == "dead"
+
+
+def test_who_reads_nothing_of_a_stream_is_cancelled(server, toy):
+    builder = CompletionBuilder(toy.tokenizer, max_tokens=900, limit_reason="length")
+    handle = Handle(Request(tokens=[5], max_tokens=900), builder, most_pending=8)
+    server.enqueue([handle])
+    with pytest.raises(SlowReaderError, match=r"^9 tokens wait to be read; the request was cancel"):
+        handle.result(20)
+    idle(server)
+
+
+def test_to_wait_for_a_result_ends_no_request(server):
+    handle = server.submit("A", **LONG)
+    with pytest.raises(TimeoutError, match=r"^the request is not over after 0.01 s; it goes on$"):
+        handle.result(0.01)
+    assert not handle.is_over
+    handle.cancel()
+    idle(server)
 
 
 def test_a_closed_server_lets_its_requests_end_or_ends_them(toy):

@@ -25,7 +25,7 @@ def test_a_stream_is_events_that_every_reader_takes(http, server):
         whole = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
         assert told == whole == prompt
     body = {"prompt": ["a", "b"], "n": 2, "stream": True, "logprobs": 1, "max_tokens": 5,
-            "ignore_eos": True,
+            "ignore_eos": True, "return_token_ids": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True}}  # fmt: skip
     parts = events_of(http.post("/v1/completions", json=body).text)
     ended = [one["index"] for part in parts for one in part["choices"] if one["finish_reason"]]
@@ -33,6 +33,9 @@ def test_a_stream_is_events_that_every_reader_takes(http, server):
     assert parts[-1]["usage"]["completion_tokens"] == 20
     assert sum(len(one["logprobs"]["tokens"]) for part in parts for one in part["choices"]) == 20
     assert all("usage" in part for part in parts)
+    told = [one for part in parts for one in part["choices"]]
+    assert sum(len(one["token_ids"]) for one in told) == 20
+    assert sum("prompt_token_ids" in one for one in told) == 4
 
 
 def test_a_stream_that_fails_for_no_known_reason_is_logged(caplog):

@@ -61,6 +61,22 @@ BAD = [
         "has 1027 tokens and the context holds 1024; shorten it by 3",
         "prompt",
     ),
+    ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "without stream", "prompt_logprobs"),
+    (
+        {"prompt": "a", "allowed_token_ids": [2], "min_tokens": 1},
+        "min_tokens forbids the ends, and allowed_token_ids all else",
+        "min_tokens",
+    ),
+    (
+        {"prompt": "a", "stop_token_ids": [*range(10, 18)], "min_tokens": 1},
+        "fewer than 8 with min_tokens, found 9",
+        "stop_token_ids",
+    ),
+    (
+        {"prompt": "a", "logit_bias": {str(token): 1 for token in range(301)}},
+        "logit_bias must be for at most 300 tokens, found 301",
+        "logit_bias",
+    ),
     # To come again, as 429 says, would not help.
     (
         {"prompt": ["a", "b"], "n": 128},
@@ -78,6 +94,31 @@ def test_what_is_wrong_with_a_request_is_said(complete, body, words, param):
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     if "context holds" in words:
         assert error["code"] == "context_length_exceeded"
+
+
+def test_a_score_needs_two_tokens(complete):
+    error = complete(400, path="/v1/score", prompt=[[5, 6], [5]])["error"]
+    assert error["message"] == "a text of one token has nothing to score; give at least two"
+    assert error["param"] == "prompt"
+
+
+def test_a_model_without_a_tokenizer_takes_and_gives_ids(http, complete, server, monkeypatch):
+    monkeypatch.setattr(server.model, "tokenizer", None)
+    told = complete(prompt=[5, 6], max_tokens=2, echo=True, return_token_ids=True)["choices"][0]
+    assert (told["text"], told["prompt_token_ids"], len(told["token_ids"])) == ("", [5, 6], 2)
+    texts = {"messages": [{"role": "user", "content": "a"}]}
+    for path, body, status in (
+        ("/v1/completions", {"prompt": "a"}, 400),
+        ("/v1/completions", {"prompt": [5], "stop": "a"}, 400),
+        ("/v1/chat/completions", texts, 400),
+        ("/v1/score", {"prompt": "ab"}, 400),
+        ("/v1/trace", {"prompt": "ab"}, 400),
+        ("/tokenize", {"prompt": "a"}, 404),
+        ("/detokenize", {"tokens": [5]}, 404),
+    ):
+        error = complete(status, path=path, **body)["error"]
+        assert "this model has no" in error["message"] or "this model has none" in error["message"]
+    assert http.get("/tokenizer_info").status_code == 404
 
 
 def test_no_token_outside_the_vocabulary_reaches_the_engine(http):
