@@ -1,6 +1,7 @@
 """A server in Python: each request gets what it gets alone, and nothing that fails takes others."""
 
 import asyncio
+import dataclasses
 import itertools
 import math
 import random
@@ -316,6 +317,13 @@ def test_who_reads_nothing_of_a_stream_is_cancelled(server, toy):
     with pytest.raises(SlowReaderError, match=r"^9 tokens wait to be read; the request was cancel"):
         handle.result(20)
     idle(server)
+
+
+def test_a_prompt_has_to_leave_room_in_its_slot(server, monkeypatch):
+    monkeypatch.setattr(server, "sizes", dataclasses.replace(server.sizes, capacity=4))
+    server.submit([5, 6, 7], max_new_tokens=1).result(20)
+    with pytest.raises(ValueError, match=r"has 4 tokens and a slot holds 4, .* the prompt by 1$"):
+        server.submit([5, 6, 7, 8])
 
 
 def test_to_wait_for_a_result_ends_no_request(server):
