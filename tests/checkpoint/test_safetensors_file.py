@@ -220,3 +220,91 @@ def test_what_is_no_file_is_named(make, message, name, model, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         open_safetensors(tmp_path, SPECS)
     assert str(caught.value).startswith(f"{tmp_path / name}: {message}")
+
+
+def without_scales(model):
+    del model[SECOND][f"{KEY}_scale"]
+
+
+def floats_with_scales(model):
+    model[SECOND][KEY] = model[SECOND][KEY].astype(np.float32)
+
+
+def scales_of_another_type(model):
+    model[SECOND][f"{KEY}_scale"] = model[SECOND][f"{KEY}_scale"].astype(np.float32)
+
+
+def scales_of_a_vector(model):
+    model[SECOND][f"{KEY}_scale"] = model[SECOND][f"{KEY}_scale"][:, 0]
+
+
+def scales_of_other_columns(model):
+    scales = model[SECOND][f"{KEY}_scale"]
+    model[SECOND][f"{KEY}_scale"] = np.concatenate([scales, scales])
+
+
+def no_scales_in_the_array(model):
+    model[SECOND][f"{KEY}_scale"] = model[SECOND][f"{KEY}_scale"][:, :0]
+
+
+def groups_that_do_not_divide_the_rows(model):
+    scales = model[SECOND][f"{KEY}_scale"]
+    model[SECOND][f"{KEY}_scale"] = np.repeat(scales[:, :1], 3, axis=1)
+
+
+def one_layer_of_floats(model):
+    del model[SECOND][f"{KEY}_scale"]
+    model[SECOND][KEY] = model[SECOND][KEY].astype(np.float32)
+
+
+def one_layer_of_other_groups(model):
+    scales = model[SECOND][f"{KEY}_scale"]
+    model[SECOND][f"{KEY}_scale"] = np.repeat(scales[:, :1], 4, axis=1)
+
+
+def one_too_many(model):
+    model[THIRD]["model.extra"] = np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_scales, f"{SECOND}: {KEY} is int8 and has no {KEY}_scale; copy it again"),
+        (
+            floats_with_scales,
+            f"{SECOND}: {KEY} is float32 and has scales, expected int8 for a weight with scales; ",
+        ),
+        *(
+            (
+                change,
+                f"{SECOND}: {KEY}_scale is {found}, expected bfloat16[8,G] with a G that divides "
+                "16; ",
+            )
+            for change, found in (
+                (scales_of_another_type, "float32[8,1]"),
+                (scales_of_a_vector, "bfloat16[8]"),
+                (scales_of_other_columns, "bfloat16[16,1]"),
+                (groups_that_do_not_divide_the_rows, "bfloat16[8,3]"),
+            )
+        ),
+        (
+            no_scales_in_the_array,
+            f"{SECOND}: its header is damaged: {KEY}_scale has the shape [8, 0]",
+        ),
+        (
+            one_layer_of_floats,
+            "layer_1/multi_head_attention/key/w is stored as int8 with 1 scales a column, "
+            "elsewhere as float32; ",
+        ),
+        (
+            one_layer_of_other_groups,
+            "layer_1/multi_head_attention/key/w is stored as int8 with 1 scales a column, "
+            "elsewhere as int8 with 4 scales a column; ",
+        ),
+        (one_too_many, f"{THIRD}: has the unexpected model.extra; is its config.json the one it "),
+    ],
+    ids=lambda of: getattr(of, "__name__", ""),
+)
+def test_a_weight_that_is_not_what_the_model_has_is_named(change, message, model, tmp_path):
+    change(model)
+    assert message in refusal(write(tmp_path, model))
