@@ -159,6 +159,9 @@ def test_bfloat16_is_rounded_once_and_loads(tmp_path, toy):
             np.testing.assert_array_equal(found, exact)
     tokens = toy.tokenizer.encode("The first argument is a string.")
     assert relative_error(loaded.logits(tokens), toy.logits(tokens)) < 0.02
+    message = r"safetensors: the experts are bfloat16, and only quantised .* with offload='none'$"
+    with pytest.raises(ValueError, match=message):
+        grok1.load(tmp_path / "bf", mesh=(1, 1), offload="disk", progress=False)
     convert(tmp_path / "bf", tmp_path / "floats", to="grok1", progress=False)
     again = grok1.load(tmp_path / "floats", mesh=(1, 1), dtype="float32", progress=False)
     assert relative_error(again.logits(tokens), loaded.logits(tokens)) < 1e-5

@@ -151,6 +151,14 @@ def test_bytes_that_the_disk_lost_are_written_again(tmp_path):
     assert released(tmp_path / "out") == released(TOY)
 
 
+def test_a_disk_that_loses_what_it_is_given_again_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "_checksum", lambda *_: -1)
+    message = "tensor00000_000: the disk does not return what was written to it, at byte 0; use an"
+    with pytest.raises(CheckpointError, match=message):
+        convert(TOY, tmp_path / "out", to="grok1", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unfinished_conversion_of_something_else_is_refused(tmp_path):
     interrupted(tmp_path / "out", 3)
     for source, to in ((TOY, "safetensors"), (GOLDEN / "nano", "grok1")):

@@ -393,6 +393,17 @@ def test_a_file_that_is_cut_off_after_it_was_mapped_is_an_error(tmp_path):
     window.close()
 
 
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(10_000))
+
+    def refused(*_, **__):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(mapping.mmap, "mmap", refused)
+    with pytest.raises(grok1.CheckpointError, match="file: cannot be mapped: Cannot allocate mem"):
+        mapping.Window(as_it_is(tmp_path / "file"), 5000, 100)
+
+
 @pytest.mark.parametrize(
     ("offset", "nbytes"), [(5000, 90_000_000), (2 << 24, 1 << 24), ((1 << 24) - 1, 2), (0, 5)]
 )
