@@ -27,7 +27,9 @@ def test_an_error_has_fields_and_one_line():
 
 @pytest.mark.parametrize("again", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
 def test_an_error_can_be_handed_on(again):
-    error = again(CheckpointError("a/b", "is short", remedy="fetch it again", kind="missing"))
+    error = again(
+        CheckpointError(path="a/b", problem="is short", remedy="fetch it again", kind="missing")
+    )
     assert str(error) == "a/b: is short; fetch it again"
     assert error.kind == "missing"
 

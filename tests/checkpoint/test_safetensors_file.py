@@ -222,6 +222,14 @@ def test_what_is_no_file_is_named(make, message, name, model, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path / name}: {message}")
 
 
+def an_embedding_of_integers(model):
+    model[FIRST][EMBED] = model[FIRST][EMBED].astype(np.int8)
+
+
+def two_too_many(model):
+    model[THIRD]["model.extra"] = model[THIRD]["model.other"] = np.zeros(3, np.float32)
+
+
 def without_scales(model):
     del model[SECOND][f"{KEY}_scale"]
 
@@ -301,6 +309,8 @@ def one_too_many(model):
             "layer_1/multi_head_attention/key/w is stored as int8 with 1 scales a column, "
             "elsewhere as int8 with 4 scales a column; ",
         ),
+        (an_embedding_of_integers, f"{EMBED} is int8[32,16], expected float32[32,16]; "),
+        (two_too_many, f"{THIRD}: has the unexpected model.extra and 1 more; "),
         (one_too_many, f"{THIRD}: has the unexpected model.extra; is its config.json the one it "),
     ],
     ids=lambda of: getattr(of, "__name__", ""),
