@@ -106,6 +106,10 @@ def of_any_type(value: Any) -> Any:
             Patch("residual", np.zeros((12, 3, 64)), positions=slice(3, None)),
             "^Patch: positions must be from 0 to 2, found 3$",
         ),
+        (
+            ForceExperts(np.full((12, 5, 1), 4), positions=5),
+            "^ForceExperts: positions must be from 0 to 4, found 5$",
+        ),
         (ForceExperts((1, 1)), "^ForceExperts: the experts of a token must differ"),
         (ForceExperts((1, 8)), "^ForceExperts: experts must be from 0 to 7, found 8$"),
         (ForceExperts((1, -1)), "^ForceExperts: experts must be from 0 to 7, found -1$"),

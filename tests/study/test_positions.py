@@ -21,6 +21,7 @@ def test_positions_are_refused_where_a_text_is_cut(nano, tokens):
         Patch("residual", trace, layers=3),
         Patch("router", trace, positions=3),
         ForceExperts(trace.expert_indices),
+        ForceExperts((1, 2), positions=3),
     ):
         expected = message.format(type(intervention).__name__)
         with nano.intervene(intervention) as changed, pytest.raises(ValueError, match=expected):

@@ -411,12 +411,18 @@ def test_what_has_no_finite_probability_is_an_error(nano, poison):
         ([5], [[6], 3], TypeError, "a prompt is text or a sequence of token ids, found int"),
         ("a", [[5]], TypeError, "context and options must both be text, or both be token ids"),
         ([], [[5]], ValueError, "the context is empty; begin it with the id of .BOS."),
+        ([5], [[6], []], ValueError, "option 1 is empty; give every option at least one token"),
         ([5] * 1000, [[6] * 26], ValueError, "option 0 have 1026 tokens, 1 more than can be"),
     ],
 )
 def test_choices_refuse(toy, context, options, error, message):
     with pytest.raises(error, match=message):
         toy.choose(context, options)
+
+
+def test_ids_of_a_pair_are_never_empty():
+    with pytest.raises(ValueError, match=r"^the continuation is empty; give at least one token$"):
+        encode_pair(None, [5], [], 128)
 
 
 def test_a_choice_may_fill_the_context_to_its_last_token(toy):

@@ -319,6 +319,8 @@ def test_arrays_are_filled_in_place(toy):
 def test_one_text_at_a_time_and_no_logits_of_a_generation(toy):
     with pytest.raises(TypeError, match=r"^a trace is of one text"):
         toy.trace([TEXT, TEXT])
+    with pytest.raises(ValueError, match=r"^the text is empty; .* or use add_bos=True$"):
+        toy.trace("")
     with pytest.raises(ValueError, match=r"^logits are not kept during a generation"):
         toy.trace_generation(TEXT, ("logits",))
 
