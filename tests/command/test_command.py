@@ -30,6 +30,7 @@ from grok1.offload.runner import is_offloaded
 from grok1.planning import planning
 from grok1.server import sizing
 from grok1.tokenizer import Tokenizer
+from tests.conftest import GOLDEN
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +72,14 @@ def test_a_text_that_is_not_utf_8_is_refused(capsys, option):
     assert f"argument {option}: must be UTF-8, found the byte 0xe9 at 3; convert it" in (
         capsys.readouterr().err
     )
+
+
+def test_devices_are_numbers(capsys):
+    parsed = parser.parse(["serve", "--local-devices", "1,0"], "grok1")
+    assert parsed.local_devices == [1, 0]
+    with pytest.raises(SystemExit):
+        parser.parse(["serve", "--local-devices", "0,x"], "grok1")
+    assert "must be numbers of devices, as 0,1, found '0,x'" in capsys.readouterr().err
 
 
 def test_choices_are_the_librarys():
@@ -304,6 +313,11 @@ def test_a_file_that_cannot_be_read_is_told_in_words(name, message, tmp_path, ca
         (("--tokenizer", "absent.model"), "absent.model: no such file"),
         (("--tokenizer", str(bundled.toy() / "config.json")), "not a SentencePiece model"),
         (("--batch-file", "absent.jsonl"), "absent.jsonl"),
+        (("--batch-file", os.devnull), f"{os.devnull}: no prompts; give a JSON object a line"),
+        (
+            ("--checkpoint", str(GOLDEN / "nano")),
+            "there is no tokenizer.model; give one with --tok",
+        ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
@@ -486,12 +500,13 @@ def test_a_session_outlives_what_is_wrong(toy, capsys):
     text = toy.generate("The first", temperature=0, max_new_tokens=4).text
     status, out, err = session(
         toy, capsys, "", "   ", "word " * 9000, KeyboardInterrupt(), "/temprature 1",
-        "/temperature x", "/temperature -1", "/top-k off", "/nothing", "The first",
+        "/temperature x", "/temperature -1", "/ignore-eos maybe", "/top-k off", "/nothing",
+        "The first",
     )  # fmt: skip
     assert status == 0
     assert text in out
     for words in ("shorten the prompt by", "did you mean /temperature?", "give a number",
-                  "--temperature must be 0", "/nothing is no command", "top-k off",
+                  "--temperature must be 0", "say on or off", "/nothing is no command", "top-k off",
                   "2 prompt tokens, 4 new tokens, the first after "):  # fmt: skip
         assert words in err
 
@@ -538,11 +553,19 @@ def test_ctrl_c_ends_an_answer_alone(toy, capsys):
 
 
 def test_a_block_of_several_lines_is_one_prompt(toy, capsys):
-    for typed in (('"""/A', 'B:"""'), ('"""', "/A", 'B:"""'), ('"""/A B"""',)):
-        prompt = "\n".join(typed).replace('"""', "")
+    quotes = '"' * 3
+    for typed, left_out in (
+        ((f"{quotes}/A", f"B:{quotes}"), ""),
+        ((quotes, "/A", f"B:{quotes}"), ""),
+        ((f"{quotes}/A B{quotes}",), ""),
+        ((f"{quotes}/A B{quotes} C",), " C"),
+    ):
+        prompt = "\n".join(typed).replace(quotes, "").removesuffix(left_out)
         with mock.patch.object(interactive, "prompt_tokens", wraps=interactive.prompt_tokens) as p:
-            session(toy, capsys, *typed)
+            _, _, err = session(toy, capsys, *typed)
         assert p.call_args.args[0] == prompt
+        said = f"what stands after {quotes} is left out: {left_out.strip()!r}"
+        assert (said in err) == bool(left_out)
 
 
 def test_options_change_between_answers(toy, capsys):
