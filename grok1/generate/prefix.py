@@ -175,8 +175,7 @@ class PrefixStore:
         name = self._name(running, start)
         if self._blocks is None:
             self._blocks = self._engine.empty_blocks(self._num_blocks, self.length)
-        if name in self._order:
-            return
+        assert name not in self._order  # else `reuse` had found it
         before = running.names[: start // self.length]
         self._used(before)
         if self._is_full and next(iter(self._order)) in before:
