@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from grok1.checkpoint.safetensors_layout import INDEX_NAME
+from grok1.checkpoint.storage import text_of
 from grok1.checkpoint.tensor_file import (
     ArraySpan,
     TensorHeader,
@@ -74,8 +75,8 @@ def check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
     if values.shape != spec.shape or values.dtype not in (spec.dtype, "float32"):
         raise CheckpointError(
             header.path,
-            f"{spec.name} is {_text(values)}, expected "
-            f"{_text(ArraySpan(0, spec.shape, spec.dtype))}",
+            f"{spec.name} is {text_of(values)}, expected "
+            f"{text_of(ArraySpan(0, spec.shape, spec.dtype))}",
             "is this a Grok-1 checkpoint?",
             "foreign",
         )
@@ -86,7 +87,7 @@ def check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
             layout = ",".join(map(str, [*lead, "G", columns]))
             raise CheckpointError(
                 header.path,
-                f"{spec.name} has scales {_text(scales)}, expected bfloat16[{layout}] with a G "
+                f"{spec.name} has scales {text_of(scales)}, expected bfloat16[{layout}] with a G "
                 f"that divides {rows}",
                 "is this a Grok-1 checkpoint?",
                 "foreign",
@@ -96,8 +97,8 @@ def check_tensor(header: TensorHeader, spec: TensorSpec) -> None:
 def describe_storage(header: TensorHeader) -> str:
     """Says how a tensor is stored, as `int8[8,6] with scales bfloat16[1,6]`."""
     if header.scales is None:
-        return _text(header.values)
-    return f"{_text(header.values)} with scales {_text(header.scales)}"
+        return text_of(header.values)
+    return f"{text_of(header.values)} with scales {text_of(header.scales)}"
 
 
 def save_checkpoint(
@@ -227,10 +228,6 @@ def _check_names(directory: pathlib.Path, manifest: list[TensorSpec]) -> None:
         hint,
         "missing" if expected - found else "foreign",
     )
-
-
-def _text(span: ArraySpan) -> str:
-    return f"{span.dtype}[{','.join(map(str, span.shape))}]"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -22,10 +22,9 @@ from grok1.checkpoint.safetensors_tensors import (
     ShardHeader,
     fill_in,
     left_over,
-    text_of,
     unlike,
 )
-from grok1.checkpoint.storage import StoredTensor
+from grok1.checkpoint.storage import StoredTensor, text_of
 from grok1.checkpoint.tensor_file import ArraySpan, read_span
 from grok1.files import (
     LFS_HEAD_BYTES,

@@ -15,7 +15,7 @@ from grok1.checkpoint.safetensors_layout import (
     is_transposed,
     shards,
 )
-from grok1.checkpoint.storage import StoredArray, StoredTensor
+from grok1.checkpoint.storage import StoredArray, StoredTensor, text_of
 from grok1.checkpoint.tensor_file import ArraySpan
 from grok1.files import CheckpointError
 from grok1.nn.manifest import TensorSpec, is_of_experts
@@ -242,8 +242,3 @@ def unlike(
                 yield CheckpointError(
                     path, f"{name} is stored as {storage}, elsewhere as {usual}", MIXED, "foreign"
                 )
-
-
-def text_of(span: ArraySpan) -> str:
-    """Returns an array's type and shape for messages."""
-    return f"{span.dtype}[{','.join(map(str, span.shape))}]"

@@ -224,3 +224,8 @@ def dequantize_matrix(values: np.ndarray, scales: np.ndarray, dtype: str) -> np.
             rows = slice(start, min(start + _ROWS, end))
             result[rows] = values[rows] * scale
     return result
+
+
+def text_of(span: ArraySpan) -> str:
+    """Returns an array's type and shape for messages."""
+    return f"{span.dtype}[{','.join(map(str, span.shape))}]"
