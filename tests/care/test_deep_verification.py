@@ -268,6 +268,17 @@ def test_sums_that_cannot_be_put_in_their_place_are_refused_before_reading(
         verification.verify(nano_copy, deep=True, sums_file=tmp_path / place)
 
 
+def test_a_disk_that_refuses_sums_is_named(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(contents, "replacing", full)
+    message = "sums: cannot be written: No space left on device; give another place for the checks"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        contents.write_sums(tmp_path / "sums", {"ckpt-0/a": "0" * 64})
+    assert caught.value.kind == "unwritable"
+
+
 def test_sums_that_nobody_may_read_are_refused(nano_copy, tmp_path, monkeypatch):
     stat = os.stat
 
