@@ -225,6 +225,20 @@ def test_a_directory_in_a_files_place_is_described(nano_copy):
     }
 
 
+def test_what_a_file_browser_leaves_is_no_fault(nano_copy):
+    (nano_copy / "ckpt-0" / ".DS_Store").write_bytes(b"x")
+    assert verification.verify(nano_copy).is_good
+
+
+def test_a_file_in_the_directorys_place_is_told_how_to_fetch_it(tmp_path):
+    (tmp_path / "ckpt-0").write_bytes(b"")
+    message = (
+        "ckpt-0: cannot be read: Not a directory; .* are fetched with `hf download xai-org/grok-1"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        verification.verify(tmp_path)
+
+
 def test_an_error_without_a_remedy_keeps_its_text():
     fault = verification._fault("b", CheckpointError("a/b", "ends at byte 7"))
     assert fault[1:3] == ("ends at byte 7", "fetch it again")
