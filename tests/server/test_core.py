@@ -310,6 +310,19 @@ def test_requests_that_fail_one_by_one_are_steps_in_a_row(own, monkeypatch, num_
     assert own.state == "dead"
 
 
+def test_a_server_that_cannot_start_says_why(toy, monkeypatch):
+    def failing(*_, **__):
+        raise MemoryError("no room for 4 slots")
+
+    monkeypatch.setattr(warmup, "prepared", failing)
+    one = Server(toy, **SIZES)
+    with pytest.raises(UnavailableError, match=r"^the server cannot start: no room for") as caught:
+        one.start()
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert one.state == "dead"
+    one.close()
+
+
 def test_who_reads_nothing_of_a_stream_is_cancelled(server, toy):
     builder = CompletionBuilder(toy.tokenizer, max_tokens=900, limit_reason="length")
     handle = Handle(Request(tokens=[5], max_tokens=900), builder, most_pending=8)

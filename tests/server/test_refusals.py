@@ -187,6 +187,18 @@ def test_a_prompt_that_cannot_be_scored_is_told_why(complete, monkeypatch, path)
     assert error["code"] == "no_token"
 
 
+def test_a_body_that_does_not_come_is_not_waited_for(http, monkeypatch):
+    monkeypatch.setattr(app, "_BODY_SECONDS", 0.05)
+    with socket.create_connection(("127.0.0.1", http.base_url.port)) as one:
+        one.settimeout(20)
+        one.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b'content-type: application/json\r\ncontent-length: 15\r\n\r\n{"prompt"'
+        )
+        answer = one.makefile("rb").readline()
+    assert answer == b"HTTP/1.1 408 Request Timeout\r\n"
+
+
 def test_what_nobody_foresaw_is_an_answer_like_the_others(http, monkeypatch, caplog):
     def failing(*_, **__):
         raise ZeroDivisionError("of ours")
