@@ -12,7 +12,15 @@ import pytest
 
 import grok1
 from grok1.care.conversion import convert
-from grok1.care.gguf_file import check_model, header, llama_cpp_vocabulary, pack_iq4_xs, pack_q8_0
+from grok1.care.gguf_file import (
+    GgufTensor,
+    check_file,
+    check_model,
+    header,
+    llama_cpp_vocabulary,
+    pack_iq4_xs,
+    pack_q8_0,
+)
 from grok1.checkpoint.directory import open_tensors
 from grok1.checkpoint.storage import dequantize_matrix, read_matrix
 from grok1.config import GROK_1
@@ -98,6 +106,12 @@ def test_every_weight_is_the_source_exactly(toy_gguf):
     )
     embedding = source["language_model/in_out_embed/embeddings"]
     np.testing.assert_array_equal(found["token_embd.weight"].data, read_matrix(embedding.values))
+
+
+def test_a_file_that_is_read_otherwise_is_refused(toy_gguf):
+    message = r"toy.gguf: the gguf package reads 74 tensors, expected 1, first difference .*'other'"
+    with pytest.raises(CheckpointError, match=message):
+        check_file(toy_gguf, [GgufTensor("other", 0, "f32", (1,), 4)])
 
 
 def test_blocks_hold_the_values_and_the_scale_of_their_group():
