@@ -575,6 +575,10 @@ def test_options_change_between_answers(toy, capsys):
     assert out.startswith(f"{toy.generate('The first', **options).text}\n")
     assert "max-new-tokens 7" in err
     assert "Ctrl-D the program" in err
+    _, _, err = session(toy, capsys, "/ignore-eos on", "/add-bos on", "/add-bos off", "/seed 4")
+    assert [line.strip() for line in err.splitlines() if " o" in line] == [
+        "ignore-eos on", "add-bos on", "add-bos off",
+    ]  # fmt: skip
 
 
 def test_piped_lines_are_prompts_and_a_bad_one_is_the_status(toy, capsys):
