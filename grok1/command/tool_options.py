@@ -45,7 +45,9 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 def verify(parser: argparse.ArgumentParser) -> None:
     """Adds those of verify."""
-    parser.add_argument("directory", type=values.directory, help="directory with ckpt-0/ or safetensors")
+    parser.add_argument(
+        "directory", type=values.directory, help="directory with ckpt-0/ or safetensors"
+    )
     parser.add_argument("--deep", action="store_true", help="read the weights too; SHA-256 of each")
     parser.add_argument(
         "--manifest",
@@ -58,7 +60,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
 
 def inspect(parser: argparse.ArgumentParser) -> None:
     """Adds those of inspect."""
-    parser.add_argument("directory", type=values.directory, help="directory with ckpt-0/ or safetensors")
+    parser.add_argument(
+        "directory", type=values.directory, help="directory with ckpt-0/ or safetensors"
+    )
     parser.add_argument("--layer", type=int, metavar="N", help="only this layer")
     parser.add_argument("--full", action="store_true", help="statistics of all rows, not a sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
