@@ -265,8 +265,8 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
       memory: The budget, if one is given.
 
     Raises:
-      ValueError: If the choice is none of the four, a model that must be resident does not fit, one
-        that must not be, or has a budget, lies on several devices.
+      ValueError: If the choice is none of the four, several devices were to offload, or what
+        must be resident does not fit.
     """
     if offload not in get_args(Offload):
         raise ValueError(
@@ -277,8 +277,7 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
             "memory must be left out, or given as a budget for offload='disk' or offload='auto', "
             f"found it with offload={offload!r}"
         )
-    sizes = "x".join(map(str, engine.mesh.devices.shape))
-    on_one = engine.mesh.size == 1
+    sizes, on_one = "x".join(map(str, engine.mesh.devices.shape)), engine.mesh.size == 1
     if offload in ("disk", "host"):
         if not on_one:
             raise ValueError(f"offloading runs on one device, found mesh {sizes}; give mesh='1x1'")
@@ -291,11 +290,10 @@ def is_offloaded(engine: Engine, offload: Offload, memory: float | str | None) -
     try:
         require_memory(engine)
     except DoesNotFitError as error:
-        if not on_one:
+        is_none = offload == "none"
+        if not on_one or (is_none and not is_quantized(engine.params.layers.experts[0])):
             raise
-        if offload == "none":
-            if not is_quantized(engine.params.layers.experts[0]):
-                raise
+        if is_none:
             remedy = "leave out offload='none', so that experts are read when they are needed, or "
             raise DoesNotFitError(error.problem, remedy + error.remedy) from None
         reason = error.problem

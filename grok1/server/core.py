@@ -66,8 +66,8 @@ class Server:
           model: Loaded.
           max_slots: Most requests that run side by side; None for as many as half of the free
             memory holds, at most 16 for each group of devices.
-          capacity: Most tokens of a request, its prompt included; None for the context. Rounded up
-            to a power of two, 256 at least, but to no more than the context.
+          capacity: Most tokens of a request, its prompt included, rounded up to a power of two of
+            256 or more; the context at most, and for None.
           max_queue: Most requests that wait for a slot.
           max_stall: Longest pause, in seconds, that the prompt of one request makes for others.
           chunk: Tokens of a prompt that are run at a time, one of 16, 64, 256 and 1,024; None for
@@ -75,9 +75,8 @@ class Server:
           prefix_tokens: Tokens of prompts whose keys and values are kept for those that begin
             alike; None for half as many as the slots hold, 0 for none.
           host_prefix_tokens: Tokens that move to the host's memory when those are too many, until
-            they are asked for; fewer if there is not the memory. None for what a quarter of the
-            memory that is free holds, at most 48 GB and four times `prefix_tokens`, and for 0 on
-            CPUs.
+            they are asked for; fewer if there is not the memory. None for a quarter of the free
+            memory, at most 48 GB and four times `prefix_tokens`, and for 0 on CPUs.
           decode_rows: Numbers of requests that steps are compiled for, beside `max_slots`.
           step_timeout: Seconds after which a step that has not ended means that something is wrong.
 
