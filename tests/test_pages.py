@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import grok1
-from grok1.command import parser
+from grok1.command import model_options, parser
 from tests.conftest import TOY
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -132,11 +132,11 @@ def test_the_commands_of_a_page_have_the_options_that_it_shows(page, capsys):
 
 def test_every_option_of_the_server_is_told_on_its_page():
     options = argparse.ArgumentParser()
-    parser._serve(options)
+    model_options.serve(options)
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     told = set(re.findall(r"--[a-z-]+", page))
     model = argparse.ArgumentParser()
-    parser._model(model)
-    parser._hosts(model)
+    model_options._model(model)
+    model_options._hosts(model)
     names = set(options._option_string_actions) - set(model._option_string_actions)
     assert {name for name in names if name.startswith("--")} <= told

@@ -92,10 +92,10 @@ class Product(NamedTuple):
         down = self._replace(name=f"down{kind}").matrices[0]
         config, module = self.config, shapes_int4 if self.is_int4 else shapes
         choice = self.rows, config.num_selected_experts, config.num_experts
-        how = {}
-        if self.is_int4:
-            how["is_made_in_blocks"] = "experts_int4_of_one" in presence.kernels()
-        kernels = module.experts(*choice, gate, down, "bfloat16", **how)
+        kernels_of: Callable[..., Sequence[Any]] = module.experts
+        if self.is_int4 and "experts_int4_of_one" in presence.kernels():
+            kernels_of = shapes_int4.experts_of_one
+        kernels = kernels_of(*choice, gate, down, "bfloat16")
         if self.name.startswith("down"):
             return kernels[-2], kernels[-1]
         return (kernels[0] if self.is_int4 else None), kernels[-2]

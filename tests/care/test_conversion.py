@@ -62,11 +62,13 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error(to, tokenizer, tmp_path):
 
 
 def test_each_pass_over_the_files_is_shown_on_a_terminal(tmp_path, monkeypatch):
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", terminal)
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
     convert(TOY, tmp_path / "out", to="safetensors")
-    ends = re.findall(r"(\w+): 100%[^\r]*?([\d.]+[kM])/\2 ", terminal.getvalue())
+    ends = re.findall(r"(\w+): 100%[^\r]*?([\d.]+[kM])/\2 ", sys.stderr.getvalue())
     assert list(dict(ends)) == ["checking", "writing", "verifying"]
     sizes = dict(ends)
     assert sizes["checking"] != sizes["writing"] == sizes["verifying"]

@@ -281,7 +281,7 @@ def of_grok_1(shards, tokens):
         shapes.convert(exact[1], True, "float16"),
         *shapes_of_screening.most_probable(min(tokens, 8), 131072 // shards, WIDTH, tokens > 1),
         *shapes_int4.experts(tokens, 2, 8, *short, "bfloat16"),
-        shapes_int4.experts(min(tokens, 2), 2, 8, *short, "bfloat16", is_made_in_blocks=True)[1],
+        shapes_int4.experts_of_one(min(tokens, 2), 2, 8, *short, "bfloat16")[1],
         shapes_int4.convert(short[0]),
     ]
 

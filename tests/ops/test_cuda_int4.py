@@ -59,7 +59,8 @@ def experts_kernels(case, is_made_in_blocks=False):
     # As if a device were busy with the columns alone.
     busy = 1 if case == OF_ONE[3] else shapes_int4._MULTIPROCESSORS
     with mock.patch.object(shapes_int4, "_MULTIPROCESSORS", busy):
-        return shapes_int4.experts(*of_choice, *sizes, precision, is_made_in_blocks)
+        make = shapes_int4.experts_of_one if is_made_in_blocks else shapes_int4.experts
+        return make(*of_choice, *sizes, precision)
 
 
 def digits_kernel(case):
@@ -217,7 +218,8 @@ def of_grok_1(shards, tokens, is_made_in_blocks=False):
     """The sizes of Grok-1's experts on one of some devices, and the kernels."""
     width, hidden = 6144, 32768 // shards
     sizes = matrix(width, hidden), matrix(hidden, width)
-    return sizes, shapes_int4.experts(tokens, 2, 8, *sizes, "bfloat16", is_made_in_blocks)
+    make = shapes_int4.experts_of_one if is_made_in_blocks else shapes_int4.experts
+    return sizes, make(tokens, 2, 8, *sizes, "bfloat16")
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8, 16])

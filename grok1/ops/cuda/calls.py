@@ -168,18 +168,18 @@ def experts_int4(
     valid: Bool[Array, " M"],
     is_made_in_blocks: bool = False,
 ) -> Float[Array, "M D"]:
-    """As `experts`, of 4-bit weights; for the last argument see `shapes_int4.experts`."""
+    """As `experts`, of 4-bit weights; by `shapes_int4.experts_of_one`, if that is asked for."""
     gate, up, down = weights
     expert_indices, expert_weights = choice
     tokens, selected = expert_indices.shape
-    digits_of, gate_up, down_sum = shapes_int4.experts(
+    kernels_of = shapes_int4.experts_of_one if is_made_in_blocks else shapes_int4.experts
+    digits_of, gate_up, down_sum = kernels_of(
         tokens,
         selected,
         gate[0].shape[-3],
         int4_matrix_of(gate),
         int4_matrix_of(down),
         "bfloat16" if x.dtype == jnp.bfloat16 else "float32",
-        is_made_in_blocks,
     )
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)

@@ -4,6 +4,7 @@ Here a multiprocessor needs its warps to turn codes into bytes: 16 of them keep 
 """
 
 import math
+from typing import NamedTuple
 
 from grok1.ops.cuda.kernel import Array, Kernel, struct
 from grok1.ops.cuda.shapes import BUSY, NARROW, WIDE, Cut, Matrix, Precision, columns_of_block
@@ -95,6 +96,17 @@ def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> 
     }
 
 
+class _Sizes(NamedTuple):
+    """What `experts` takes."""
+
+    tokens: int
+    selected: int
+    num_experts: int
+    gate: Matrix
+    down: Matrix
+    precision: Precision
+
+
 def experts(
     tokens: int,
     selected: int,
@@ -102,7 +114,6 @@ def experts(
     gate: Matrix,
     down: Matrix,
     precision: Precision,
-    is_made_in_blocks: bool = False,
 ) -> tuple[Kernel | None, Kernel, Kernel]:
     """The chosen experts of up to `shapes.MOST_ROWS` tokens.
 
@@ -116,10 +127,28 @@ def experts(
       gate: The gate's matrix; up is like it.
       down: The matrix that leads back.
       precision: Of x; all of float32 counts, but where x is of bfloat16 and the tokens are many.
-      is_made_in_blocks: Whether blocks of gate and up make the inputs' digits themselves where they
-        have a row at a time, in more shared memory than every device has; there is no first kernel
-        then.
     """
+    return _experts(_Sizes(tokens, selected, num_experts, gate, down, precision), False)
+
+
+def experts_of_one(
+    tokens: int,
+    selected: int,
+    num_experts: int,
+    gate: Matrix,
+    down: Matrix,
+    precision: Precision,
+) -> tuple[Kernel | None, Kernel, Kernel]:
+    """As `experts`, with more shared memory than every device has.
+
+    Where a block of gate and up has a row at a time it makes the digits of that itself, and there
+    is no first kernel.
+    """
+    return _experts(_Sizes(tokens, selected, num_experts, gate, down, precision), True)
+
+
+def _experts(sizes: _Sizes, is_made_in_blocks: bool) -> tuple[Kernel | None, Kernel, Kernel]:
+    tokens, selected, num_experts, gate, down, precision = sizes
     chosen, rows = min(num_experts, tokens * selected), tokens * selected
     # A few experts have more rows than the mean.
     inputs = math.ceil(min(tokens, 1.5 * tokens * selected / num_experts))
