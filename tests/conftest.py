@@ -75,6 +75,13 @@ def wait_for_kernels():
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
+def pytest_collection_modifyitems(items):
+    """Refuses names that are others in each process: workers would not have the same tests."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: an address is no part of a test's name")
+
+
 def pytest_collection_finish():
     """Waits before a test has begun: it may look for the verdict in a directory of its own."""
     if ON_GPU:

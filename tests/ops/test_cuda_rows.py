@@ -123,7 +123,11 @@ BREAKS = [
 """A text of the sources, what stands there when it is broken, and the test and case that see it."""
 
 
-@pytest.mark.parametrize(("text", "broken", "test", "case"), BREAKS, ids=lambda of: str(of)[:30])
+@pytest.mark.parametrize(
+    ("text", "broken", "test", "case"),
+    BREAKS,
+    ids=lambda of: getattr(of, "__name__", str(of))[:30],
+)
 def test_a_broken_router_is_noticed(rng, text, broken, test, case):
     tokens, router = case
     make = norms((tokens, router.width))[-1], shapes_of_rows.route(*case), add_and_route(*case)
