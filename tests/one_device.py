@@ -26,6 +26,10 @@ _MODULES = ("checkpoint/test_loading.py", "test_comparison.py", "test_model.py")
 _MOST_SECONDS = 120  # of a test on a GPU, its fixtures included
 _MESHES = ("engine", "mesh", "model")
 _NUMBERS = ("model_size", "num_devices")
+_OF_CPUS = {
+    "cpp": "it is of the CPU's form in C++",
+    "by_row": "it is of a form that runs beside the CPU's in C++",
+}
 
 
 def settings() -> dict[str, Any]:
@@ -118,8 +122,9 @@ def why_skipped(item) -> str | None:
     )
     if number > 1:
         return f"it needs {number} devices, and there is one"
-    if any(isinstance(value, str) and value == "cpp" for value in params.values()):
-        return "it is of the CPU's form in C++"
+    for value in params.values():
+        if isinstance(value, str) and value in _OF_CPUS:
+            return _OF_CPUS[value]
     return None
 
 

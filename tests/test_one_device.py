@@ -30,6 +30,12 @@ HOST = "it has nothing to do with the device"
         ("test_model.py", [pytest.mark.devices(16)], {}, "it needs 16 devices, and there is one"),
         ("generate/test_prefix.py", [], {"engine": "float32"}, None),
         ("ops/test_int4.py", [], {"form": "cpp", "num_rows": 3}, "it is of the CPU's form in C++"),
+        (
+            "ops/test_attention.py",
+            [],
+            {"form": "by_row"},
+            "it is of a form that runs beside the CPU's in C++",
+        ),
         ("ops/test_int4.py", [], {"form": "blocked", "num_rows": 3}, None),
         ("nn/test_sharding.py", [], {"mesh": "1x" + "8" * 5000}, None),  # no number of Python's
     ],
