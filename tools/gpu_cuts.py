@@ -90,12 +90,13 @@ class Product(NamedTuple):
         kind = "_int4" if self.is_int4 else ""
         gate = self._replace(name=f"gate_up{kind}").matrices[0]
         down = self._replace(name=f"down{kind}").matrices[0]
-        config, module = self.config, shapes_int4 if self.is_int4 else shapes
+        config = self.config
         choice = self.rows, config.num_selected_experts, config.num_experts
-        kernels_of: Callable[..., Sequence[Any]] = module.experts
-        if self.is_int4 and "experts_int4_of_one" in presence.kernels():
-            kernels_of = shapes_int4.experts_of_one
-        kernels = kernels_of(*choice, gate, down, "bfloat16")
+        if self.is_int4:
+            sizes = shapes_int4.Sizes(*choice, gate, down, "bfloat16")
+            kernels = shapes_int4.experts(sizes, "experts_int4_of_one" in presence.kernels())
+        else:
+            kernels = shapes.experts(*choice, gate, down, "bfloat16")
         if self.name.startswith("down"):
             return kernels[-2], kernels[-1]
         return (kernels[0] if self.is_int4 else None), kernels[-2]

@@ -22,6 +22,7 @@ from grok1.ops.cuda import (
 )
 from grok1.ops.cuda.kernel import function_of, text_of
 from grok1.ops.cuda.shapes import Matrix
+from grok1.ops.cuda.shapes_int4 import Sizes
 from grok1.ops.cuda.shapes_of_rows import Heads
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
@@ -280,8 +281,8 @@ def of_grok_1(shards, tokens):
         shapes.convert(exact[1], True),
         shapes.convert(exact[1], True, "float16"),
         *shapes_of_screening.most_probable(min(tokens, 8), 131072 // shards, WIDTH, tokens > 1),
-        *shapes_int4.experts(tokens, 2, 8, *short, "bfloat16"),
-        shapes_int4.experts_of_one(min(tokens, 2), 2, 8, *short, "bfloat16")[1],
+        *shapes_int4.experts(Sizes(tokens, 2, 8, *short, "bfloat16")),
+        shapes_int4.experts(Sizes(min(tokens, 2), 2, 8, *short, "bfloat16"), True)[1],
         shapes_int4.convert(short[0]),
     ]
 
@@ -323,7 +324,7 @@ def wide(tmp_path_factory):
             Matrix(WIDTH, HIDDEN // shards, 24),
             Matrix(HIDDEN // shards, WIDTH, 128 // shards),
         )
-        kernels += shapes_int4.experts(tokens, 2, 8, gate, down, "bfloat16")
+        kernels += shapes_int4.experts(Sizes(tokens, 2, 8, gate, down, "bfloat16"))
     named = [k._replace(name=f"{k.name}_{i}") for i, k in enumerate(dict.fromkeys(kernels))]
     headers = ["device.h", *dict.fromkeys(header for kernel in named for header in kernel.headers)]
     source = tmp_path_factory.mktemp("cuda") / "kernels.cu"

@@ -10,6 +10,7 @@ import pytest
 from grok1.ops import int4
 from grok1.ops.cuda import shapes, shapes_int4
 from grok1.ops.cuda.shapes import Matrix
+from grok1.ops.cuda.shapes_int4 import Sizes
 from tests.helpers import SLOW_TESTS, slow
 from tests.ops import standin
 from tests.ops.cuda_cases import LAYER, assert_close, choices, gelu, inputs
@@ -59,8 +60,7 @@ def experts_kernels(case, is_made_in_blocks=False):
     # As if a device were busy with the columns alone.
     busy = 1 if case == OF_ONE[3] else shapes_int4._MULTIPROCESSORS
     with mock.patch.object(shapes_int4, "_MULTIPROCESSORS", busy):
-        make = shapes_int4.experts_of_one if is_made_in_blocks else shapes_int4.experts
-        return make(*of_choice, *sizes, precision)
+        return shapes_int4.experts(Sizes(*of_choice, *sizes, precision), is_made_in_blocks)
 
 
 def digits_kernel(case):
@@ -218,8 +218,8 @@ def of_grok_1(shards, tokens, is_made_in_blocks=False):
     """The sizes of Grok-1's experts on one of some devices, and the kernels."""
     width, hidden = 6144, 32768 // shards
     sizes = matrix(width, hidden), matrix(hidden, width)
-    make = shapes_int4.experts_of_one if is_made_in_blocks else shapes_int4.experts
-    return sizes, make(tokens, 2, 8, *sizes, "bfloat16")
+    of = Sizes(tokens, 2, 8, *sizes, "bfloat16")
+    return sizes, shapes_int4.experts(of, is_made_in_blocks)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8, 16])

@@ -168,12 +168,11 @@ def experts_int4(
     valid: Bool[Array, " M"],
     is_made_in_blocks: bool = False,
 ) -> Float[Array, "M D"]:
-    """As `experts`, of 4-bit weights; by `shapes_int4.experts_of_one`, if that is asked for."""
+    """As `experts`, of 4-bit weights; for the last argument see `shapes_int4.experts`."""
     gate, up, down = weights
     expert_indices, expert_weights = choice
     tokens, selected = expert_indices.shape
-    kernels_of = shapes_int4.experts_of_one if is_made_in_blocks else shapes_int4.experts
-    digits_of, gate_up, down_sum = kernels_of(
+    sizes = shapes_int4.Sizes(
         tokens,
         selected,
         gate[0].shape[-3],
@@ -181,6 +180,7 @@ def experts_int4(
         int4_matrix_of(down),
         "bfloat16" if x.dtype == jnp.bfloat16 else "float32",
     )
+    digits_of, gate_up, down_sum = shapes_int4.experts(sizes, is_made_in_blocks)
     indices = expert_indices.astype(jnp.int32)
     layer = jnp.asarray(layer, jnp.int32)
     x = x.astype(jnp.float32)

@@ -96,8 +96,17 @@ def _product(matrix: Matrix, tiles: int, digits: int, cut: Cut, others: int) -> 
     }
 
 
-class _Sizes(NamedTuple):
-    """What `experts` takes."""
+class Sizes(NamedTuple):
+    """What the kernels of the chosen experts are made for.
+
+    Attributes:
+      tokens: M, up to `shapes.MOST_ROWS`.
+      selected: A.
+      num_experts: E.
+      gate: The gate's matrix; up is like it.
+      down: The matrix that leads back.
+      precision: Of x; all of float32 counts, but where x is of bfloat16 and the tokens are many.
+    """
 
     tokens: int
     selected: int
@@ -107,47 +116,18 @@ class _Sizes(NamedTuple):
     precision: Precision
 
 
-def experts(
-    tokens: int,
-    selected: int,
-    num_experts: int,
-    gate: Matrix,
-    down: Matrix,
-    precision: Precision,
-) -> tuple[Kernel | None, Kernel, Kernel]:
-    """The chosen experts of up to `shapes.MOST_ROWS` tokens.
+def experts(sizes: Sizes, is_made_in_blocks: bool = False) -> tuple[Kernel | None, Kernel, Kernel]:
+    """The chosen experts of a few tokens.
 
     The kernels make digits of the inputs; gate, up and GELU, and digits of that; down and the sum.
     The last writes the sum, and what it adds up.
 
     Args:
-      tokens: M.
-      selected: A.
-      num_experts: E.
-      gate: The gate's matrix; up is like it.
-      down: The matrix that leads back.
-      precision: Of x; all of float32 counts, but where x is of bfloat16 and the tokens are many.
+      sizes: For what.
+      is_made_in_blocks: Whether blocks of gate and up make the inputs' digits themselves where they
+        have a row at a time, in more shared memory than every device has; there is no first kernel
+        then.
     """
-    return _experts(_Sizes(tokens, selected, num_experts, gate, down, precision), False)
-
-
-def experts_of_one(
-    tokens: int,
-    selected: int,
-    num_experts: int,
-    gate: Matrix,
-    down: Matrix,
-    precision: Precision,
-) -> tuple[Kernel | None, Kernel, Kernel]:
-    """As `experts`, with more shared memory than every device has.
-
-    Where a block of gate and up has a row at a time it makes the digits of that itself, and there
-    is no first kernel.
-    """
-    return _experts(_Sizes(tokens, selected, num_experts, gate, down, precision), True)
-
-
-def _experts(sizes: _Sizes, is_made_in_blocks: bool) -> tuple[Kernel | None, Kernel, Kernel]:
     tokens, selected, num_experts, gate, down, precision = sizes
     chosen, rows = min(num_experts, tokens * selected), tokens * selected
     # A few experts have more rows than the mean.
