@@ -429,6 +429,14 @@ def test_without_the_number_of_processes_no_coordinator_is_waited_for(joined, mo
         grok1.initialize_distributed("localhost:1", None, 1)
 
 
+@pytest.mark.parametrize(("index", "speaks"), [(0, True), (1, False)])
+def test_of_several_processes_one_speaks(index, speaks, monkeypatch):
+    assert processes.is_first()
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.jax, "process_index", lambda: index)
+    assert processes.is_first() is speaks
+
+
 def test_half_of_the_arguments_is_an_error():
     program = (
         "import grok1\n"

@@ -66,3 +66,15 @@ def test_a_control_group_leaves_its_limit_less_what_is_no_file(tmp_path):
     assert list(host_memory._swap_limits(tmp_path, own)) == [1000 - 5]
     own.unlink()
     assert not list(host_memory._group_limits(7, tmp_path, own))
+
+
+def test_swap_space_counts_as_far_as_a_control_group_leaves_it(monkeypatch, tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemAvailable: 4000 kB\nSwapFree: 2000 kB\n")
+    monkeypatch.setattr(host_memory.pathlib, "Path", lambda _: meminfo)
+    monkeypatch.setattr(host_memory, "_group_limits", lambda _: [])
+    found = []
+    for limits in ([], [500 << 10], [0]):
+        monkeypatch.setattr(host_memory, "_swap_limits", lambda limits=limits: limits)
+        found.append(host_memory.host_bytes_available() >> 10)
+    assert found == [6000, 4500, 4000]

@@ -13,8 +13,8 @@ from grok1 import ops
 from grok1.ops import forms
 from grok1.ops.attention import KVCache, Place
 from grok1.ops.cpu import bindings
-from grok1.ops.cuda import presence
-from grok1.ops.experts import ExpertWeights
+from grok1.ops.cuda import calls, presence
+from grok1.ops.experts import ExpertWeights, experts_cuda_int4
 from grok1.ops.int4 import Int4Array
 from grok1.ops.quantized import quantize
 from grok1.ops.routing import choose_experts
@@ -159,6 +159,17 @@ def test_on_nvidia_gpus_experts_in_4_bits_have_kernels_of_their_own():
         assert chosen() == "cuda_int4"
     with presence.assumed(frozenset(presence.OPERATIONS) - {"experts_int4"}):
         assert chosen() == "sparse"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_4_bit_experts_of_one_token_run_in_the_kernel_that_is_there(is_there, monkeypatch):
+    seen = []
+    x, routing = jnp.ones((1, 256)), choose_experts(jnp.ones((1, 4)), 2)
+    monkeypatch.setattr(calls, "experts_int4", lambda *arguments: seen.append(arguments[-1]) or x)
+    missing = set() if is_there else {"experts_int4_of_one"}
+    with presence.assumed(frozenset(presence.OPERATIONS) - missing):
+        experts_cuda_int4(x, ExpertWeights(None, None, None), (), routing, jnp.ones(1, bool))
+    assert seen == [is_there]
 
 
 def test_on_nvidia_gpus_attention_of_many_queries_has_a_kernel_of_its_own():
